@@ -1,0 +1,116 @@
+/* C interface of pbsattn: the same plan, run and tables as pbsattn.hpp, for bindings.
+ *
+ * Every function that can fail returns a pbsattn_status. On anything but PBSATTN_OK,
+ * pbsattn_last_error() gives the calling thread's one-line message, valid until that thread's next
+ * call. No C++ exception crosses this interface. Enumerators have the values of their C++ namesakes. */
+#ifndef PBSATTN_PBSATTN_H
+#define PBSATTN_PBSATTN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define PBSATTN_API
+#else
+#define PBSATTN_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum pbsattn_status {
+  PBSATTN_OK = 0,
+  PBSATTN_INVALID_ARGUMENT = 1,
+  PBSATTN_UNSUPPORTED = 2,
+  PBSATTN_OUT_OF_MEMORY = 3,
+  PBSATTN_INTERNAL = 4
+} pbsattn_status;
+
+typedef enum pbsattn_dtype { PBSATTN_F32 = 0, PBSATTN_F16 = 1, PBSATTN_BF16 = 2 } pbsattn_dtype;
+
+typedef enum pbsattn_permutation {
+  PBSATTN_PERMUTATION_NONE = 0,
+  PBSATTN_PERMUTATION_LAST_QUERIES = 1
+} pbsattn_permutation;
+typedef enum pbsattn_order_scope { PBSATTN_ORDER_QUERY_HEAD = 0, PBSATTN_ORDER_KV_HEAD = 1 } pbsattn_order_scope;
+typedef enum pbsattn_block_score { PBSATTN_SCORE_NONE = 0, PBSATTN_SCORE_MEAN_POOL = 1 } pbsattn_block_score;
+typedef enum pbsattn_keep_rule { PBSATTN_KEEP_ALL = 0, PBSATTN_KEEP_TOP_P = 1 } pbsattn_keep_rule;
+typedef enum pbsattn_rules { PBSATTN_RULES_REFERENCE_CODE = 0, PBSATTN_RULES_PAPER = 1 } pbsattn_rules;
+typedef enum pbsattn_precision {
+  PBSATTN_PRECISION_AUTOMATIC = 0,
+  PBSATTN_PRECISION_F32 = 1,
+  PBSATTN_PRECISION_BF16 = 2
+} pbsattn_precision;
+typedef enum pbsattn_device_kind { PBSATTN_DEVICE_CPU = 0, PBSATTN_DEVICE_REFERENCE = 1 } pbsattn_device_kind;
+
+/* Sizes of one call; see pbsattn::Shape. */
+typedef struct pbsattn_shape {
+  int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
+} pbsattn_shape;
+
+/* A method; see pbsattn::Options. Fill it with pbsattn_method() and change what you need. */
+typedef struct pbsattn_options {
+  int32_t permutation; /* pbsattn_permutation */
+  int32_t order_scope; /* pbsattn_order_scope */
+  int32_t score;       /* pbsattn_block_score */
+  int32_t keep;        /* pbsattn_keep_rule */
+  int32_t rules;       /* pbsattn_rules */
+  int32_t precision;   /* pbsattn_precision */
+  float top_p;
+  int32_t block;
+  int32_t segment;
+  int32_t dense_last_rows;
+  float scale;
+} pbsattn_options;
+
+typedef struct pbsattn_device {
+  int32_t kind;    /* pbsattn_device_kind */
+  int32_t threads; /* 0: one for each processor this process may use */
+} pbsattn_device;
+
+/* A [batch][head][token][head_dim] tensor; strides count elements, head_dim is contiguous. `data` of an
+ * input is only read. */
+typedef struct pbsattn_view {
+  void* data;
+  int32_t dtype; /* pbsattn_dtype */
+  int64_t batch_stride, head_stride, token_stride;
+} pbsattn_view;
+
+typedef struct pbsattn_stats {
+  int64_t visited_blocks, causal_blocks;
+  double permute_seconds, select_seconds, attend_seconds;
+} pbsattn_stats;
+
+typedef struct pbsattn_plan pbsattn_plan;
+
+/* The library's version, "major.minor.patch". */
+PBSATTN_API const char* pbsattn_version(void);
+
+/* The calling thread's last error message; "" if there was none. */
+PBSATTN_API const char* pbsattn_last_error(void);
+
+/* Names of the methods table: index 0, 1, ... until NULL. */
+PBSATTN_API const char* pbsattn_method_name(size_t index);
+
+/* Fills *options with a named method. */
+PBSATTN_API pbsattn_status pbsattn_method(const char* name, pbsattn_options* options);
+
+/* Checks and plans; SIZE_MAX as workspace_cap means no cap. *plan is NULL on failure. */
+PBSATTN_API pbsattn_status pbsattn_plan_create(const pbsattn_options* options, const pbsattn_shape* shape,
+                                               const pbsattn_device* device, size_t workspace_cap, pbsattn_plan** plan);
+PBSATTN_API void pbsattn_plan_destroy(pbsattn_plan* plan); /* NULL is fine */
+
+PBSATTN_API size_t pbsattn_plan_workspace_size(const pbsattn_plan* plan); /* bytes; 0 for NULL */
+PBSATTN_API const char* pbsattn_plan_path(const pbsattn_plan* plan);      /* code path; "" for NULL */
+
+/* Computes. lse ([batch][q_heads][q_len] floats) and stats may be NULL. */
+PBSATTN_API pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,
+                                            const pbsattn_view* v, const pbsattn_view* out, float* lse, void* workspace,
+                                            size_t workspace_size, pbsattn_stats* stats);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* PBSATTN_PBSATTN_H */

@@ -1,0 +1,241 @@
+// Permuted Block-Sparse Attention (PBS-Attn) for the prefill of long prompts.
+//
+//     auto options = pbsattn::method("pbs");
+//     pbsattn::Shape shape{.batch = 1, .q_heads = 32, .kv_heads = 8,
+//                          .q_len = n, .kv_len = n, .head_dim = 128};
+//     auto plan = pbsattn::Plan::create(options, shape, pbsattn::Device::cpu());
+//     std::vector<std::byte> workspace(plan.workspace_size());
+//     plan.run({.q = q, .k = k, .v = v}, {.out = out}, workspace);
+//
+// Plan::create is the only place that refuses a configuration; Plan::run checks pointers and strides.
+// Errors are exceptions of type pbsattn::Error. The library never prints, exits or aborts.
+//
+// Source of the method: "Sparser Block-Sparse Attention via Token Permutation", arXiv 2510.21270.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace pbsattn {
+
+// ---------------------------------------------------------------------------------------------- errors
+
+enum class ErrorCode {
+  invalid_argument,  // a value breaks a rule that holds everywhere
+  unsupported,       // the rule is this device's; another device may take it
+  out_of_memory,     // workspace smaller than planned, or a cap too small to plan in
+  internal,          // a fault of this library
+};
+
+// what() names the value, the rule and the way out, in one line.
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  ErrorCode code() const noexcept { return code_; }
+
+ private:
+  ErrorCode code_;
+};
+
+// ---------------------------------------------------------------------------------------------- shapes
+
+enum class DType : std::uint8_t { f32, f16, bf16 };
+
+// Sizes of one attention call. The queries are the last q_len of kv_len tokens, so q_len < kv_len is a
+// chunk of a prefill, or a prefill after a cached prefix; query i sits at token kv_len - q_len + i and
+// sees keys 0 .. kv_len - q_len + i.
+struct Shape {
+  std::int64_t batch = 1;
+  std::int64_t q_heads = 1;
+  std::int64_t kv_heads = 1;  // divides q_heads; query head h reads KV head h / (q_heads / kv_heads)
+  std::int64_t q_len = 0;
+  std::int64_t kv_len = 0;
+  std::int64_t head_dim = 0;
+};
+
+// A [batch][head][token][head_dim] tensor that somebody else owns. Strides count elements; the
+// head_dim axis is contiguous. BSHD, BHSD and a KV cache's own layout are all just strides.
+template <class Void>
+struct BasicView {
+  Void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t batch_stride = 0;
+  std::int64_t head_stride = 0;
+  std::int64_t token_stride = 0;
+};
+using ConstView = BasicView<const void>;
+using View = BasicView<void>;
+
+// --------------------------------------------------------------------------------------------- methods
+
+// How keys (and their values) move inside their segment before blocks are formed.
+enum class Permutation : std::uint8_t {
+  none,
+  last_queries,  // descending mean attention weight of the last `block` queries (paper, section 3.2)
+};
+
+// How many orders there are: one for each query head (paper), or one for each KV head, from the scores
+// averaged over the query heads that share it.
+enum class OrderScope : std::uint8_t { query_head, kv_head };
+
+// Which estimate of a key block's attention mass the keep rule reads.
+enum class BlockScore : std::uint8_t {
+  none,
+  mean_pool,  // softmax over blocks of mean(Q block) . mean(K block) * scale (paper, section 3.3)
+};
+
+// Which of the scored blocks are attended to.
+enum class KeepRule : std::uint8_t {
+  all,
+  top_p,  // the highest scores up to and including the one that brings their sum to top_p
+};
+
+// Two rules on which the paper and its reference code differ.
+enum class Rules : std::uint8_t {
+  reference_code,  // a row whose scores never sum to top_p keeps none of them; a tail block's pooled
+                   // query is its sum divided by the block size
+  paper,           // such a row keeps all of them; a tail block's pooled query is its mean
+};
+
+// What products of matrices are computed in. Accumulation and softmax are always float32.
+enum class Precision : std::uint8_t {
+  automatic,  // bf16 when q, k and v are all bf16 (their products are then exact), else f32
+  f32,        // f32 whatever the inputs
+  bf16,       // operands rounded to bf16 where the device multiplies bf16 faster than f32, else f32
+};
+
+// A method: permutation x block score x keep rule, and what is always kept. Besides what the rule keeps,
+// every query block attends to its own segment (causally) and to the block that holds token 0.
+struct Options {
+  Permutation permutation = Permutation::none;
+  OrderScope order_scope = OrderScope::query_head;
+  BlockScore score = BlockScore::none;
+  KeepRule keep = KeepRule::all;
+  Rules rules = Rules::reference_code;
+  Precision precision = Precision::automatic;
+  float top_p = 0.9F;       // in (0, 1]; 1 keeps every block
+  int block = 128;          // tokens of a query block and of a key block
+  int segment = 256;        // tokens of a segment: a multiple of `block`
+  int dense_last_rows = 0;  // the call's last query blocks that attend to every key block
+  float scale = 0.0F;       // factor on q . k; 0 stands for 1 / sqrt(head_dim)
+};
+
+struct MethodInfo {
+  std::string_view name;
+  std::string_view summary;
+  Options options;
+};
+
+// The table of named methods.
+std::span<const MethodInfo> methods();
+
+// The options of a named method. Throws invalid_argument, naming the nearest known name, if there is none.
+Options method(std::string_view name);
+
+// --------------------------------------------------------------------------------------------- devices
+
+struct Device {
+  enum class Kind : std::uint8_t { cpu, reference };
+  Kind kind = Kind::cpu;
+  int threads = 0;  // 0: one for each processor this process may use
+
+  // SIMD and multithreaded; the code path is chosen from what the processor has when the plan is made.
+  static Device cpu(int threads = 0) { return {Kind::cpu, threads}; }
+  // The executable definition: naive loops in double precision, for tests and for reading.
+  static Device reference() { return {Kind::reference, 1}; }
+};
+
+struct DeviceInfo {
+  std::string name;                // "cpu"
+  std::string processor;           // the processor's own name
+  int threads = 0;                 // processors this process may use
+  std::vector<std::string> paths;  // code paths this machine can run, fastest first
+  std::string f32_path;            // the path f32 products take
+  std::string bf16_path;           // the path bf16 products take
+};
+DeviceInfo describe_cpu();
+
+// ------------------------------------------------------------------------------------------------ runs
+
+struct Inputs {
+  ConstView q;  // [batch][q_heads][q_len][head_dim]
+  ConstView k;  // [batch][kv_heads][kv_len][head_dim]
+  ConstView v;  // [batch][kv_heads][kv_len][head_dim]
+};
+
+struct Outputs {
+  View out;              // [batch][q_heads][q_len][head_dim]
+  float* lse = nullptr;  // [batch][q_heads][q_len] contiguous, natural log-sum-exp of scaled scores; optional
+};
+// A query whose every visible score is -inf gives output 0 and log-sum-exp -inf. A NaN or +inf in an
+// input spoils (as NaN) the outputs that dense attention would spoil, and no others.
+
+struct Stats {
+  std::int64_t visited_blocks = 0;  // (query block, key block) pairs computed, over heads and batch
+  std::int64_t causal_blocks = 0;   // pairs that dense causal attention computes, diagonal included
+  double permute_seconds = 0;
+  double select_seconds = 0;
+  double attend_seconds = 0;
+
+  double density() const {
+    return causal_blocks == 0 ? 1.0 : static_cast<double>(visited_blocks) / static_cast<double>(causal_blocks);
+  }
+  double seconds() const { return permute_seconds + select_seconds + attend_seconds; }
+};
+
+// What a call decided, for inspection. Query rows are blocks of `block` tokens aligned to token 0; row r
+// of a call holds the queries of token block first_row + r.
+struct Trace {
+  std::int64_t first_row = 0;
+  std::int64_t rows = 0;
+  std::int64_t blocks = 0;  // key blocks: ceil(kv_len / block)
+  // [batch][q_heads][kv_len]: the token whose key stands at each slot of the permuted sequence
+  std::vector<std::int32_t> order;
+  // CSR over [batch][q_heads][rows]: key blocks each row attends to, ascending. A block of the row's own
+  // segment means the tokens in their original order; any other, slots of the permuted sequence.
+  std::vector<std::int64_t> row_start;
+  std::vector<std::int32_t> block;
+};
+
+namespace detail {
+class Executor;
+}
+
+// A checked configuration, ready to run on inputs of one shape any number of times.
+class Plan {
+ public:
+  static constexpr std::size_t no_cap = static_cast<std::size_t>(-1);
+
+  // Throws Error if options, shape and device don't go together, or no workspace of at most
+  // workspace_cap bytes suffices. Under a cap the plan works KV head by KV head, or query head by query head.
+  static Plan create(const Options& options, const Shape& shape, const Device& device = Device::cpu(),
+                     std::size_t workspace_cap = no_cap);
+
+  Plan(Plan&&) noexcept;
+  Plan& operator=(Plan&&) noexcept;
+  ~Plan();
+
+  const Options& options() const noexcept;  // with scale resolved
+  const Shape& shape() const noexcept;
+  std::size_t workspace_size() const noexcept;  // bytes, any alignment
+  std::string_view path() const noexcept;       // the code path chosen, e.g. "avx512_bf16"
+
+  // Computes. Throws Error when a pointer is null, a stride overlaps, or the workspace is too small.
+  // Calls from several threads are safe when each brings its own workspace.
+  void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats = nullptr,
+           Trace* trace = nullptr) const;
+
+ private:
+  explicit Plan(std::unique_ptr<detail::Executor> executor);
+  std::unique_ptr<detail::Executor> executor_;
+};
+
+std::string_view version();
+
+}  // namespace pbsattn

@@ -1,0 +1,168 @@
+// The C interface: each function translates its arguments, calls the C++ API and turns exceptions into
+// status codes. Nothing is computed here.
+#include <cstddef>
+#include <new>
+#include <optional>
+#include <string>
+
+#include "core/validate.h"
+#include "pbsattn/pbsattn.h"
+#include "pbsattn/pbsattn.hpp"
+
+struct pbsattn_plan {
+  pbsattn::Plan plan;
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+pbsattn_status fail(pbsattn_status status, const char* message) noexcept {
+  try {
+    last_error = message;
+  } catch (...) {
+    last_error.clear();
+  }
+  return status;
+}
+
+template <class Body>
+pbsattn_status guarded(Body&& body) noexcept {
+  try {
+    last_error.clear();
+    body();
+    return PBSATTN_OK;
+  } catch (const pbsattn::Error& error) {
+    switch (error.code()) {
+      case pbsattn::ErrorCode::invalid_argument: return fail(PBSATTN_INVALID_ARGUMENT, error.what());
+      case pbsattn::ErrorCode::unsupported: return fail(PBSATTN_UNSUPPORTED, error.what());
+      case pbsattn::ErrorCode::out_of_memory: return fail(PBSATTN_OUT_OF_MEMORY, error.what());
+      case pbsattn::ErrorCode::internal: break;
+    }
+    return fail(PBSATTN_INTERNAL, error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(PBSATTN_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::exception& error) {
+    return fail(PBSATTN_INTERNAL, error.what());
+  } catch (...) {
+    return fail(PBSATTN_INTERNAL, "unknown exception");
+  }
+}
+
+void require_pointer(const void* pointer, const char* name) {
+  if (pointer == nullptr)
+    throw pbsattn::Error(pbsattn::ErrorCode::invalid_argument, std::string(name) + ": null pointer");
+}
+
+// Enumerators travel as int32 so that a wrong value is data, not undefined behaviour: out of range of the
+// enum's byte becomes its last byte, which validation refuses.
+template <class Enum>
+Enum to_enum(std::int32_t value) {
+  return static_cast<Enum>(value < 0 || value > 0xFF ? 0xFF : value);
+}
+
+pbsattn::Options to_cpp(const pbsattn_options& o) {
+  return {.permutation = to_enum<pbsattn::Permutation>(o.permutation),
+          .order_scope = to_enum<pbsattn::OrderScope>(o.order_scope),
+          .score = to_enum<pbsattn::BlockScore>(o.score),
+          .keep = to_enum<pbsattn::KeepRule>(o.keep),
+          .rules = to_enum<pbsattn::Rules>(o.rules),
+          .precision = to_enum<pbsattn::Precision>(o.precision),
+          .top_p = o.top_p,
+          .block = o.block,
+          .segment = o.segment,
+          .dense_last_rows = o.dense_last_rows,
+          .scale = o.scale};
+}
+
+pbsattn_options to_c(const pbsattn::Options& o) {
+  return {static_cast<std::int32_t>(o.permutation),
+          static_cast<std::int32_t>(o.order_scope),
+          static_cast<std::int32_t>(o.score),
+          static_cast<std::int32_t>(o.keep),
+          static_cast<std::int32_t>(o.rules),
+          static_cast<std::int32_t>(o.precision),
+          o.top_p,
+          o.block,
+          o.segment,
+          o.dense_last_rows,
+          o.scale};
+}
+
+template <class Void>
+pbsattn::BasicView<Void> to_cpp(const pbsattn_view& v) {
+  return {v.data, to_enum<pbsattn::DType>(v.dtype), v.batch_stride, v.head_stride, v.token_stride};
+}
+
+}  // namespace
+
+const char* pbsattn_version(void) {
+  return PBSATTN_VERSION;
+}
+const char* pbsattn_last_error(void) {
+  return last_error.c_str();
+}
+
+const char* pbsattn_method_name(size_t index) {
+  const auto table = pbsattn::methods();
+  return index < table.size() ? table[index].name.data() : nullptr;
+}
+
+pbsattn_status pbsattn_method(const char* name, pbsattn_options* options) {
+  return guarded([&] {
+    require_pointer(name, "name");
+    require_pointer(options, "options");
+    *options = to_c(pbsattn::method(name));
+  });
+}
+
+pbsattn_status pbsattn_plan_create(const pbsattn_options* options, const pbsattn_shape* shape,
+                                   const pbsattn_device* device, size_t workspace_cap, pbsattn_plan** plan) {
+  if (plan != nullptr) *plan = nullptr;
+  return guarded([&] {
+    require_pointer(options, "options");
+    require_pointer(shape, "shape");
+    require_pointer(device, "device");
+    require_pointer(plan, "plan");
+    const pbsattn::Shape cpp_shape{.batch = shape->batch,
+                                   .q_heads = shape->q_heads,
+                                   .kv_heads = shape->kv_heads,
+                                   .q_len = shape->q_len,
+                                   .kv_len = shape->kv_len,
+                                   .head_dim = shape->head_dim};
+    const pbsattn::Device cpp_device{to_enum<pbsattn::Device::Kind>(device->kind), device->threads};
+    *plan = new pbsattn_plan{pbsattn::Plan::create(to_cpp(*options), cpp_shape, cpp_device, workspace_cap)};
+  });
+}
+
+void pbsattn_plan_destroy(pbsattn_plan* plan) {
+  delete plan;
+}
+
+size_t pbsattn_plan_workspace_size(const pbsattn_plan* plan) {
+  return plan == nullptr ? 0 : plan->plan.workspace_size();
+}
+
+const char* pbsattn_plan_path(const pbsattn_plan* plan) {
+  return plan == nullptr ? "" : plan->plan.path().data();
+}
+
+pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,
+                                const pbsattn_view* v, const pbsattn_view* out, float* lse, void* workspace,
+                                size_t workspace_size, pbsattn_stats* stats) {
+  return guarded([&] {
+    require_pointer(plan, "plan");
+    require_pointer(q, "q");
+    require_pointer(k, "k");
+    require_pointer(v, "v");
+    require_pointer(out, "out");
+    if (workspace_size > 0) require_pointer(workspace, "workspace");
+    pbsattn::Stats cpp_stats;
+    plan->plan.run({.q = to_cpp<const void>(*q), .k = to_cpp<const void>(*k), .v = to_cpp<const void>(*v)},
+                   {.out = to_cpp<void>(*out), .lse = lse}, {static_cast<std::byte*>(workspace), workspace_size},
+                   stats == nullptr ? nullptr : &cpp_stats);
+    if (stats != nullptr)
+      *stats = {cpp_stats.visited_blocks, cpp_stats.causal_blocks, cpp_stats.permute_seconds, cpp_stats.select_seconds,
+                cpp_stats.attend_seconds};
+  });
+}

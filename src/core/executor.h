@@ -1,0 +1,44 @@
+// The contract between Plan and a backend.
+#pragma once
+
+#include <memory>
+
+#include "core/geometry.h"
+#include "pbsattn/pbsattn.hpp"
+
+namespace pbsattn::detail {
+
+// What a backend is made from: checked, with defaults resolved.
+struct PlanSpec {
+  Options options;
+  Geometry geometry;
+  int threads = 1;
+  std::size_t workspace_cap = Plan::no_cap;
+};
+
+// One backend's stages behind one call. run() receives checked views and a workspace of at least
+// workspace_size() bytes at any alignment, and fills stats and trace when they are not null.
+class Executor {
+ public:
+  explicit Executor(PlanSpec plan_spec) : spec(std::move(plan_spec)) {}
+  virtual ~Executor() = default;
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+
+  virtual std::size_t workspace_size() const noexcept = 0;
+  virtual std::string_view path() const noexcept = 0;
+  virtual void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
+                   Trace* trace) const = 0;
+
+  const PlanSpec spec;
+};
+
+}  // namespace pbsattn::detail
+
+// Each backend's factory. Throws Error (unsupported, out_of_memory) for what only this backend refuses.
+namespace pbsattn::cpu {
+std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec);
+}
+namespace pbsattn::reference {
+std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec);
+}

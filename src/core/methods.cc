@@ -1,0 +1,54 @@
+// The table of named methods. A new method is a new row; a new idea is a new part of Options.
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pbsattn/pbsattn.hpp"
+
+namespace pbsattn {
+namespace {
+
+constexpr Options pbs_options{
+    .permutation = Permutation::last_queries, .score = BlockScore::mean_pool, .keep = KeepRule::top_p};
+
+constexpr std::array table{
+    MethodInfo{"full", "dense causal attention: the baseline every error is measured against", Options{}},
+    MethodInfo{"pbs", "permuted block-sparse attention as published (arXiv 2510.21270)", pbs_options},
+    MethodInfo{"pbs-unpermuted", "the same blocks chosen without moving keys: what the permutation buys",
+               Options{.score = BlockScore::mean_pool, .keep = KeepRule::top_p}},
+};
+
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t{0});
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i);
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t substituted = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, substituted}));
+    }
+  }
+  return row[b.size()];
+}
+
+}  // namespace
+
+std::span<const MethodInfo> methods() {
+  return table;
+}
+
+Options method(std::string_view name) {
+  const auto found = std::ranges::find(table, name, &MethodInfo::name);
+  if (found != table.end()) return found->options;
+  constexpr std::size_t longest_name = 64;  // bounds the distance's cost whatever the caller sends
+  const std::string_view shown = name.substr(0, longest_name);
+  const auto nearest =
+      std::ranges::min_element(table, {}, [&](const MethodInfo& info) { return edit_distance(shown, info.name); });
+  throw Error(ErrorCode::invalid_argument, "method \"" + std::string(shown) + "\": no such method; did you mean \"" +
+                                               std::string(nearest->name) + "\"?");
+}
+
+}  // namespace pbsattn

@@ -1,0 +1,75 @@
+#include <fmt/format.h>
+
+#include <cmath>
+#include <utility>
+
+#include "core/executor.h"
+#include "core/threads.h"
+#include "core/validate.h"
+#include "pbsattn/pbsattn.hpp"
+
+namespace pbsattn {
+namespace {
+
+constexpr int max_threads = 1024;
+
+int resolve_threads(int threads) {
+  if (threads < 0 || threads > max_threads)
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("threads {}: outside 0 .. {}; 0 takes one for each processor", threads, max_threads));
+  return threads == 0 ? available_processors() : threads;
+}
+
+}  // namespace
+
+std::string_view version() {
+  return PBSATTN_VERSION;
+}
+
+Plan::Plan(std::unique_ptr<detail::Executor> executor) : executor_(std::move(executor)) {}
+Plan::Plan(Plan&&) noexcept = default;
+Plan& Plan::operator=(Plan&&) noexcept = default;
+Plan::~Plan() = default;
+
+Plan Plan::create(const Options& options, const Shape& shape, const Device& device, std::size_t workspace_cap) {
+  validate(options);
+  validate(shape);
+  detail::PlanSpec spec{.options = options,
+                        .geometry = {.shape = shape, .block = options.block, .segment = options.segment},
+                        .threads = resolve_threads(device.threads),
+                        .workspace_cap = workspace_cap};
+  if (spec.options.scale == 0.0F) spec.options.scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+  switch (device.kind) {
+    case Device::Kind::cpu: return Plan(cpu::make_executor(std::move(spec)));
+    case Device::Kind::reference: return Plan(reference::make_executor(std::move(spec)));
+  }
+  throw Error(ErrorCode::invalid_argument, fmt::format("device kind {}: no such device; 0 is the CPU, 1 the reference",
+                                                       static_cast<int>(device.kind)));
+}
+
+const Options& Plan::options() const noexcept {
+  return executor_->spec.options;
+}
+const Shape& Plan::shape() const noexcept {
+  return executor_->spec.geometry.shape;
+}
+std::size_t Plan::workspace_size() const noexcept {
+  return executor_->workspace_size();
+}
+std::string_view Plan::path() const noexcept {
+  return executor_->path();
+}
+
+void Plan::run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
+               Trace* trace) const {
+  validate(inputs, outputs, shape());
+  if (workspace.size() < workspace_size())
+    throw Error(ErrorCode::out_of_memory, fmt::format("workspace of {} bytes: this plan needs {}; allocate "
+                                                      "plan.workspace_size() or plan under a cap",
+                                                      workspace.size(), workspace_size()));
+  if (stats != nullptr) *stats = {};
+  if (trace != nullptr) *trace = {};
+  executor_->run(inputs, outputs, workspace, stats, trace);
+}
+
+}  // namespace pbsattn

@@ -1,0 +1,85 @@
+#include "core/validate.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+
+namespace pbsattn {
+namespace {
+
+template <class... Args>
+void require(bool holds, fmt::format_string<Args...> message, Args&&... args) {
+  if (!holds) throw Error(ErrorCode::invalid_argument, fmt::format(message, std::forward<Args>(args)...));
+}
+
+template <class Enum>
+void require_enum(Enum value, Enum last, const char* name) {
+  require(static_cast<int>(value) >= 0 && value <= last, "{} {}: no such value; the last one is {}", name,
+          static_cast<int>(value), static_cast<int>(last));
+}
+
+template <class V>
+void validate_view(const V& view, const char* name, std::int64_t batch, std::int64_t heads, std::int64_t tokens,
+                   std::int64_t head_dim, bool written) {
+  require(view.data != nullptr, "{}: null pointer; pass {} x {} x {} x {} elements", name, batch, heads, tokens,
+          head_dim);
+  require_enum(view.dtype, DType::bf16, "dtype");
+  require(reinterpret_cast<std::uintptr_t>(view.data) % size_of(view.dtype) == 0,
+          "{}: pointer not aligned to its element of {} bytes; pass an aligned tensor", name, size_of(view.dtype));
+  // Axes of one element may have any stride. Inputs may repeat (stride 0); outputs may not overlap.
+  const auto check = [&](std::int64_t extent, std::int64_t stride, const char* axis) {
+    if (extent <= 1) return;
+    require(stride >= 0, "{}: {} stride {} is negative; pass a tensor that runs forward", name, axis, stride);
+    require(!written || stride >= head_dim, "{}: {} stride {} is under head_dim {}, so elements would overlap", name,
+            axis, stride, head_dim);
+  };
+  check(tokens, view.token_stride, "token");
+  check(heads, view.head_stride, "head");
+  check(batch, view.batch_stride, "batch");
+}
+
+}  // namespace
+
+std::size_t size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
+
+void validate(const Options& options) {
+  require_enum(options.permutation, Permutation::last_queries, "permutation");
+  require_enum(options.order_scope, OrderScope::kv_head, "order_scope");
+  require_enum(options.score, BlockScore::mean_pool, "score");
+  require_enum(options.keep, KeepRule::top_p, "keep");
+  require_enum(options.rules, Rules::paper, "rules");
+  require_enum(options.precision, Precision::bf16, "precision");
+  require(options.top_p > 0.0F && options.top_p <= 1.0F,
+          "top_p {}: outside (0, 1]; 1 keeps every block, 0.9 is the paper's setting", options.top_p);
+  require(options.block >= 1, "block {}: not positive; the paper's setting is 128", options.block);
+  require(options.segment >= options.block && options.segment % options.block == 0,
+          "segment {}: no multiple of the block of {}; try {}", options.segment, options.block, 2LL * options.block);
+  require(options.dense_last_rows >= 0, "dense_last_rows {}: negative; 0 turns it off", options.dense_last_rows);
+  require(std::isfinite(options.scale) && options.scale >= 0.0F,
+          "scale {}: not a finite, non-negative number; 0 stands for 1/sqrt(head_dim)", options.scale);
+  require(options.keep == KeepRule::all || options.score != BlockScore::none,
+          "keep rule top_p has no score to read; set score to mean_pool or keep to all");
+}
+
+void validate(const Shape& s) {
+  require(s.batch >= 1 && s.batch <= max_heads, "batch {}: outside 1 .. {}", s.batch, max_heads);
+  require(s.q_heads >= 1 && s.q_heads <= max_heads, "q_heads {}: outside 1 .. {}", s.q_heads, max_heads);
+  require(s.kv_heads >= 1 && s.kv_heads <= s.q_heads && s.q_heads % s.kv_heads == 0,
+          "kv_heads {}: must divide q_heads {}; each KV head serves the same number of query heads", s.kv_heads,
+          s.q_heads);
+  require(s.kv_len >= 1 && s.kv_len <= max_kv_len, "kv_len {}: outside 1 .. {}", s.kv_len, max_kv_len);
+  require(s.q_len >= 1 && s.q_len <= s.kv_len,
+          "q_len {}: outside 1 .. kv_len {}; the queries are the last q_len of kv_len tokens", s.q_len, s.kv_len);
+  require(s.head_dim >= 1 && s.head_dim <= max_heads, "head_dim {}: outside 1 .. {}", s.head_dim, max_heads);
+}
+
+void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
+  validate_view(inputs.q, "q", s.batch, s.q_heads, s.q_len, s.head_dim, false);
+  validate_view(inputs.k, "k", s.batch, s.kv_heads, s.kv_len, s.head_dim, false);
+  validate_view(inputs.v, "v", s.batch, s.kv_heads, s.kv_len, s.head_dim, false);
+  validate_view(outputs.out, "out", s.batch, s.q_heads, s.q_len, s.head_dim, true);
+}
+
+}  // namespace pbsattn
