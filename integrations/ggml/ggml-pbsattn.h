@@ -1,0 +1,135 @@
+/* A ggml backend that computes FLASH_ATTN_EXT of long causal prefills with pbsattn.
+ *
+ * Three ways in:
+ *   - GGML_BACKEND_PATH=/path/libggml-pbsattn.so with an unmodified llama.cpp; settings by environment
+ *     (docs/llama.cpp.md has the table);
+ *   - ggml_backend_load("libggml-pbsattn.so"), then the functions below by
+ *     ggml_backend_reg_get_proc_address(reg, "ggml_backend_pbsattn_configure") and so on;
+ *   - link ggml-pbsattn-core and call ggml_backend_register(ggml_backend_pbsattn_reg()).
+ * Register before the model's context is made: a context looks for accelerators once.
+ *
+ * What is taken: F32 queries of at least min_tokens tokens, F16, BF16 or F32 keys and values of one
+ * type, one stream, head_dim a multiple of 8 up to 256, no sinks, soft-cap, ALiBi or top-k, and a mask
+ * that turns out to be plain causal for one sequence. Everything else is computed by ggml's own kernel.
+ *
+ * Settings and statistics belong to the process; all functions may be called from any thread. */
+#ifndef GGML_PBSATTN_H
+#define GGML_PBSATTN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ggml-backend.h"
+#include "pbsattn/pbsattn.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The backend's registration; the first call reads the PBSATTN_* environment. */
+PBSATTN_API ggml_backend_reg_t ggml_backend_pbsattn_reg(void);
+
+/* ------------------------------------------------------------------------------------------ settings */
+
+enum ggml_pbsattn_mode {
+  GGML_PBSATTN_MODE_OFF = 0,     /* take nothing */
+  GGML_PBSATTN_MODE_PBSATTN = 1, /* compute with pbsattn */
+  GGML_PBSATTN_MODE_GGML = 2     /* take the same ops, compute them with ggml's kernel: times its attention */
+};
+
+/* Queries an op needs before it is taken, at least: `-fa auto` probes with one token for each of up to
+ * 256 sequences and turns flash attention off if the probe lands on another device than the layer. */
+#define GGML_PBSATTN_MIN_TOKENS_FLOOR 257
+
+struct ggml_pbsattn_config {
+  enum ggml_pbsattn_mode mode; /* default PBSATTN */
+  pbsattn_options options;     /* default "pbs" with bf16 products; `scale` is ignored: the op brings its own */
+  int32_t device;              /* pbsattn_device_kind; default CPU */
+  int64_t min_tokens;          /* queries an op needs to be taken; default 512 */
+  size_t workspace_cap;        /* bytes a plan may use; SIZE_MAX (default): no cap */
+  bool check; /* compute each op with ggml's kernel too, record the difference and pass on ggml's result, so
+                 that every layer is compared on the inputs it has without pbsattn; default false */
+};
+
+/* The settings in force. */
+PBSATTN_API void ggml_backend_pbsattn_get_config(struct ggml_pbsattn_config* config);
+
+/* Puts settings in force from the next op on. Returns false, changing nothing, if a value breaks a rule;
+ * ggml_backend_pbsattn_last_error() then says which. Which ops are routed here at all is decided when
+ * llama.cpp builds a graph: after MODE_OFF, the next context or the next new batch shape picks it up. */
+PBSATTN_API bool ggml_backend_pbsattn_configure(const struct ggml_pbsattn_config* config);
+
+/* The calling thread's last error in one line, "" if there was none. */
+PBSATTN_API const char* ggml_backend_pbsattn_last_error(void);
+
+/* ---------------------------------------------------------------------------------------- statistics */
+
+/* Why an op went to ggml's kernel. */
+enum ggml_pbsattn_reason {
+  GGML_PBSATTN_TAKEN = 0,       /* it didn't: pbsattn computed it */
+  GGML_PBSATTN_BY_MODE,         /* mode is OFF or GGML */
+  GGML_PBSATTN_FEW_TOKENS,      /* fewer queries than min_tokens (decoding, short prompts) */
+  GGML_PBSATTN_TYPES,           /* q not F32, or k and v not both F16, BF16 or F32 (quantised cache) */
+  GGML_PBSATTN_HEAD_DIM,        /* k and v differ, no multiple of 8, or above 256 */
+  GGML_PBSATTN_LAYOUT,          /* several streams, or a layout that strides can't describe */
+  GGML_PBSATTN_SINKS,           /* attention sinks */
+  GGML_PBSATTN_SOFT_CAP,        /* logit soft-cap */
+  GGML_PBSATTN_ALIBI,           /* max_bias: position bias in the mask */
+  GGML_PBSATTN_TOP_K,           /* the model itself limits the keys of a query */
+  GGML_PBSATTN_NO_MASK,         /* no mask: every query sees every key */
+  GGML_PBSATTN_MASK_NOT_CAUSAL, /* sliding window, several sequences, bidirectional, shifted cache, ... */
+  GGML_PBSATTN_PLAN_REFUSED,    /* Plan::create refused; logged once for each message */
+  GGML_PBSATTN_RUN_FAILED,      /* Plan::run or an allocation failed; logged once for each message */
+  GGML_PBSATTN_REASON_COUNT
+};
+
+/* A few words for a table, such as "mask not causal". */
+PBSATTN_API const char* ggml_backend_pbsattn_reason_name(enum ggml_pbsattn_reason reason);
+
+/* The ops of one layer since the last reset. Times are wall-clock seconds, summed over calls. */
+struct ggml_pbsattn_layer_stats {
+  int32_t layer;          /* as llama.cpp numbers its caches; -1: the op didn't tell */
+  int64_t calls;          /* ops computed here, by either kernel */
+  int64_t q_len, kv_len;  /* of the last call; kv_len is what the last query sees (padding excluded) if the
+                             mask was read, else the tensor's size */
+  int64_t queries;        /* summed over calls */
+  int64_t visited_blocks; /* (query block, key block) pairs pbsattn computed; density = visited / causal */
+  int64_t causal_blocks;  /* pairs that dense causal attention would have computed in the same calls */
+  double permute_seconds, select_seconds, attend_seconds;
+  double mask_seconds;                        /* reading masks */
+  double total_seconds;                       /* everything, ggml's kernel included (but not the check's ggml run) */
+  int64_t reasons[GGML_PBSATTN_REASON_COUNT]; /* ops by who computed them and why; they add up to calls */
+  int64_t checks;                             /* ops compared with ggml's kernel */
+  double check_max_abs;                       /* largest |ours - ggml's| */
+  double check_rel_rms;                       /* largest sqrt(sum (ours - ggml's)^2 / sum ggml's^2) of one op */
+};
+
+/* Forgets all statistics. */
+PBSATTN_API void ggml_backend_pbsattn_stats_reset(void);
+
+/* Fills at most `capacity` entries, ascending by layer, and returns how many layers there are. */
+PBSATTN_API size_t ggml_backend_pbsattn_stats_get(struct ggml_pbsattn_layer_stats* layers, size_t capacity);
+
+/* Reasons for which ops of at least min_tokens queries were left to ggml when a graph was planned, since the
+ * last reset: bit r set for enum ggml_pbsattn_reason r. Such ops never arrive here and have no layer. */
+PBSATTN_API uint32_t ggml_backend_pbsattn_refusals(void);
+
+/* Why this op would be left to ggml at planning time, or GGML_PBSATTN_TAKEN. The mask is read later. */
+PBSATTN_API enum ggml_pbsattn_reason ggml_backend_pbsattn_examine(const struct ggml_tensor* op);
+
+/* ------------------------------------------------------------------------------------------ observer */
+
+/* Called before an op is computed, whatever computes it, when it is a causal prefill that pbsattn can
+ * take. The views are good until it returns. */
+typedef void (*ggml_pbsattn_observer)(void* user, int32_t layer, const pbsattn_shape* shape, const pbsattn_view* q,
+                                      const pbsattn_view* k, const pbsattn_view* v);
+
+/* Sets the one observer; NULL removes it. */
+PBSATTN_API void ggml_backend_pbsattn_set_observer(ggml_pbsattn_observer observer, void* user);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* GGML_PBSATTN_H */
