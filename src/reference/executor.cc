@@ -1,0 +1,156 @@
+// The stages in their order, head by head.
+#include "core/executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <utility>
+
+#include "reference/numbers.h"
+#include "reference/stages.h"
+
+namespace pbsattn::reference {
+namespace {
+
+Matrix load_matrix(const ConstView& view, std::int64_t batch, std::int64_t head, std::int64_t tokens,
+                   std::int64_t head_dim) {
+  Matrix matrix(tokens, head_dim);
+  for (std::int64_t n = 0; n < tokens; ++n)
+    for (std::int64_t d = 0; d < head_dim; ++d)
+      matrix[n][d] =
+          load(view.dtype, view.data, batch * view.batch_stride + head * view.head_stride + n * view.token_stride + d);
+  return matrix;
+}
+
+std::vector<double> mean_group_scores(const Inputs& inputs, const Geometry& geometry, std::int64_t batch,
+                                      std::int64_t kv_head, double scale) {
+  std::vector<double> mean(geometry.permuted_len(), 0.0);
+  for (std::int64_t h = kv_head * geometry.group(); h < (kv_head + 1) * geometry.group(); ++h) {
+    const auto scores = key_scores(load_head(inputs, geometry, batch, h), geometry, scale);
+    for (std::size_t n = 0; n < mean.size(); ++n) mean[n] += scores[n] / static_cast<double>(geometry.group());
+  }
+  return mean;
+}
+
+std::vector<std::int32_t> permute(const Inputs& inputs, const Head& head, const Options& options,
+                                  const Geometry& geometry, std::int64_t batch, std::int64_t q_head) {
+  if (options.permutation == Permutation::none)
+    return order_keys(geometry, std::vector<double>(geometry.permuted_len(), 0.0));
+  return order_keys(geometry,
+                    options.order_scope == OrderScope::query_head
+                        ? key_scores(head, geometry, options.scale)
+                        : mean_group_scores(inputs, geometry, batch, geometry.kv_head(q_head), options.scale));
+}
+
+class Seconds {
+ public:
+  // Seconds since the last call, or since the start.
+  double lap() {
+    const auto now = std::chrono::steady_clock::now();
+    return std::chrono::duration<double>(now - std::exchange(last_, now)).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+void decide_timed(const Inputs& inputs, const Options& options, const Geometry& geometry, Trace& trace, Stats& stats) {
+  trace = {.first_row = geometry.first_row(),
+           .rows = geometry.rows(),
+           .blocks = geometry.blocks(),
+           .order = {},
+           .row_start = {0},
+           .block = {}};
+  Seconds seconds;
+  for (std::int64_t batch = 0; batch < geometry.shape.batch; ++batch) {
+    for (std::int64_t h = 0; h < geometry.shape.q_heads; ++h) {
+      const Head head = load_head(inputs, geometry, batch, h);
+      const auto order = permute(inputs, head, options, geometry, batch, h);
+      const Matrix pooled_keys = pool_keys(head, geometry, order);
+      stats.permute_seconds += seconds.lap();
+
+      for (std::int64_t row = 0; row < geometry.rows(); ++row) {
+        std::vector<double> scores;
+        if (options.score == BlockScore::mean_pool)
+          scores = block_scores(pool_query(head, geometry, options.rules, row), pooled_keys, geometry.own_begin(row),
+                                options.scale);
+        const auto list = select_blocks(options, geometry, row, scores, order);
+        trace.block.insert(trace.block.end(), list.begin(), list.end());
+        trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
+      }
+      trace.order.insert(trace.order.end(), order.begin(), order.end());
+      stats.select_seconds += seconds.lap();
+    }
+  }
+  stats.visited_blocks = static_cast<std::int64_t>(trace.block.size());
+  stats.causal_blocks = geometry.shape.batch * geometry.shape.q_heads * geometry.causal_blocks_per_head();
+}
+
+// Allocates for itself and takes no workspace, so no cap binds it.
+class ReferenceExecutor final : public detail::Executor {
+ public:
+  using Executor::Executor;
+
+  std::size_t workspace_size() const noexcept override { return 0; }
+  std::string_view path() const noexcept override { return "reference"; }
+
+  void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> /*workspace*/, Stats* stats,
+           Trace* trace) const override {
+    Stats own_stats;
+    Trace own_trace;
+    decide_timed(inputs, spec.options, spec.geometry, own_trace, own_stats);
+    Seconds seconds;
+    attend(inputs, spec.options, spec.geometry, own_trace, outputs);
+    own_stats.attend_seconds = seconds.lap();
+    if (stats != nullptr) *stats = own_stats;
+    if (trace != nullptr) *trace = std::move(own_trace);
+  }
+};
+
+}  // namespace
+
+Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batch, std::int64_t q_head) {
+  const Shape& shape = geometry.shape;
+  const std::int64_t kv_head = geometry.kv_head(q_head);
+  return {.q = load_matrix(inputs.q, batch, q_head, shape.q_len, shape.head_dim),
+          .k = load_matrix(inputs.k, batch, kv_head, shape.kv_len, shape.head_dim),
+          .v = load_matrix(inputs.v, batch, kv_head, shape.kv_len, shape.head_dim),
+          .q_dtype = inputs.q.dtype,
+          .k_dtype = inputs.k.dtype};
+}
+
+Trace decide(const Inputs& inputs, const Options& options, const Geometry& geometry) {
+  Trace trace;
+  Stats stats;
+  decide_timed(inputs, options, geometry, trace, stats);
+  return trace;
+}
+
+void attend(const Inputs& inputs, const Options& options, const Geometry& geometry, const Trace& trace,
+            const Outputs& outputs) {
+  const Shape& shape = geometry.shape;
+  const View& out = outputs.out;
+  for (std::int64_t flat = 0; flat < shape.batch * shape.q_heads; ++flat) {
+    const std::int64_t batch = flat / shape.q_heads;
+    const std::int64_t h = flat % shape.q_heads;
+    const Head head = load_head(inputs, geometry, batch, h);
+    const auto order = std::span(trace.order).subspan(flat * shape.kv_len, shape.kv_len);
+    for (std::int64_t query = 0; query < shape.q_len; ++query) {
+      const std::int64_t row = (geometry.q_offset() + query) / geometry.block - geometry.first_row();
+      const std::int64_t begin = trace.row_start[flat * geometry.rows() + row];
+      const std::int64_t end = trace.row_start[flat * geometry.rows() + row + 1];
+      const auto list = std::span(trace.block).subspan(begin, end - begin);
+      const QueryResult result = attend_query(head, geometry, options.scale, query, order, list);
+      for (std::int64_t d = 0; d < shape.head_dim; ++d)
+        store(out.dtype, out.data, batch * out.batch_stride + h * out.head_stride + query * out.token_stride + d,
+              result.out[d]);
+      if (outputs.lse != nullptr) outputs.lse[flat * shape.q_len + query] = static_cast<float>(result.lse);
+    }
+  }
+}
+
+std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec) {
+  return std::make_unique<ReferenceExecutor>(std::move(spec));
+}
+
+}  // namespace pbsattn::reference

@@ -1,0 +1,75 @@
+// Stage two: each row of queries chooses key blocks of the permuted sequence by the attention mass that
+// pooled queries and keys predict (paper, section 3.3).
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "reference/numbers.h"
+#include "reference/stages.h"
+
+namespace pbsattn::reference {
+namespace {
+
+// keep[b] for the highest scores up to and including the one that brings their sum to top_p.
+std::vector<bool> top_p(const Options& options, std::span<const double> scores) {
+  std::vector<std::int64_t> descending(scores.size());
+  std::iota(descending.begin(), descending.end(), std::int64_t{0});
+  std::ranges::stable_sort(descending, [&](std::int64_t a, std::int64_t b) { return scores[a] > scores[b]; });
+
+  std::vector<bool> keep(scores.size(), false);
+  double sum = 0;
+  for (const std::int64_t b : descending) {
+    keep[b] = true;
+    sum += scores[b];
+    if (sum >= static_cast<double>(options.top_p)) return keep;
+  }
+  // Never reached: scores that NaN made 0 are the only way to get here.
+  std::fill(keep.begin(), keep.end(), options.rules == Rules::paper);
+  return keep;
+}
+
+}  // namespace
+
+std::vector<double> pool_query(const Head& head, const Geometry& geometry, Rules rules, std::int64_t row) {
+  std::vector<double> pooled(geometry.shape.head_dim, 0.0);
+  const std::int64_t begin = geometry.row_begin(row);
+  const std::int64_t end = geometry.row_end(row);
+  for (std::int64_t token = begin; token < end; ++token)
+    for (std::int64_t d = 0; d < geometry.shape.head_dim; ++d) pooled[d] += head.q[token - geometry.q_offset()][d];
+  const auto count = static_cast<double>(rules == Rules::paper ? end - begin : geometry.block);
+  for (double& x : pooled) x = round_to(head.q_dtype, x / count);
+  return pooled;
+}
+
+std::vector<double> block_scores(std::span<const double> pooled_query, const Matrix& pooled_keys,
+                                 std::int64_t own_begin, double scale) {
+  std::vector<double> scores(own_begin);
+  double max = -std::numeric_limits<double>::infinity();
+  for (std::int64_t b = 0; b < own_begin; ++b) {
+    scores[b] = dot(pooled_query, pooled_keys[b]) * scale;
+    max = std::max(max, scores[b]);
+  }
+  double sum = 0;
+  for (double& s : scores) sum += s = std::exp(s - max);
+  for (double& s : scores) s = std::isnan(s / sum) ? 0.0 : s / sum;
+  return scores;
+}
+
+std::vector<std::int32_t> select_blocks(const Options& options, const Geometry& geometry, std::int64_t row,
+                                        std::span<const double> scores, std::span<const std::int32_t> order) {
+  const std::int64_t own_begin = geometry.own_begin(row);
+  const bool dense = options.keep == KeepRule::all || options.top_p == 1.0F ||
+                     row >= geometry.rows() - options.dense_last_rows || own_begin == 0;
+  std::vector<bool> keep = dense ? std::vector<bool>(own_begin, true) : top_p(options, scores);
+  if (own_begin > 0) {
+    const std::int64_t slot_of_token_0 = std::ranges::find(order, 0) - order.begin();
+    keep[slot_of_token_0 / geometry.block] = true;
+  }
+  std::vector<std::int32_t> list;
+  for (std::int64_t b = 0; b <= geometry.diagonal(row); ++b)
+    if (b >= own_begin || keep[b]) list.push_back(static_cast<std::int32_t>(b));
+  return list;
+}
+
+}  // namespace pbsattn::reference
