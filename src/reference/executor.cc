@@ -150,7 +150,7 @@ void attend(const Inputs& inputs, const Options& options, const Geometry& geomet
 }
 
 std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec) {
-  return std::make_unique<ReferenceExecutor>(std::move(spec));
+  return std::make_unique<ReferenceExecutor>(spec);
 }
 
 }  // namespace pbsattn::reference

@@ -1,0 +1,33 @@
+#include <fstream>
+#include <string>
+
+#include "core/threads.h"
+#include "cpu/kernels.h"
+
+namespace pbsattn {
+namespace {
+
+std::string processor_name() {
+  std::ifstream cpuinfo("/proc/cpuinfo");
+  for (std::string line; std::getline(cpuinfo, line);) {
+    if (!line.starts_with("model name")) continue;
+    const auto colon = line.find(": ");
+    if (colon != std::string::npos) return line.substr(colon + 2);
+  }
+  return "unknown processor";
+}
+
+}  // namespace
+
+DeviceInfo describe_cpu() {
+  DeviceInfo info{.name = "cpu",
+                  .processor = processor_name(),
+                  .threads = available_processors(),
+                  .paths = {},
+                  .f32_path = std::string(cpu::choose_kernels(Precision::f32).name),
+                  .bf16_path = std::string(cpu::choose_kernels(Precision::bf16).name)};
+  for (const cpu::Kernels* kernels : cpu::runnable_kernels()) info.paths.emplace_back(kernels->name);
+  return info;
+}
+
+}  // namespace pbsattn

@@ -1,0 +1,129 @@
+// The CPU backend's Plan: checks what only it refuses, and runs the stages pass by pass.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <utility>
+
+#include "cpu/stages.h"
+
+namespace pbsattn::cpu {
+namespace {
+
+class Stopwatch {
+ public:
+  double lap() {
+    const auto now = std::chrono::steady_clock::now();
+    return std::chrono::duration<double>(now - std::exchange(last_, now)).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+class CpuExecutor final : public detail::Executor {
+ public:
+  explicit CpuExecutor(detail::PlanSpec plan_spec)
+      : Executor(std::move(plan_spec)),
+        automatic_(&choose_kernels(spec.options.precision == Precision::bf16 ? Precision::bf16 : Precision::f32)),
+        all_bf16_(spec.options.precision == Precision::f32 ? automatic_ : &choose_kernels(Precision::bf16)),
+        f32_(&choose_f32_kernels()),
+        pass_(choose_pass(spec, *automatic_)),
+        workspace_size_(Pass(spec, *automatic_, pass_, nullptr).bytes) {}
+
+  std::size_t workspace_size() const noexcept override { return workspace_size_; }
+  std::string_view path() const noexcept override { return automatic_->name; }
+
+  void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
+           Trace* trace) const override {
+    const Geometry& g = spec.geometry;
+    const bool bf16 = inputs.q.dtype == DType::bf16 && inputs.k.dtype == DType::bf16 && inputs.v.dtype == DType::bf16;
+    const Kernels& kernels = bf16 ? *all_bf16_ : *automatic_;
+    Stats total;
+    if (trace != nullptr) begin_trace(*trace);
+    const Pass pass(spec, kernels, pass_, workspace.data());
+    for (std::int64_t batch = 0; batch < g.shape.batch; ++batch) {
+      for (std::int64_t head = 0; head < g.shape.q_heads;) {
+        const Heads heads = heads_at(batch, head);
+        const StageContext context{spec, kernels, *f32_, inputs, outputs, heads, pass};
+        Stopwatch watch;
+        permute(context);
+        total.permute_seconds += watch.lap();
+        select(context);
+        total.select_seconds += watch.lap();
+        total.visited_blocks += attend(context);
+        total.attend_seconds += watch.lap();
+        if (trace != nullptr) extend_trace(context, *trace);
+        head += heads.q_count;
+      }
+    }
+    total.causal_blocks = g.shape.batch * g.shape.q_heads * g.causal_blocks_per_head();
+    if (stats != nullptr) *stats = total;
+  }
+
+ private:
+  static const Kernels& choose_f32_kernels() {
+    const Kernels& chosen = choose_kernels(Precision::f32);
+    if (chosen.products == Precision::f32) return chosen;
+    return **std::ranges::find(runnable_kernels(), Precision::f32, &Kernels::products);
+  }
+
+  // The pass that starts at a query head: as many whole groups as a pass takes, or a group's next part.
+  Heads heads_at(std::int64_t batch, std::int64_t head) const {
+    const Geometry& g = spec.geometry;
+    const std::int64_t kv_begin = g.kv_head(head);
+    const std::int64_t kv_end = std::min(g.shape.kv_heads, kv_begin + pass_.kv_heads);
+    const std::int64_t q_end = std::min(kv_end * g.group(), head + pass_.q_heads);
+    return {batch, head, q_end - head, kv_begin, kv_end - kv_begin};
+  }
+
+  void begin_trace(Trace& trace) const {
+    const Geometry& g = spec.geometry;
+    trace.first_row = g.first_row();
+    trace.rows = g.rows();
+    trace.blocks = g.blocks();
+    trace.row_start.push_back(0);
+  }
+
+  static void extend_trace(const StageContext& c, Trace& trace) {
+    const Geometry& g = c.geometry();
+    for (std::int64_t head = 0; head < c.heads.q_count; ++head) {
+      const std::int64_t moved = c.pass.permuted ? g.permuted_len() : 0;
+      const std::int32_t* const order =
+          moved == 0 ? nullptr : c.pass.order + c.pass.far_head(head, c.kv_head(head)) * moved;
+      trace.order.insert(trace.order.end(), order, order + moved);
+      for (std::int64_t token = moved; token < g.shape.kv_len; ++token)
+        trace.order.push_back(static_cast<std::int32_t>(token));
+      for (std::int64_t row = 0; row < g.rows(); ++row) {
+        const std::uint64_t* const mask = c.pass.mask + (head * g.rows() + row) * c.pass.mask_words;
+        for (std::int64_t word = 0; word < c.pass.mask_words; ++word)
+          for (std::uint64_t bits = mask[word]; bits != 0; bits &= bits - 1)
+            trace.block.push_back(static_cast<std::int32_t>(word * 64 + std::countr_zero(bits)));
+        trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
+      }
+    }
+  }
+
+  const Kernels* automatic_;
+  const Kernels* all_bf16_;
+  const Kernels* f32_;
+  PassShape pass_;
+  std::size_t workspace_size_;
+};
+
+}  // namespace
+
+std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec) {
+  const auto refuse = [](const std::string& message) { throw Error(ErrorCode::unsupported, message); };
+  const std::int64_t dim = spec.geometry.shape.head_dim;
+  if (dim % row_tile != 0 || dim > max_head_dim)
+    refuse(fmt::format("head_dim {}: the CPU backend takes multiples of {} up to {}; pad, or use Device::reference()",
+                       dim, row_tile, max_head_dim));
+  if (spec.options.block % strip != 0 || spec.options.block > max_block)
+    refuse(fmt::format("block {}: the CPU backend takes multiples of {} up to {}; use 128, or Device::reference()",
+                       spec.options.block, strip, max_block));
+  return std::make_unique<CpuExecutor>(std::move(spec));
+}
+
+}  // namespace pbsattn::cpu

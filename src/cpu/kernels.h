@@ -1,0 +1,104 @@
+// The inner loops of the CPU backend, one table of functions for each code path.
+//
+// Layout. A *strip* is 32 queries in the lanes of vectors, so that softmax needs no shuffles:
+//
+//     S^T[key][query] = K[key][:] . Q^T[:][query]        O^T[d][query] += V^T[d][key] P^T[key][query]
+//
+// Both products read one operand as broadcast scalars straight from packed K or V, and the other as
+// vectors from packed Q or P. Paths differ in the packed element only: f32, or pairs of bf16 (two
+// neighbours along the axis of summation share 32 bits, as dot-product instructions want them).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "pbsattn/pbsattn.hpp"
+
+namespace pbsattn::cpu {
+
+inline constexpr int strip = 32;          // queries of a strip
+inline constexpr int row_tile = 8;        // rows of K or columns of V in one register tile
+inline constexpr int max_head_dim = 256;  // bounds the kernels' stack buffers
+inline constexpr int max_block = 256;
+
+// Rows of head_dim elements: row i is at data + (index ? index[i] : i) * stride elements.
+struct Rows {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t stride = 0;
+  const std::int32_t* index = nullptr;
+
+  const void* at(int i) const {
+    const std::int64_t offset = (index != nullptr ? index[i] : i) * stride;
+    return static_cast<const std::byte*>(data) + offset * (dtype == DType::f32 ? 4 : 2);
+  }
+};
+
+// The online softmax of one strip. `out` is O^T, [head_dim][strip], unnormalised; max is of unscaled
+// scores, -inf before the first block.
+struct StripState {
+  float* max;  // [strip]
+  float* sum;  // [strip]
+  float* out;
+};
+
+// One key block against one strip.
+struct BlockArgs {
+  const void* keys;     // packed
+  const void* values;   // packed
+  const void* queries;  // packed strip
+  int count;            // keys; a multiple of row_tile, padded with zero rows
+  int head_dim;
+  float scale_log2;       // scale * log2(e): the softmax works in base 2
+  bool causal;            // mask key i for query j where i > j + diagonal
+  std::int64_t diagonal;  // token of the strip's first query minus token of the block's first key
+  bool values_finite;     // if not, masked values are kept out of the sum (0 * inf is NaN)
+  float* scratch;         // [max(count, head_dim)][strip] floats, twice
+};
+
+// Every path has the first group of functions; the f32 paths serve the rest for all of them.
+struct Kernels {
+  std::string_view name;  // "avx512_bf16"
+  Precision products;     // f32 or bf16
+  int element_size;       // bytes of a packed element
+
+  // Packs `count` rows as keys (or values), with zero rows up to `padded`. Where `sum` is not null, adds
+  // the rows' unrounded values to sum[head_dim].
+  void (*pack_keys)(const Rows& rows, int count, int padded, int head_dim, void* packed, float* sum);
+  // Returns whether every value was finite.
+  bool (*pack_values)(const Rows& rows, int count, int padded, int head_dim, void* packed);
+  // Packs `count` <= strip rows as a strip; the queries after them are zero.
+  void (*pack_queries)(const Rows& rows, int count, int head_dim, void* packed);
+
+  // One step of the online softmax.
+  void (*attend_block)(const BlockArgs& args, const StripState& state);
+  // Writes `count` normalised rows, and their natural log-sum-exp where lse is not null.
+  void (*finish)(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
+                 std::int64_t stride, float* lse);
+
+  // scores[key][query] = keys . queries, unscaled.
+  void (*scores)(const void* keys, const void* queries, int count, int head_dim, float* scores);
+  // Folds scores into a strip's running max and sum, without values.
+  void (*softmax_stats)(const float* scores, int count, float scale_log2, float* max, float* sum);
+  // weights[key] = sum over the first `queries` queries of their softmax weight on that key.
+  void (*softmax_weights)(const float* scores, int count, int queries, float scale_log2, const float* max,
+                          const float* sum, float* weights);
+
+  // sum[:] += a row of head_dim elements; and the rounding of float32 values to a dtype, in place.
+  void (*add_row)(const void* row, DType dtype, int head_dim, float* sum);
+  void (*round_row)(DType dtype, int count, float* row);
+};
+
+// The tables this processor can run, fastest first; never empty. f32 and bf16 paths are both listed.
+const std::vector<const Kernels*>& runnable_kernels();
+
+// The path for these products: the first of runnable_kernels() whose products match, or the f32 one where
+// bf16 has no fast path. PBSATTN_CPU_PATH=name in the environment, read when a plan is made, forces one.
+const Kernels& choose_kernels(Precision products);
+
+std::vector<const Kernels*> f32_kernels();  // Highway's targets, best first
+const Kernels* avx512_bf16_kernels();       // null where not compiled in or not supported
+
+}  // namespace pbsattn::cpu

@@ -1,0 +1,145 @@
+// Moves keys and values: packs them in their original order, scores the keys by the last queries, sorts
+// each complete segment by score, and packs the far blocks again in that order.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/pool.h"
+#include "cpu/stages.h"
+
+namespace pbsattn::cpu {
+namespace {
+
+// Block b's rows of the original order.
+struct BlockRange {
+  std::int64_t first;
+  int count;
+};
+
+BlockRange block_range(const Geometry& g, std::int64_t block) {
+  const std::int64_t first = block * g.block;
+  return {first, static_cast<int>(std::min<std::int64_t>(g.block, g.shape.kv_len - first))};
+}
+
+int padded(int count) {
+  return (count + row_tile - 1) / row_tile * row_tile;
+}
+
+float* pooled_row(const StageContext& c, std::int64_t head, std::int64_t block) {
+  const std::int64_t pooled_rows = ceil_div(c.pass.far_blocks, row_tile) * row_tile;
+  return c.pass.pooled_keys + (head * pooled_rows + block) * c.geometry().shape.head_dim;
+}
+
+// Turns a sum of `block` keys into the pooled key, in the keys' dtype as the method has it.
+void pool_key(const StageContext& c, float* sum) {
+  const auto dim = c.geometry().shape.head_dim;
+  for (std::int64_t d = 0; d < dim; ++d) sum[d] /= static_cast<float>(c.geometry().block);
+  c.f32_kernels.round_row(c.inputs.k.dtype, static_cast<int>(dim), sum);
+}
+
+void pack_original(const StageContext& c) {
+  const Geometry& g = c.geometry();
+  const auto dim = static_cast<int>(g.shape.head_dim);
+  parallel_for(c.spec.threads, c.heads.kv_count * g.blocks(), [&](std::int64_t item, int) {
+    const std::int64_t head = item / g.blocks();
+    const std::int64_t block = item % g.blocks();
+    const auto [first, count] = block_range(g, block);
+    float* const pool =
+        c.pass.scored && !c.pass.permuted && block < c.pass.far_blocks ? pooled_row(c, head, block) : nullptr;
+    if (pool != nullptr) std::fill_n(pool, dim, 0.0F);
+    c.kernels.pack_keys(c.rows_of(c.inputs.k, c.heads.kv_begin + head, first), count, padded(count), dim,
+                        c.pass.keys + item * c.pass.block_bytes, pool);
+    c.pass.values_finite[item] = c.kernels.pack_values(c.rows_of(c.inputs.v, c.heads.kv_begin + head, first), count,
+                                                       padded(count), dim, c.pass.values + item * c.pass.block_bytes);
+    if (pool != nullptr) pool_key(c, pool);
+  });
+}
+
+// Mean softmax weight of the last queries on every key of a complete segment, in shares by strip: two
+// passes over the keys, because weights need the final sum and N x 32 of them would not stay in cache.
+void score_keys(const StageContext& c) {
+  const Geometry& g = c.geometry();
+  const auto dim = static_cast<int>(g.shape.head_dim);
+  const std::int64_t strips = c.pass.scoring_strips;
+  const std::int64_t blocks = g.permuted_len() / g.block;
+  parallel_for(c.spec.threads, c.heads.q_count * strips, [&](std::int64_t item, int thread) {
+    const std::int64_t head = item / strips;
+    const std::int64_t first = g.shape.q_len - g.scoring_queries() + item % strips * strip;
+    const int queries = static_cast<int>(std::min<std::int64_t>(strip, g.shape.q_len - first));
+    float* const max = reinterpret_cast<float*>(c.scratch(thread));
+    float* const sum = max + strip;
+    float* const scores = sum + strip;
+    float* const packed = scores + g.block * strip;
+    float* const weights = c.pass.weights + item * g.permuted_len();
+    const std::byte* const keys = c.pass.keys + c.kv_head(head) * g.blocks() * c.pass.block_bytes;
+
+    c.kernels.pack_queries(c.q_rows(head, first), queries, dim, packed);
+    std::fill_n(max, strip, -std::numeric_limits<float>::infinity());
+    std::fill_n(sum, strip, 0.0F);
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      c.kernels.scores(keys + b * c.pass.block_bytes, packed, g.block, dim, scores);
+      c.kernels.softmax_stats(scores, g.block, c.scale_log2(), max, sum);
+    }
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      c.kernels.scores(keys + b * c.pass.block_bytes, packed, g.block, dim, scores);
+      c.kernels.softmax_weights(scores, g.block, queries, c.scale_log2(), max, sum, weights + b * g.block);
+    }
+  });
+}
+
+// Descending score, ties by index; NaN last.
+void sort_segments(const StageContext& c) {
+  const Geometry& g = c.geometry();
+  const std::int64_t segments = g.complete_segments();
+  const std::int64_t per_order = c.pass.shared_order ? g.group() : 1;
+  const std::int64_t orders = c.heads.q_count / per_order;
+  const std::int64_t shares = per_order * c.pass.scoring_strips;
+  const std::int64_t len = g.permuted_len();
+  parallel_for(c.spec.threads, orders * segments, [&](std::int64_t item, int) {
+    const std::int64_t head = item / segments;
+    const std::int64_t begin = item % segments * g.segment;
+    const std::int64_t end = begin + g.segment;
+    float* const total = c.pass.weights + head * shares * len;
+    for (std::int64_t share = 1; share < shares; ++share)
+      for (std::int64_t i = begin; i < end; ++i) total[i] += total[share * len + i];
+    for (std::int64_t i = begin; i < end; ++i)
+      if (std::isnan(total[i])) total[i] = -1.0F;  // under every weight
+    std::int32_t* const order = c.pass.order + head * len;
+    for (std::int64_t i = begin; i < end; ++i) order[i] = static_cast<std::int32_t>(i);
+    std::sort(order + begin, order + end,
+              [&](std::int32_t a, std::int32_t b) { return total[a] != total[b] ? total[a] > total[b] : a < b; });
+    if (begin == 0) c.pass.sink_block[head] = (std::find(order, order + end, 0) - order) / g.block;
+  });
+}
+
+void pack_permuted(const StageContext& c) {
+  const Geometry& g = c.geometry();
+  const auto dim = static_cast<int>(g.shape.head_dim);
+  const std::int64_t orders = c.pass.shared_order ? c.heads.kv_count : c.heads.q_count;
+  parallel_for(c.spec.threads, orders * c.pass.far_blocks, [&](std::int64_t item, int) {
+    const std::int64_t head = item / c.pass.far_blocks;
+    const std::int64_t block = item % c.pass.far_blocks;
+    const std::int64_t kv_head = c.heads.kv_begin + (c.pass.shared_order ? head : c.kv_head(head));
+    const std::int32_t* const tokens = c.pass.order + head * g.permuted_len() + block * g.block;
+    float* const pool = c.pass.scored ? pooled_row(c, head, block) : nullptr;
+    if (pool != nullptr) std::fill_n(pool, dim, 0.0F);
+    Rows k = c.rows_of(c.inputs.k, kv_head, 0);
+    Rows v = c.rows_of(c.inputs.v, kv_head, 0);
+    k.index = v.index = tokens;
+    c.kernels.pack_keys(k, g.block, g.block, dim, c.pass.far_keys + item * c.pass.block_bytes, pool);
+    c.kernels.pack_values(v, g.block, g.block, dim, c.pass.far_values + item * c.pass.block_bytes);
+    if (pool != nullptr) pool_key(c, pool);
+  });
+}
+
+}  // namespace
+
+void permute(const StageContext& c) {
+  pack_original(c);
+  if (!c.pass.permuted) return;
+  score_keys(c);
+  sort_segments(c);
+  pack_permuted(c);
+}
+
+}  // namespace pbsattn::cpu

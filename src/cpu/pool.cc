@@ -1,0 +1,98 @@
+#include "cpu/pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace pbsattn::cpu {
+namespace {
+
+struct Loop {
+  const std::function<void(std::int64_t, int)>& body;
+  std::int64_t items;
+  std::atomic<std::int64_t> next = 0;
+
+  void work(int thread) {
+    for (std::int64_t item = next.fetch_add(1); item < items; item = next.fetch_add(1)) body(item, thread);
+  }
+};
+
+class Pool {
+ public:
+  // Never destroyed: threads may still be needed by other static objects' destructors.
+  static Pool& instance() {
+    static Pool* const pool = new Pool;
+    return *pool;
+  }
+
+  void run(int threads, Loop& loop) {
+    const std::lock_guard one_loop_at_a_time(callers_);
+    {
+      const std::lock_guard lock(mutex_);
+      grow(threads - 1);
+      loop_ = &loop;
+      wanted_ = std::min(threads - 1, static_cast<int>(workers_.size()));
+      running_ = wanted_;
+      ++generation_;
+    }
+    start_.notify_all();
+    loop.work(0);
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [&] { return running_ == 0; });
+    loop_ = nullptr;
+  }
+
+ private:
+  void grow(int count) {
+    while (static_cast<int>(workers_.size()) < count) {
+      const int thread = static_cast<int>(workers_.size()) + 1;
+      try {
+        workers_.emplace_back([this, thread, seen = generation_] { serve(thread, seen); });
+        workers_.back().detach();
+      } catch (const std::system_error&) {
+        return;
+      }
+    }
+  }
+
+  void serve(int thread, std::uint64_t seen) {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      start_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (thread > wanted_) continue;
+      Loop* const loop = loop_;
+      lock.unlock();
+      loop->work(thread);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex callers_;
+  std::mutex mutex_;
+  std::condition_variable start_;
+  std::condition_variable done_;
+  std::vector<std::thread> workers_;
+  Loop* loop_ = nullptr;
+  std::uint64_t generation_ = 0;
+  int wanted_ = 0;   // workers 1 .. wanted_ take part in this generation's loop
+  int running_ = 0;  // of which this many have not finished
+};
+
+}  // namespace
+
+void parallel_for(int threads, std::int64_t items, const std::function<void(std::int64_t, int)>& body) {
+  Loop loop{.body = body, .items = items};
+  const int useful = static_cast<int>(std::min<std::int64_t>(threads, items));
+  if (useful <= 1)
+    loop.work(0);
+  else
+    Pool::instance().run(useful, loop);
+}
+
+}  // namespace pbsattn::cpu

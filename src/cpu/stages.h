@@ -1,0 +1,45 @@
+// The stages of one pass, each over all threads. Contracts: docs/architecture.md.
+#pragma once
+
+#include "cpu/workspace.h"
+
+namespace pbsattn::cpu {
+
+// What the stages of a pass share. They talk through the pass's arrays.
+struct StageContext {
+  const detail::PlanSpec& spec;
+  const Kernels& kernels;      // of the plan's products
+  const Kernels& f32_kernels;  // of pooled scores
+  const Inputs& inputs;
+  const Outputs& outputs;
+  Heads heads;
+  const Pass& pass;
+
+  const Geometry& geometry() const { return spec.geometry; }
+  float scale_log2() const { return spec.options.scale * 1.44269504088896340736F; }
+  std::byte* scratch(int thread) const { return pass.scratch + thread * pass.scratch_bytes; }
+  // Pass-relative KV head of a pass-relative query head.
+  std::int64_t kv_head(std::int64_t q_head) const {
+    return geometry().kv_head(heads.q_begin + q_head) - heads.kv_begin;
+  }
+  Rows q_rows(std::int64_t q_head, std::int64_t query) const {
+    return rows_of(inputs.q, heads.q_begin + q_head, query);
+  }
+  Rows rows_of(const ConstView& view, std::int64_t head, std::int64_t token) const {
+    const std::int64_t offset = heads.batch * view.batch_stride + head * view.head_stride + token * view.token_stride;
+    return {static_cast<const std::byte*>(view.data) + offset * (view.dtype == DType::f32 ? 4 : 2), view.dtype,
+            view.token_stride, nullptr};
+  }
+};
+
+// Fills keys, values and values_finite; where keys are permuted also order, sink_block, far_keys and
+// far_values; where blocks are scored also pooled_keys.
+void permute(const StageContext& context);
+
+// Fills mask.
+void select(const StageContext& context);
+
+// Fills the outputs of the pass's heads. Returns the number of block pairs computed.
+std::int64_t attend(const StageContext& context);
+
+}  // namespace pbsattn::cpu

@@ -1,0 +1,89 @@
+#include "cpu/workspace.h"
+
+#include <fmt/format.h>
+
+namespace pbsattn::cpu {
+namespace {
+
+constexpr std::size_t alignment = 64;
+
+class Arena {
+ public:
+  explicit Arena(std::byte* base) : base_(base) {
+    if (base != nullptr) used_ = (alignment - reinterpret_cast<std::uintptr_t>(base) % alignment) % alignment;
+  }
+  template <class T>
+  void take(T*& pointer, std::int64_t count) {
+    if (base_ != nullptr) pointer = reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  std::size_t used_ = 0;
+};
+
+}  // namespace
+
+Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape, std::byte* base) {
+  const Options& options = spec.options;
+  const Geometry& g = spec.geometry;
+  const std::int64_t dim = g.shape.head_dim;
+  const std::int64_t blocks = g.blocks();
+  far_blocks = g.own_begin(g.rows() - 1);
+  permuted = options.permutation != Permutation::none && g.permuted_len() > 0;
+  scored = options.score != BlockScore::none && options.keep != KeepRule::all && far_blocks > 0;
+  shared_order = options.order_scope == OrderScope::kv_head;
+  scoring_strips = ceil_div(g.scoring_queries(), strip);
+  mask_words = ceil_div(blocks, 64);
+  block_bytes = g.block * dim * kernels.element_size;
+  const std::int64_t order_heads = !permuted ? 0 : shared_order ? shape.kv_heads : shape.q_heads;
+  const std::int64_t far_heads = permuted ? order_heads : shape.kv_heads;
+
+  // A thread's scratch: a row's packed queries and softmax state, then one block's scores; or, in the
+  // scoring stages, a strip's state and one block's (or all pooled blocks') scores.
+  const std::int64_t row_strips = g.block / strip;
+  const std::int64_t attend = row_strips * (dim * strip * (kernels.element_size + 4) + 2 * strip * 4) +
+                              2 * std::max<std::int64_t>(g.block, dim) * strip * 4;
+  const std::int64_t pooled_rows = ceil_div(far_blocks, row_tile) * row_tile;
+  const std::int64_t select = strip * dim * 8 + pooled_rows * strip * 4 + far_blocks * 16;
+  scratch_bytes = ceil_div(std::max(attend, select), alignment) * alignment;
+
+  Arena arena(base);
+  arena.take(keys, shape.kv_heads * blocks * block_bytes);
+  arena.take(values, shape.kv_heads * blocks * block_bytes);
+  arena.take(values_finite, shape.kv_heads * blocks);
+  arena.take(far_keys, order_heads * far_blocks * block_bytes);
+  arena.take(far_values, order_heads * far_blocks * block_bytes);
+  arena.take(pooled_keys, scored ? far_heads * pooled_rows * dim : 0);
+  arena.take(weights, permuted ? shape.q_heads * scoring_strips * g.permuted_len() : 0);
+  arena.take(order, order_heads * g.permuted_len());
+  arena.take(sink_block, order_heads);
+  arena.take(mask, shape.q_heads * g.rows() * mask_words);
+  arena.take(scratch, spec.threads * scratch_bytes);
+  bytes = arena.used() + (base == nullptr ? alignment : 0);
+}
+
+PassShape choose_pass(const detail::PlanSpec& spec, const Kernels& kernels) {
+  const Geometry& g = spec.geometry;
+  const std::int64_t group = g.group();
+  // Enough rows that the threads stay busy while the last long ones finish; more would only take memory.
+  constexpr std::int64_t rows_per_thread = 16;
+  std::int64_t groups = ceil_div(rows_per_thread * spec.threads, group * g.rows());
+  groups = std::min(groups, g.shape.kv_heads);
+  const auto fits = [&](PassShape shape) { return Pass(spec, kernels, shape, nullptr).bytes <= spec.workspace_cap; };
+  for (; groups >= 1; --groups)
+    if (fits({groups * group, groups})) return {groups * group, groups};
+  // A shared order needs the scores of its whole group.
+  const std::int64_t least = spec.options.order_scope == OrderScope::kv_head ? group : 1;
+  for (std::int64_t heads = group - 1; heads >= least; --heads)
+    if (fits({heads, 1})) return {heads, 1};
+  throw Error(
+      ErrorCode::out_of_memory,
+      fmt::format("workspace_cap {} bytes: the smallest pass of this plan takes {}; raise the cap, or split the "
+                  "prompt into chunks",
+                  spec.workspace_cap, Pass(spec, kernels, {least, 1}, nullptr).bytes));
+}
+
+}  // namespace pbsattn::cpu

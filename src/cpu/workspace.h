@@ -1,0 +1,68 @@
+// What one pass over some heads keeps in memory, and how heads are cut into passes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/executor.h"
+#include "cpu/kernels.h"
+
+namespace pbsattn::cpu {
+
+// Consecutive query heads of one batch entry and the KV heads they read: whole groups, or part of one.
+struct Heads {
+  std::int64_t batch = 0;
+  std::int64_t q_begin = 0, q_count = 0;
+  std::int64_t kv_begin = 0, kv_count = 0;
+};
+
+// Sizes a pass is laid out from.
+struct PassShape {
+  std::int64_t q_heads = 0;
+  std::int64_t kv_heads = 0;
+};
+
+// Arrays of one pass in the caller's workspace. With a null base the same arithmetic gives the size.
+// "Far" blocks are those that some row sees outside its own segment: permuted, or the originals
+// themselves when nothing is permuted.
+struct Pass {
+  Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape, std::byte* base);
+
+  std::byte* keys = nullptr;              // [kv_heads][blocks][block][head_dim] packed, original order
+  std::byte* values = nullptr;            // the same
+  std::uint8_t* values_finite = nullptr;  // [kv_heads][blocks]
+  std::byte* far_keys = nullptr;          // [order_heads][far_blocks][block][head_dim] packed, permuted
+  std::byte* far_values = nullptr;        // the same
+  float* pooled_keys = nullptr;           // [far_heads][far_blocks up to a row_tile][head_dim]
+  float* weights = nullptr;               // [q_heads][scoring strips][permuted_len]
+  std::int32_t* order = nullptr;          // [order_heads][permuted_len]
+  std::int64_t* sink_block = nullptr;     // [order_heads]: the block that holds token 0
+  std::uint64_t* mask = nullptr;          // [q_heads][rows][mask_words], bit b: the row sees block b
+  std::byte* scratch = nullptr;           // [threads][scratch_bytes]
+  std::size_t bytes = 0;                  // of all these, alignment slack included
+
+  bool permuted = false;
+  bool scored = false;
+  bool shared_order = false;    // one order for each KV head
+  std::int64_t far_blocks = 0;  // blocks before the last row's own segment
+  std::int64_t scoring_strips = 0;
+  std::int64_t mask_words = 0;
+  std::int64_t block_bytes = 0;  // of a packed block of keys or of values
+  std::int64_t scratch_bytes = 0;
+
+  // Index of a pass's query head in far_keys, pooled_keys and order.
+  std::int64_t far_head(std::int64_t q_head, std::int64_t kv_head) const {
+    return permuted && !shared_order ? q_head : kv_head;
+  }
+  const std::byte* far_block(const std::byte* far, const std::byte* original, std::int64_t head, std::int64_t block,
+                             std::int64_t blocks) const {
+    return permuted ? far + (head * far_blocks + block) * block_bytes
+                    : original + (head * blocks + block) * block_bytes;
+  }
+};
+
+// The largest useful pass within the plan's cap. Throws Error(out_of_memory) when even the smallest is
+// over it.
+PassShape choose_pass(const detail::PlanSpec& spec, const Kernels& kernels);
+
+}  // namespace pbsattn::cpu
