@@ -1,0 +1,79 @@
+#include "causal_mask.h"
+
+#include <algorithm>
+#include <atomic>
+#include <system_error>
+#include <thread>
+
+namespace pbsattn::ggml {
+namespace {
+
+constexpr std::uint16_t seen = 0x0000;    // +0.0
+constexpr std::uint16_t hidden = 0xFC00;  // -inf
+
+// A thread is worth starting for about a million entries.
+constexpr std::int64_t entries_per_thread = std::int64_t{1} << 20;
+
+bool all_equal(const std::uint16_t* entries, std::int64_t count, std::uint16_t value) {
+  constexpr std::int64_t chunk = 64;  // a fixed length, so that the inner loop becomes vector code
+  std::int64_t i = 0;
+  for (; i + chunk <= count; i += chunk) {
+    std::uint16_t difference = 0;
+    for (std::int64_t j = 0; j < chunk; ++j) difference |= static_cast<std::uint16_t>(entries[i + j] ^ value);
+    if (difference != 0) return false;
+  }
+  return std::all_of(entries + i, entries + count, [value](std::uint16_t entry) { return entry == value; });
+}
+
+bool rows_are_causal(const Mask& mask, std::int64_t begin, std::int64_t end, std::int64_t offset,
+                     const std::atomic<bool>& refuted) {
+  for (std::int64_t row = begin; row < end && !refuted.load(std::memory_order_relaxed); ++row) {
+    const std::uint16_t* entries = mask.data + row * mask.row_stride;
+    const std::int64_t visible = offset + row + 1;
+    if (!all_equal(entries, visible, seen) || !all_equal(entries + visible, mask.keys - visible, hidden)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+std::optional<std::int64_t> causal_offset(const Mask& mask, int threads) {
+  if (mask.queries < 1 || mask.keys < mask.queries) return std::nullopt;
+  const std::int64_t offset = std::find(mask.data, mask.data + mask.keys, hidden) - mask.data - 1;
+  if (offset < 0 || offset + mask.queries > mask.keys) return std::nullopt;
+
+  const std::int64_t wanted = mask.queries * mask.keys / entries_per_thread;
+  const std::int64_t parts = std::clamp<std::int64_t>(wanted, 1, std::max(threads, 1));
+  std::atomic<bool> refuted{false};
+  const auto check = [&](std::int64_t part) {
+    if (!rows_are_causal(mask, mask.queries * part / parts, mask.queries * (part + 1) / parts, offset, refuted))
+      refuted = true;
+  };
+  std::vector<std::jthread> helpers;
+  std::int64_t started = 1;  // part 0 is the caller's
+  try {
+    for (; started < parts; ++started) helpers.emplace_back(check, started);
+  } catch (const std::system_error&) {
+    // No more threads to be had: the caller does the parts that are left.
+  }
+  check(0);
+  for (std::int64_t part = started; part < parts; ++part) check(part);
+  helpers.clear();
+  return refuted ? std::nullopt : std::optional(offset);
+}
+
+std::optional<std::int64_t> CausalMasks::offset(const Mask& mask, std::int32_t layer, int threads) {
+  const auto known = std::ranges::find_if(verdicts_, [&](const Verdict& verdict) {
+    return verdict.mask.data == mask.data && verdict.mask.queries == mask.queries && verdict.mask.keys == mask.keys &&
+           verdict.mask.row_stride == mask.row_stride;
+  });
+  if (known == verdicts_.end()) {
+    verdicts_.push_back({mask, layer, causal_offset(mask, threads)});
+    return verdicts_.back().offset;
+  }
+  if (layer < 0 || layer <= known->layer) known->offset = causal_offset(mask, threads);
+  known->layer = layer;
+  return known->offset;
+}
+
+}  // namespace pbsattn::ggml

@@ -1,0 +1,199 @@
+#include "compute.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "log.h"
+#include "stats.h"
+
+namespace pbsattn::ggml {
+namespace {
+
+class Timer {
+ public:
+  double seconds() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point start_ = Clock::now();
+};
+
+Mask mask_of(const AttentionOp& op) {
+  const ggml_tensor* mask = op.mask();
+  return {.data = static_cast<const std::uint16_t*>(mask->data),
+          .queries = op.queries(),
+          .keys = mask->ne[0],
+          .row_stride = static_cast<std::int64_t>(mask->nb[1] / sizeof(std::uint16_t))};
+}
+
+}  // namespace
+
+bool PlanCache::Key::operator==(const Key& other) const {
+  // None of these has padding, so equal bytes are equal values.
+  static_assert(sizeof(pbsattn_options) == 11 * 4 && sizeof(pbsattn_shape) == 6 * 8 && sizeof(pbsattn_device) == 2 * 4);
+  return std::memcmp(&options, &other.options, sizeof options) == 0 &&
+         std::memcmp(&shape, &other.shape, sizeof shape) == 0 &&
+         std::memcmp(&device, &other.device, sizeof device) == 0 && workspace_cap == other.workspace_cap;
+}
+
+const pbsattn_plan* PlanCache::find(const Key& key, std::string* error) {
+  constexpr std::size_t kept = 8;  // models mix at most a few head shapes, and a chunk's shape won't come again
+  auto entry = std::ranges::find(entries_, key, &Entry::key);
+  if (entry == entries_.end()) {
+    pbsattn_plan* plan = nullptr;
+    const pbsattn_status status = pbsattn_plan_create(&key.options, &key.shape, &key.device, key.workspace_cap, &plan);
+    entries_.push_front({key, {}, status == PBSATTN_OK ? "" : pbsattn_last_error()});
+    entries_.front().plan.reset(plan);
+    if (entries_.size() > kept) entries_.pop_back();
+  } else {
+    entries_.splice(entries_.begin(), entries_, entry);
+  }
+  *error = entries_.front().error;
+  return entries_.front().plan.get();
+}
+
+void Computer::set_abort_callback(ggml_abort_callback callback, void* data) {
+  abort_ = callback;
+  abort_data_ = data;
+  kernel_.set_abort_callback(callback, data);
+}
+
+ggml_status Computer::compute(ggml_cgraph* graph) {
+  for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+    ggml_tensor* node = ggml_graph_node(graph, i);
+    if (computes_nothing(node) || (node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) continue;
+    const ggml_status status = is_attention(node) ? compute(AttentionOp{node}) : kernel_.compute(node, threads_);
+    if (status != GGML_STATUS_SUCCESS) return status;
+    if (abort_ != nullptr && abort_(abort_data_)) return GGML_STATUS_ABORTED;
+  }
+  return GGML_STATUS_SUCCESS;
+}
+
+ggml_status Computer::compute(const AttentionOp& op) {
+  const Settings settings = current_settings();
+  const Observer observer = current_observer();
+  const bool ours = settings.config.mode == GGML_PBSATTN_MODE_PBSATTN;
+
+  ggml_pbsattn_layer_stats stats{};
+  stats.layer = op.layer();
+  stats.calls = 1;
+  stats.q_len = stats.queries = op.queries();
+  stats.kv_len = op.k()->ne[1];
+
+  const Timer total;
+  ggml_pbsattn_reason reason = examine(op.tensor, settings.config.min_tokens);
+  if (reason == GGML_PBSATTN_TAKEN && (ours || observer.call != nullptr)) {
+    const Timer reading;
+    const auto offset = masks_.offset(mask_of(op), stats.layer, threads_);
+    stats.mask_seconds = reading.seconds();
+    if (offset) {
+      stats.kv_len = *offset + op.queries();
+      if (observer.call != nullptr) {
+        const pbsattn_shape shape = op.shape(stats.kv_len);
+        const pbsattn_view q = AttentionOp::view(op.q()), k = AttentionOp::view(op.k()), v = AttentionOp::view(op.v());
+        observer.call(observer.user, stats.layer, &shape, &q, &k, &v);
+      }
+    } else {
+      reason = GGML_PBSATTN_MASK_NOT_CAUSAL;
+    }
+  }
+  if (reason == GGML_PBSATTN_TAKEN) reason = ours ? run(op, settings, &stats) : GGML_PBSATTN_BY_MODE;
+
+  ggml_status status = GGML_STATUS_SUCCESS;
+  if (reason != GGML_PBSATTN_TAKEN) status = kernel_.compute(op.tensor, threads_);
+  stats.total_seconds = total.seconds();
+  if (reason == GGML_PBSATTN_TAKEN && settings.config.check) {
+    status = kernel_.compute(op.tensor, threads_);
+    if (status == GGML_STATUS_SUCCESS) compare(op, &stats);
+  }
+
+  stats.reasons[reason] = 1;
+  if (status == GGML_STATUS_SUCCESS) record(stats);
+  if (settings.verbose) {
+    log(GGML_LOG_LEVEL_INFO,
+        fmt::format("layer {}: {} x {} in {:.1f} ms, {}", stats.layer, stats.q_len, stats.kv_len,
+                    stats.total_seconds * 1e3,
+                    reason == GGML_PBSATTN_TAKEN
+                        ? fmt::format("blocks {}/{}", stats.visited_blocks, stats.causal_blocks)
+                        : fmt::format("by ggml's kernel: {}", ggml_backend_pbsattn_reason_name(reason))));
+  }
+  return status;
+}
+
+ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& settings, ggml_pbsattn_layer_stats* stats) {
+  const ggml_pbsattn_config& config = settings.config;
+  PlanCache::Key key{.options = config.options,
+                     .shape = op.shape(stats->kv_len),
+                     .device = {.kind = config.device, .threads = threads_},
+                     .workspace_cap = config.workspace_cap};
+  key.options.scale = op.scale();
+  std::string error;
+  const pbsattn_plan* plan = plans_.find(key, &error);
+  if (plan == nullptr) {
+    complain(error);
+    return GGML_PBSATTN_PLAN_REFUSED;
+  }
+
+  float* out = static_cast<float*>(op.tensor->data);
+  const std::size_t needed = pbsattn_plan_workspace_size(plan);
+  try {
+    if (needed > workspace_size_) {
+      workspace_size_ = 0;
+      workspace_.reset();  // before the larger one is made, so that both never exist
+      workspace_ = std::make_unique_for_overwrite<std::byte[]>(needed);
+      workspace_size_ = needed;
+    }
+    if (config.check) {
+      scratch_.resize(static_cast<std::size_t>(ggml_nelements(op.tensor)));
+      out = scratch_.data();
+    }
+  } catch (const std::bad_alloc&) {
+    complain(fmt::format("{} MiB of workspace can't be had; set PBSATTN_WORKSPACE_CAP_MIB", needed >> 20));
+    return GGML_PBSATTN_RUN_FAILED;
+  }
+
+  const pbsattn_view q = AttentionOp::view(op.q()), k = AttentionOp::view(op.k()), v = AttentionOp::view(op.v());
+  const pbsattn_view output = op.output(out);
+  pbsattn_stats run_stats{};
+  if (pbsattn_plan_run(plan, &q, &k, &v, &output, nullptr, workspace_.get(), workspace_size_, &run_stats) !=
+      PBSATTN_OK) {
+    complain(pbsattn_last_error());
+    return GGML_PBSATTN_RUN_FAILED;
+  }
+  stats->visited_blocks = run_stats.visited_blocks;
+  stats->causal_blocks = run_stats.causal_blocks;
+  stats->permute_seconds = run_stats.permute_seconds;
+  stats->select_seconds = run_stats.select_seconds;
+  stats->attend_seconds = run_stats.attend_seconds;
+  return GGML_PBSATTN_TAKEN;
+}
+
+void Computer::compare(const AttentionOp& op, ggml_pbsattn_layer_stats* stats) const {
+  const auto* theirs = static_cast<const float*>(op.tensor->data);
+  double max_abs = 0, error = 0, norm = 0;
+  for (std::size_t i = 0; i < scratch_.size(); ++i) {
+    const double difference = static_cast<double>(scratch_[i]) - theirs[i];
+    // A NaN on one side only must show; it would vanish in std::max.
+    max_abs = std::isnan(difference) && std::isnan(scratch_[i]) != std::isnan(theirs[i])
+                  ? std::numeric_limits<double>::infinity()
+                  : std::max(max_abs, std::abs(difference));
+    error += difference * difference;
+    norm += static_cast<double>(theirs[i]) * theirs[i];
+  }
+  stats->checks = 1;
+  stats->check_max_abs = max_abs;
+  stats->check_rel_rms = norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
+}
+
+void Computer::complain(const std::string& message) {
+  if (complaints_.insert(message).second)
+    log(GGML_LOG_LEVEL_WARN, message + " (this attention is left to ggml's own kernel)");
+}
+
+}  // namespace pbsattn::ggml

@@ -1,0 +1,17 @@
+// The plug-in speaks only through ggml's logger, so a program that silences or redirects ggml does the same to us.
+#pragma once
+
+#include <string>
+
+#include "ggml.h"
+
+namespace pbsattn::ggml {
+
+inline void log(ggml_log_level level, const std::string& line) {
+  ggml_log_callback callback = nullptr;
+  void* user_data = nullptr;
+  ggml_log_get(&callback, &user_data);
+  if (callback != nullptr) callback(level, ("pbsattn: " + line + "\n").c_str(), user_data);
+}
+
+}  // namespace pbsattn::ggml

@@ -1,0 +1,218 @@
+#include "settings.h"
+
+#include <fmt/format.h>
+
+#include <array>
+#include <charconv>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <string_view>
+
+#include "log.h"
+
+namespace pbsattn::ggml {
+namespace {
+
+thread_local std::string last_error;
+
+// Collects the first thing that is wrong with the environment.
+class Reader {
+ public:
+  Reader(const std::function<const char*(const char*)>& variable, std::string* error)
+      : variable_(variable), error_(error) {}
+
+  // The variable's value; an empty one counts as unset.
+  std::optional<std::string_view> text(const char* name) const {
+    const char* value = variable_(name);
+    if (value == nullptr || *value == '\0') return std::nullopt;
+    return value;
+  }
+
+  template <class Number>
+  void number(const char* name, std::string_view rule, Number* out) {
+    const auto value = text(name);
+    if (!value) return;
+    Number parsed{};
+    const auto [end, code] = std::from_chars(value->data(), value->data() + value->size(), parsed);
+    if (code == std::errc() && end == value->data() + value->size())
+      *out = parsed;
+    else
+      fail(name, *value, rule);
+  }
+
+  struct Choice {
+    std::string_view name;
+    std::int32_t value;
+  };
+  template <std::size_t n>
+  std::optional<std::int32_t> choice(const char* name, const std::array<Choice, n>& choices) {
+    const auto value = text(name);
+    if (!value) return std::nullopt;
+    std::string names;
+    for (const Choice& choice : choices) {
+      if (*value == choice.name) return choice.value;
+      names += (names.empty() ? "" : ", ") + std::string(choice.name);
+    }
+    fail(name, *value, "one of " + names);
+    return std::nullopt;
+  }
+
+  void flag(const char* name, bool* out) {
+    if (const auto value = choice(name, std::array<Choice, 2>{{{"0", 0}, {"1", 1}}})) *out = *value != 0;
+  }
+
+  void fail(std::string_view message) {
+    if (error_->empty()) *error_ = message;
+  }
+
+ private:
+  void fail(const char* name, std::string_view value, std::string_view rule) {
+    fail(fmt::format("{} \"{}\": not {}; correct it or unset it", name, value, rule));
+  }
+
+  const std::function<const char*(const char*)>& variable_;
+  std::string* error_;
+};
+
+struct State {
+  std::mutex mutex;
+  Settings settings;
+  Observer observer;
+};
+
+State& state() {
+  static State* shared = [] {
+    auto* made = new State;  // never destroyed: contexts may outlive static destruction
+    std::string error;
+    made->settings = read_environment([](const char* name) { return std::getenv(name); }, &error);
+    if (!error.empty()) log(GGML_LOG_LEVEL_ERROR, error + "; until then attention stays with ggml's own kernel");
+    return made;
+  }();
+  return *shared;
+}
+
+}  // namespace
+
+ggml_pbsattn_config default_config() {
+  ggml_pbsattn_config config{};
+  config.mode = GGML_PBSATTN_MODE_PBSATTN;
+  pbsattn_method("pbs", &config.options);
+  config.options.precision = PBSATTN_PRECISION_BF16;
+  config.device = PBSATTN_DEVICE_CPU;
+  config.min_tokens = 512;
+  config.workspace_cap = SIZE_MAX;
+  config.check = false;
+  return config;
+}
+
+std::optional<std::string> broken_rule(const ggml_pbsattn_config& config) {
+  if (config.mode < GGML_PBSATTN_MODE_OFF || config.mode > GGML_PBSATTN_MODE_GGML)
+    return fmt::format("mode {}: no such mode; 0 is off, 1 pbsattn, 2 ggml", static_cast<int>(config.mode));
+  if (config.min_tokens < GGML_PBSATTN_MIN_TOKENS_FLOOR)
+    return fmt::format(
+        "min_tokens {}: under {}, where llama.cpp's -fa auto would find flash attention on a foreign device and "
+        "turn it off; the default is 512",
+        config.min_tokens, GGML_PBSATTN_MIN_TOKENS_FLOOR);
+  // Options are judged where they always are: by planning a small call with them.
+  const pbsattn_shape shape{.batch = 1, .q_heads = 1, .kv_heads = 1, .q_len = 512, .kv_len = 512, .head_dim = 64};
+  const pbsattn_device device{.kind = config.device, .threads = 1};
+  pbsattn_plan* plan = nullptr;
+  const pbsattn_status status = pbsattn_plan_create(&config.options, &shape, &device, SIZE_MAX, &plan);
+  pbsattn_plan_destroy(plan);
+  if (status != PBSATTN_OK) return pbsattn_last_error();
+  return std::nullopt;
+}
+
+Settings read_environment(const std::function<const char*(const char*)>& variable, std::string* error) {
+  error->clear();
+  Settings settings;
+  settings.config = default_config();
+  ggml_pbsattn_config& config = settings.config;
+  Reader reader(variable, error);
+
+  using Choice = Reader::Choice;
+  if (const auto mode = reader.choice("PBSATTN_MODE", std::array<Choice, 3>{{{"pbsattn", GGML_PBSATTN_MODE_PBSATTN},
+                                                                             {"ggml", GGML_PBSATTN_MODE_GGML},
+                                                                             {"off", GGML_PBSATTN_MODE_OFF}}}))
+    config.mode = static_cast<ggml_pbsattn_mode>(*mode);
+  if (const auto name = reader.text("PBSATTN_METHOD")) {
+    if (pbsattn_method(std::string(*name).c_str(), &config.options) == PBSATTN_OK)
+      config.options.precision = PBSATTN_PRECISION_BF16;
+    else
+      reader.fail(fmt::format("PBSATTN_METHOD: {}", pbsattn_last_error()));
+  }
+  if (const auto precision =
+          reader.choice("PBSATTN_PRECISION", std::array<Choice, 3>{{{"bf16", PBSATTN_PRECISION_BF16},
+                                                                    {"f32", PBSATTN_PRECISION_F32},
+                                                                    {"automatic", PBSATTN_PRECISION_AUTOMATIC}}}))
+    config.options.precision = *precision;
+  reader.number("PBSATTN_TOP_P", "a number in (0, 1]", &config.options.top_p);
+  reader.number("PBSATTN_SEGMENT", "a whole number of tokens", &config.options.segment);
+  reader.number("PBSATTN_DENSE_LAST_ROWS", "a whole number of query blocks", &config.options.dense_last_rows);
+  reader.number("PBSATTN_MIN_TOKENS", "a whole number of tokens", &config.min_tokens);
+  if (reader.text("PBSATTN_WORKSPACE_CAP_MIB")) {
+    std::uint32_t mib = 0;
+    reader.number("PBSATTN_WORKSPACE_CAP_MIB", "a whole number of MiB", &mib);
+    config.workspace_cap = std::size_t{mib} << 20;
+  }
+  reader.flag("PBSATTN_CHECK", &config.check);
+  reader.flag("PBSATTN_VERBOSE", &settings.verbose);
+  if (const auto target = reader.text("PBSATTN_STATS"); target && *target != "0") settings.stats_target = *target;
+
+  if (error->empty()) {
+    if (const auto rule = broken_rule(config)) *error = "PBSATTN_* environment: " + *rule;
+  }
+  if (!error->empty()) config.mode = GGML_PBSATTN_MODE_OFF;
+  return settings;
+}
+
+Settings current_settings() {
+  State& shared = state();
+  const std::lock_guard lock(shared.mutex);
+  return shared.settings;
+}
+
+Observer current_observer() {
+  State& shared = state();
+  const std::lock_guard lock(shared.mutex);
+  return shared.observer;
+}
+
+}  // namespace pbsattn::ggml
+
+using pbsattn::ggml::state;
+
+extern "C" {
+
+void ggml_backend_pbsattn_get_config(ggml_pbsattn_config* config) {
+  *config = pbsattn::ggml::current_settings().config;
+}
+
+bool ggml_backend_pbsattn_configure(const ggml_pbsattn_config* config) {
+  auto& error = pbsattn::ggml::last_error;
+  error.clear();
+  if (config == nullptr) {
+    error = "config: null pointer";
+    return false;
+  }
+  if (const auto rule = pbsattn::ggml::broken_rule(*config)) {
+    error = *rule;
+    return false;
+  }
+  auto& shared = state();
+  const std::lock_guard lock(shared.mutex);
+  shared.settings.config = *config;
+  return true;
+}
+
+const char* ggml_backend_pbsattn_last_error(void) {
+  return pbsattn::ggml::last_error.c_str();
+}
+
+void ggml_backend_pbsattn_set_observer(ggml_pbsattn_observer observer, void* user) {
+  auto& shared = state();
+  const std::lock_guard lock(shared.mutex);
+  shared.observer = {observer, user};
+}
+}
