@@ -52,9 +52,10 @@ inline std::uint16_t to_f16(double x) {
   if (std::isnan(x)) return 0x7E00U;
   const double magnitude = std::abs(round_to(DType::f16, x));
   if (std::isinf(magnitude)) return sign | 0x7C00U;
+  if (magnitude < 0x1p-14)  // zero or subnormal
+    return static_cast<std::uint16_t>(sign | static_cast<int>(std::ldexp(magnitude, 24)));
   int exponent = 0;
   std::frexp(magnitude, &exponent);
-  if (exponent < -13) return static_cast<std::uint16_t>(sign | static_cast<int>(std::ldexp(magnitude, 24)));
   const int fraction = static_cast<int>(std::ldexp(magnitude, 11 - exponent)) - 1024;
   return static_cast<std::uint16_t>(sign | (exponent + 14) << 10 | fraction);
 }

@@ -1,0 +1,125 @@
+// Blocks of 2, segments of 4, one dimension, scale 1: everything is worked out by hand.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+
+#include "reference/stages.h"
+
+namespace pbsattn::reference {
+namespace {
+
+using List = std::vector<std::int32_t>;
+
+const double nan = std::nan("");
+const Options top_p_options{.score = BlockScore::mean_pool, .keep = KeepRule::top_p, .block = 2, .segment = 4};
+
+Matrix column(std::vector<double> values) {
+  Matrix matrix(static_cast<std::int64_t>(values.size()), 1);
+  matrix.values = std::move(values);
+  return matrix;
+}
+
+Geometry geometry(std::int64_t q_len, std::int64_t kv_len) {
+  return {.shape = {.q_len = q_len, .kv_len = kv_len, .head_dim = 1}, .block = 2, .segment = 4};
+}
+
+List identity(std::int64_t count) {
+  List order(count);
+  std::iota(order.begin(), order.end(), 0);
+  return order;
+}
+
+// Row 4 (tokens 8 and 9) of ten tokens: scored blocks 0 .. 3, own segment from block 4.
+List select_row_4(float top_p, const std::vector<double>& scores, const List& order = identity(10)) {
+  Options options = top_p_options;
+  options.top_p = top_p;
+  return select_blocks(options, geometry(10, 10), 4, scores, order);
+}
+
+TEST(PoolQuery, FullRowsAreMeans) {
+  const Head head{.q = column({1, 3, 5, 9}), .k = column({0}), .v = column({0})};
+  EXPECT_EQ(pool_query(head, geometry(4, 4), Rules::paper, 1), (std::vector<double>{7}));
+  EXPECT_EQ(pool_query(head, geometry(4, 4), Rules::reference_code, 1), (std::vector<double>{7}));
+}
+
+TEST(PoolQuery, RulesDifferOnShortRows) {
+  const Head tail{.q = column({1, 3, 6}), .k = column({0}), .v = column({0})};
+  EXPECT_EQ(pool_query(tail, geometry(3, 3), Rules::paper, 1), (std::vector<double>{6}));
+  EXPECT_EQ(pool_query(tail, geometry(3, 3), Rules::reference_code, 1), (std::vector<double>{3}));
+  // A chunk of tokens 3, 4 and 5 starts inside block 1: its first row is token 3 alone.
+  const Head chunk{.q = column({8, 1, 2}), .k = column({0}), .v = column({0})};
+  EXPECT_EQ(pool_query(chunk, geometry(3, 6), Rules::paper, 0), (std::vector<double>{8}));
+  EXPECT_EQ(pool_query(chunk, geometry(3, 6), Rules::reference_code, 0), (std::vector<double>{4}));
+  EXPECT_EQ(pool_query(chunk, geometry(3, 6), Rules::reference_code, 1), (std::vector<double>{1.5}));
+}
+
+TEST(BlockScores, SoftmaxOverBlocksBeforeTheOwnSegment) {
+  const Matrix keys = column({std::log(1), std::log(3), 77});
+  const auto scores = block_scores(std::vector<double>{1}, keys, 2, 1.0);
+  ASSERT_EQ(scores.size(), 2);
+  EXPECT_NEAR(scores[0], 0.25, 1e-15);
+  EXPECT_NEAR(scores[1], 0.75, 1e-15);
+  EXPECT_NEAR(block_scores(std::vector<double>{4}, keys, 2, 0.25)[1], 0.75, 1e-15);
+  EXPECT_TRUE(block_scores(std::vector<double>{1}, keys, 0, 1.0).empty());
+}
+
+TEST(BlockScores, NanCountsAsZero) {
+  EXPECT_EQ(block_scores(std::vector<double>{1}, column({1, nan}), 2, 1.0), (std::vector<double>{0, 0}));
+}
+
+TEST(SelectBlocks, KeepsUpToAndIncludingTheBlockThatCrosses) {
+  const std::vector<double> scores{0.125, 0.0625, 0.5, 0.3125};
+  EXPECT_EQ(select_row_4(0.25F, scores), (List{0, 2, 4}));  // 0 is token 0's block
+  EXPECT_EQ(select_row_4(0.5F, scores), (List{0, 2, 4}));   // reaching is enough
+  EXPECT_EQ(select_row_4(0.51F, scores), (List{0, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(0.95F, scores), (List{0, 1, 2, 3, 4}));
+}
+
+TEST(SelectBlocks, TiesKeepTheLowerIndex) {
+  EXPECT_EQ(select_row_4(0.3F, {0.0, 0.25, 0.5, 0.25}), (List{0, 2, 4}));
+  EXPECT_EQ(select_row_4(0.6F, {0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 4}));
+}
+
+TEST(SelectBlocks, TopPOfOneKeepsBlocksOfNoMass) {
+  EXPECT_EQ(select_row_4(1.0F, {0.0, 0.0, 1.0, 0.0}), (List{0, 1, 2, 3, 4}));
+}
+
+TEST(SelectBlocks, AlwaysTheBlockThatHoldsTokenZero) {
+  EXPECT_EQ(select_row_4(0.5F, {0, 0, 1, 0}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}), (List{0, 2, 4}));
+  EXPECT_EQ(select_row_4(0.5F, {0, 0, 1, 0}, {3, 2, 0, 1, 4, 5, 6, 7, 8, 9}), (List{1, 2, 4}));
+}
+
+TEST(SelectBlocks, OwnSegmentUpToTheDiagonal) {
+  const Geometry g = geometry(12, 12);
+  EXPECT_EQ(select_blocks(top_p_options, g, 0, {}, identity(12)), (List{0}));
+  EXPECT_EQ(select_blocks(top_p_options, g, 1, {}, identity(12)), (List{0, 1}));
+  EXPECT_EQ(select_blocks(top_p_options, g, 3, std::vector<double>{0, 1}, identity(12)), (List{0, 1, 2, 3}));
+  EXPECT_EQ(select_blocks(top_p_options, g, 5, std::vector<double>{1, 0, 0, 0}, identity(12)), (List{0, 4, 5}));
+}
+
+TEST(SelectBlocks, RulesDifferWhereScoresNeverReachTopP) {
+  Options options = top_p_options;
+  const std::vector<double> nothing{0, 0, 0, 0};
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, nothing, identity(10)), (List{0, 4}));
+  options.rules = Rules::paper;
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, nothing, identity(10)), (List{0, 1, 2, 3, 4}));
+}
+
+TEST(SelectBlocks, DenseLastRowsListEverything) {
+  Options options = top_p_options;
+  options.dense_last_rows = 1;
+  const std::vector<double> scores{1, 0, 0, 0};
+  const Geometry g = geometry(12, 12);
+  EXPECT_EQ(select_blocks(options, g, 4, scores, identity(12)), (List{0, 4}));
+  EXPECT_EQ(select_blocks(options, g, 5, scores, identity(12)), (List{0, 1, 2, 3, 4, 5}));
+  options.dense_last_rows = 100;  // more than there are: all
+  EXPECT_EQ(select_blocks(options, g, 4, scores, identity(12)), (List{0, 1, 2, 3, 4}));
+}
+
+TEST(SelectBlocks, KeepAllListsEverything) {
+  EXPECT_EQ(select_blocks({.block = 2, .segment = 4}, geometry(10, 10), 4, {}, identity(10)), (List{0, 1, 2, 3, 4}));
+}
+
+}  // namespace
+}  // namespace pbsattn::reference

@@ -1,0 +1,114 @@
+// Two attentions over given lists: the exact one, and a plain one in a backend's precision.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "reference/numbers.h"
+#include "reference/stages.h"
+#include "support/judge.h"
+
+namespace pbsattn::test {
+namespace {
+
+float to_operand(Precision products, double x) {
+  return static_cast<float>(products == Precision::bf16 ? reference::round_to(DType::bf16, x) : x);
+}
+
+// One head's rows as floats ready to multiply.
+std::vector<float> operands(const reference::Matrix& matrix, Precision products) {
+  std::vector<float> result;
+  result.reserve(matrix.values.size());
+  for (const double x : matrix.values) result.push_back(to_operand(products, x));
+  return result;
+}
+
+// Whether the key in a slot of block b is one that the query sees, and which token it is.
+struct Visible {
+  const Geometry& geometry;
+  const std::vector<std::int32_t>& order;
+  std::int64_t token;
+
+  std::int64_t key(std::int64_t b, std::int64_t slot) const {
+    return b / (geometry.segment / geometry.block) < token / geometry.segment ? order[slot] : slot;
+  }
+};
+
+void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
+                        std::int64_t dim, float scale, Precision products, const std::vector<std::int64_t>& keys,
+                        std::vector<float>& out, float& lse) {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  std::vector<float> weight;
+  float max = -infinity;
+  for (const std::int64_t n : keys) {
+    float s = 0;
+    for (std::int64_t d = 0; d < dim; ++d) s += q[d] * k[n * dim + d];
+    weight.push_back(s * scale);
+    max = std::max(max, weight.back());
+  }
+  out.assign(dim, 0.0F);
+  lse = -infinity;
+  if (std::ranges::all_of(weight, [](float s) { return s == -infinity; })) return;
+  float sum = 0;
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    const float p = std::exp(weight[i] - max);
+    sum += p;
+    for (std::int64_t d = 0; d < dim; ++d) out[d] += to_operand(products, p) * v[keys[i] * dim + d];
+  }
+  for (float& x : out) x /= sum;
+  lse = max + std::log(sum);
+}
+
+template <class Body>
+void for_each_query(const Problem& problem, const Options& options, const Trace& trace, Body&& body) {
+  const Geometry geometry = geometry_of(options, problem.shape);
+  for (std::int64_t flat = 0; flat < problem.shape.batch * problem.shape.q_heads; ++flat) {
+    const auto head =
+        reference::load_head(problem.inputs(), geometry, flat / problem.shape.q_heads, flat % problem.shape.q_heads);
+    const auto order = head_order(trace, flat, problem.shape.kv_len);
+    body(geometry, head, order, [&](std::int64_t query) {
+      return row_list(trace, flat, (geometry.q_offset() + query) / geometry.block - geometry.first_row());
+    });
+  }
+}
+
+}  // namespace
+
+Values attend_exact(const Problem& problem, const Options& options, const Trace& trace) {
+  Values values;
+  for_each_query(
+      problem, options, trace, [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {
+        for (std::int64_t query = 0; query < problem.shape.q_len; ++query) {
+          const auto result = reference::attend_query(head, geometry, options.scale, query, order, list(query));
+          values.out.insert(values.out.end(), result.out.begin(), result.out.end());
+          values.lse.push_back(result.lse);
+        }
+      });
+  return values;
+}
+
+Values attend_plain(const Problem& problem, const Options& options, const Trace& trace, Precision products) {
+  Values values;
+  for_each_query(
+      problem, options, trace, [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {
+        const auto q = operands(head.q, products);
+        const auto k = operands(head.k, products);
+        const auto v = operands(head.v, products);
+        const std::int64_t dim = problem.shape.head_dim;
+        std::vector<float> out;
+        float lse = 0;
+        for (std::int64_t query = 0; query < problem.shape.q_len; ++query) {
+          const Visible visible{geometry, order, geometry.q_offset() + query};
+          std::vector<std::int64_t> keys;
+          for (const std::int32_t b : list(query))
+            for (std::int64_t slot = std::int64_t{b} * geometry.block; slot < (b + 1LL) * geometry.block; ++slot)
+              if (slot <= visible.token) keys.push_back(visible.key(b, slot));
+          attend_plain_query({q.begin() + query * dim, q.begin() + (query + 1) * dim}, k, v, dim, options.scale,
+                             products, keys, out, lse);
+          for (const float x : out) values.out.push_back(reference::round_to(problem.out.dtype, x));
+          values.lse.push_back(lse);
+        }
+      });
+  return values;
+}
+
+}  // namespace pbsattn::test

@@ -1,0 +1,50 @@
+// Says whether a backend's order, lists and outputs are right, given that it computes in float32.
+#pragma once
+
+#include <vector>
+
+#include "support/problem.h"
+
+namespace pbsattn::test {
+
+struct Tolerance {
+  double key_score = 1e-4;    // relative: keys whose scores are this close may swap
+  double block_score = 1e-4;  // of attention mass: blocks this close may swap, and top_p may be missed by it
+};
+// What rounding allows: f32 products of f32 inputs; pooled values rounded to 16 bits where inputs have 16;
+// bf16 products of inputs that bf16 does not hold exactly.
+Tolerance tolerance_for(const Problem& problem, Precision products);
+
+// Order: a permutation of each complete segment, identity after it, whose blocks descend in key score but
+// for near ties. All of a KV head's query heads agree when the order is shared.
+void expect_order(const Problem& problem, const Options& options, const Trace& trace, const Tolerance& tolerance);
+
+// Lists, given the trace's own order: ascending, own segment up to the diagonal, token 0's block, all of
+// dense rows, and of the rest what the keep rule takes but for near ties.
+void expect_lists(const Problem& problem, const Options& options, const Trace& trace, const Tolerance& tolerance);
+
+// Outputs over the trace's own order and lists: error against double precision at most twice that of
+// attend_plain(), in the largest and in the root mean square, plus half a unit of float32.
+void expect_output(const Problem& problem, const Options& options, const Trace& trace, Precision products);
+
+// All three, and that stats count the trace's blocks.
+void expect_right(const Problem& problem, const RunResult& result, Precision products);
+
+// A tensor's worth of doubles, [batch][q_heads][q_len][head_dim], and its [batch][q_heads][q_len] sums.
+struct Values {
+  std::vector<double> out, lse;
+};
+Values attend_exact(const Problem& problem, const Options& options, const Trace& trace);
+
+// Attention over the trace's lists as anyone would write it in float, the result in out's dtype. With bf16
+// products, operands are rounded to bf16, softmax weights among them.
+Values attend_plain(const Problem& problem, const Options& options, const Trace& trace, Precision products);
+
+Values outputs_of(const Problem& problem);
+
+struct Distance {
+  double largest = 0, root_mean_square = 0;
+};
+Distance distance(const std::vector<double>& values, const std::vector<double>& truth);
+
+}  // namespace pbsattn::test

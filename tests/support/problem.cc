@@ -1,0 +1,96 @@
+#include "support/problem.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+namespace pbsattn::test {
+namespace {
+
+constexpr std::int64_t topic_length = 48;  // tokens that share a topic; deliberately no multiple of a block
+
+// Unit-length rows: every topic has a direction, and every KV head one that all queries share.
+std::vector<double> direction(Normal& normal, std::int64_t head_dim) {
+  std::vector<double> row(head_dim);
+  double norm = 0;
+  for (double& x : row) norm += std::pow(x = normal(), 2);
+  for (double& x : row) x /= std::sqrt(norm);
+  return row;
+}
+
+}  // namespace
+
+Problem::Problem(const ProblemSpec& spec)
+    : shape(spec.shape),
+      q(spec.q, spec.layout, shape.batch, shape.q_heads, shape.q_len, shape.head_dim),
+      k(spec.k, spec.layout, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim),
+      v(spec.v, spec.layout, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim),
+      out(spec.out, spec.layout, shape.batch, shape.q_heads, shape.q_len, shape.head_dim),
+      lse(static_cast<std::size_t>(shape.batch * shape.q_heads * shape.q_len)) {
+  Normal normal(spec.seed);
+  const double width = std::sqrt(static_cast<double>(shape.head_dim));
+  const std::int64_t group = shape.q_heads / shape.kv_heads;
+  std::vector<std::vector<double>> topics;
+  for (std::int64_t t = 0; t <= shape.kv_len / topic_length; ++t) topics.push_back(direction(normal, shape.head_dim));
+
+  for (std::int64_t b = 0; b < shape.batch; ++b) {
+    for (std::int64_t h = 0; h < shape.kv_heads; ++h) {
+      const auto shared = direction(normal, shape.head_dim);
+      for (std::int64_t n = 0; n < shape.kv_len; ++n) {
+        const double pull = 0.5 * std::exp(normal());
+        const auto& topic = topics[n / topic_length];
+        for (std::int64_t d = 0; d < shape.head_dim; ++d) {
+          k.set(b, h, n, d, normal() + (pull * shared[d] + 2.0 * topic[d]) * width / 2);
+          v.set(b, h, n, d, normal());
+        }
+      }
+      for (std::int64_t i = 0; i < group * shape.q_len; ++i) {
+        const std::int64_t query = i % shape.q_len;
+        // Each row of queries is about some earlier topic.
+        const std::int64_t token = shape.kv_len - shape.q_len + query;
+        const auto& topic = topics[(token / 128 * 7919) % (token / topic_length + 1)];
+        for (std::int64_t d = 0; d < shape.head_dim; ++d)
+          q.set(b, h * group + i / shape.q_len, query, d, normal() + (shared[d] + topic[d]) * width / 2);
+      }
+    }
+  }
+}
+
+RunResult run(const Options& options, Problem& problem, const RunOptions& how) {
+  const Plan plan = Plan::create(options, problem.shape, how.device, how.cap);
+  RunResult result{.stats = {},
+                   .trace = {},
+                   .options = plan.options(),
+                   .path = std::string(plan.path()),
+                   .workspace_size = plan.workspace_size()};
+  EXPECT_LE(plan.workspace_size(), how.cap);
+
+  constexpr std::size_t guard = 64;
+  constexpr std::byte nan_pattern{0xFF};  // NaN in all three dtypes
+  std::vector<std::byte> memory(how.misalign + plan.workspace_size() + guard, nan_pattern);
+  problem.out.fill(std::nan(""));
+  plan.run(problem.inputs(), problem.outputs(), std::span(memory).subspan(how.misalign, plan.workspace_size()),
+           &result.stats, &result.trace);
+
+  EXPECT_TRUE(problem.out.padding_intact());
+  for (std::size_t i = 0; i < how.misalign; ++i) EXPECT_EQ(memory[i], nan_pattern) << "byte before the workspace";
+  for (std::size_t i = memory.size() - guard; i < memory.size(); ++i)
+    EXPECT_EQ(memory[i], nan_pattern) << "byte after the workspace";
+  return result;
+}
+
+Options resolved(Options options, const Shape& shape) {
+  if (options.scale == 0.0F) options.scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+  return options;
+}
+
+std::vector<std::int32_t> row_list(const Trace& trace, std::int64_t flat_head, std::int64_t row) {
+  const std::int64_t i = flat_head * trace.rows + row;
+  return {trace.block.begin() + trace.row_start[i], trace.block.begin() + trace.row_start[i + 1]};
+}
+
+std::vector<std::int32_t> head_order(const Trace& trace, std::int64_t flat_head, std::int64_t kv_len) {
+  return {trace.order.begin() + flat_head * kv_len, trace.order.begin() + (flat_head + 1) * kv_len};
+}
+
+}  // namespace pbsattn::test

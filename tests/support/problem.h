@@ -1,0 +1,62 @@
+// One attention call with everything that it needs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/geometry.h"
+#include "support/tensor.h"
+
+namespace pbsattn::test {
+
+struct ProblemSpec {
+  Shape shape;
+  DType q = DType::f32, k = DType::f32, v = DType::f32, out = DType::f32;
+  Layout layout = Layout::bhsd;
+  std::uint64_t seed = 1;
+};
+
+// Inputs look like attention's: some keys draw most queries, and neighbouring tokens share a topic that
+// makes their blocks matter to some rows and not to others. Without that, all block scores would be
+// nearly equal and every choice a tie.
+class Problem {
+ public:
+  explicit Problem(const ProblemSpec& spec);
+
+  Inputs inputs() const { return {.q = q.view(), .k = k.view(), .v = v.view()}; }
+  Outputs outputs() { return {.out = out.view(), .lse = lse.data()}; }
+
+  Shape shape;
+  Tensor q, k, v, out;
+  std::vector<float> lse;
+};
+
+struct RunOptions {
+  Device device = Device::cpu(2);
+  std::size_t cap = Plan::no_cap;
+  std::size_t misalign = 1;  // bytes the workspace starts after an aligned address
+};
+
+struct RunResult {
+  Stats stats;
+  Trace trace;
+  Options options;  // with scale resolved
+  std::string path;
+  std::size_t workspace_size = 0;
+};
+
+// Plans and runs in a workspace full of NaN, and checks that nothing outside views and workspace changed.
+RunResult run(const Options& options, Problem& problem, const RunOptions& how = {});
+
+inline Geometry geometry_of(const Options& options, const Shape& shape) {
+  return {.shape = shape, .block = options.block, .segment = options.segment};
+}
+
+// `options` with scale resolved as Plan does.
+Options resolved(Options options, const Shape& shape);
+
+// The blocks of one row, and the order of one head.
+std::vector<std::int32_t> row_list(const Trace& trace, std::int64_t flat_head, std::int64_t row);
+std::vector<std::int32_t> head_order(const Trace& trace, std::int64_t flat_head, std::int64_t kv_len);
+
+}  // namespace pbsattn::test
