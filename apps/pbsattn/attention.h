@@ -1,0 +1,43 @@
+// The attentions a prompt can run under, and how the command line names them.
+#pragma once
+
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+
+#include "pbsattn/pbsattn.h"
+#include "pbsattn/pbsattn.hpp"
+
+namespace CLI {
+class App;
+}
+
+namespace app {
+
+// llama.cpp's own kernel, or one of pbsattn's methods.
+struct Attention {
+  std::string name;
+  bool by_ggml = false;
+  pbsattn::Options options;  // unused by_ggml
+};
+
+// The options of the command line that shape an attention.
+struct AttentionFlags {
+  float top_p = 0.9F;
+  int segment = 256;
+  int dense_last_rows = 0;
+  std::string precision = "bf16";
+
+  void add_to(CLI::App& command);
+};
+
+// "ggml" or a method of the table, with the flags applied. Throws for an unknown name (with the nearest)
+// and for a value out of its range.
+Attention attention_named(const std::string& name, const AttentionFlags& flags);
+
+pbsattn_options to_c(const pbsattn::Options& options);
+nlohmann::json to_json(const pbsattn::Options& options);
+
+// One line for people.
+std::string describe(const pbsattn::Options& options);
+
+}  // namespace app

@@ -1,0 +1,36 @@
+// pbsattn methods: the table of methods and their options.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "attention.h"
+#include "commands.h"
+
+namespace app {
+namespace {
+
+void print_methods(bool json) {
+  if (json) {
+    auto list = nlohmann::json::array();
+    for (const auto& info : pbsattn::methods()) {
+      list.push_back({{"name", info.name}, {"summary", info.summary}, {"options", to_json(info.options)}});
+    }
+    fmt::print("{}\n", list.dump(2));
+    return;
+  }
+  for (const auto& info : pbsattn::methods()) {
+    fmt::print("{:15} {}\n{:15} {}\n", info.name, info.summary, "", describe(info.options));
+  }
+}
+
+}  // namespace
+
+void add_methods(CLI::App& program) {
+  auto* command = program.add_subcommand("methods", "list the methods and their options");
+  auto json = std::make_shared<bool>(false);
+  command->add_flag("--json", *json, "print JSON");
+  command->callback([json] { print_methods(*json); });
+}
+
+}  // namespace app

@@ -1,0 +1,231 @@
+// pbsattn prefill: one prompt under several attentions, in one process: how long, how dense, how faithful.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "commands.h"
+#include "errors.h"
+#include "files.h"
+#include "prefill_report.h"
+#include "progress.h"
+#include "session.h"
+
+namespace app {
+namespace {
+
+struct PrefillOptions {
+  std::string model;
+  std::string prompt_file;
+  int tokens = 0;   // of the prompt to read; 0: all
+  int context = 0;  // 0: what prompt and continuation need
+  std::string method = "pbs";
+  std::string compare = "ggml,full";
+  AttentionFlags attention;
+  int generate = 32;
+  int threads = 0;
+  std::string positions = "256";
+  std::string json;  // a file, or "-" for the standard output
+  bool verbose = false;
+};
+
+int positions_from(const std::string& text) {
+  if (text == "all") return -1;
+  int count = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
+  if (error != std::errc() || end != text.data() + text.size() || count < 1) {
+    throw UsageError(fmt::format("--positions {}: neither a number above 0 nor \"all\"; 256 is the default", text));
+  }
+  return count;
+}
+
+void require_at_least(int value, int least, const char* option, const char* way_out) {
+  if (value < least) throw UsageError(fmt::format("{} {}: under {}; {}", option, value, least, way_out));
+}
+
+// The attentions to run, in the order of the table: the ones to compare with, then the method.
+std::vector<Attention> attentions(const PrefillOptions& options) {
+  std::vector<Attention> list;
+  const auto add = [&](const std::string& name) {
+    if (std::ranges::find(list, name, &Attention::name) == list.end()) {
+      list.push_back(attention_named(name, options.attention));
+    }
+  };
+  if (options.compare != "none") {
+    for (const std::string& name : CLI::detail::split(options.compare, ',')) add(name);
+  }
+  add(options.method);
+  return list;
+}
+
+// The prompt's tokens, checked against segment and context.
+std::vector<llama_token> prompt_tokens(const Session& session, const std::string& text, const PrefillOptions& options) {
+  const ModelInfo& model = session.info();
+  if (options.context > model.context) {
+    throw UsageError(fmt::format("--context {}: the model was trained on {} tokens; pass at most that", options.context,
+                                 model.context));
+  }
+  std::vector<llama_token> tokens = session.tokenize(text);
+  const int found = static_cast<int>(tokens.size());
+  if (options.tokens > found) {
+    throw Failure(fmt::format("--tokens {}: {} holds {} tokens; pass a longer text or fewer tokens", options.tokens,
+                              options.prompt_file, found));
+  }
+  if (options.tokens != 0) tokens.resize(static_cast<std::size_t>(options.tokens));
+  const int count = static_cast<int>(tokens.size());
+  const int least = std::max(options.attention.segment + 1, GGML_PBSATTN_MIN_TOKENS_FLOOR);
+  if (count < least) {
+    throw Failure(
+        fmt::format("prompt of {} tokens: sparse attention needs more than a segment of {}, at least {} tokens; "
+                    "pass a longer text",
+                    count, options.attention.segment, least));
+  }
+  const int room = options.context != 0 ? options.context : model.context;
+  if (count + options.generate > room) {
+    throw Failure(
+        fmt::format("prompt of {} tokens and {} to generate: over the context of {}; pass --tokens {} to read "
+                    "the text's beginning",
+                    count, options.generate, room, std::max(room - options.generate, 1)));
+  }
+  return tokens;
+}
+
+// Room for the sampled distributions: llama.cpp's copy of one run's, and ours of the reference's.
+void check_logits_fit(std::size_t positions, const ModelInfo& model) {
+  constexpr std::size_t most = std::size_t{4} << 30;
+  const std::size_t bytes = positions * static_cast<std::size_t>(model.vocabulary) * sizeof(float);
+  if (bytes > most) {
+    throw UsageError(
+        fmt::format("--positions: {} positions of {} logits are {:.1f} GiB a run, over {} GiB; pass at most {}",
+                    positions, model.vocabulary, static_cast<double>(bytes) / (1U << 30U), most >> 30,
+                    most / sizeof(float) / static_cast<std::size_t>(model.vocabulary)));
+  }
+}
+
+Run measure(Session& session, const std::vector<llama_token>& prompt, const std::vector<int>& positions,
+            const Attention& attention, FidelityJudge& judge, int generate) {
+  using clock = std::chrono::steady_clock;
+  Run run{.attention = attention};
+  const int last = static_cast<int>(prompt.size()) - 1;
+  {
+    const Progress progress(attention.name, [layers = session.info().layers] {
+      return static_cast<double>(ggml_backend_pbsattn_stats_get(nullptr, 0)) / layers;
+    });
+    const auto start = clock::now();
+    session.prefill(prompt, positions, attention);
+    static_cast<void>(session.most_likely(last));
+    run.first_token_seconds = std::chrono::duration<double>(clock::now() - start).count();
+  }
+  run.layers = layer_stats();
+  run.fidelity = judge.judge([&](int position) { return session.logits(position); });
+  run.continuation = session.generate(static_cast<int>(prompt.size()), generate);
+  run.continuation_text = session.text_of(run.continuation);
+  return run;
+}
+
+// Touches weights and buffers once, so that the first run measured doesn't pay for it, and learns
+// whether pbsattn can take this model's attention. Returns why it can't take some of it, or "".
+std::string warm_up(Session& session, const std::vector<llama_token>& prompt, const Attention& attention) {
+  const std::size_t count = std::min<std::size_t>(prompt.size(), 512);
+  const int last = static_cast<int>(count) - 1;
+  session.prefill({prompt.data(), count}, {&last, 1}, attention);
+  const auto layers = layer_stats();
+  std::string reason = why_not_taken(layers, session.info().layers);
+  const bool took_some =
+      std::ranges::any_of(layers, [](const auto& layer) { return layer.reasons[GGML_PBSATTN_TAKEN] > 0; });
+  if (!took_some && !attention.by_ggml) {
+    throw Failure(
+        fmt::format("model {}: pbsattn can't take its attention ({}); run it with ggml's kernel: --method ggml "
+                    "--compare none",
+                    session.info().path, reason));
+  }
+  return reason;
+}
+
+void prefill(const PrefillOptions& options) {
+  const std::vector<Attention> list = attentions(options);
+  const int wanted_positions = positions_from(options.positions);
+  require_at_least(options.generate, 0, "--generate", "0 generates nothing");
+  require_at_least(options.tokens, 0, "--tokens", "0 reads the whole text");
+  require_at_least(options.context, 0, "--context", "0 takes what the prompt needs");
+  require_at_least(options.threads, 0, "--threads", "0 takes one for each processor");
+  const std::string text = read_prompt(options.prompt_file);
+  std::optional<OutputFile> json_file;
+  if (!options.json.empty() && options.json != "-") json_file.emplace(options.json);
+
+  Session session(options.model, options.verbose);
+  const std::vector<llama_token> prompt = prompt_tokens(session, text, options);
+  const int length = static_cast<int>(prompt.size());
+  const std::vector<int> positions = sample_positions(length, wanted_positions);
+  check_logits_fit(positions.size(), session.info());
+
+  PrefillReport report{.model = session.info(),
+                       .prompt_file = options.prompt_file,
+                       .prompt_tokens = length,
+                       .context = options.context != 0 ? options.context : length + options.generate,
+                       .threads = options.threads != 0 ? options.threads : pbsattn::describe_cpu().threads,
+                       .positions = static_cast<int>(positions.size())};
+  session.open({.prompt = length,
+                .generate = options.generate,
+                .context = report.context,
+                .outputs = static_cast<int>(positions.size()),
+                .threads = report.threads});
+  report.left_to_ggml = warm_up(session, prompt, list.back());
+
+  // Fidelity is measured against full attention, so that runs first; the table keeps the order asked for.
+  std::vector<const Attention*> order;
+  for (const Attention& attention : list) order.push_back(&attention);
+  std::ranges::stable_partition(order, [](const Attention* attention) { return attention->name == "full"; });
+  report.reference = order.front()->name;
+  FidelityJudge judge(prompt, positions);
+  report.runs.resize(list.size());
+  for (const Attention* attention : order) {
+    report.runs[static_cast<std::size_t>(attention - list.data())] =
+        measure(session, prompt, positions, *attention, judge, options.generate);
+  }
+
+  const std::string json = to_json(report).dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  if (json_file) json_file->commit(json);
+  fmt::print("{}", options.json == "-" ? json : table(report));
+}
+
+}  // namespace
+
+void add_prefill(CLI::App& program) {
+  auto* command = program.add_subcommand("prefill", "run a long prompt under several attentions and compare them");
+  auto options = std::make_shared<PrefillOptions>();
+  command->add_option("--model", options->model, "a model in GGUF format")->required();
+  command->add_option("--prompt-file", options->prompt_file, "a long text in UTF-8")->required();
+  command->add_option("--tokens", options->tokens, "read only the text's first N tokens; 0: all")
+      ->capture_default_str();
+  command->add_option("--context", options->context, "tokens the KV cache holds; 0: as many as needed")
+      ->capture_default_str();
+  command->add_option("--method", options->method, "the method under test; `pbsattn methods` lists them")
+      ->capture_default_str();
+  command
+      ->add_option("--compare", options->compare,
+                   "run these too, by commas: ggml (llama.cpp's own kernel) and methods; or none. The first is the "
+                   "baseline of speed-ups")
+      ->capture_default_str();
+  options->attention.add_to(*command);
+  command->add_option("--generate", options->generate, "tokens to continue the prompt with, greedily")
+      ->capture_default_str();
+  command->add_option("--threads", options->threads, "threads; 0: one for each processor")->capture_default_str();
+  command->add_option("--positions", options->positions, "positions at which fidelity is measured: a number, or all")
+      ->capture_default_str();
+  command->add_option("--json", options->json, "write JSON to a file; without a file, print it instead of the table")
+      ->expected(0, 1)
+      ->default_str("-");
+  command->add_flag("--verbose", options->verbose, "show llama.cpp's own messages");
+  command->callback([options] { prefill(*options); });
+}
+
+}  // namespace app
