@@ -42,7 +42,11 @@ typedef enum pbsattn_precision {
   PBSATTN_PRECISION_F32 = 1,
   PBSATTN_PRECISION_BF16 = 2
 } pbsattn_precision;
-typedef enum pbsattn_device_kind { PBSATTN_DEVICE_CPU = 0, PBSATTN_DEVICE_REFERENCE = 1 } pbsattn_device_kind;
+typedef enum pbsattn_device_kind {
+  PBSATTN_DEVICE_CPU = 0,
+  PBSATTN_DEVICE_REFERENCE = 1,
+  PBSATTN_DEVICE_CUDA = 2
+} pbsattn_device_kind;
 
 /* Sizes of one call; see pbsattn::Shape. */
 typedef struct pbsattn_shape {
@@ -67,6 +71,7 @@ typedef struct pbsattn_options {
 typedef struct pbsattn_device {
   int32_t kind;    /* pbsattn_device_kind */
   int32_t threads; /* 0: one for each processor this process may use */
+  int32_t index;   /* of a CUDA device */
 } pbsattn_device;
 
 /* A [batch][head][token][head_dim] tensor; strides count elements, head_dim is contiguous. `data` of an
@@ -108,6 +113,13 @@ PBSATTN_API const char* pbsattn_plan_path(const pbsattn_plan* plan);      /* cod
 PBSATTN_API pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,
                                             const pbsattn_view* v, const pbsattn_view* out, float* lse, void* workspace,
                                             size_t workspace_size, pbsattn_stats* stats);
+
+/* The same on a stream of the plan's device (a cudaStream_t; NULL is the default stream): enqueues and
+ * returns. With stats it waits for its work. */
+PBSATTN_API pbsattn_status pbsattn_plan_run_on_stream(const pbsattn_plan* plan, const pbsattn_view* q,
+                                                      const pbsattn_view* k, const pbsattn_view* v,
+                                                      const pbsattn_view* out, float* lse, void* workspace,
+                                                      size_t workspace_size, void* stream, pbsattn_stats* stats);
 
 #ifdef __cplusplus
 }

@@ -141,14 +141,23 @@ Options method(std::string_view name);
 // --------------------------------------------------------------------------------------------- devices
 
 struct Device {
-  enum class Kind : std::uint8_t { cpu, reference };
+  enum class Kind : std::uint8_t { cpu, reference, cuda };
   Kind kind = Kind::cpu;
   int threads = 0;  // 0: one for each processor this process may use
+  int index = 0;    // of a CUDA device
 
   // SIMD and multithreaded; the code path is chosen from what the processor has when the plan is made.
   static Device cpu(int threads = 0) { return {Kind::cpu, threads}; }
   // The executable definition: naive loops in double precision, for tests and for reading.
   static Device reference() { return {Kind::reference, 1}; }
+  // An NVIDIA GPU of compute capability 9.0 (H100, H200), by its CUDA index. Inputs, outputs, lse and workspace
+  // are in its memory, f16 or bf16, with rows at 16-byte boundaries.
+  static Device cuda(int index = 0) { return {Kind::cuda, 1, index}; }
+};
+
+// The queue of a device that a run joins: for CUDA a cudaStream_t, null for the default stream.
+struct Stream {
+  void* handle = nullptr;
 };
 
 struct DeviceInfo {
@@ -230,6 +239,12 @@ class Plan {
   // Calls from several threads are safe when each brings its own workspace.
   void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats = nullptr,
            Trace* trace = nullptr) const;
+
+  // The same on a stream of the plan's device: enqueues and returns, without allocation or synchronisation, so it
+  // can be captured in a CUDA graph. Buffers must live until the work is done. With stats or trace it waits for its
+  // work and reads them back, which a capture can't hold. A CUDA error pending from earlier work is thrown.
+  void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stream stream,
+           Stats* stats = nullptr, Trace* trace = nullptr) const;
 
  private:
   explicit Plan(std::unique_ptr<detail::Executor> executor);

@@ -130,7 +130,7 @@ pbsattn_status pbsattn_plan_create(const pbsattn_options* options, const pbsattn
                                    .q_len = shape->q_len,
                                    .kv_len = shape->kv_len,
                                    .head_dim = shape->head_dim};
-    const pbsattn::Device cpp_device{to_enum<pbsattn::Device::Kind>(device->kind), device->threads};
+    const pbsattn::Device cpp_device{to_enum<pbsattn::Device::Kind>(device->kind), device->threads, device->index};
     *plan = new pbsattn_plan{pbsattn::Plan::create(to_cpp(*options), cpp_shape, cpp_device, workspace_cap)};
   });
 }
@@ -150,6 +150,12 @@ const char* pbsattn_plan_path(const pbsattn_plan* plan) {
 pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,
                                 const pbsattn_view* v, const pbsattn_view* out, float* lse, void* workspace,
                                 size_t workspace_size, pbsattn_stats* stats) {
+  return pbsattn_plan_run_on_stream(plan, q, k, v, out, lse, workspace, workspace_size, nullptr, stats);
+}
+
+pbsattn_status pbsattn_plan_run_on_stream(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,
+                                          const pbsattn_view* v, const pbsattn_view* out, float* lse, void* workspace,
+                                          size_t workspace_size, void* stream, pbsattn_stats* stats) {
   return guarded([&] {
     require_pointer(plan, "plan");
     require_pointer(q, "q");
@@ -160,7 +166,7 @@ pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_view* q,
     pbsattn::Stats cpp_stats;
     plan->plan.run({.q = to_cpp<const void>(*q), .k = to_cpp<const void>(*k), .v = to_cpp<const void>(*v)},
                    {.out = to_cpp<void>(*out), .lse = lse}, {static_cast<std::byte*>(workspace), workspace_size},
-                   stats == nullptr ? nullptr : &cpp_stats);
+                   pbsattn::Stream{stream}, stats == nullptr ? nullptr : &cpp_stats);
     if (stats != nullptr)
       *stats = {cpp_stats.visited_blocks, cpp_stats.causal_blocks, cpp_stats.permute_seconds, cpp_stats.select_seconds,
                 cpp_stats.attend_seconds};

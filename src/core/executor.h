@@ -13,6 +13,7 @@ struct PlanSpec {
   Options options;
   Geometry geometry;
   int threads = 1;
+  int device_index = 0;
   std::size_t workspace_cap = Plan::no_cap;
 };
 
@@ -29,6 +30,14 @@ class Executor {
   virtual std::string_view path() const noexcept = 0;
   virtual void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
                    Trace* trace) const = 0;
+  // The same on a stream. Devices that have streams override this.
+  virtual void run_on(Stream stream, const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace,
+                      Stats* stats, Trace* trace) const {
+    if (stream.handle != nullptr)
+      throw Error(ErrorCode::unsupported,
+                  "stream: this plan's device has none; pass a null stream, or plan for Device::cuda()");
+    run(inputs, outputs, workspace, stats, trace);
+  }
 
   const PlanSpec spec;
 };
@@ -40,5 +49,8 @@ namespace pbsattn::cpu {
 std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec);
 }
 namespace pbsattn::reference {
+std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec);
+}
+namespace pbsattn::cuda {  // in builds with PBSATTN_CUDA
 std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec);
 }

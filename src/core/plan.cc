@@ -20,6 +20,17 @@ int resolve_threads(int threads) {
   return threads == 0 ? available_processors() : threads;
 }
 
+void check_and_clear(const Plan& plan, const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace,
+                     Stats* stats, Trace* trace) {
+  validate(inputs, outputs, plan.shape());
+  if (workspace.size() < plan.workspace_size())
+    throw Error(ErrorCode::out_of_memory, fmt::format("workspace of {} bytes: this plan needs {}; allocate "
+                                                      "plan.workspace_size() or plan under a cap",
+                                                      workspace.size(), plan.workspace_size()));
+  if (stats != nullptr) *stats = {};
+  if (trace != nullptr) *trace = {};
+}
+
 }  // namespace
 
 std::string_view version() {
@@ -37,14 +48,24 @@ Plan Plan::create(const Options& options, const Shape& shape, const Device& devi
   detail::PlanSpec spec{.options = options,
                         .geometry = {.shape = shape, .block = options.block, .segment = options.segment},
                         .threads = resolve_threads(device.threads),
+                        .device_index = device.index,
                         .workspace_cap = workspace_cap};
   if (spec.options.scale == 0.0F) spec.options.scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
   switch (device.kind) {
     case Device::Kind::cpu: return Plan(cpu::make_executor(std::move(spec)));
     case Device::Kind::reference: return Plan(reference::make_executor(std::move(spec)));
+    case Device::Kind::cuda:
+#ifdef PBSATTN_CUDA
+      return Plan(cuda::make_executor(std::move(spec)));
+#else
+      throw Error(
+          ErrorCode::unsupported,
+          "device cuda: this build has no CUDA backend; configure with -DPBSATTN_CUDA=ON, or use Device::cpu()");
+#endif
   }
-  throw Error(ErrorCode::invalid_argument, fmt::format("device kind {}: no such device; 0 is the CPU, 1 the reference",
-                                                       static_cast<int>(device.kind)));
+  throw Error(ErrorCode::invalid_argument,
+              fmt::format("device kind {}: no such device; 0 is the CPU, 1 the reference, 2 CUDA",
+                          static_cast<int>(device.kind)));
 }
 
 const Options& Plan::options() const noexcept {
@@ -62,14 +83,14 @@ std::string_view Plan::path() const noexcept {
 
 void Plan::run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
                Trace* trace) const {
-  validate(inputs, outputs, shape());
-  if (workspace.size() < workspace_size())
-    throw Error(ErrorCode::out_of_memory, fmt::format("workspace of {} bytes: this plan needs {}; allocate "
-                                                      "plan.workspace_size() or plan under a cap",
-                                                      workspace.size(), workspace_size()));
-  if (stats != nullptr) *stats = {};
-  if (trace != nullptr) *trace = {};
+  check_and_clear(*this, inputs, outputs, workspace, stats, trace);
   executor_->run(inputs, outputs, workspace, stats, trace);
+}
+
+void Plan::run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stream stream,
+               Stats* stats, Trace* trace) const {
+  check_and_clear(*this, inputs, outputs, workspace, stats, trace);
+  executor_->run_on(stream, inputs, outputs, workspace, stats, trace);
 }
 
 }  // namespace pbsattn
