@@ -1,13 +1,32 @@
 // pbsattn: what Permuted Block-Sparse Attention does to a real model's prefill, on this machine.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <new>
+#include <string>
+#include <vector>
 
 #include "commands.h"
 #include "errors.h"
 #include "pbsattn/pbsattn.hpp"
+
+namespace {
+
+// CLI11 would say only that a command is missing.
+void check_command(CLI::App& program, int argc, char** argv) {
+  if (argc < 2 || argv[1][0] == '-') return;
+  std::vector<std::string> names;
+  for (const CLI::App* command : program.get_subcommands({})) names.push_back(command->get_name());
+  if (std::ranges::find(names, argv[1]) == names.end()) {
+    throw app::UsageError(
+        fmt::format("command \"{}\": no such command; there are {}", argv[1], fmt::join(names, ", ")));
+  }
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   CLI::App program("Permuted Block-Sparse Attention for the prefill of long prompts", "pbsattn");
@@ -20,6 +39,7 @@ int main(int argc, char** argv) {
 
   try {
     app::catch_interrupt();
+    check_command(program, argc, argv);
     program.parse(argc, argv);
     return app::success;
   } catch (const CLI::ParseError& error) {

@@ -114,6 +114,10 @@ void mask(const MaskOptions& options) {
   const Attention before = attention_named("pbs-unpermuted", options.attention);
   const Attention after = attention_named("pbs", options.attention);
   const Attention full = attention_named("full", options.attention);
+  if (options.threads < 0 || options.threads > most_threads) {
+    throw UsageError(
+        fmt::format("--threads {}: outside 0 .. {}; 0 takes one for each processor", options.threads, most_threads));
+  }
   const std::string text = read_prompt(options.prompt_file);
   OutputFile file(options.out);
 

@@ -47,8 +47,10 @@ int positions_from(const std::string& text) {
   return count;
 }
 
-void require_at_least(int value, int least, const char* option, const char* way_out) {
-  if (value < least) throw UsageError(fmt::format("{} {}: under {}; {}", option, value, least, way_out));
+void require_between(int value, int least, int most, const char* option, const char* way_out) {
+  if (value < least || value > most) {
+    throw UsageError(fmt::format("{} {}: outside {} .. {}; {}", option, value, least, most, way_out));
+  }
 }
 
 // The attentions to run, in the order of the table: the ones to compare with, then the method.
@@ -153,10 +155,11 @@ std::string warm_up(Session& session, const std::vector<llama_token>& prompt, co
 void prefill(const PrefillOptions& options) {
   const std::vector<Attention> list = attentions(options);
   const int wanted_positions = positions_from(options.positions);
-  require_at_least(options.generate, 0, "--generate", "0 generates nothing");
-  require_at_least(options.tokens, 0, "--tokens", "0 reads the whole text");
-  require_at_least(options.context, 0, "--context", "0 takes what the prompt needs");
-  require_at_least(options.threads, 0, "--threads", "0 takes one for each processor");
+  constexpr int most_tokens = 1 << 24;
+  require_between(options.generate, 0, most_tokens, "--generate", "0 generates nothing");
+  require_between(options.tokens, 0, most_tokens, "--tokens", "0 reads the whole text");
+  require_between(options.context, 0, most_tokens, "--context", "0 takes what the prompt needs");
+  require_between(options.threads, 0, most_threads, "--threads", "0 takes one for each processor");
   const std::string text = read_prompt(options.prompt_file);
   std::optional<OutputFile> json_file;
   if (!options.json.empty() && options.json != "-") json_file.emplace(options.json);

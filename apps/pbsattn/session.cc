@@ -13,24 +13,25 @@
 #include <fstream>
 #include <limits>
 #include <set>
+#include <utility>
 
 #include "errors.h"
 
 namespace app {
 namespace {
 
-// llama.cpp tells why it failed in its log only, so its last error is kept for our one line.
+// llama.cpp tells why it failed in its log only, so an operation's first error is kept for our one line.
 struct Log {
   bool verbose = false;
-  std::string last_error;
+  std::string first_error;
 };
 
 void on_log(ggml_log_level level, const char* text, void* user) {
   auto& log = *static_cast<Log*>(user);
   if (log.verbose) std::fputs(text, stderr);
-  if (level == GGML_LOG_LEVEL_ERROR) {
-    log.last_error = text;
-    while (!log.last_error.empty() && log.last_error.back() == '\n') log.last_error.pop_back();
+  if (level == GGML_LOG_LEVEL_ERROR && log.first_error.empty()) {
+    log.first_error = text;
+    std::erase(log.first_error, '\n');
   }
 }
 
@@ -40,7 +41,7 @@ Log& the_log() {
 }
 
 std::string because() {
-  const std::string& said = the_log().last_error;
+  const std::string said = std::exchange(the_log().first_error, {});
   return said.empty() ? "" : fmt::format(" (it says \"{}\")", said);
 }
 

@@ -24,6 +24,8 @@ struct ModelInfo {
   int vocabulary = 0;
 };
 
+constexpr int most_threads = 512;  // what ggml takes
+
 struct ContextSize {
   int prompt = 0;    // tokens that one prefill takes, whole
   int generate = 0;  // tokens that may follow

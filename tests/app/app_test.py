@@ -1,0 +1,287 @@
+#!/usr/bin/env python3
+"""Tests of the pbsattn program: app_test.py PROGRAM
+
+PBSATTN_TEST_MODEL names SmolLM2's GGUF file and PBSATTN_TEST_TEXT a long text; `./dev test` sets both.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import xml.etree.ElementTree
+
+PROGRAM = sys.argv.pop(1)
+MODEL = os.environ.get("PBSATTN_TEST_MODEL", "")
+TEXT = os.environ.get("PBSATTN_TEST_TEXT", "")
+needs_model = unittest.skipUnless(MODEL and TEXT, "PBSATTN_TEST_MODEL and PBSATTN_TEST_TEXT name no model and text")
+
+
+def pbsattn(*arguments):
+    return subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def file(self, name, content=b""):
+        path = self.folder / name
+        path.write_bytes(content)
+        return path
+
+    def refused(self, status, *arguments, says=()):
+        """One line on stderr with every word of `says`, nothing on stdout, that status, no file left behind."""
+        before = set(self.folder.iterdir())
+        result = pbsattn(*arguments)
+        self.assertEqual(result.returncode, status, result.stderr)
+        self.assertEqual(result.stdout, "")
+        self.assertRegex(result.stderr, r"\Apbsattn: [^\n]+\n\Z")
+        for word in says:
+            self.assertIn(word, result.stderr)
+        self.assertEqual(set(self.folder.iterdir()), before)
+
+
+class Tables(Case):
+    def test_methods(self):
+        listed = json.loads(pbsattn("methods", "--json").stdout)
+        names = [method["name"] for method in listed]
+        self.assertIn("full", names)
+        pbs = next(method for method in listed if method["name"] == "pbs")
+        self.assertEqual(pbs["options"]["segment"], 256)
+        text = pbsattn("methods").stdout
+        for name in names:
+            self.assertIn(f"\n{name} ", "\n" + text)
+
+    def test_devices(self):
+        cpu = json.loads(pbsattn("devices", "--json").stdout)[0]
+        self.assertEqual(cpu["name"], "cpu")
+        self.assertGreaterEqual(cpu["threads"], 1)
+        self.assertIn(cpu["f32_path"], cpu["paths"])
+        self.assertIn(cpu["bf16_path"], cpu["paths"])
+        self.assertIn(cpu["f32_path"], pbsattn("devices").stdout)
+
+    def test_help(self):
+        for arguments in (["--help"], ["prefill", "--help"], ["mask", "--help"], ["--version"]):
+            result = pbsattn(*arguments)
+            self.assertEqual((result.returncode, result.stderr), (0, ""), arguments)
+
+
+class CommandLine(Case):
+    """What is wrong whatever the files hold. The model named does not exist: these come first."""
+
+    def usage(self, *arguments, says):
+        text = self.file("text.txt", b"some words")
+        self.refused(2, "prefill", "--model", "none.gguf", "--prompt-file", text, *arguments, says=says)
+
+    def test_no_such_command(self):
+        self.refused(2, "prefil", says=['"prefil"', "prefill, mask"])
+
+    def test_no_command(self):
+        self.refused(2, says=["subcommand is required"])
+
+    def test_missing_options(self):
+        self.refused(2, "prefill", says=["--model is required"])
+
+    def test_unknown_option(self):
+        self.usage("--topp", "0.9", says=["--topp", "not expected"])
+
+    def test_top_p(self):
+        for value in ("0", "-0.5", "1.5", "nan", "inf"):
+            self.usage("--top-p", value, says=["top_p", "(0, 1]"])
+        self.usage("--top-p", "most", says=["--top-p = most"])
+
+    def test_segment(self):
+        for value in ("0", "-256", "64", "200"):
+            self.usage("--segment", value, says=[f"segment {value}", "block of 128"])
+
+    def test_dense_last_rows(self):
+        self.usage("--dense-last-rows", "-1", says=["dense_last_rows -1"])
+
+    def test_precision(self):
+        self.usage("--precision", "fp8", says=['"fp8"', "bf16, f32"])
+
+    def test_method(self):
+        self.usage("--method", "pbz", says=['"pbz"', 'did you mean "pbs"'])
+        self.usage("--compare", "ggml,ful", says=['"ful"', 'did you mean "full"'])
+
+    def test_numbers(self):
+        for option in ("--tokens", "--context", "--generate", "--threads"):
+            self.usage(option, "-1", says=[f"{option} -1", "outside 0"])
+            self.usage(option, "99999999999999999999", says=[option])
+        self.usage("--threads", "100000", says=["--threads 100000", "512"])
+        for value in ("0", "-5", "some", "5x"):
+            self.usage("--positions", value, says=[f"--positions {value}", '"all"'])
+
+    def test_output(self):
+        text = self.file("text.txt", b"some words")
+        for place in ("/no/such/folder/out.json", self.folder):
+            self.refused(1, "prefill", "--model", "none.gguf", "--prompt-file", text, "--json", place,
+                         says=["output file"])
+
+
+class Prompts(Case):
+    def prompt(self, path, says):
+        self.refused(1, "prefill", "--model", "none.gguf", "--prompt-file", path, says=says)
+
+    def test_missing(self):
+        self.prompt(self.folder / "none.txt", ["none.txt", "No such file"])
+
+    def test_empty(self):
+        self.prompt(self.file("empty.txt"), ["empty.txt", "empty"])
+
+    def test_directory(self):
+        self.prompt(self.folder, ["a directory"])
+
+    @unittest.skipIf(os.geteuid() == 0, "root may read every file")
+    def test_unreadable(self):
+        path = self.file("secret.txt", b"words")
+        path.chmod(0)
+        self.prompt(path, ["secret.txt", "Permission denied"])
+
+    def test_not_utf8(self):
+        for bad in (b"\xff", b"\xc0\x80", b"\xe2\x82", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\x80"):
+            self.prompt(self.file("bad.txt", b"abc" + bad), ["byte 3", "not UTF-8"])
+
+    def test_utf8_is_taken(self):
+        path = self.file("good.txt", "aé漢😀".encode())
+        self.refused(1, "prefill", "--model", "none.gguf", "--prompt-file", path, says=["model none.gguf"])
+
+    def test_endless(self):
+        self.prompt("/dev/zero", ["/dev/zero", "64 MiB"])
+
+
+class Models(Case):
+    def model(self, path, says):
+        text = self.file("text.txt", b"some words")
+        self.refused(1, "prefill", "--model", path, "--prompt-file", text, says=says)
+
+    def test_missing(self):
+        self.model(self.folder / "none.gguf", ["none.gguf", "No such file"])
+
+    def test_directory(self):
+        self.model(self.folder, ["a directory"])
+
+    def test_not_gguf(self):
+        self.model(self.file("text.gguf", b"GGML and more"), ["text.gguf", "not a GGUF file"])
+        self.model(self.file("short.gguf", b"GG"), ["short.gguf", "not a GGUF file"])
+
+    def test_only_magic(self):
+        self.model(self.file("magic.gguf", b"GGUF"), ["magic.gguf", "is it whole"])
+
+    @needs_model
+    def test_truncated(self):
+        whole = pathlib.Path(MODEL).read_bytes()
+        for size in (100, 1_000_000, len(whole) // 2, len(whole) - 1):
+            self.model(self.file("truncated.gguf", whole[:size]), ["truncated.gguf", "is it whole"])
+
+
+@needs_model
+class Prefill(Case):
+    def refused_prefill(self, status, *arguments, says):
+        self.refused(status, "prefill", "--model", MODEL, "--prompt-file", TEXT, *arguments, says=says)
+
+    def test_short(self):
+        self.refused_prefill(1, "--tokens", 256, says=["256 tokens", "257"])
+        self.refused_prefill(1, "--tokens", 512, "--segment", 512, says=["512 tokens", "513"])
+
+    def test_long(self):
+        self.refused_prefill(1, says=["over the context of 8192", "--tokens 8160"])
+        self.refused_prefill(1, "--tokens", 500, "--context", 400, says=["over the context of 400", "--tokens 368"])
+
+    def test_fewer_tokens_than_asked(self):
+        text = self.file("short.txt", b"only a few words")
+        self.refused(1, "prefill", "--model", MODEL, "--prompt-file", text, "--tokens", 1000, says=["--tokens 1000"])
+
+    def test_context_over_the_models(self):
+        self.refused_prefill(2, "--context", 8193, says=["--context 8193", "8192"])
+
+    def test_table_and_json(self):
+        out = self.folder / "out.json"
+        result = pbsattn("prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 1500, "--generate", 4,
+                         "--positions", 40, "--top-p", 0.5, "--json", out)
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        for word in ("first token", "ggml ", "full ", "pbs ", "Greedy continuations"):
+            self.assertIn(word, result.stdout)
+        report = json.loads(out.read_text())
+        self.assertEqual(report["prompt"]["tokens"], 1500)
+        self.assertEqual(report["model"]["layers"], 30)
+        self.assertEqual((report["baseline"], report["reference"]), ("ggml", "full"))
+        self.assertEqual(report["positions"], 41)
+        runs = {run["name"]: run for run in report["runs"]}
+        self.assertEqual(list(runs), ["ggml", "full", "pbs"])
+        for run in runs.values():
+            self.assertGreater(run["first_token_seconds"], run["attention_seconds"])
+            self.assertGreater(run["attention_seconds"], 0)
+            self.assertEqual(len(run["layers"]), 30)
+            self.assertLess(abs(run["perplexity"] / runs["full"]["perplexity"] - 1), 0.25)
+            self.assertEqual(len(run["continuation"]["tokens"]), 4)
+        self.assertEqual(runs["ggml"]["speedup"], 1)
+        self.assertEqual(runs["full"]["density"]["mean"], 1)
+        self.assertLess(runs["pbs"]["density"]["mean"], 0.9)
+        self.assertLessEqual(runs["pbs"]["density"]["min"], runs["pbs"]["density"]["mean"])
+        self.assertNotIn("kl_mean", runs["full"])
+        # Our dense attention is ggml's up to rounding; dropping blocks moves the distributions further.
+        self.assertLess(runs["ggml"]["kl_mean"], runs["pbs"]["kl_mean"])
+        self.assertGreater(runs["ggml"]["top1_mean"], 0.8)
+
+    def test_json_on_the_standard_output_and_one_run(self):
+        result = pbsattn("prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 300, "--generate", 0,
+                         "--compare", "none", "--method", "ggml", "--positions", "all", "--json")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        report = json.loads(result.stdout)
+        self.assertEqual([run["name"] for run in report["runs"]], ["ggml"])
+        self.assertEqual(report["positions"], 300)
+
+    def test_top_p_one_is_dense(self):
+        result = pbsattn("prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 700, "--generate", 0,
+                         "--compare", "full", "--top-p", 1, "--json")
+        runs = json.loads(result.stdout)["runs"]
+        self.assertEqual(runs[1]["density"]["mean"], 1)
+        self.assertLess(abs(runs[1]["perplexity"] / runs[0]["perplexity"] - 1), 0.02)
+
+    def test_interrupt(self):
+        out = self.folder / "out.json"
+        process = subprocess.Popen([PROGRAM, "prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", "8000",
+                                    "--json", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 130, stderr)
+        self.assertEqual(stdout, "")
+        self.assertRegex(stderr, r"\Apbsattn: interrupted[^\n]*\n\Z")
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+
+@needs_model
+class Mask(Case):
+    def test_picture(self):
+        out = self.folder / "mask.svg"
+        result = pbsattn("mask", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 1200, "--layer", 2, "--head", 3,
+                         "--out", out)
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        svg = xml.etree.ElementTree.fromstring(out.read_text())
+        kept = [path for path in svg.iter("{http://www.w3.org/2000/svg}path") if path.get("class") == "kept"]
+        self.assertEqual(len(kept), 2)
+        # Two pictures of one head that differ: the second has its keys permuted.
+        first, second = (path.get("d").count("M") for path in kept)
+        self.assertGreaterEqual(min(first, second), 10)
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["mask.svg"])
+
+    def test_refusals(self):
+        base = ("mask", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 600)
+        out = self.folder / "mask.svg"
+        self.refused(2, *base, "--out", out, "--layer", 30, says=["--layer 30", "0 to 29"])
+        self.refused(2, *base, "--out", out, "--head", -1, says=["--head -1", "0 to 8"])
+        self.refused(1, *base, "--out", "/no/such/folder/mask.svg", says=["output file"])
+        self.refused(1, "mask", "--model", MODEL, "--prompt-file", TEXT, "--out", out, says=["8192"])
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
