@@ -36,7 +36,7 @@ Mask mask_of(const AttentionOp& op) {
 
 bool PlanCache::Key::operator==(const Key& other) const {
   // None of these has padding, so equal bytes are equal values.
-  static_assert(sizeof(pbsattn_options) == 11 * 4 && sizeof(pbsattn_shape) == 6 * 8 && sizeof(pbsattn_device) == 2 * 4);
+  static_assert(sizeof(pbsattn_options) == 11 * 4 && sizeof(pbsattn_shape) == 6 * 8 && sizeof(pbsattn_device) == 3 * 4);
   return std::memcmp(&options, &other.options, sizeof options) == 0 &&
          std::memcmp(&shape, &other.shape, sizeof shape) == 0 &&
          std::memcmp(&device, &other.device, sizeof device) == 0 && workspace_cap == other.workspace_cap;
@@ -116,12 +116,11 @@ ggml_status Computer::compute(const AttentionOp& op) {
   stats.reasons[reason] = 1;
   if (status == GGML_STATUS_SUCCESS) record(stats);
   if (settings.verbose) {
-    log(GGML_LOG_LEVEL_INFO,
-        fmt::format("layer {}: {} x {} in {:.1f} ms, {}", stats.layer, stats.q_len, stats.kv_len,
-                    stats.total_seconds * 1e3,
-                    reason == GGML_PBSATTN_TAKEN
-                        ? fmt::format("blocks {}/{}", stats.visited_blocks, stats.causal_blocks)
-                        : fmt::format("by ggml's kernel: {}", ggml_backend_pbsattn_reason_name(reason))));
+    log(asked_for, fmt::format("layer {}: {} x {} in {:.1f} ms, {}", stats.layer, stats.q_len, stats.kv_len,
+                               stats.total_seconds * 1e3,
+                               reason == GGML_PBSATTN_TAKEN
+                                   ? fmt::format("blocks {}/{}", stats.visited_blocks, stats.causal_blocks)
+                                   : fmt::format("by ggml's kernel: {}", ggml_backend_pbsattn_reason_name(reason))));
   }
   return status;
 }
