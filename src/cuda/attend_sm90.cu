@@ -1,0 +1,174 @@
+// Launches block-sparse attention on Hopper: tensor maps, the order of tiles, the kernel.
+#include "cuda/attend_sm90.cuh"
+
+#include <algorithm>
+
+#include "cuda/attend.h"
+#include "cuda/tensor_map.h"
+
+namespace pbsattn::cuda {
+namespace {
+
+using namespace sm90;
+
+// K and V of a section's heads should stay in L2 while its rows are worked off. An H100 has 50 MB in two halves that
+// may both hold a line.
+constexpr std::int64_t section_bytes = 24 << 20;
+
+struct Scratch {
+  int next_place;
+  int padding[3];
+  int tile_order[];
+};
+
+TileOrder natural_order(const AttendArgs& args) {
+  const Geometry& g = args.geometry;
+  const bool by_query_head = args.permuted.k != nullptr && args.permuted.order_heads == g.shape.q_heads;
+  const std::int64_t sharing = by_query_head ? 1 : g.group();
+  const std::int64_t kv_bytes = g.shape.kv_len * g.shape.head_dim * 2 * 2;
+  const std::int64_t heads = g.shape.batch * g.shape.q_heads;
+  return {.rows = static_cast<int>(g.rows()),
+          .heads = static_cast<int>(heads),
+          .section_heads =
+              static_cast<int>(std::min(heads, std::max<std::int64_t>(1, section_bytes / kv_bytes) * sharing))};
+}
+
+// Puts tiles of more than four times the mean work first, so that none of them is left for the end, and otherwise keeps
+// the natural order. One thread block.
+__global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::int32_t* row_count, Scratch* scratch) {
+  __shared__ unsigned long long work;
+  __shared__ int warp_heavy[32];
+  const int tiles = order.tiles();
+  const int each = (tiles + 1023) / 1024;
+  const int begin = min(tiles, static_cast<int>(threadIdx.x) * each);
+  const int end = min(tiles, begin + each);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+
+  if (threadIdx.x == 0) work = 0;
+  __syncthreads();
+  unsigned long long mine = 0;
+  for (int i = begin; i < end; ++i) mine += row_count[i];
+  atomicAdd(&work, mine);
+  __syncthreads();
+  const auto heavy = [&](int tile) {
+    return row_count[tile] * static_cast<std::int64_t>(tiles) > 4 * static_cast<std::int64_t>(work);
+  };
+
+  int before = 0;  // heavy tiles of the threads up to this one
+  for (int place = begin; place < end; ++place) before += heavy(order.tile(place));
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(0xFFFFFFFF, before, step);
+    if (lane >= step) before += other;
+  }
+  if (lane == 31) warp_heavy[warp] = before;
+  __syncthreads();
+  int total = 0;
+  int warps_before = 0;
+  for (int w = 0; w < 32; ++w) {
+    if (w < warp) warps_before += warp_heavy[w];
+    total += warp_heavy[w];
+  }
+  int own = 0;
+  for (int place = begin; place < end; ++place) own += heavy(order.tile(place));
+  int next_heavy = warps_before + before - own;
+  int next_light = total + begin - next_heavy;
+  for (int place = begin; place < end; ++place) {
+    const int tile = order.tile(place);
+    scratch->tile_order[heavy(tile) ? next_heavy++ : next_light++] = tile;
+  }
+  if (threadIdx.x == 0) scratch->next_place = 0;
+}
+
+template <class Element, int head_dim>
+cudaError_t launch(const AttendParams& params, const TensorMaps& maps, int tiles, cudaStream_t stream) {
+  const auto kernel = attend_kernel<Element, head_dim>;
+  constexpr int shared_bytes = sizeof(Shared<Element, head_dim>) + 1024;  // to align it
+  static_assert(shared_bytes <= 227 * 1024);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  int device = 0;
+  int multiprocessors = 0;
+  if (error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  kernel<<<std::min(tiles, multiprocessors), threads, shared_bytes, stream>>>(params, maps);
+  return cudaGetLastError();
+}
+
+template <class Element>
+cudaError_t launch_head_dim(const AttendParams& params, const TensorMaps& maps, int tiles, std::int64_t head_dim,
+                            cudaStream_t stream) {
+  return head_dim == 128 ? launch<Element, 128>(params, maps, tiles, stream)
+                         : launch<Element, 64>(params, maps, tiles, stream);
+}
+
+}  // namespace
+
+std::size_t attend_scratch_size(const Geometry& g) {
+  return sizeof(Scratch) + static_cast<std::size_t>(g.shape.batch * g.shape.q_heads * g.rows()) * sizeof(int);
+}
+
+cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const Shape& shape = g.shape;
+  const bool permuted = args.permuted.k != nullptr && g.permuted_len() > 0;
+  constexpr float log2_e = 1.4426950408889634F;
+  auto* scratch = static_cast<Scratch*>(args.scratch);
+
+  AttendParams params{
+      .order = natural_order(args),
+      .tile_order = args.lists != nullptr ? scratch->tile_order : nullptr,
+      .next_place = &scratch->next_place,
+      .row_start = args.lists != nullptr ? args.lists->row_start : nullptr,
+      .row_count = args.lists != nullptr ? args.lists->row_count : nullptr,
+      .list = args.lists != nullptr ? args.lists->block : nullptr,
+      .q_heads = static_cast<int>(shape.q_heads),
+      .heads_per_kv = static_cast<int>(g.group()),
+      .heads_per_permuted = permuted ? static_cast<int>(shape.q_heads / args.permuted.order_heads) : 1,
+      .blocks_per_segment = permuted ? g.segment / g.block : 0,
+      .first_row = static_cast<int>(g.first_row()),
+      .q_offset = static_cast<int>(g.q_offset()),
+      .q_len = static_cast<int>(shape.q_len),
+      .scale = args.scale,
+      .scale_log2 = args.scale * log2_e,
+      .out = args.out.data,
+      .out_batch_stride = args.out.batch_stride,
+      .out_head_stride = args.out.head_stride,
+      .out_token_stride = args.out.token_stride,
+      .lse = args.lse,
+      .lse_batch_stride = args.lse_batch_stride,
+  };
+
+  TensorMaps maps;
+  const auto map = [&](CUtensorMap& into, const auto& view, std::int64_t heads, std::int64_t tokens, int box_tokens) {
+    return make_tensor_map(into, view, shape.batch, heads, tokens, shape.head_dim, box_tokens);
+  };
+  const auto contiguous = [&](const void* data) {
+    const std::int64_t head = g.permuted_len() * shape.head_dim;
+    return ConstView{data, args.inputs.k.dtype, args.permuted.order_heads * head, head, shape.head_dim};
+  };
+  const bool encoded =
+      map(maps.q, args.inputs.q, shape.q_heads, shape.q_len, 64) &&
+      map(maps.out, args.out, shape.q_heads, shape.q_len, 64) &&
+      map(maps.k, args.inputs.k, shape.kv_heads, shape.kv_len, block) &&
+      map(maps.v, args.inputs.v, shape.kv_heads, shape.kv_len, block) &&
+      (!permuted ||
+       (map(maps.k_permuted, contiguous(args.permuted.k), args.permuted.order_heads, g.permuted_len(), block) &&
+        map(maps.v_permuted, contiguous(args.permuted.v), args.permuted.order_heads, g.permuted_len(), block)));
+  if (!encoded) return cudaErrorInvalidValue;
+
+  const int tiles = params.order.tiles();
+  if (args.lists != nullptr) {
+    order_tiles<<<1, 1024, 0, stream>>>(params.order, params.row_count, scratch);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  } else {
+    const cudaError_t error = cudaMemsetAsync(&scratch->next_place, 0, sizeof(int), stream);
+    if (error != cudaSuccess) return error;
+  }
+  return args.inputs.q.dtype == DType::bf16
+             ? launch_head_dim<__nv_bfloat16>(params, maps, tiles, shape.head_dim, stream)
+             : launch_head_dim<__half>(params, maps, tiles, shape.head_dim, stream);
+}
+
+}  // namespace pbsattn::cuda
