@@ -62,34 +62,48 @@ std::int64_t attend_row(const StageContext& c, std::int64_t head, std::int64_t r
     std::fill_n(state.out, dim * strip, 0.0F);
   }
 
-  std::int64_t visited = 0;
   const std::uint64_t* const mask = c.pass.mask + (head * g.rows() + row) * c.pass.mask_words;
-  const auto visit = [&](std::int64_t block) {
-    ++visited;
-    const bool far = block < g.own_begin(row);
-    const bool diagonal = block == g.diagonal(row);
-    const std::int64_t original = (kv_head * g.blocks() + block) * c.pass.block_bytes;
-    const std::int64_t permuted = (far_head * c.pass.far_blocks + block) * c.pass.block_bytes;
-    const bool moved = far && c.pass.permuted;
+  const std::int64_t own_begin = g.own_begin(row);
+  const auto packed_at = [&](const std::byte* far, const std::byte* original, std::int64_t block) {
+    return block < own_begin && c.pass.permuted ? far + (far_head * c.pass.far_blocks + block) * c.pass.block_bytes
+                                                : original + (kv_head * g.blocks() + block) * c.pass.block_bytes;
+  };
+  const int lines = static_cast<int>(c.pass.block_bytes / cache_line);
+  const auto visit = [&](std::int64_t block, std::int64_t next) {
     const int keys = static_cast<int>(std::min<std::int64_t>(g.block, g.shape.kv_len - block * g.block));
-    BlockArgs args{.keys = moved ? c.pass.far_keys + permuted : c.pass.keys + original,
-                   .values = moved ? c.pass.far_values + permuted : c.pass.values + original,
-                   .queries = nullptr,
-                   .count = (keys + row_tile - 1) / row_tile * row_tile,
-                   .head_dim = dim,
-                   .scale_log2 = c.scale_log2(),
-                   .causal = diagonal,
-                   .diagonal = 0,
-                   .values_finite = c.pass.values_finite[kv_head * g.blocks() + block] != 0,
-                   .scratch = scratch.scores()};
+    const std::byte* const next_keys = packed_at(c.pass.far_keys, c.pass.keys, next);
+    const std::byte* const next_values = packed_at(c.pass.far_values, c.pass.values, next);
     for (int i = 0; i < strips; ++i) {
-      args.queries = scratch.strip_state(i).queries;
-      args.diagonal = begin + i * strip - block * g.block;
-      c.kernels.attend_block(args, scratch.strip_state(i).state);
+      const int fetched = lines * i / strips;
+      const auto& [state, packed] = scratch.strip_state(i);
+      const BlockArgs args{.keys = packed_at(c.pass.far_keys, c.pass.keys, block),
+                           .values = packed_at(c.pass.far_values, c.pass.values, block),
+                           .queries = packed,
+                           .count = (keys + row_tile - 1) / row_tile * row_tile,
+                           .head_dim = dim,
+                           .scale_log2 = c.scale_log2(),
+                           .causal = block == g.diagonal(row),
+                           .diagonal = begin + i * strip - block * g.block,
+                           .values_finite = c.pass.values_finite[kv_head * g.blocks() + block] != 0,
+                           .scratch = scratch.scores(),
+                           .next_keys = next_keys + fetched * cache_line,
+                           .next_values = next_values + fetched * cache_line,
+                           .next_lines = lines * (i + 1) / strips - fetched};
+      c.kernels.attend_block(args, state);
     }
   };
-  for (std::int64_t word = 0; word < c.pass.mask_words; ++word)
-    for (std::uint64_t bits = mask[word]; bits != 0; bits &= bits - 1) visit(word * 64 + std::countr_zero(bits));
+  // A block is visited once the one after it is known.
+  std::int64_t visited = 0;
+  std::int64_t previous = -1;
+  for (std::int64_t word = 0; word < c.pass.mask_words; ++word) {
+    for (std::uint64_t bits = mask[word]; bits != 0; bits &= bits - 1) {
+      const std::int64_t block = word * 64 + std::countr_zero(bits);
+      if (previous >= 0) visit(previous, block);
+      previous = block;
+      ++visited;
+    }
+  }
+  visit(previous, previous);  // the diagonal, which every row has
 
   const View& out = c.outputs.out;
   const std::int64_t first = begin - g.q_offset();

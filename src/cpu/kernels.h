@@ -22,6 +22,7 @@ inline constexpr int strip = 32;          // queries of a strip
 inline constexpr int row_tile = 8;        // rows of K or columns of V in one register tile
 inline constexpr int max_head_dim = 256;  // bounds the kernels' stack buffers
 inline constexpr int max_block = 256;
+inline constexpr int cache_line = 64;
 
 // Rows of head_dim elements: row i is at data + (index ? index[i] : i) * stride elements.
 struct Rows {
@@ -56,6 +57,11 @@ struct BlockArgs {
   std::int64_t diagonal;  // token of the strip's first query minus token of the block's first key
   bool values_finite;     // if not, masked values are kept out of the sum (0 * inf is NaN)
   float* scratch;         // [max(count, head_dim)][strip] floats, twice
+  // What the caller reads after this: so many cache lines of keys and of values, fetched into the
+  // second-level cache meanwhile.
+  const std::byte* next_keys;
+  const std::byte* next_values;
+  int next_lines;
 };
 
 // Every path has the first group of functions; the f32 paths serve the rest for all of them.
@@ -78,14 +84,16 @@ struct Kernels {
   void (*finish)(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
                  std::int64_t stride, float* lse);
 
+  // Scores keys by a strip, in two sweeps over the blocks. The first folds a block's scores into the
+  // strip's running max and sum, and leaves exps[key][query], each measured from the max as it then stood;
+  // the second, once max and sum are final, sums exps over queries, each times its factor; a factor of 0
+  // leaves its query out.
+  void (*score_keys)(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max,
+                     float* sum, float* exps);
+  void (*weigh_keys)(const float* exps, int count, const float* factors, float* weights);
+
   // scores[key][query] = keys . queries, unscaled.
   void (*scores)(const void* keys, const void* queries, int count, int head_dim, float* scores);
-  // Folds scores into a strip's running max and sum, without values.
-  void (*softmax_stats)(const float* scores, int count, float scale_log2, float* max, float* sum);
-  // weights[key] = sum over the first `queries` queries of their softmax weight on that key.
-  void (*softmax_weights)(const float* scores, int count, int queries, float scale_log2, const float* max,
-                          const float* sum, float* weights);
-
   // sum[:] += a row of head_dim elements; and the rounding of float32 values to a dtype, in place.
   void (*add_row)(const void* row, DType dtype, int head_dim, float* sum);
   void (*round_row)(DType dtype, int count, float* row);

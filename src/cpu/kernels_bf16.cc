@@ -20,7 +20,6 @@ using Pair = std::uint32_t;
 __m512bh as_pairs(__m512i bits) {
   return reinterpret_cast<__m512bh>(bits);
 }
-__m512i as_bits(__m512bh pairs) {
   return reinterpret_cast<__m512i>(pairs);
 }
 __m256i as_bits(__m256bh pairs) {
@@ -160,17 +159,56 @@ bool pack_values(const Rows& rows, int count, int padded, int head_dim, void* pa
   return special == 0;
 }
 
+// out[j][i] = in[i][j] for a 16 x 16 tile of 32-bit elements; strides in elements. Writes only the first
+// `rows` rows of out.
+inline void transpose16(const Pair* in, std::int64_t in_stride, Pair* out, std::int64_t out_stride, int rows) {
+  __m512i a[lanes];
+  __m512i b[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) a[i] = _mm512_loadu_si512(in + i * in_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < lanes; i += 2) {  // pairs of rows, then of pairs, within 128-bit lanes
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < lanes; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // a[4g + i] holds rows 4g .. 4g + 3 of columns i, i + 4, i + 8, i + 12
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xDD);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xDD);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xDD);
+    a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xDD);
+  }
+  for (int i = 0; i < rows; ++i) _mm512_storeu_si512(out + i * out_stride, a[i]);
+}
+
 void pack_queries(const Rows& rows, int count, int head_dim, void* packed) {
-  alignas(64) Pair row[max_head_dim / 2];
-  auto* out = static_cast<Pair*>(packed);
+  alignas(64) Pair pairs[strip][max_head_dim / 2 + lanes];  // a tile may read past a row's end
   for (int i = 0; i < strip; ++i) {
     for (int d = 0; d < head_dim; d += lanes) {
       const __mmask16 mask = i < count ? head_mask(head_dim - d) : 0;
       const __m256i bits = mask == 0 ? _mm256_setzero_si256() : load_bf16(rows.at(i), rows.dtype, d, mask);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(row + d / 2), bits);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs[i] + d / 2), bits);
     }
-    for (int d = 0; d < head_dim / 2; ++d) out[d * strip + i] = row[d];
   }
+  auto* out = static_cast<Pair*>(packed);
+  for (int d = 0; d < head_dim / 2; d += lanes)
+    for (int i = 0; i < strip; i += lanes)
+      transpose16(pairs[i] + d, max_head_dim / 2 + lanes, out + d * strip + i, strip,
+                  head_dim / 2 - d < lanes ? head_dim / 2 - d : lanes);
 }
 
 void scores(const void* keys, const void* queries, int count, int head_dim, float* out) {
@@ -201,10 +239,26 @@ void accumulate_visible(const BlockArgs& args, const Pair* weights, float* out) 
   }
 }
 
+// Fetches the part of the next block's lines that falls to key tile `i`.
+inline void prefetch_share(const BlockArgs& args, int i) {
+  const int tiles = args.count / row_tile;
+  const int begin = args.next_lines * (i / row_tile) / tiles;
+  const int end = args.next_lines * (i / row_tile + 1) / tiles;
+  for (int line = begin; line < end; ++line) {
+    __builtin_prefetch(args.next_keys + line * cache_line, 0, 2);
+    __builtin_prefetch(args.next_values + line * cache_line, 0, 2);
+  }
+}
+
 void attend_block(const BlockArgs& args, const StripState& state) {
   float* const s = args.scratch;
   Pair* const weights = reinterpret_cast<Pair*>(args.scratch + args.count * strip);
-  scores(args.keys, args.queries, args.count, args.head_dim, s);
+  const int pairs = args.head_dim / 2;
+  for (int i = 0; i < args.count; i += row_tile) {
+    product(static_cast<const Pair*>(args.keys) + static_cast<std::int64_t>(i) * pairs, pairs, 1, pairs,
+            static_cast<const Pair*>(args.queries), nullptr, s + i * strip);
+    prefetch_share(args, i);
+  }
 
   alignas(64) float rescale[strip];
   const __m512 scale = _mm512_set1_ps(args.scale_log2);
@@ -267,59 +321,63 @@ void store_row(const float* row, int head_dim, DType dtype, void* out) {
 
 void finish(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
             std::int64_t stride, float* lse) {
-  alignas(64) float row[max_head_dim];
-  const int size = dtype == DType::f32 ? 4 : 2;
-  for (int i = 0; i < count; ++i) {
-    const float sum = state.sum[i];
-    const float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;
-    for (int d = 0; d < head_dim; ++d) row[d] = state.out[d * strip + i] * inverse;
-    store_row(row, head_dim, dtype, static_cast<char*>(out) + i * stride * size);
-    if (lse == nullptr) continue;
-    constexpr float ln2 = 0.693147180559945F;
-    lse[i] = sum == 0.0F ? -INFINITY : ln2 * (state.max[i] * scale_log2 + log2f(sum));
+  alignas(64) float rows[strip][max_head_dim];
+  for (int i = 0; i < strip; i += lanes) {
+    const __m512 sum = _mm512_load_ps(state.sum + i);
+    const __mmask16 seen = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 inverse = _mm512_maskz_div_ps(seen, _mm512_set1_ps(1.0F), sum);
+    for (int d = 0; d < head_dim; ++d) {
+      float* const o = state.out + d * strip + i;
+      _mm512_store_ps(o, _mm512_mul_ps(_mm512_load_ps(o), inverse));
+    }
+    // The state has room for rows up to a multiple of 16; what lies there only reaches columns not stored.
+    for (int d = 0; d < head_dim; d += lanes)
+      transpose16(reinterpret_cast<const Pair*>(state.out + d * strip + i), strip, reinterpret_cast<Pair*>(rows[i] + d),
+                  max_head_dim, lanes);
   }
+  const int size = dtype == DType::f32 ? 4 : 2;
+  for (int i = 0; i < count; ++i) store_row(rows[i], head_dim, dtype, static_cast<char*>(out) + i * stride * size);
+  if (lse == nullptr) return;
+  constexpr float ln2 = 0.693147180559945F;
+  for (int i = 0; i < count; ++i)
+    lse[i] = state.sum[i] == 0.0F ? -INFINITY : ln2 * (state.max[i] * scale_log2 + log2f(state.sum[i]));
 }
 
-void softmax_stats(const float* column, int count, float scale_log2, float* max_out, float* sum_out) {
+void score_keys(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max_out,
+                float* sum_out, float* exps) {
+  scores(keys, queries, count, head_dim, exps);
   const __m512 scale = _mm512_set1_ps(scale_log2);
   for (int lane = 0; lane < strip; lane += lanes) {
     const __m512 old_max = _mm512_load_ps(max_out + lane);
     __m512 max = old_max;
-    for (int key = 0; key < count; ++key) max = _mm512_max_ps(_mm512_load_ps(column + key * strip + lane), max);
+    for (int key = 0; key < count; ++key) max = _mm512_max_ps(_mm512_load_ps(exps + key * strip + lane), max);
     const __m512 origin = max_or_zero(max);
     __m512 sum = _mm512_mul_ps(_mm512_load_ps(sum_out + lane), exp2_for_f32(exponent(old_max, origin, scale)));
-    for (int key = 0; key < count; ++key)
-      sum = _mm512_add_ps(sum, exp2_for_f32(exponent(_mm512_load_ps(column + key * strip + lane), origin, scale)));
+    for (int key = 0; key < count; ++key) {
+      const __m512 e = exp2_for_f32(exponent(_mm512_load_ps(exps + key * strip + lane), origin, scale));
+      sum = _mm512_add_ps(sum, e);
+      _mm512_store_ps(exps + key * strip + lane, e);
+    }
     _mm512_store_ps(max_out + lane, max);
     _mm512_store_ps(sum_out + lane, sum);
   }
 }
 
-void softmax_weights(const float* column, int count, int queries, float scale_log2, const float* max, const float* sum,
-                     float* weights) {
-  const __m512 scale = _mm512_set1_ps(scale_log2);
-  __m512 origin[strip_vectors];
-  __m512 share[strip_vectors];
-  __mmask16 real[strip_vectors];
-  for (int j = 0; j < strip_vectors; ++j) {
-    origin[j] = max_or_zero(_mm512_load_ps(max + j * lanes));
-    share[j] = _mm512_div_ps(_mm512_set1_ps(1.0F), _mm512_load_ps(sum + j * lanes));
-    const int left = queries - j * lanes;
-    real[j] = left <= 0 ? 0 : head_mask(left);
-  }
+void weigh_keys(const float* exps, int count, const float* factors, float* weights) {
+  const __m512 f0 = _mm512_load_ps(factors);
+  const __m512 f1 = _mm512_load_ps(factors + lanes);
+  const __mmask16 real0 = _mm512_cmp_ps_mask(f0, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  const __mmask16 real1 = _mm512_cmp_ps_mask(f1, _mm512_setzero_ps(), _CMP_NEQ_UQ);
   for (int key = 0; key < count; ++key) {
-    __m512 total = _mm512_setzero_ps();
-    for (int j = 0; j < strip_vectors; ++j) {
-      const __m512 x = exponent(_mm512_load_ps(column + key * strip + j * lanes), origin[j], scale);
-      total = _mm512_mask3_fmadd_ps(exp2_for_f32(x), share[j], total, real[j]);
-    }
-    weights[key] = _mm512_reduce_add_ps(total);
+    const __m512 first = _mm512_maskz_mul_ps(real0, _mm512_load_ps(exps + key * strip), f0);
+    const __m512 e = _mm512_load_ps(exps + key * strip + lanes);
+    weights[key] = _mm512_reduce_add_ps(_mm512_mask3_fmadd_ps(e, f1, first, real1));
   }
 }
 
-constexpr Kernels kernels{"avx512_bf16",   Precision::bf16, 2,      pack_keys, pack_values,
-                          pack_queries,    attend_block,    finish, scores,    softmax_stats,
-                          softmax_weights, nullptr,         nullptr};
+constexpr Kernels kernels{"avx512_bf16", Precision::bf16, 2,      pack_keys,  pack_values,
+                          pack_queries,  attend_block,    finish, score_keys, weigh_keys,
+                          scores,        nullptr,         nullptr};
 
 }  // namespace
 

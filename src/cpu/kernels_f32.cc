@@ -98,6 +98,51 @@ HWY_INLINE Vec weight_of(Vec score, Vec origin, Vec scale) {
   return exp2_nonpositive(hn::Mul(hn::Sub(score, origin), scale));
 }
 
+// float16 by hand where the target has no instructions for it: there Highway 1.0 truncates, and takes
+// infinity and NaN for numbers.
+template <class D32>
+HWY_INLINE hn::Vec<D32> load_f16(D32 d32, const std::uint16_t* halves) {
+#if HWY_TARGET <= HWY_AVX2
+  const hn::Rebind<hwy::float16_t, D32> d16;
+  return hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(halves)));
+#else
+  const hn::RebindToUnsigned<D32> u32;
+  const auto bits = hn::PromoteTo(u32, hn::LoadU(hn::Rebind<std::uint16_t, D32>(), halves));
+  const auto magnitude = hn::And(bits, hn::Set(u32, 0x7FFF));
+  // Shifted into place the exponent is 112 too small; a product corrects it for subnormals too.
+  const auto value = hn::Mul(hn::BitCast(d32, hn::ShiftLeft<13>(magnitude)), hn::Set(d32, 0x1p112F));
+  const auto special = hn::Gt(magnitude, hn::Set(u32, 0x7BFF));
+  const auto exponent = hn::IfThenElseZero(special, hn::Set(u32, 0x7F800000));
+  const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(u32, 0x8000)));
+  return hn::BitCast(d32, hn::Or(hn::Or(hn::BitCast(u32, value), exponent), sign));
+#endif
+}
+
+template <class D32>
+HWY_INLINE void store_f16(D32 d32, hn::Vec<D32> value, std::uint16_t* halves) {
+#if HWY_TARGET <= HWY_AVX2
+  const hn::Rebind<hwy::float16_t, D32> d16;
+  hn::StoreU(hn::DemoteTo(d16, value), d16, reinterpret_cast<hwy::float16_t*>(halves));
+#else
+  const hn::RebindToUnsigned<D32> u32;
+  const auto bits = hn::BitCast(u32, value);
+  const auto magnitude = hn::And(bits, hn::Set(u32, 0x7FFFFFFF));
+  const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(u32, 1));
+  const auto normal =
+      hn::ShiftRight<13>(hn::Sub(hn::Add(hn::Add(magnitude, odd), hn::Set(u32, 0xFFF)), hn::Set(u32, 112U << 23)));
+  // A float's unit just above 1/2 is float16's smallest number, so this addition rounds to it.
+  const auto half = hn::Set(d32, 0.5F);
+  const auto subnormal = hn::Sub(hn::BitCast(u32, hn::Add(hn::BitCast(d32, magnitude), half)), hn::BitCast(u32, half));
+  auto rounded = hn::IfThenElse(hn::Lt(magnitude, hn::Set(u32, 113U << 23)), subnormal, normal);
+  rounded = hn::IfThenElse(hn::Gt(rounded, hn::Set(u32, 0x7C00)), hn::Set(u32, 0x7C00), rounded);
+  rounded = hn::IfThenElse(hn::Gt(magnitude, hn::Set(u32, 0x7F800000)), hn::Set(u32, 0x7E00), rounded);
+  rounded = hn::Or(rounded, hn::And(hn::ShiftRight<16>(bits), hn::Set(u32, 0x8000)));
+  HWY_ALIGN std::uint32_t lanes32[row_tile];
+  hn::Store(rounded, u32, lanes32);
+  for (std::size_t i = 0; i < hn::Lanes(d32); ++i) halves[i] = static_cast<std::uint16_t>(lanes32[i]);
+#endif
+}
+
 void convert_row(const void* source, DType dtype, int head_dim, float* HWY_RESTRICT out) {
   const hn::CappedTag<float, row_tile> d32;
   const int step = static_cast<int>(hn::Lanes(d32));
@@ -109,9 +154,8 @@ void convert_row(const void* source, DType dtype, int head_dim, float* HWY_RESTR
     const auto* row = static_cast<const hwy::bfloat16_t*>(source);
     for (int d = 0; d < head_dim; d += step) hn::StoreU(hn::PromoteTo(d32, hn::LoadU(d16, row + d)), d32, out + d);
   } else {
-    const hn::Rebind<hwy::float16_t, decltype(d32)> d16;
-    const auto* row = static_cast<const hwy::float16_t*>(source);
-    for (int d = 0; d < head_dim; d += step) hn::StoreU(hn::PromoteTo(d32, hn::LoadU(d16, row + d)), d32, out + d);
+    const auto* row = static_cast<const std::uint16_t*>(source);
+    for (int d = 0; d < head_dim; d += step) hn::StoreU(load_f16(d32, row + d), d32, out + d);
   }
 }
 
@@ -139,9 +183,8 @@ void store_row(const float* HWY_RESTRICT row, int head_dim, DType dtype, void* o
       for (int i = 0; i < step; ++i) bits[d + i] = static_cast<std::uint16_t>(lanes32[i]);
     }
   } else {
-    const hn::Rebind<hwy::float16_t, decltype(d32)> d16;
-    auto* halves = static_cast<hwy::float16_t*>(out);
-    for (int d = 0; d < head_dim; d += step) hn::StoreU(hn::DemoteTo(d16, hn::LoadU(d32, row + d)), d16, halves + d);
+    auto* halves = static_cast<std::uint16_t*>(out);
+    for (int d = 0; d < head_dim; d += step) store_f16(d32, hn::LoadU(d32, row + d), halves + d);
   }
 }
 
@@ -249,44 +292,50 @@ void attend_block(const BlockArgs& args, const StripState& state) {
 
 void finish(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
             std::int64_t stride, float* lse) {
-  HWY_ALIGN float row[max_head_dim];
+  constexpr int tile = 8;  // columns of O^T turned into rows at a time: few enough that all stay in L1
+  HWY_ALIGN float rows[tile][max_head_dim];
   const int size = dtype == DType::f32 ? 4 : 2;
-  for (int i = 0; i < count; ++i) {
-    const float sum = state.sum[i];
-    const float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;
-    for (int d = 0; d < head_dim; ++d) row[d] = state.out[d * strip + i] * inverse;
-    store_row(row, head_dim, dtype, static_cast<std::byte*>(out) + i * stride * size);
-    if (lse == nullptr) continue;
-    constexpr float ln2 = 0.693147180559945F;
-    lse[i] = sum == 0.0F ? minus_infinity : ln2 * (state.max[i] * scale_log2 + std::log2(sum));
+  for (int first = 0; first < count; first += tile) {
+    float inverse[tile];
+    for (int i = 0; i < tile; ++i) inverse[i] = state.sum[first + i] == 0.0F ? 0.0F : 1.0F / state.sum[first + i];
+    for (int d = 0; d < head_dim; ++d)
+      for (int i = 0; i < tile; ++i) rows[i][d] = state.out[d * strip + first + i] * inverse[i];
+    for (int i = 0; i < std::min(tile, count - first); ++i)
+      store_row(rows[i], head_dim, dtype, static_cast<std::byte*>(out) + (first + i) * stride * size);
   }
+  if (lse == nullptr) return;
+  constexpr float ln2 = 0.693147180559945F;
+  for (int i = 0; i < count; ++i)
+    lse[i] = state.sum[i] == 0.0F ? minus_infinity : ln2 * (state.max[i] * scale_log2 + std::log2(state.sum[i]));
 }
 
-void softmax_stats(const float* column, int count, float scale_log2, float* max_out, float* sum_out) {
+void score_keys(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max_out,
+                float* sum_out, float* exps) {
+  scores(keys, queries, count, head_dim, exps);
   const Vec scale = hn::Set(f32, scale_log2);
   for (int lane = 0; lane < strip; lane += lanes) {
     const Vec old_max = hn::Load(f32, max_out + lane);
     Vec max = old_max;
-    for (int key = 0; key < count; ++key) max = hn::Max(hn::Load(f32, column + key * strip + lane), max);
+    for (int key = 0; key < count; ++key) max = hn::Max(hn::Load(f32, exps + key * strip + lane), max);
     const Vec origin = max_or_zero(max);
     Vec sum = hn::Mul(hn::Load(f32, sum_out + lane), weight_of(old_max, origin, scale));
-    for (int key = 0; key < count; ++key)
-      sum = hn::Add(sum, weight_of(hn::Load(f32, column + key * strip + lane), origin, scale));
+    for (int key = 0; key < count; ++key) {
+      const Vec e = weight_of(hn::Load(f32, exps + key * strip + lane), origin, scale);
+      sum = hn::Add(sum, e);
+      hn::Store(e, f32, exps + key * strip + lane);
+    }
     hn::Store(max, f32, max_out + lane);
     hn::Store(sum, f32, sum_out + lane);
   }
 }
 
-void softmax_weights(const float* column, int count, int queries, float scale_log2, const float* max, const float* sum,
-                     float* weights) {
-  const Vec scale = hn::Set(f32, scale_log2);
+void weigh_keys(const float* exps, int count, const float* factors, float* weights) {
   for (int key = 0; key < count; ++key) {
     Vec total = hn::Zero(f32);
     for (int lane = 0; lane < strip; lane += lanes) {
-      const Vec origin = max_or_zero(hn::Load(f32, max + lane));
-      const Vec p = weight_of(hn::Load(f32, column + key * strip + lane), origin, scale);
-      const Vec share = hn::Div(p, hn::Load(f32, sum + lane));
-      total = hn::Add(total, hn::IfThenElseZero(hn::FirstN(f32, std::clamp(queries - lane, 0, lanes)), share));
+      const Vec factor = hn::Load(f32, factors + lane);
+      const Vec share = hn::Mul(hn::Load(f32, exps + key * strip + lane), factor);
+      total = hn::Add(total, hn::IfThenElseZero(hn::Ne(factor, hn::Zero(f32)), share));
     }
     weights[key] = hn::GetLane(hn::SumOfLanes(f32, total));
   }
@@ -310,9 +359,9 @@ const Kernels* table() {
                                            : HWY_TARGET == HWY_AVX2                            ? "avx2_f32"
                                            : HWY_TARGET == HWY_SSE4                            ? "sse4_f32"
                                                                                                : "baseline_f32";
-  static constexpr Kernels kernels{
-      name,   Precision::f32, sizeof(float), pack_keys,       pack_values, pack_queries, attend_block,
-      finish, scores,         softmax_stats, softmax_weights, add_row,     round_row};
+  static constexpr Kernels kernels{name,         Precision::f32, sizeof(float), pack_keys,  pack_values,
+                                   pack_queries, attend_block,   finish,        score_keys, weigh_keys,
+                                   scores,       add_row,        round_row};
   return &kernels;
 }
 

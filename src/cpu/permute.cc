@@ -1,7 +1,9 @@
 // Moves keys and values: packs them in their original order, scores the keys by the last queries, sorts
 // each complete segment by score, and packs the far blocks again in that order.
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "cpu/pool.h"
@@ -55,34 +57,41 @@ void pack_original(const StageContext& c) {
   });
 }
 
-// Mean softmax weight of the last queries on every key of a complete segment, in shares by strip: two
-// passes over the keys, because weights need the final sum and N x 32 of them would not stay in cache.
+// The softmax weight of the last queries on every key of a complete segment, summed by strip. Exponentials
+// are kept until the final max and sum are known: storing them is cheaper than a second product.
 void score_keys(const StageContext& c) {
   const Geometry& g = c.geometry();
   const auto dim = static_cast<int>(g.shape.head_dim);
   const std::int64_t strips = c.pass.scoring_strips;
   const std::int64_t blocks = g.permuted_len() / g.block;
-  parallel_for(c.spec.threads, c.heads.q_count * strips, [&](std::int64_t item, int thread) {
+  parallel_for(c.pass.scoring_threads, c.heads.q_count * strips, [&](std::int64_t item, int thread) {
     const std::int64_t head = item / strips;
     const std::int64_t first = g.shape.q_len - g.scoring_queries() + item % strips * strip;
     const int queries = static_cast<int>(std::min<std::int64_t>(strip, g.shape.q_len - first));
     float* const max = reinterpret_cast<float*>(c.scratch(thread));
     float* const sum = max + strip;
-    float* const scores = sum + strip;
-    float* const packed = scores + g.block * strip;
-    float* const weights = c.pass.weights + item * g.permuted_len();
+    float* const factors = sum + strip;
+    float* const packed = factors + strip;
+    float* const exps = c.pass.exps + thread * c.pass.exps_floats;
+    float* const block_max = exps + g.permuted_len() * strip;
     const std::byte* const keys = c.pass.keys + c.kv_head(head) * g.blocks() * c.pass.block_bytes;
 
     c.kernels.pack_queries(c.q_rows(head, first), queries, dim, packed);
     std::fill_n(max, strip, -std::numeric_limits<float>::infinity());
     std::fill_n(sum, strip, 0.0F);
     for (std::int64_t b = 0; b < blocks; ++b) {
-      c.kernels.scores(keys + b * c.pass.block_bytes, packed, g.block, dim, scores);
-      c.kernels.softmax_stats(scores, g.block, c.scale_log2(), max, sum);
+      c.kernels.score_keys(keys + b * c.pass.block_bytes, packed, g.block, dim, c.scale_log2(), max, sum,
+                           exps + b * g.block * strip);
+      std::copy_n(max, strip, block_max + b * strip);
     }
+    float* const weights = c.pass.weights + item * g.permuted_len();
     for (std::int64_t b = 0; b < blocks; ++b) {
-      c.kernels.scores(keys + b * c.pass.block_bytes, packed, g.block, dim, scores);
-      c.kernels.softmax_weights(scores, g.block, queries, c.scale_log2(), max, sum, weights + b * g.block);
+      for (int i = 0; i < strip; ++i) {
+        const float origin = block_max[b * strip + i];
+        const bool nothing = std::isinf(origin) && origin < 0;  // then exps were measured from 0, and are 0
+        factors[i] = i < queries && !nothing ? std::exp2((origin - max[i]) * c.scale_log2()) / sum[i] : 0.0F;
+      }
+      c.kernels.weigh_keys(exps + b * g.block * strip, g.block, factors, weights + b * g.block);
     }
   });
 }
@@ -95,19 +104,23 @@ void sort_segments(const StageContext& c) {
   const std::int64_t orders = c.heads.q_count / per_order;
   const std::int64_t shares = per_order * c.pass.scoring_strips;
   const std::int64_t len = g.permuted_len();
-  parallel_for(c.spec.threads, orders * segments, [&](std::int64_t item, int) {
+  parallel_for(c.spec.threads, orders * segments, [&](std::int64_t item, int thread) {
     const std::int64_t head = item / segments;
     const std::int64_t begin = item % segments * g.segment;
     const std::int64_t end = begin + g.segment;
     float* const total = c.pass.weights + head * shares * len;
     for (std::int64_t share = 1; share < shares; ++share)
       for (std::int64_t i = begin; i < end; ++i) total[i] += total[share * len + i];
-    for (std::int64_t i = begin; i < end; ++i)
-      if (std::isnan(total[i])) total[i] = -1.0F;  // under every weight
+    // Weights are not negative, so their bits order as they do. A key is (weight, reversed index).
+    auto* const keys = reinterpret_cast<std::uint64_t*>(c.scratch(thread));
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::uint32_t rank = std::isnan(total[i]) ? 0 : std::bit_cast<std::uint32_t>(total[i]) + 1;
+      keys[i - begin] = std::uint64_t{rank} << 32 | static_cast<std::uint32_t>(~i);
+    }
+    std::sort(keys, keys + g.segment, std::greater<>());
     std::int32_t* const order = c.pass.order + head * len;
-    for (std::int64_t i = begin; i < end; ++i) order[i] = static_cast<std::int32_t>(i);
-    std::sort(order + begin, order + end,
-              [&](std::int32_t a, std::int32_t b) { return total[a] != total[b] ? total[a] > total[b] : a < b; });
+    for (std::int64_t i = begin; i < end; ++i)
+      order[i] = static_cast<std::int32_t>(~static_cast<std::uint32_t>(keys[i - begin]));
     if (begin == 0) c.pass.sink_block[head] = (std::find(order, order + end, 0) - order) / g.block;
   });
 }

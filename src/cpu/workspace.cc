@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 namespace pbsattn::cpu {
 namespace {
 
@@ -41,14 +43,24 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   const std::int64_t order_heads = !permuted ? 0 : shared_order ? shape.kv_heads : shape.q_heads;
   const std::int64_t far_heads = permuted ? order_heads : shape.kv_heads;
 
-  // A thread's scratch: a row's packed queries and softmax state, then one block's scores; or, in the
-  // scoring stages, a strip's state and one block's (or all pooled blocks') scores.
+  // Exponentials [permuted_len][strip] and each block's max [blocks][strip]. At 1M tokens they take 129 MiB
+  // a thread, so there the scoring gets fewer threads.
+  constexpr std::int64_t most_exps_floats = std::int64_t{1} << 26;
+  exps_floats = permuted ? (g.permuted_len() + g.permuted_len() / g.block) * strip : 0;
+  if (permuted) {
+    const std::int64_t useful = std::min<std::int64_t>(spec.threads, shape.q_heads * scoring_strips);
+    scoring_threads = static_cast<int>(std::clamp<std::int64_t>(most_exps_floats / exps_floats, 1, useful));
+  }
+
+  // A thread's scratch: a row's packed queries and softmax state, then one block's scores; or, when
+  // keys are sorted, a segment's sort keys; or, when blocks are scored, a strip of rows' scores.
   const std::int64_t row_strips = g.block / strip;
   const std::int64_t attend = row_strips * (dim * strip * (kernels.element_size + 4) + 2 * strip * 4) +
                               2 * std::max<std::int64_t>(g.block, dim) * strip * 4;
   const std::int64_t pooled_rows = ceil_div(far_blocks, row_tile) * row_tile;
   const std::int64_t select = strip * dim * 8 + pooled_rows * strip * 4 + far_blocks * 16;
-  scratch_bytes = ceil_div(std::max(attend, select), alignment) * alignment;
+  const std::int64_t sort = g.segment * 8;
+  scratch_bytes = ceil_div(std::max({attend, select, sort}), alignment) * alignment;
 
   Arena arena(base);
   arena.take(keys, shape.kv_heads * blocks * block_bytes);
@@ -61,6 +73,7 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   arena.take(order, order_heads * g.permuted_len());
   arena.take(sink_block, order_heads);
   arena.take(mask, shape.q_heads * g.rows() * mask_words);
+  arena.take(exps, scoring_threads * exps_floats);
   arena.take(scratch, spec.threads * scratch_bytes);
   bytes = arena.used() + (base == nullptr ? alignment : 0);
 }

@@ -38,6 +38,7 @@ struct Pass {
   std::int32_t* order = nullptr;          // [order_heads][permuted_len]
   std::int64_t* sink_block = nullptr;     // [order_heads]: the block that holds token 0
   std::uint64_t* mask = nullptr;          // [q_heads][rows][mask_words], bit b: the row sees block b
+  float* exps = nullptr;                  // [scoring_threads][exps_floats]: a strip's scores of all keys
   std::byte* scratch = nullptr;           // [threads][scratch_bytes]
   std::size_t bytes = 0;                  // of all these, alignment slack included
 
@@ -46,6 +47,8 @@ struct Pass {
   bool shared_order = false;    // one order for each KV head
   std::int64_t far_blocks = 0;  // blocks before the last row's own segment
   std::int64_t scoring_strips = 0;
+  std::int64_t exps_floats = 0;
+  int scoring_threads = 1;
   std::int64_t mask_words = 0;
   std::int64_t block_bytes = 0;  // of a packed block of keys or of values
   std::int64_t scratch_bytes = 0;
