@@ -129,7 +129,7 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
   const ggml_pbsattn_config& config = settings.config;
   PlanCache::Key key{.options = config.options,
                      .shape = op.shape(stats->kv_len),
-                     .device = {.kind = config.device, .threads = threads_},
+                     .device = {.kind = config.device, .threads = threads_, .index = 0},
                      .workspace_cap = config.workspace_cap};
   key.options.scale = op.scale();
   std::string error;

@@ -14,4 +14,8 @@ inline void log(ggml_log_level level, const std::string& line) {
   if (callback != nullptr) callback(level, ("pbsattn: " + line + "\n").c_str(), user_data);
 }
 
+// What the user asked to see (PBSATTN_STATS, PBSATTN_VERBOSE) goes out as a warning: llama.cpp's tools hide
+// the information level of backends unless told otherwise.
+constexpr ggml_log_level asked_for = GGML_LOG_LEVEL_WARN;
+
 }  // namespace pbsattn::ggml

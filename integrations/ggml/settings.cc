@@ -86,7 +86,7 @@ State& state() {
     auto* made = new State;  // never destroyed: contexts may outlive static destruction
     std::string error;
     made->settings = read_environment([](const char* name) { return std::getenv(name); }, &error);
-    if (!error.empty()) log(GGML_LOG_LEVEL_ERROR, error + "; until then attention stays with ggml's own kernel");
+    if (!error.empty()) log(GGML_LOG_LEVEL_ERROR, error + "; attention stays with ggml's own kernel");
     return made;
   }();
   return *shared;
@@ -116,7 +116,7 @@ std::optional<std::string> broken_rule(const ggml_pbsattn_config& config) {
         config.min_tokens, GGML_PBSATTN_MIN_TOKENS_FLOOR);
   // Options are judged where they always are: by planning a small call with them.
   const pbsattn_shape shape{.batch = 1, .q_heads = 1, .kv_heads = 1, .q_len = 512, .kv_len = 512, .head_dim = 64};
-  const pbsattn_device device{.kind = config.device, .threads = 1};
+  const pbsattn_device device{.kind = config.device, .threads = 1, .index = 0};
   pbsattn_plan* plan = nullptr;
   const pbsattn_status status = pbsattn_plan_create(&config.options, &shape, &device, SIZE_MAX, &plan);
   pbsattn_plan_destroy(plan);

@@ -92,7 +92,7 @@ void report(const Settings& settings, bool at_exit) {
     for (const auto& [layer, stats] : shared.layers) lines.push_back(line(stats));
   }
   if (to_log) {
-    for (const std::string& text : lines) log(GGML_LOG_LEVEL_INFO, text);
+    for (const std::string& text : lines) log(asked_for, text);
     return;
   }
   std::FILE* file = std::fopen(settings.stats_target.c_str(), "w");

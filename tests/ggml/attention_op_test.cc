@@ -1,0 +1,290 @@
+// What the backend takes and what it leaves to ggml; the result must be right either way.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "attention_graph.h"
+
+namespace pbsattn::ggml::test {
+namespace {
+
+// Who ends up computing an op.
+enum class Route {
+  pbsattn,   // our kernel
+  fallback,  // routed to our backend, which hands it to ggml's kernel
+  ggml,      // left to ggml when the graph was planned
+};
+
+struct Expectation {
+  std::string name;
+  Case op;
+  Route route;
+  ggml_pbsattn_reason reason;
+  double tolerance = 2e-5;  // relative RMS against ggml's kernel when we compute; else results are equal
+};
+std::ostream& operator<<(std::ostream& out, const Expectation& e) {
+  return out << e.name;
+}
+
+ggml_pbsattn_config exact_config() {
+  ggml_pbsattn_config config;
+  ggml_backend_pbsattn_get_config(&config);
+  config = {.mode = GGML_PBSATTN_MODE_PBSATTN,
+            .options = {},
+            .device = PBSATTN_DEVICE_CPU,
+            .min_tokens = 512,
+            .workspace_cap = SIZE_MAX,
+            .check = false};
+  pbsattn_method("pbs", &config.options);
+  config.options.top_p = 1.0F;
+  config.options.precision = PBSATTN_PRECISION_F32;
+  return config;
+}
+
+class AttentionOp : public testing::TestWithParam<Expectation> {
+ protected:
+  void SetUp() override {
+    configure(exact_config());
+    ggml_backend_pbsattn_stats_reset();
+  }
+  void TearDown() override { ggml_backend_pbsattn_set_observer(nullptr, nullptr); }
+
+  static void configure(const ggml_pbsattn_config& config) {
+    ASSERT_TRUE(ggml_backend_pbsattn_configure(&config)) << ggml_backend_pbsattn_last_error();
+  }
+  static std::vector<ggml_pbsattn_layer_stats> stats() {
+    std::vector<ggml_pbsattn_layer_stats> layers(ggml_backend_pbsattn_stats_get(nullptr, 0));
+    ggml_backend_pbsattn_stats_get(layers.data(), layers.size());
+    return layers;
+  }
+};
+using SingleOp = AttentionOp;
+
+TEST_P(AttentionOp, TakenOrNotTheResultIsGgmls) {
+  const Expectation& expected = GetParam();
+  const AttentionGraph graph(expected.op);
+  const auto theirs = graph.compute(Backends(false).all());
+  const auto ours = graph.compute(Backends(true).all());
+  ASSERT_EQ(theirs.status, GGML_STATUS_SUCCESS);
+  ASSERT_EQ(ours.status, GGML_STATUS_SUCCESS);
+
+  EXPECT_EQ(ours.routed, expected.route != Route::ggml);
+  if (expected.route == Route::pbsattn)
+    EXPECT_LE(relative_rms(ours.values, theirs.values), expected.tolerance);
+  else
+    EXPECT_EQ(ours.values, theirs.values);
+
+  if (expected.route == Route::ggml) {
+    EXPECT_TRUE(stats().empty());
+    EXPECT_EQ(ggml_backend_pbsattn_examine(graph.op()), expected.reason);
+    const bool counts_as_prefill = expected.reason != GGML_PBSATTN_FEW_TOKENS;
+    EXPECT_EQ(ggml_backend_pbsattn_refusals(), counts_as_prefill ? 1U << expected.reason : 0U);
+  } else {
+    ASSERT_EQ(stats().size(), 1U);
+    EXPECT_EQ(stats()[0].layer, 3);
+    EXPECT_EQ(stats()[0].calls, 1);
+    EXPECT_EQ(stats()[0].reasons[expected.reason], 1) << ggml_backend_pbsattn_reason_name(expected.reason);
+  }
+}
+
+Visible sliding_window(std::int64_t window) {
+  return [=](std::int64_t i, std::int64_t j) { return j <= i && i - j < window; };
+}
+Visible two_sequences(std::int64_t first_length) {
+  return [=](std::int64_t i, std::int64_t j) { return j <= i && (i < first_length) == (j < first_length); };
+}
+Visible hole_at(std::int64_t key) {
+  return [=](std::int64_t i, std::int64_t j) { return j <= i && (j != key || i == j); };
+}
+
+const std::vector<Expectation> expectations = {
+    {"Causal", {}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"CausalAfterPrefix", {.n_q = 520, .n_kv = 1024, .offset = 333}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"CausalWithoutPadding", {.n_q = 640, .n_kv = 640}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"HeadDim128OneToOneHeads", {.head_dim = 128, .kv_heads = 4}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"HeadDim72", {.head_dim = 72}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"HeadDim256", {.head_dim = 256, .q_heads = 2, .kv_heads = 1}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"Float32Cache", {.kv_type = GGML_TYPE_F32}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    // ggml rounds q to bf16 too when k is bf16.
+    {"Bfloat16Cache", {.kv_type = GGML_TYPE_BF16}, Route::pbsattn, GGML_PBSATTN_TAKEN, 1e-2},
+
+    {"SlidingWindow", {.visible = sliding_window(100)}, Route::fallback, GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"TwoSequences", {.visible = two_sequences(300)}, Route::fallback, GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"OneKeyHidden", {.visible = hole_at(77)}, Route::fallback, GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"LastRowSeesOneKeyTooMany",
+     {.visible = [](std::int64_t i, std::int64_t j) { return j <= i + (i == 599 ? 1 : 0); }},
+     Route::fallback,
+     GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"Bidirectional",
+     {.visible = [](std::int64_t, std::int64_t j) { return j < 600; }},
+     Route::fallback,
+     GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"AllVisible",
+     {.visible = [](std::int64_t, std::int64_t) { return true; }},
+     Route::fallback,
+     GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"FirstRowHidden",
+     {.visible = [](std::int64_t i, std::int64_t j) { return j < i; }},
+     Route::fallback,
+     GGML_PBSATTN_MASK_NOT_CAUSAL},
+
+    {"Decode", {.n_q = 1, .offset = 700}, Route::ggml, GGML_PBSATTN_FEW_TOKENS},
+    {"ShortPrompt", {.n_q = 511}, Route::ggml, GGML_PBSATTN_FEW_TOKENS},
+    {"QuantisedCache", {.kv_type = GGML_TYPE_Q8_0}, Route::ggml, GGML_PBSATTN_TYPES},
+    {"HeadDimNoMultipleOfEight", {.head_dim = 36}, Route::ggml, GGML_PBSATTN_HEAD_DIM},
+    {"HeadDim320", {.head_dim = 320, .q_heads = 2, .kv_heads = 1}, Route::ggml, GGML_PBSATTN_HEAD_DIM},
+    {"ValuesNarrowerThanKeys", {.head_dim = 64, .value_dim = 32}, Route::ggml, GGML_PBSATTN_HEAD_DIM},
+    {"TwoStreams", {.streams = 2}, Route::ggml, GGML_PBSATTN_LAYOUT},
+    {"Sinks", {.sinks = true}, Route::ggml, GGML_PBSATTN_SINKS},
+    {"SoftCap", {.soft_cap = 30.0F}, Route::ggml, GGML_PBSATTN_SOFT_CAP},
+    {"Alibi", {.max_bias = 8.0F}, Route::ggml, GGML_PBSATTN_ALIBI},
+    {"TopK", {.n_kv_max = 64}, Route::ggml, GGML_PBSATTN_TOP_K},
+    {"NoMask", {.masked = false}, Route::ggml, GGML_PBSATTN_NO_MASK},
+};
+INSTANTIATE_TEST_SUITE_P(, AttentionOp, testing::ValuesIn(expectations),
+                         [](const auto& test) { return test.param.name; });
+
+TEST_F(SingleOp, BothDevicesAgree) {
+  const AttentionGraph graph({.q_heads = 2, .kv_heads = 1});
+  ggml_pbsattn_config config = exact_config();
+  config.options.top_p = 0.5F;
+  configure(config);
+  const auto fast = graph.compute(Backends(true).all());
+  config.device = PBSATTN_DEVICE_REFERENCE;
+  configure(config);
+  const auto reference = graph.compute(Backends(true).all());
+  EXPECT_LE(relative_rms(fast.values, reference.values), 1e-5);
+}
+
+TEST_F(SingleOp, Bfloat16ProductsStayCloseToGgml) {
+  ggml_pbsattn_config config = exact_config();
+  config.options.precision = PBSATTN_PRECISION_BF16;
+  configure(config);
+  const AttentionGraph graph({});
+  const auto ours = graph.compute(Backends(true).all());
+  EXPECT_LE(relative_rms(ours.values, graph.compute(Backends(false).all()).values), 1e-2);
+}
+
+TEST_F(SingleOp, CacheOfAnotherNameHasNoLayer) {
+  for (const char* name : {"leaf_7", "cache_k_l", "cache_k_l3x", "cache_k_l-3"}) {
+    ggml_backend_pbsattn_stats_reset();
+    AttentionGraph({.cache_name = name}).compute(Backends(true).all());
+    ASSERT_EQ(stats().size(), 1U);
+    EXPECT_EQ(stats()[0].layer, -1) << name;
+    EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_TAKEN], 1);
+  }
+}
+
+TEST_F(SingleOp, SparseVisitsLessAndChangesTheResult) {
+  ggml_pbsattn_config config = exact_config();
+  config.options.top_p = 0.3F;
+  configure(config);
+  const AttentionGraph graph({.n_q = 2048, .n_kv = 2048});
+  const auto ours = graph.compute(Backends(true).all());
+  const auto theirs = graph.compute(Backends(false).all());
+  ASSERT_EQ(stats().size(), 1U);
+  EXPECT_LT(stats()[0].visited_blocks, stats()[0].causal_blocks);
+  EXPECT_EQ(stats()[0].causal_blocks, 4 * 16 * 17 / 2);
+  EXPECT_GT(relative_rms(ours.values, theirs.values), 1e-3);
+}
+
+TEST_F(SingleOp, ChangedMaskIsReadAgainThoughNobodyAnnouncedAGraph) {
+  AttentionGraph graph({});
+  const Backends ours(true), theirs(false);
+  ASSERT_EQ(graph.compute(ours.all()).status, GGML_STATUS_SUCCESS);
+  graph.set_mask(sliding_window(50));
+  EXPECT_EQ(graph.compute(ours.all()).values, graph.compute(theirs.all()).values);
+  EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_MASK_NOT_CAUSAL], 1);
+}
+
+TEST_F(SingleOp, GgmlModeTimesGgmlsKernel) {
+  ggml_pbsattn_config config = exact_config();
+  config.mode = GGML_PBSATTN_MODE_GGML;
+  configure(config);
+  const AttentionGraph graph({});
+  const auto ours = graph.compute(Backends(true).all());
+  EXPECT_TRUE(ours.routed);
+  EXPECT_EQ(ours.values, graph.compute(Backends(false).all()).values);
+  EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_BY_MODE], 1);
+  EXPECT_GT(stats()[0].total_seconds, 0.0);
+}
+
+TEST_F(SingleOp, OffTakesNothing) {
+  ggml_pbsattn_config config = exact_config();
+  config.mode = GGML_PBSATTN_MODE_OFF;
+  configure(config);
+  EXPECT_FALSE(AttentionGraph({}).compute(Backends(true).all()).routed);
+}
+
+TEST_F(SingleOp, CheckPassesOnGgmlsResultAndRecordsTheDifference) {
+  ggml_pbsattn_config config = exact_config();
+  config.check = true;
+  configure(config);
+  const AttentionGraph graph({});
+  EXPECT_EQ(graph.compute(Backends(true).all()).values, graph.compute(Backends(false).all()).values);
+  ASSERT_EQ(stats()[0].checks, 1);
+  EXPECT_GT(stats()[0].check_max_abs, 0.0);
+  EXPECT_LE(stats()[0].check_rel_rms, 2e-5);
+}
+
+TEST_F(SingleOp, RefusedPlanFallsBack) {
+  ggml_pbsattn_config config = exact_config();
+  config.workspace_cap = 1;
+  configure(config);
+  const AttentionGraph graph({});
+  EXPECT_EQ(graph.compute(Backends(true).all()).values, graph.compute(Backends(false).all()).values);
+  EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_PLAN_REFUSED], 1);
+}
+
+TEST_F(SingleOp, ObserverSeesWhatIsComputed) {
+  struct Seen {
+    int calls = 0;
+    std::int32_t layer = -1;
+    pbsattn_shape shape{};
+    float first_query = 0;
+  } seen;
+  ggml_backend_pbsattn_set_observer(
+      [](void* user, std::int32_t layer, const pbsattn_shape* shape, const pbsattn_view* q, const pbsattn_view*,
+         const pbsattn_view*) {
+        auto& record = *static_cast<Seen*>(user);
+        ++record.calls;
+        record.layer = layer;
+        record.shape = *shape;
+        record.first_query = *static_cast<const float*>(q->data);
+      },
+      &seen);
+  AttentionGraph({.n_q = 520, .n_kv = 1024, .offset = 100}).compute(Backends(true).all());
+  EXPECT_EQ(seen.calls, 1);
+  EXPECT_EQ(seen.layer, 3);
+  EXPECT_EQ(seen.shape.q_len, 520);
+  EXPECT_EQ(seen.shape.kv_len, 620);
+  EXPECT_EQ(seen.shape.q_heads, 4);
+  EXPECT_EQ(seen.shape.kv_heads, 2);
+  EXPECT_NE(seen.first_query, 0.0F);
+}
+
+TEST_F(SingleOp, AbortsBetweenOps) {
+  Backends backends(true);
+  backends.set_abort_callback([](void*) { return true; }, nullptr);
+  EXPECT_EQ(AttentionGraph({}).compute(backends.all()).status, GGML_STATUS_ABORTED);
+}
+
+TEST_F(SingleOp, ConfigureRefusesAndKeepsWhatWas) {
+  ggml_pbsattn_config config = exact_config();
+  config.options.top_p = 1.5F;
+  EXPECT_FALSE(ggml_backend_pbsattn_configure(&config));
+  EXPECT_NE(std::string(ggml_backend_pbsattn_last_error()).find("top_p 1.5"), std::string::npos);
+  config = exact_config();
+  config.min_tokens = 256;
+  EXPECT_FALSE(ggml_backend_pbsattn_configure(&config));
+  EXPECT_NE(std::string(ggml_backend_pbsattn_last_error()).find("min_tokens 256"), std::string::npos);
+  ggml_backend_pbsattn_get_config(&config);
+  EXPECT_EQ(config.options.top_p, 1.0F);
+  EXPECT_EQ(config.min_tokens, 512);
+}
+
+}  // namespace
+}  // namespace pbsattn::ggml::test
