@@ -50,9 +50,9 @@ void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k
   if (std::ranges::all_of(weight, [](float s) { return s == -infinity; })) return;
   float sum = 0;
   for (std::size_t i = 0; i < keys.size(); ++i) {
-    const float p = std::exp(weight[i] - max);
+    const float p = to_operand(products, std::exp(weight[i] - max));
     sum += p;
-    for (std::int64_t d = 0; d < dim; ++d) out[d] += to_operand(products, p) * v[keys[i] * dim + d];
+    for (std::int64_t d = 0; d < dim; ++d) out[d] += p * v[keys[i] * dim + d];
   }
   for (float& x : out) x /= sum;
   lse = max + std::log(sum);

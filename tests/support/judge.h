@@ -37,7 +37,7 @@ struct Values {
 Values attend_exact(const Problem& problem, const Options& options, const Trace& trace);
 
 // Attention over the trace's lists as anyone would write it in float, the result in out's dtype. With bf16
-// products, operands are rounded to bf16, softmax weights among them.
+// products, operands are rounded to bf16, softmax weights among them, which are summed as rounded.
 Values attend_plain(const Problem& problem, const Options& options, const Trace& trace, Precision products);
 
 Values outputs_of(const Problem& problem);

@@ -1,0 +1,121 @@
+/* The C interface from C: plans, runs and checks numbers that can be worked out by hand. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "pbsattn/pbsattn.h"
+
+static int failures = 0;
+
+static void check(int holds, const char* what, int line) {
+  if (holds) return;
+  fprintf(stderr, "line %d: %s (%s)\n", line, what, pbsattn_last_error());
+  ++failures;
+}
+#define CHECK(condition) check((condition) != 0, #condition, __LINE__)
+
+enum { tokens = 300, head_dim = 8 };
+
+/* Every key is zero, so every query averages the values it sees: value t, column d, is t + d, and the mean of
+ * tokens 0 .. t is t / 2 + d. */
+static void dense_is_the_running_mean(int device_kind) {
+  float* q = calloc(tokens * head_dim, sizeof(float));
+  float* k = calloc(tokens * head_dim, sizeof(float));
+  float* v = calloc(tokens * head_dim, sizeof(float));
+  float* out = calloc(tokens * head_dim, sizeof(float));
+  float* lse = calloc(tokens, sizeof(float));
+  pbsattn_options options;
+  const pbsattn_shape shape = {1, 1, 1, tokens, tokens, head_dim};
+  pbsattn_device device;
+  pbsattn_plan* plan = NULL;
+  pbsattn_stats stats;
+  int t, d;
+
+  memset(&device, 0, sizeof device);
+  device.kind = device_kind;
+  device.threads = 2;
+  for (t = 0; t < tokens; ++t)
+    for (d = 0; d < head_dim; ++d) v[t * head_dim + d] = (float)(t + d);
+
+  CHECK(pbsattn_method("pbs", &options) == PBSATTN_OK);
+  CHECK(options.keep == PBSATTN_KEEP_TOP_P && options.permutation == PBSATTN_PERMUTATION_LAST_QUERIES);
+  options.top_p = 1.0F;
+  CHECK(pbsattn_plan_create(&options, &shape, &device, SIZE_MAX, &plan) == PBSATTN_OK);
+  CHECK(strlen(pbsattn_plan_path(plan)) > 0);
+  {
+    const size_t size = pbsattn_plan_workspace_size(plan);
+    void* workspace = malloc(size + 1);
+    pbsattn_view view = {NULL, PBSATTN_F32, 0, 0, head_dim};
+    pbsattn_view q_view = view, k_view = view, v_view = view, out_view = view;
+    q_view.data = q;
+    k_view.data = k;
+    v_view.data = v;
+    out_view.data = out;
+    CHECK(pbsattn_plan_run(plan, &q_view, &k_view, &v_view, &out_view, lse, workspace, size, &stats) == PBSATTN_OK);
+    CHECK(stats.visited_blocks == 6 && stats.causal_blocks == 6);
+    for (t = 0; t < tokens; ++t) {
+      CHECK(fabs(lse[t] - log(t + 1.0)) < 1e-5);
+      for (d = 0; d < head_dim; ++d) CHECK(fabs(out[t * head_dim + d] - (t / 2.0 + d)) < 1e-3);
+    }
+    /* lse and stats may be NULL; q may not. */
+    CHECK(pbsattn_plan_run(plan, &q_view, &k_view, &v_view, &out_view, NULL, workspace, size, NULL) == PBSATTN_OK);
+    CHECK(pbsattn_plan_run(plan, NULL, &k_view, &v_view, &out_view, NULL, workspace, size, NULL) ==
+          PBSATTN_INVALID_ARGUMENT);
+    CHECK(strstr(pbsattn_last_error(), "q: null pointer") != NULL);
+    if (size > 0) {
+      CHECK(pbsattn_plan_run(plan, &q_view, &k_view, &v_view, &out_view, NULL, workspace, size - 1, NULL) ==
+            PBSATTN_OUT_OF_MEMORY);
+    }
+    free(workspace);
+  }
+  pbsattn_plan_destroy(plan);
+  free(q);
+  free(k);
+  free(v);
+  free(out);
+  free(lse);
+}
+
+static void errors_have_codes_and_messages(void) {
+  pbsattn_options options;
+  pbsattn_shape shape = {1, 1, 1, 8, 8, 100};
+  pbsattn_device cpu;
+  pbsattn_plan* plan = (pbsattn_plan*)&options;
+
+  memset(&cpu, 0, sizeof cpu); /* the CPU, with all its threads */
+  CHECK(pbsattn_method("pbz", &options) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(strstr(pbsattn_last_error(), "\"pbs\"?") != NULL);
+  CHECK(pbsattn_method("full", &options) == PBSATTN_OK);
+  CHECK(strcmp(pbsattn_last_error(), "") == 0);
+  CHECK(pbsattn_plan_create(&options, &shape, &cpu, SIZE_MAX, &plan) == PBSATTN_UNSUPPORTED);
+  CHECK(plan == NULL);
+  CHECK(strstr(pbsattn_last_error(), "head_dim 100") != NULL);
+  CHECK(pbsattn_plan_create(NULL, &shape, &cpu, SIZE_MAX, &plan) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(pbsattn_plan_create(&options, &shape, &cpu, SIZE_MAX, NULL) == PBSATTN_INVALID_ARGUMENT);
+  options.keep = 1000;
+  shape.head_dim = 64;
+  CHECK(pbsattn_plan_create(&options, &shape, &cpu, SIZE_MAX, &plan) == PBSATTN_INVALID_ARGUMENT);
+  pbsattn_plan_destroy(NULL);
+  CHECK(pbsattn_plan_workspace_size(NULL) == 0);
+  CHECK(strcmp(pbsattn_plan_path(NULL), "") == 0);
+}
+
+static void methods_are_listed(void) {
+  size_t count = 0;
+  pbsattn_options options;
+  while (pbsattn_method_name(count) != NULL) {
+    CHECK(pbsattn_method(pbsattn_method_name(count), &options) == PBSATTN_OK);
+    ++count;
+  }
+  CHECK(count >= 2);
+  CHECK(strlen(pbsattn_version()) >= 5);
+}
+
+int main(void) {
+  dense_is_the_running_mean(PBSATTN_DEVICE_CPU);
+  dense_is_the_running_mean(PBSATTN_DEVICE_REFERENCE);
+  errors_have_codes_and_messages();
+  methods_are_listed();
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

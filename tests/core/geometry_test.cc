@@ -1,0 +1,58 @@
+#include "core/geometry.h"
+
+#include <gtest/gtest.h>
+
+namespace pbsattn {
+namespace {
+
+Geometry geometry(std::int64_t q_len, std::int64_t kv_len) {
+  return {.shape = {.q_heads = 6, .kv_heads = 2, .q_len = q_len, .kv_len = kv_len, .head_dim = 8},
+          .block = 4,
+          .segment = 8};
+}
+
+TEST(Geometry, HeadsOfAGroupShareAKvHead) {
+  const Geometry g = geometry(1, 1);
+  EXPECT_EQ(g.group(), 3);
+  EXPECT_EQ(g.kv_head(2), 0);
+  EXPECT_EQ(g.kv_head(3), 1);
+}
+
+TEST(Geometry, WholePrefill) {
+  const Geometry g = geometry(18, 18);  // blocks 0..3, 4..7 | 8..11, 12..15 | 16, 17
+  EXPECT_EQ(g.blocks(), 5);
+  EXPECT_EQ(g.rows(), 5);
+  EXPECT_EQ(g.permuted_len(), 16);
+  EXPECT_EQ(g.row_begin(4), 16);
+  EXPECT_EQ(g.row_end(4), 18);
+  EXPECT_EQ(g.own_begin(1), 0);
+  EXPECT_EQ(g.own_begin(2), 2);
+  EXPECT_EQ(g.own_begin(3), 2);
+  EXPECT_EQ(g.own_begin(4), 4);
+  EXPECT_EQ(g.causal_blocks_per_head(), 1 + 2 + 3 + 4 + 5);
+  EXPECT_EQ(g.scoring_queries(), 4);
+}
+
+TEST(Geometry, AChunkMayStartInsideABlock) {
+  const Geometry g = geometry(7, 17);  // tokens 10 .. 16: rows of blocks 2 (10, 11), 3 (12 .. 15) and 4 (16)
+  EXPECT_EQ(g.q_offset(), 10);
+  EXPECT_EQ(g.first_row(), 2);
+  EXPECT_EQ(g.rows(), 3);
+  EXPECT_EQ(g.row_begin(0), 10);
+  EXPECT_EQ(g.row_end(0), 12);
+  EXPECT_EQ(g.row_begin(1), 12);
+  EXPECT_EQ(g.row_end(2), 17);
+  EXPECT_EQ(g.diagonal(0), 2);
+  EXPECT_EQ(g.own_begin(2), 4);
+  EXPECT_EQ(g.causal_blocks_per_head(), 3 + 4 + 5);
+}
+
+TEST(Geometry, OneQueryOfALongCache) {
+  const Geometry g = geometry(1, 16);
+  EXPECT_EQ(g.rows(), 1);
+  EXPECT_EQ(g.diagonal(0), 3);
+  EXPECT_EQ(g.scoring_queries(), 1);
+}
+
+}  // namespace
+}  // namespace pbsattn

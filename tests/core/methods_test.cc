@@ -1,0 +1,54 @@
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+
+#include "pbsattn/pbsattn.hpp"
+
+namespace pbsattn {
+namespace {
+
+std::string message_of(std::string_view name) {
+  try {
+    method(name);
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::invalid_argument);
+    return error.what();
+  }
+  ADD_FAILURE() << name << " was accepted";
+  return {};
+}
+
+TEST(Methods, EveryRowIsFoundByItsNameAndPlans) {
+  std::set<std::string_view> names;
+  for (const MethodInfo& info : methods()) {
+    EXPECT_TRUE(names.insert(info.name).second) << info.name << " twice";
+    EXPECT_FALSE(info.summary.empty());
+    const Plan plan = Plan::create(method(info.name), {.q_len = 300, .kv_len = 300, .head_dim = 64});
+    EXPECT_EQ(plan.options().keep, info.options.keep);
+  }
+}
+
+TEST(Methods, ThePaper) {
+  const Options pbs = method("pbs");
+  EXPECT_EQ(pbs.permutation, Permutation::last_queries);
+  EXPECT_EQ(pbs.score, BlockScore::mean_pool);
+  EXPECT_EQ(pbs.keep, KeepRule::top_p);
+  EXPECT_EQ(pbs.order_scope, OrderScope::query_head);
+  EXPECT_EQ(pbs.rules, Rules::reference_code);
+  EXPECT_EQ(pbs.top_p, 0.9F);
+  EXPECT_EQ(pbs.block, 128);
+  EXPECT_EQ(pbs.segment, 256);
+  EXPECT_EQ(pbs.dense_last_rows, 0);
+}
+
+TEST(Methods, UnknownNamesSuggestTheNearest) {
+  EXPECT_EQ(message_of("pbss"), "method \"pbss\": no such method; did you mean \"pbs\"?");
+  EXPECT_NE(message_of("ful").find("\"full\"?"), std::string::npos);
+  EXPECT_NE(message_of("pbs-unpermutd").find("\"pbs-unpermuted\"?"), std::string::npos);
+  EXPECT_NE(message_of("").find("no such method"), std::string::npos);
+  EXPECT_LT(message_of(std::string(1 << 20, 'x')).size(), 200U) << "a long name is cut";
+}
+
+}  // namespace
+}  // namespace pbsattn

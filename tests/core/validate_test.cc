@@ -1,0 +1,166 @@
+// Each refusal names the value, the rule and the way out.
+#include "core/validate.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+namespace pbsattn {
+namespace {
+
+const Shape good_shape{.batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = 300, .kv_len = 400, .head_dim = 64};
+
+void expect_error(const std::function<void()>& body, ErrorCode code, const std::vector<std::string>& parts) {
+  try {
+    body();
+  } catch (const Error& error) {
+    const std::string message = error.what();
+    EXPECT_EQ(error.code(), code) << message;
+    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+    for (const auto& part : parts) EXPECT_NE(message.find(part), std::string::npos) << message << " lacks " << part;
+    return;
+  }
+  ADD_FAILURE() << "accepted what should say " << parts.front();
+}
+
+void expect_bad_options(const std::function<void(Options&)>& change, const std::vector<std::string>& parts) {
+  Options options = method("pbs");
+  change(options);
+  expect_error([&] { Plan::create(options, good_shape); }, ErrorCode::invalid_argument, parts);
+}
+
+void expect_bad_shape(const std::function<void(Shape&)>& change, const std::vector<std::string>& parts) {
+  Shape shape = good_shape;
+  change(shape);
+  expect_error([&] { Plan::create(method("pbs"), shape); }, ErrorCode::invalid_argument, parts);
+}
+
+TEST(Validate, Options) {
+  expect_bad_options([](Options& o) { o.top_p = 0; }, {"top_p 0", "(0, 1]", "0.9"});
+  expect_bad_options([](Options& o) { o.top_p = 1.5F; }, {"top_p 1.5", "(0, 1]"});
+  expect_bad_options([](Options& o) { o.top_p = std::nanf(""); }, {"top_p nan", "(0, 1]"});
+  expect_bad_options([](Options& o) { o.block = 0; }, {"block 0", "128"});
+  expect_bad_options([](Options& o) { o.block = -128; }, {"block -128"});
+  expect_bad_options([](Options& o) { o.segment = 300; }, {"segment 300", "128", "256"});
+  expect_bad_options([](Options& o) { o.segment = 64; }, {"segment 64", "128"});
+  expect_bad_options([](Options& o) { o.dense_last_rows = -1; }, {"dense_last_rows -1", "0"});
+  expect_bad_options([](Options& o) { o.scale = -1; }, {"scale -1", "head_dim"});
+  expect_bad_options([](Options& o) { o.scale = std::numeric_limits<float>::infinity(); }, {"scale inf"});
+  expect_bad_options([](Options& o) { o.score = BlockScore::none; }, {"top_p", "mean_pool"});
+  expect_bad_options([](Options& o) { o.keep = static_cast<KeepRule>(9); }, {"keep 9"});
+  expect_bad_options([](Options& o) { o.permutation = static_cast<Permutation>(2); }, {"permutation 2"});
+  expect_bad_options([](Options& o) { o.score = static_cast<BlockScore>(200); }, {"score 200"});
+  expect_bad_options([](Options& o) { o.rules = static_cast<Rules>(2); }, {"rules 2"});
+  expect_bad_options([](Options& o) { o.order_scope = static_cast<OrderScope>(2); }, {"order_scope 2"});
+  expect_bad_options([](Options& o) { o.precision = static_cast<Precision>(3); }, {"precision 3"});
+}
+
+TEST(Validate, Shapes) {
+  expect_bad_shape([](Shape& s) { s.batch = 0; }, {"batch 0", "1 .. "});
+  expect_bad_shape([](Shape& s) { s.q_heads = 0; }, {"q_heads 0"});
+  expect_bad_shape([](Shape& s) { s.kv_heads = 3; }, {"kv_heads 3", "q_heads 4"});
+  expect_bad_shape([](Shape& s) { s.kv_heads = 8; }, {"kv_heads 8", "q_heads 4"});
+  expect_bad_shape([](Shape& s) { s.kv_len = 0; }, {"kv_len 0"});
+  expect_bad_shape([](Shape& s) { s.kv_len = std::int64_t{1} << 31; }, {"kv_len 2147483648"});
+  expect_bad_shape([](Shape& s) { s.q_len = 0; }, {"q_len 0"});
+  expect_bad_shape([](Shape& s) { s.q_len = 401; }, {"q_len 401", "kv_len 400", "last q_len"});
+  expect_bad_shape([](Shape& s) { s.head_dim = 0; }, {"head_dim 0"});
+  expect_bad_shape([](Shape& s) { s.head_dim = std::numeric_limits<std::int64_t>::max(); }, {"head_dim 92233"});
+}
+
+TEST(Validate, WhatOnlyTheCpuRefuses) {
+  Shape odd = good_shape;
+  odd.head_dim = 100;
+  expect_error([&] { Plan::create(method("pbs"), odd); }, ErrorCode::unsupported,
+               {"head_dim 100", "multiples of 8", "Device::reference()"});
+  odd.head_dim = 264;
+  expect_error([&] { Plan::create(method("pbs"), odd); }, ErrorCode::unsupported, {"head_dim 264", "256"});
+  EXPECT_NO_THROW(Plan::create(method("pbs"), odd, Device::reference()));
+  Options options = method("pbs");
+  options.block = 48;
+  options.segment = 96;
+  expect_error([&] { Plan::create(options, good_shape); }, ErrorCode::unsupported, {"block 48", "multiples of 32"});
+  EXPECT_NO_THROW(Plan::create(options, good_shape, Device::reference()));
+}
+
+TEST(Validate, Devices) {
+  expect_error([] { Plan::create(method("pbs"), good_shape, Device::cpu(-1)); }, ErrorCode::invalid_argument,
+               {"threads -1", "0"});
+  expect_error([] { Plan::create(method("pbs"), good_shape, Device::cpu(5000)); }, ErrorCode::invalid_argument,
+               {"threads 5000", "1024"});
+  expect_error(
+      [] {
+        Plan::create(method("pbs"), good_shape, {static_cast<Device::Kind>(77), 1});
+      },
+      ErrorCode::invalid_argument, {"device kind 77"});
+}
+
+// Pointers and strides are checked when a plan runs.
+class ValidateRun : public testing::Test {
+ protected:
+  void expect_refused(ErrorCode code, const std::vector<std::string>& parts) {
+    const Plan plan = Plan::create(method("pbs"), shape_);
+    workspace_.resize(plan.workspace_size() + 1);
+    expect_error(
+        [&] {
+          plan.run({.q = q_, .k = k_, .v = v_}, {.out = out_},
+                   std::span(workspace_).first(plan.workspace_size() - missing_));
+        },
+        code, parts);
+  }
+
+  Shape shape_{.batch = 1, .q_heads = 2, .kv_heads = 1, .q_len = 4, .kv_len = 4, .head_dim = 8};
+  std::vector<float> numbers_ = std::vector<float>(64 * 5);
+  ConstView q_{numbers_.data(), DType::f32, 64, 32, 8};
+  ConstView k_{numbers_.data(), DType::f32, 32, 32, 8};
+  ConstView v_{numbers_.data(), DType::f32, 32, 32, 8};
+  View out_{numbers_.data() + 128, DType::f32, 64, 32, 8};
+  std::vector<std::byte> workspace_;
+  std::size_t missing_ = 0;
+};
+
+TEST_F(ValidateRun, NullPointers) {
+  q_.data = nullptr;
+  expect_refused(ErrorCode::invalid_argument, {"q: null pointer", "1 x 2 x 4 x 8"});
+  q_.data = numbers_.data();
+  v_.data = nullptr;
+  expect_refused(ErrorCode::invalid_argument, {"v: null pointer", "1 x 1 x 4 x 8"});
+  v_.data = numbers_.data();
+  out_.data = nullptr;
+  expect_refused(ErrorCode::invalid_argument, {"out: null pointer"});
+}
+
+TEST_F(ValidateRun, Alignment) {
+  k_.data = reinterpret_cast<const std::byte*>(numbers_.data()) + 1;
+  expect_refused(ErrorCode::invalid_argument, {"k:", "not aligned", "4 bytes"});
+}
+
+TEST_F(ValidateRun, Strides) {
+  out_.token_stride = 7;
+  expect_refused(ErrorCode::invalid_argument, {"out: token stride 7", "head_dim 8", "overlap"});
+  out_.token_stride = 8;
+  q_.head_stride = -32;
+  expect_refused(ErrorCode::invalid_argument, {"q: head stride -32", "negative"});
+}
+
+TEST_F(ValidateRun, DTypes) {
+  v_.dtype = static_cast<DType>(7);
+  expect_refused(ErrorCode::invalid_argument, {"dtype 7"});
+}
+
+TEST_F(ValidateRun, WorkspaceTooSmall) {
+  missing_ = 1;
+  expect_refused(ErrorCode::out_of_memory, {"workspace of ", "workspace_size()", "cap"});
+}
+
+TEST(Validate, ACapTooSmallToPlanIn) {
+  expect_error([] { Plan::create(method("pbs"), good_shape, Device::cpu(2), 1000); }, ErrorCode::out_of_memory,
+               {"1000"});
+}
+
+}  // namespace
+}  // namespace pbsattn

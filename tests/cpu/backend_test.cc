@@ -1,0 +1,163 @@
+// The CPU backend against the reference, on every path and over everything that Options and Shape allow.
+#include <gtest/gtest.h>
+
+#include "cpu/path.h"
+#include "support/judge.h"
+
+namespace pbsattn::test {
+namespace {
+
+struct Case {
+  std::string name;
+  ProblemSpec problem;
+  Options options;
+};
+
+void PrintTo(const Case& c, std::ostream* stream) {
+  *stream << c.name;
+}
+
+Options pbs(float top_p = 0.8F) {
+  Options options = method("pbs");
+  options.top_p = top_p;
+  return options;
+}
+
+Shape shape(std::int64_t q_len, std::int64_t kv_len, std::int64_t head_dim = 64, std::int64_t q_heads = 2,
+            std::int64_t kv_heads = 1, std::int64_t batch = 1) {
+  return {
+      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
+}
+
+ProblemSpec of_dtypes(const Shape& s, DType q, DType k, DType v, DType out) {
+  return {.shape = s, .q = q, .k = k, .v = v, .out = out};
+}
+
+std::vector<Case> lengths_and_chunks() {
+  std::vector<Case> cases;
+  for (const std::int64_t n : {1, 2, 127, 128, 129, 255, 256, 257, 511, 1000}) {
+    cases.push_back({"dense_n" + std::to_string(n), {.shape = shape(n, n)}, method("full")});
+    cases.push_back({"pbs_n" + std::to_string(n), {.shape = shape(n, n)}, pbs()});
+  }
+  for (const std::int64_t q_len : {1, 3, 31, 100, 129, 300}) {
+    cases.push_back({"dense_chunk" + std::to_string(q_len), {.shape = shape(q_len, 777)}, method("full")});
+    cases.push_back({"pbs_chunk" + std::to_string(q_len), {.shape = shape(q_len, 777)}, pbs()});
+  }
+  return cases;
+}
+
+std::vector<Case> heads() {
+  std::vector<Case> cases;
+  for (const std::int64_t dim : {8, 24, 64, 80, 128, 256}) {
+    const auto name = "dim" + std::to_string(dim);
+    cases.push_back({"f32_" + name, {.shape = shape(600, 600, dim, 1)}, pbs()});
+    cases.push_back({"bf16_" + name,
+                     of_dtypes(shape(450, 450, dim, 1), DType::bf16, DType::bf16, DType::bf16, DType::bf16), pbs()});
+  }
+  for (const std::int64_t group : {3, 5, 7, 8})
+    cases.push_back({"group" + std::to_string(group), {.shape = shape(300, 300, 64, group, 1)}, pbs()});
+  cases.push_back({"three_kv_heads", {.shape = shape(520, 520, 64, 9, 3)}, pbs()});
+  cases.push_back({"batch_of_two", {.shape = shape(300, 400, 64, 4, 2, 2)}, pbs()});
+  return cases;
+}
+
+std::vector<Case> dtypes_and_layouts() {
+  const Shape s = shape(400, 520, 64, 4, 2);
+  const Shape two = shape(300, 300, 64, 4, 2, 2);
+  std::vector<Case> cases{
+      {"f16", of_dtypes(s, DType::f16, DType::f16, DType::f16, DType::f16), pbs()},
+      {"bf16", of_dtypes(s, DType::bf16, DType::bf16, DType::bf16, DType::bf16), pbs()},
+      {"bf16_in_f32_out", of_dtypes(s, DType::bf16, DType::bf16, DType::bf16, DType::f32), pbs()},
+      {"f32_query_f16_cache", of_dtypes(s, DType::f32, DType::f16, DType::f16, DType::f32), pbs()},
+      {"all_different", of_dtypes(s, DType::bf16, DType::f32, DType::f16, DType::bf16), pbs()},
+  };
+  for (const auto& [name, layout] :
+       {std::pair{"bshd", Layout::bshd}, {"padded", Layout::padded}, {"cache", Layout::cache}})
+    for (const auto& [type, dtype] : {std::pair{"f32", DType::f32}, {"f16", DType::f16}, {"bf16", DType::bf16}})
+      cases.push_back({std::string(name) + "_" + type,
+                       {.shape = two, .q = dtype, .k = dtype, .v = dtype, .out = dtype, .layout = layout},
+                       pbs()});
+  return cases;
+}
+
+std::vector<Case> options() {
+  const auto with = [](auto&& change) {
+    Options changed = pbs();
+    change(changed);
+    return changed;
+  };
+  const auto sized = [&](int block, int segment) {
+    return with([&](Options& o) {
+      o.block = block;
+      o.segment = segment;
+    });
+  };
+  const Shape s = shape(850, 850);
+  const Shape grouped = shape(600, 600, 64, 6, 2);
+  return {
+      {"top_p_03", {.shape = s}, pbs(0.3F)},
+      {"top_p_099", {.shape = s}, pbs(0.99F)},
+      {"top_p_1", {.shape = s}, pbs(1.0F)},
+      {"unpermuted", {.shape = s}, with([](Options& o) { o.permutation = Permutation::none; })},
+      {"permuted_dense", {.shape = s}, with([](Options& o) {
+         o.keep = KeepRule::all;
+         o.score = BlockScore::none;
+       })},
+      {"shared_order", {.shape = grouped}, with([](Options& o) { o.order_scope = OrderScope::kv_head; })},
+      {"paper_rules", {.shape = s}, with([](Options& o) { o.rules = Rules::paper; })},
+      {"paper_rules_chunk", {.shape = shape(333, 777)}, with([](Options& o) { o.rules = Rules::paper; })},
+      {"dense_last_row", {.shape = s}, with([](Options& o) { o.dense_last_rows = 1; })},
+      {"dense_last_rows", {.shape = s}, with([](Options& o) { o.dense_last_rows = 100; })},
+      {"scale", {.shape = s}, with([](Options& o) { o.scale = 0.05F; })},
+      {"block32_segment64", {.shape = shape(500, 500)}, sized(32, 64)},
+      {"block64_segment256", {.shape = s}, sized(64, 256)},
+      {"block96_segment192", {.shape = s}, sized(96, 192)},
+      {"block128_segment128", {.shape = s}, sized(128, 128)},
+      {"block128_segment384", {.shape = s}, sized(128, 384)},
+      {"block256_segment256", {.shape = s}, sized(256, 256)},
+  };
+}
+
+std::vector<Case> all_cases() {
+  std::vector<Case> cases;
+  for (auto part : {lengths_and_chunks(), heads(), dtypes_and_layouts(), options()})
+    cases.insert(cases.end(), part.begin(), part.end());
+  return cases;
+}
+
+class Backend : public testing::TestWithParam<std::tuple<std::string, Case>> {};
+
+TEST_P(Backend, AgreesWithTheReference) {
+  const auto& [path, c] = GetParam();
+  const ForcedPath forced(path);
+  Problem problem(c.problem);
+  const RunResult result = run(c.options, problem);
+  EXPECT_EQ(result.path, path);
+  expect_right(problem, result, products_of(path));
+}
+
+INSTANTIATE_TEST_SUITE_P(Paths, Backend,
+                         testing::Combine(testing::ValuesIn(describe_cpu().paths), testing::ValuesIn(all_cases())),
+                         [](const auto& test) { return std::get<0>(test.param) + "_" + std::get<1>(test.param).name; });
+
+TEST(Backend, SparseCasesAreSparse) {
+  Problem problem({.shape = shape(1000, 1000)});
+  const double density = run(pbs(), problem).stats.density();
+  EXPECT_LT(density, 0.9);
+  EXPECT_GT(density, 0.3);
+}
+
+TEST(Backend, ListsEqualTheReferencesUnlessNearlyTied) {
+  Problem problem({.shape = shape(1000, 1000, 64, 4, 2)});
+  const RunResult ours = run(pbs(), problem);
+  const RunResult reference = run(pbs(), problem, {.device = Device::reference()});
+  const Geometry geometry = geometry_of(ours.options, problem.shape);
+  int different = 0;
+  for (std::int64_t h = 0; h < problem.shape.q_heads; ++h)
+    for (std::int64_t row = 0; row < geometry.rows(); ++row)
+      if (row_list(ours.trace, h, row) != row_list(reference.trace, h, row)) ++different;
+  EXPECT_LE(different, 1);
+}
+
+}  // namespace
+}  // namespace pbsattn::test

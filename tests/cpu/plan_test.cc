@@ -1,0 +1,152 @@
+// What a CPU plan promises around its numbers: the same bits always, bounded memory, and what it refuses.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <thread>
+
+#include "cpu/path.h"
+#include "support/judge.h"
+
+namespace pbsattn::test {
+namespace {
+
+Problem make(DType dtype = DType::f32) {
+  return Problem({.shape = {.batch = 2, .q_heads = 6, .kv_heads = 2, .q_len = 500, .kv_len = 700, .head_dim = 64},
+                  .q = dtype,
+                  .k = dtype,
+                  .v = dtype});
+}
+
+// Bits of everything that a run gives.
+struct Bits {
+  std::vector<std::byte> out;
+  std::vector<std::byte> lse;
+  std::vector<std::int32_t> order, block;
+  bool operator==(const Bits&) const = default;
+};
+
+Bits bits_of(const Options& options, const RunOptions& how, DType dtype = DType::f32) {
+  Problem problem = make(dtype);
+  const RunResult result = run(options, problem, how);
+  std::vector<std::byte> lse(problem.lse.size() * sizeof(float));
+  std::memcpy(lse.data(), problem.lse.data(), lse.size());
+  return {problem.out.bytes(), lse, result.trace.order, result.trace.block};
+}
+
+class SameBits : public testing::TestWithParam<DType> {};
+INSTANTIATE_TEST_SUITE_P(DTypes, SameBits, testing::Values(DType::f32, DType::bf16),
+                         [](const auto& test) { return test.param == DType::f32 ? "f32" : "bf16"; });
+
+TEST_P(SameBits, WhateverTheThreadCount) {
+  const Bits one = bits_of(method("pbs"), {.device = Device::cpu(1)}, GetParam());
+  for (const int threads : {2, 3, 7})
+    EXPECT_TRUE(bits_of(method("pbs"), {.device = Device::cpu(threads)}, GetParam()) == one) << threads << " threads";
+}
+
+TEST_P(SameBits, RunAfterRun) {
+  Problem problem = make(GetParam());
+  const Plan plan = Plan::create(method("pbs"), problem.shape, Device::cpu(2));
+  std::vector<std::byte> workspace(plan.workspace_size());
+  plan.run(problem.inputs(), problem.outputs(), workspace);
+  const auto first = problem.out.bytes();
+  const auto first_lse = problem.lse;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    std::ranges::fill(workspace, static_cast<std::byte>(0x55 * repeat));
+    plan.run(problem.inputs(), problem.outputs(), workspace);
+    EXPECT_EQ(problem.out.bytes(), first);
+    EXPECT_EQ(problem.lse, first_lse);
+  }
+}
+
+TEST_P(SameBits, WhateverTheAlignmentOfTheWorkspace) {
+  const Bits aligned = bits_of(method("pbs"), {.misalign = 0}, GetParam());
+  for (const std::size_t misalign : {1, 2, 31, 63})
+    EXPECT_TRUE(bits_of(method("pbs"), {.misalign = misalign}, GetParam()) == aligned) << misalign;
+}
+
+TEST_P(SameBits, WithTwoRunsOfOnePlanAtOnce) {
+  Problem a = make(GetParam());
+  Problem b = make(GetParam());
+  const Plan plan = Plan::create(method("pbs"), a.shape, Device::cpu(2));
+  const auto run_plan = [&](Problem& problem) {
+    std::vector<std::byte> workspace(plan.workspace_size());
+    for (int repeat = 0; repeat < 3; ++repeat) plan.run(problem.inputs(), problem.outputs(), workspace);
+  };
+  std::thread other([&] { run_plan(b); });
+  run_plan(a);
+  other.join();
+  EXPECT_EQ(a.out.bytes(), b.out.bytes());
+  run_plan(b);
+  EXPECT_EQ(a.out.bytes(), b.out.bytes());
+}
+
+TEST_P(SameBits, UnderAnyCapThatSuffices) {
+  Options shared = method("pbs");
+  shared.order_scope = OrderScope::kv_head;
+  for (const Options& options : {method("pbs"), shared, method("full")}) {
+    const Bits uncapped = bits_of(options, {}, GetParam());
+    const std::size_t size = Plan::create(options, make().shape, Device::cpu(2)).workspace_size();
+    int accepted = 0;
+    for (const std::size_t percent : {99, 60, 50, 40, 30, 20, 15, 10, 5}) {
+      const std::size_t cap = size / 100 * percent;
+      try {
+        EXPECT_TRUE(bits_of(options, {.cap = cap}, GetParam()) == uncapped) << "cap of " << percent << " %";
+        ++accepted;
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::out_of_memory);
+      }
+    }
+    EXPECT_GE(accepted, 1);
+  }
+}
+
+TEST(CpuPlan, OutputWithoutLogSumExpStatsOrTrace) {
+  Problem with = make();
+  Problem without = make();
+  const Plan plan = Plan::create(method("pbs"), with.shape, Device::cpu(2));
+  std::vector<std::byte> workspace(plan.workspace_size());
+  plan.run(with.inputs(), with.outputs(), workspace);
+  plan.run(without.inputs(), {.out = without.out.view()}, workspace);
+  EXPECT_EQ(with.out.bytes(), without.out.bytes());
+}
+
+TEST(CpuPlan, PrecisionChoosesThePath) {
+  const DeviceInfo device = describe_cpu();
+  for (const Precision precision : {Precision::automatic, Precision::f32, Precision::bf16}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      Options options = method("pbs");
+      options.precision = precision;
+      Problem problem({.shape = {.q_heads = 2, .kv_heads = 1, .q_len = 600, .kv_len = 600, .head_dim = 64},
+                       .q = dtype,
+                       .k = dtype,
+                       .v = dtype});
+      const bool bf16 = precision == Precision::bf16 || (precision == Precision::automatic && dtype == DType::bf16);
+      expect_right(problem, run(options, problem), products_of(bf16 ? device.bf16_path : device.f32_path));
+    }
+  }
+}
+
+TEST(CpuPlan, NamesItsPathAndRefusesOthers) {
+  const DeviceInfo device = describe_cpu();
+  const Shape shape{.q_len = 8, .kv_len = 8, .head_dim = 64};
+  EXPECT_EQ(Plan::create(method("full"), shape).path(), device.f32_path);
+  const ForcedPath forced("mmx");
+  try {
+    Plan::create(method("full"), shape);
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::unsupported);
+    EXPECT_NE(std::string(error.what()).find("mmx"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find(device.paths.front()), std::string::npos) << error.what();
+  }
+}
+
+TEST(CpuPlan, AMillionTokensPlanUnderACap) {
+  const Shape shape{.q_heads = 32, .kv_heads = 8, .q_len = 1 << 20, .kv_len = 1 << 20, .head_dim = 128};
+  const std::size_t cap = std::size_t{4} << 30;
+  const Plan plan = Plan::create(method("pbs"), shape, Device::cpu(2), cap);
+  EXPECT_LE(plan.workspace_size(), cap);
+}
+
+}  // namespace
+}  // namespace pbsattn::test
