@@ -20,8 +20,6 @@ using Pair = std::uint32_t;
 __m512bh as_pairs(__m512i bits) {
   return reinterpret_cast<__m512bh>(bits);
 }
-  return reinterpret_cast<__m512i>(pairs);
-}
 __m256i as_bits(__m256bh pairs) {
   return reinterpret_cast<__m256i>(pairs);
 }
