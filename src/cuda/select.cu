@@ -1,0 +1,275 @@
+// Stage two on Hopper: the key blocks of each row, in one launch.
+//
+// A CTA takes up to 16 rows of one head. Its 16 warps first multiply the rows' pooled queries by all pooled keys they
+// may prune (mma, operands straight from L2) and leave the scaled scores in shared memory:
+//     S[row][block] = pooled Q . pooled K * scale * log2(e)
+// Then a warp takes a row: softmax, the keep rule, and its list.
+//
+// top-p without a sort: the least kept weight is found by bisecting the bits of a float, which order like integers,
+// until one block is left in the interval or all in it are equal. Each step adds up the weights above the middle in a
+// fixed order, so the same input gives the same list. A step reads 4 bytes a block from shared memory; about 12 do.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/elements.cuh"
+#include "cuda/stages.h"
+
+namespace pbsattn::cuda {
+namespace {
+
+constexpr int select_threads = 512;
+constexpr int warps = select_threads / 32;
+constexpr int mma_rows = 16;
+constexpr int max_shared_bytes = 224 * 1024;
+
+struct Params {
+  const void* pooled_k;
+  const void* pooled_q;
+  const std::int32_t* sink_block;
+  std::int64_t* row_start;
+  std::int32_t* row_count;
+  std::int32_t* block;
+  unsigned long long* visited_blocks;
+  std::int64_t rows, first_row, first_dense_row, causal_blocks;
+  std::int64_t key_blocks;          // pooled keys of a head
+  int q_heads, group, order_group;  // query heads of an order
+  int blocks_per_segment;
+  int rows_at_once;  // of a CTA
+  int score_stride;
+  float scale_log2, top_p;
+  bool keep_all_if_short;  // of a row whose weights never reach top_p
+};
+
+template <class T>
+__device__ void multiply_add(float (&d)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2, std::uint32_t a3,
+                             std::uint32_t b0, std::uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Scores of rows [row, row + rows_at_once) against blocks [0, columns). Lane 4 g + t of a warp holds for rows g and
+// g + 8 of Q and for row g of K the 16-byte chunks t, t + 4, ...: any order of the sum does, if Q and K agree on it.
+template <class T, int head_dim>
+__device__ void score_rows(const Params& p, const T* pooled_q, const T* pooled_k, std::int64_t row, int columns,
+                           float* scores) {
+  constexpr int chunks = head_dim / 32;  // of a lane
+  const int warp = threadIdx.x / 32;
+  const int g = threadIdx.x % 32 / 4;
+  const int t = threadIdx.x % 4;
+  const auto load_row = [&](uint4(&to)[chunks], const T* matrix, std::int64_t index, bool present) {
+    const uint4* from = reinterpret_cast<const uint4*>(matrix + (present ? index : 0) * head_dim) + t;
+#pragma unroll
+    for (int i = 0; i < chunks; ++i) to[i] = present ? __ldg(from + 4 * i) : make_uint4(0, 0, 0, 0);
+  };
+  uint4 q_low[chunks], q_high[chunks];
+  load_row(q_low, pooled_q, row + g, g < p.rows_at_once && row + g < p.rows);
+  load_row(q_high, pooled_q, row + g + 8, g + 8 < p.rows_at_once && row + g + 8 < p.rows);
+  for (int n8 = warp; n8 * 8 < columns; n8 += warps) {
+    uint4 k[chunks];
+    load_row(k, pooled_k, n8 * 8 + g, n8 * 8 + g < p.key_blocks);
+    float d[4] = {};
+#pragma unroll
+    for (int i = 0; i < chunks; ++i) {
+      multiply_add<T>(d, q_low[i].x, q_high[i].x, q_low[i].y, q_high[i].y, k[i].x, k[i].y);
+      multiply_add<T>(d, q_low[i].z, q_high[i].z, q_low[i].w, q_high[i].w, k[i].z, k[i].w);
+    }
+    float* to = scores + g * p.score_stride + n8 * 8 + 2 * t;
+    if (g < p.rows_at_once) *reinterpret_cast<float2*>(to) = make_float2(d[0] * p.scale_log2, d[1] * p.scale_log2);
+    if (g + 8 < p.rows_at_once)
+      *reinterpret_cast<float2*>(to + 8 * p.score_stride) = make_float2(d[2] * p.scale_log2, d[3] * p.scale_log2);
+  }
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0U, x, offset);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0U, x, offset));
+  return x;
+}
+
+// What a row keeps, by the bits of its weights: all of at least `above`, and the first `ties` of at least `least`.
+struct Threshold {
+  unsigned above, least;
+  int ties;
+};
+__device__ constexpr Threshold keep_all() {
+  return {0, 0, 0};
+}
+__device__ constexpr Threshold keep_none() {
+  return {~0U, ~0U, 0};
+}
+
+// Turns one row's scores into weights exp2(score - max) and finds what top-p keeps of them.
+__device__ inline Threshold find_threshold(const Params& p, float* scores, int count, int lane) {
+  float max = -INFINITY;
+  for (int i = lane; i < count; i += 32) max = fmaxf(max, scores[i]);
+  max = warp_max(max);
+  float total = 0;
+  for (int i = lane; i < count; i += 32) total += scores[i] = exp2f(scores[i] - max);
+  total = warp_sum(total);
+  // The largest weight is 1, unless a score is NaN or +inf or all are -inf: then the softmax has no value.
+  if (!(total >= 1.0F)) return p.keep_all_if_short ? keep_all() : keep_none();
+
+  // [low, high) holds the least kept weight: the weights from low up reach the target, those from high up don't.
+  // Pruned weights add up to at most (1 - top_p) total, so that one of `count` pruned ones is above their mean.
+  const float target = p.top_p * total;
+  const float pruned_mean = (1.0F - p.top_p) * total / static_cast<float>(count);
+  constexpr float trusted = 1e-3F;  // of 1 - top_p: below, rounding of the sums may matter
+  unsigned low = 1.0F - p.top_p > trusted ? __float_as_uint(0.5F * pruned_mean) : 0U;
+  unsigned high = __float_as_uint(1.0F) + 1;
+  int count_low = count;
+  int count_high = 0;
+  float sum_high = 0;
+  while (high - low > 1 && count_low - count_high > 1) {
+    const unsigned middle = low + (high - low) / 2;
+    float sum = 0;
+    int above = 0;
+    for (int i = lane; i < count; i += 32) {
+      const bool counts = __float_as_uint(scores[i]) >= middle;
+      sum += counts ? scores[i] : 0.0F;
+      above += counts;
+    }
+    sum = warp_sum(sum);
+    above = __reduce_add_sync(~0U, above);
+    if (sum >= target) {
+      low = middle;
+      count_low = above;
+    } else {
+      high = middle;
+      count_high = above;
+      sum_high = sum;
+    }
+  }
+  const int in_interval = count_low - count_high;
+  if (in_interval <= 1) return {high, low, 1};
+  // All are equal: as many as it takes, and at least the one that the interval promises.
+  const float needed = ceilf((target - sum_high) / __uint_as_float(low));
+  return {high, low, static_cast<int>(fminf(fmaxf(needed, 1.0F), static_cast<float>(in_interval)))};
+}
+
+// Writes the row's list, ascending, and returns its length.
+__device__ inline int write_list(const float* weights, Threshold threshold, int own_begin, int diagonal, int sink,
+                                 std::int32_t* list, int lane) {
+  const unsigned lanes_below = (1U << lane) - 1;
+  int length = 0;
+  int ties = 0;  // seen so far
+  for (int first = 0; first <= diagonal; first += 32) {
+    const int block = first + lane;
+    const bool scored = block < own_begin;
+    const unsigned weight = scored && threshold.above > 0 ? __float_as_uint(weights[block]) : 0;
+    const bool tie = scored && weight >= threshold.least && weight < threshold.above;
+    const unsigned tie_lanes = __ballot_sync(~0U, tie);
+    const bool kept = scored ? weight >= threshold.above || block == sink ||
+                                   (tie && ties + __popc(tie_lanes & lanes_below) < threshold.ties)
+                             : block <= diagonal;
+    const unsigned kept_lanes = __ballot_sync(~0U, kept);
+    if (kept) list[length + __popc(kept_lanes & lanes_below)] = block;
+    length += __popc(kept_lanes);
+    ties += __popc(tie_lanes);
+  }
+  return length;
+}
+
+template <class T, int head_dim>
+__global__ void __launch_bounds__(select_threads) select_rows(const __grid_constant__ Params p) {
+  extern __shared__ float scores[];
+  __shared__ int visited;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const std::int64_t head = blockIdx.y;  // of all batch entries
+  const std::int64_t order_head = head / p.order_group;
+  // The last rows have the most blocks, so they start first.
+  const std::int64_t first_row = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.rows_at_once;
+  const std::int64_t last_row = min(first_row + p.rows_at_once, p.rows) - 1;
+  const auto own_begin = [&](std::int64_t row) {
+    return static_cast<int>((p.first_row + row) / p.blocks_per_segment * p.blocks_per_segment);
+  };
+
+  if (threadIdx.x == 0) visited = 0;
+  if (first_row < p.first_dense_row)
+    score_rows<T, head_dim>(p, static_cast<const T*>(p.pooled_q) + head * p.rows * head_dim,
+                            static_cast<const T*>(p.pooled_k) + order_head * p.key_blocks * head_dim, first_row,
+                            own_begin(last_row), scores);
+  __syncthreads();
+
+  for (std::int64_t row = first_row + warp; row <= last_row; row += warps) {
+    float* row_scores = scores + (row - first_row) * p.score_stride;
+    const int prunable = own_begin(row);
+    const bool dense = row >= p.first_dense_row || prunable == 0;
+    const Threshold threshold = dense ? keep_all() : find_threshold(p, row_scores, prunable, lane);
+    __syncwarp();
+    const std::int64_t start = head * p.causal_blocks + row * p.first_row + row * (row + 1) / 2;
+    const int length = write_list(row_scores, threshold, prunable, static_cast<int>(p.first_row + row),
+                                  prunable > 0 ? p.sink_block[order_head] : 0, p.block + start, lane);
+    if (lane == 0) {
+      p.row_start[head * p.rows + row] = start;
+      p.row_count[head * p.rows + row] = length;
+      atomicAdd(&visited, length);
+    }
+  }
+  if (p.visited_blocks != nullptr) {
+    __syncthreads();
+    if (threadIdx.x == 0) atomicAdd(p.visited_blocks, static_cast<unsigned long long>(visited));
+  }
+}
+
+}  // namespace
+
+cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const std::int64_t rows = g.rows();
+  const std::int64_t columns = g.own_begin(rows - 1);
+  // Eight words more than a multiple of 32 put the rows of a product's float2 writes in different banks.
+  const std::int64_t stride = ceil_div(columns, 32) * 32 + 8;
+  constexpr std::int64_t smallest_share = 16 * 1024;
+  const std::int64_t row_bytes = stride * sizeof(float);
+  const int rows_at_once = static_cast<int>(std::clamp<std::int64_t>(max_shared_bytes / row_bytes, 1, mma_rows));
+  const std::size_t shared_bytes = std::max(rows_at_once * row_bytes, smallest_share);
+  const Params p{.pooled_k = args.pooled_k,
+                 .pooled_q = args.pooled_q,
+                 .sink_block = args.sink_block,
+                 .row_start = args.row_start,
+                 .row_count = args.row_count,
+                 .block = args.block,
+                 .visited_blocks = args.visited_blocks,
+                 .rows = rows,
+                 .first_row = g.first_row(),
+                 .first_dense_row = args.top_p == 1.0F ? 0 : std::max<std::int64_t>(rows - args.dense_last_rows, 0),
+                 .causal_blocks = g.causal_blocks_per_head(),
+                 .key_blocks = permuted_blocks(g),
+                 .q_heads = static_cast<int>(g.shape.q_heads),
+                 .group = static_cast<int>(g.group()),
+                 .order_group = static_cast<int>(g.shape.q_heads / args.order_heads),
+                 .blocks_per_segment = g.segment / g.block,
+                 .rows_at_once = rows_at_once,
+                 .score_stride = static_cast<int>(stride),
+                 .scale_log2 = static_cast<float>(args.scale / std::log(2.0)),
+                 .top_p = args.top_p,
+                 .keep_all_if_short = args.rules == Rules::paper};
+  return dispatch(args.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    const cudaError_t error = cudaFuncSetAttribute(select_rows<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(ceil_div(rows, rows_at_once)),
+                          static_cast<unsigned>(g.shape.batch * g.shape.q_heads));
+    config.blockDim = dim3(select_threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, select_rows<T, dim>, p);
+  });
+}
+
+}  // namespace pbsattn::cuda

@@ -1,0 +1,69 @@
+// The permute and select stages on Hopper: what they take and their launches. attend.h has the third stage.
+//
+// A launch enqueues its work on `stream` of the current device and returns; it allocates nothing and reads nothing
+// back. To work head group by head group, pass the group's head counts and pointers advanced to its first head:
+// the bits of a head's result don't depend on which other heads go with it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/geometry.h"
+
+namespace pbsattn::cuda {
+
+inline constexpr int block_tokens = 128;            // the only block size of this backend
+inline constexpr std::int64_t max_segment = 8192;   // a segment's scores and order live in shared memory
+inline constexpr std::int64_t max_blocks = 49'152;  // a row's scores live in shared memory: 6 M tokens
+
+// Key blocks that may be pruned: those of complete segments.
+inline std::int64_t permuted_blocks(const Geometry& g) {
+  return g.permuted_len() / block_tokens;
+}
+
+// Views are of f16 or bf16, all alike, with 16-byte aligned data and strides of multiples of 8 elements.
+// `order_heads` is q_heads (OrderScope::query_head) or kv_heads (OrderScope::kv_head).
+struct PermuteArgs {
+  Geometry geometry;  // block 128; head_dim 64 or 128; at least one complete segment
+  OrderScope scope = OrderScope::query_head;
+  Rules rules = Rules::reference_code;
+  float scale = 0;
+  Inputs inputs;
+  void* k = nullptr;                   // [batch][order_heads][permuted_len][head_dim], 16-byte aligned like all below
+  void* v = nullptr;                   // the same
+  void* pooled_k = nullptr;            // [batch][order_heads][permuted_blocks][head_dim]: means of permuted blocks
+  void* pooled_q = nullptr;            // [batch][q_heads][rows][head_dim]
+  std::int32_t* order = nullptr;       // [batch][order_heads][permuted_len]: the token at each slot
+  std::int32_t* sink_block = nullptr;  // [batch][order_heads]: the block whose slot holds token 0
+  void* scratch = nullptr;             // permute_scratch_size() bytes
+};
+std::size_t permute_scratch_size(const Geometry& geometry);
+cudaError_t permute(const PermuteArgs& args, cudaStream_t stream);
+
+// Pooled K and Q, and sink blocks, of keys that stay where they are: order_heads is kv_heads. Reads only inputs,
+// geometry and rules, writes only pooled_k, pooled_q and sink_block.
+cudaError_t pool(const PermuteArgs& args, cudaStream_t stream);
+
+struct SelectArgs {
+  Geometry geometry;
+  std::int64_t order_heads = 0;  // heads of pooled_k and sink_block
+  DType dtype = DType::bf16;
+  Rules rules = Rules::reference_code;
+  float scale = 0;
+  float top_p = 0;  // in (0, 1]
+  std::int64_t dense_last_rows = 0;
+  const void* pooled_k = nullptr;
+  const void* pooled_q = nullptr;
+  const std::int32_t* sink_block = nullptr;
+  // Lists of tile [batch][q_head][row], as attend() reads them. Rows keep room for all their causal blocks, so a list's
+  // place is known beforehand and no pass over the counts is needed.
+  std::int64_t* row_start = nullptr;             // [tile]
+  std::int32_t* row_count = nullptr;             // [tile]
+  std::int32_t* block = nullptr;                 // [batch * q_heads * causal_blocks_per_head()]
+  unsigned long long* visited_blocks = nullptr;  // every row's count is added here; optional
+};
+cudaError_t select(const SelectArgs& args, cudaStream_t stream);
+
+}  // namespace pbsattn::cuda
