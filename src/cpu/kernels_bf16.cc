@@ -319,7 +319,8 @@ void store_row(const float* row, int head_dim, DType dtype, void* out) {
 
 void finish(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
             std::int64_t stride, float* lse) {
-  alignas(64) float rows[strip][max_head_dim];
+  alignas(64) float rows[strip * (max_head_dim + lanes)];
+  const int row_size = head_dim + lanes;  // room for a last tile, and no power of two, which would share cache sets
   for (int i = 0; i < strip; i += lanes) {
     const __m512 sum = _mm512_load_ps(state.sum + i);
     const __mmask16 seen = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
@@ -334,7 +335,8 @@ void finish(const StripState& state, int count, int head_dim, float scale_log2, 
                   max_head_dim, lanes);
   }
   const int size = dtype == DType::f32 ? 4 : 2;
-  for (int i = 0; i < count; ++i) store_row(rows[i], head_dim, dtype, static_cast<char*>(out) + i * stride * size);
+  for (int i = 0; i < count; ++i)
+    store_row(rows + i * row_size, head_dim, dtype, static_cast<char*>(out) + i * stride * size);
   if (lse == nullptr) return;
   constexpr float ln2 = 0.693147180559945F;
   for (int i = 0; i < count; ++i)

@@ -89,7 +89,11 @@ void score_keys(const StageContext& c) {
       for (int i = 0; i < strip; ++i) {
         const float origin = block_max[b * strip + i];
         const bool nothing = std::isinf(origin) && origin < 0;  // then exps were measured from 0, and are 0
-        factors[i] = i < queries && !nothing ? std::exp2((origin - max[i]) * c.scale_log2()) / sum[i] : 0.0F;
+        const bool undefined = std::isnan(sum[i]) || sum[i] == 0.0F;  // a NaN score, or all of them -inf
+        if (i >= queries || (nothing && !undefined))
+          factors[i] = 0.0F;
+        else
+          factors[i] = undefined ? std::nanf("") : std::exp2((origin - max[i]) * c.scale_log2()) / sum[i];
       }
       c.kernels.weigh_keys(exps + b * g.block * strip, g.block, factors, weights + b * g.block);
     }

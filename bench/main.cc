@@ -1,0 +1,33 @@
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <exception>
+
+#include "pbsattn/pbsattn.hpp"
+#include "suites.h"
+
+int main(int argc, char** argv) {
+  CLI::App app("Verifies, then measures, then prints a table. Peers run in the same process, in turn with us.");
+  std::string suite;
+  std::string json;
+  bench::SuiteOptions options;
+  app.add_option("suite", suite, "What to measure: cpu")->required()->check(CLI::IsMember({"cpu"}));
+  app.add_option("--json", json, "Also write the measurements to this file");
+  app.add_option("--runs", options.runs, "Measured runs of each function; the median is reported")
+      ->check(CLI::Range(1, 1000));
+  app.add_option("--threads", options.threads, "Threads of every function")->check(CLI::Range(1, 1024));
+  app.add_flag("--quick", options.quick, "Smallest sizes only");
+  CLI11_PARSE(app, argc, argv);
+  try {
+    const auto info = pbsattn::describe_cpu();
+    fmt::print("{} ({} processors), commit {}, medians of {} runs\n", info.processor, info.threads, PBSATTN_COMMIT,
+               options.runs);
+    bench::Report report(suite);
+    bench::run_cpu_suite(options, report);
+    if (!json.empty()) report.write(json);
+    return 0;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "pbsattn-bench: {}\n", error.what());
+    return 1;
+  }
+}
