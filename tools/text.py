@@ -32,18 +32,23 @@ def sources(kind):
     return [library / name for name in first if (library / name).is_file()]
 
 
+def write(kind, size=250_000):
+    """Writes about `size` bytes of a text into the cache; returns the path."""
+    whole = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sources(kind))
+    target = cache_dir() / "texts" / f"{kind}-{size}.txt"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}")
+    partial.write_text(whole.encode()[:size].decode(errors="ignore"), encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["prose", "code"])
     parser.add_argument("--bytes", type=int, default=250_000, help="cut the text at about this length")
     arguments = parser.parse_args()
-    text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sources(arguments.kind))
-    target = cache_dir() / "texts" / f"{arguments.kind}-{arguments.bytes}.txt"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}")
-    partial.write_text(text.encode()[:arguments.bytes].decode(errors="ignore"), encoding="utf-8")
-    os.replace(partial, target)
-    print(target)
+    print(write(arguments.kind, arguments.bytes))
     return 0
 
 

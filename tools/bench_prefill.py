@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""The benchmark suite "prefill": time to first token of a real model on a real text, by attention.
+
+    tools/bench_prefill.py PROGRAM [--model NAME] [--tokens N ...] [--runs N] [--json FILE] [OPTIONS]
+
+Verifies that our dense attention gives ggml's next-token distributions, then prints medians over runs of the whole
+comparison, in which the attentions follow one another. Any other options go to `pbsattn prefill`.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+
+import models
+import text
+from common import Failure, run_main, say
+
+TEXT_OF = {"smollm2-135m": "prose", "qwen2.5-coder-1.5b": "code"}
+# metric: unit, and the run it is compared with; for all of them less is better.
+METRICS = {
+    "first_token_seconds": ("s", "ggml"),
+    "attention_seconds": ("s", "ggml"),
+    "perplexity": ("", "full"),
+    "density": ("", None),
+}
+
+
+def report_of(program, model, prompt, tokens, options):
+    command = [program, "prefill", "--model", str(model), "--prompt-file", str(prompt), "--tokens", str(tokens),
+               "--generate", "0", "--compare", "ggml,full", "--json", *options]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode != 0:
+        raise Failure(f"pbsattn prefill of {tokens} tokens ended with status {run.returncode}; its message is above")
+    return json.loads(run.stdout)
+
+
+def verify(report):
+    """Rounding alone moves a quantised model's distributions by some thousandths of a nat; an error by far more."""
+    divergence = next(run["kl_mean"] for run in report["runs"] if run["name"] == "ggml")
+    if divergence > 0.02:
+        raise Failure(f"KL divergence {divergence:.4f} of ggml's attention from our dense one: over 0.02, so nothing is "
+                      "measured; look for the layer at fault with PBSATTN_CHECK=1 (docs/llama.cpp.md)")
+
+
+def value_of(run, metric):
+    return run["density"]["mean"] if metric == "density" else run[metric]
+
+
+def records_of(reports, name, date, commit):
+    """One record for each attention and metric, in the form of docs/architecture.md."""
+    first = reports[0]
+    by_name = [{run["name"]: run for run in report["runs"]} for report in reports]
+    for case in by_name[0]:
+        for metric, (unit, peer) in METRICS.items():
+            values = [value_of(runs[case], metric) for runs in by_name]
+            peer = peer if peer != case else None
+            peer_value = statistics.median(value_of(runs[peer], metric) for runs in by_name) if peer else None
+            value = statistics.median(values)
+            yield {"suite": "prefill", "case": case, "metric": metric, "value": value, "unit": unit, "peer": peer,
+                   "peer_value": peer_value, "ratio": peer_value / value if peer else None, "runs": len(values),
+                   "spread": (max(values) - min(values)) / value,
+                   "params": {"model": name, "n": first["prompt"]["tokens"], "threads": first["threads"],
+                              "options": next(r.get("options") for r in first["runs"] if r["name"] == case)},
+                   "device": first["device"]["processor"], "commit": commit, "date": date}
+
+
+def print_records(records):
+    print(f"{'case':10} {'n':>6} {'metric':20} {'value':>10}    {'against':>8} {'ratio':>6} {'runs':>4} {'spread':>7}")
+    for r in records:
+        ratio = f"{r['ratio']:.2f}x" if r["peer"] else ""
+        print(f"{r['case']:10} {r['params']['n']:6} {r['metric']:20} {r['value']:10.4g} {r['unit']:2} "
+              f"{r['peer'] or '':>8} {ratio:>6} {r['runs']:4} {r['spread']:6.1%}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program")
+    parser.add_argument("--model", default="smollm2-135m", choices=list(models.MODELS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8160])
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--json")
+    arguments, options = parser.parse_known_args()
+    model, prompt = models.get(arguments.model), text.write(TEXT_OF[arguments.model])
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    date = datetime.date.today().isoformat()
+    records = []
+    for tokens in arguments.tokens:
+        reports = []
+        for run in range(arguments.runs):
+            say(f"{tokens} tokens, run {run + 1} of {arguments.runs}")
+            reports.append(report_of(arguments.program, model, prompt, tokens, options))
+            verify(reports[-1])
+        records += records_of(reports, arguments.model, date, commit)
+    print_records(records)
+    if arguments.json:
+        partial = f"{arguments.json}.partial-{os.getpid()}"
+        with open(partial, "w") as file:
+            json.dump(records, file, indent=2)
+        os.replace(partial, arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
