@@ -77,6 +77,7 @@ void dense(const SuiteOptions& options, Report& report, std::int64_t tokens, std
         .metric = "rate",
         .unit = "GFLOP/s",
         .value = gflop / median(seconds[i]),
+        .peer = "",
         .runs = options.runs,
         .spread = spread(seconds[i])};
 #ifdef PBSATTN_HAS_GGML

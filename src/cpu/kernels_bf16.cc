@@ -331,8 +331,8 @@ void finish(const StripState& state, int count, int head_dim, float scale_log2, 
     }
     // The state has room for rows up to a multiple of 16; what lies there only reaches columns not stored.
     for (int d = 0; d < head_dim; d += lanes)
-      transpose16(reinterpret_cast<const Pair*>(state.out + d * strip + i), strip, reinterpret_cast<Pair*>(rows[i] + d),
-                  max_head_dim, lanes);
+      transpose16(reinterpret_cast<const Pair*>(state.out + d * strip + i), strip,
+                  reinterpret_cast<Pair*>(rows + i * row_size + d), row_size, lanes);
   }
   const int size = dtype == DType::f32 ? 4 : 2;
   for (int i = 0; i < count; ++i)
