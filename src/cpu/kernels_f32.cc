@@ -335,7 +335,8 @@ void weigh_keys(const float* exps, int count, const float* factors, float* weigh
     for (int lane = 0; lane < strip; lane += lanes) {
       const Vec factor = hn::Load(f32, factors + lane);
       const Vec share = hn::Mul(hn::Load(f32, exps + key * strip + lane), factor);
-      total = hn::Add(total, hn::IfThenElseZero(hn::Ne(factor, hn::Zero(f32)), share));
+      // Eq, since Highway's Ne says false of a NaN on some targets.
+      total = hn::Add(total, hn::IfThenZeroElse(hn::Eq(factor, hn::Zero(f32)), share));
     }
     weights[key] = hn::GetLane(hn::SumOfLanes(f32, total));
   }

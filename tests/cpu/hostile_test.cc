@@ -133,6 +133,14 @@ TEST_P(Hostile, AllMinusInfinityGivesZero) {
   EXPECT_EQ(values.lse, std::vector<double>(values.lse.size(), -infinity));
 }
 
+// One scoring query without any finite score leaves no order to speak of, whatever the others say.
+TEST_P(Hostile, AScoringQueryOfMinusInfinity) {
+  expect_right_under_all([](Problem& p) {
+    p.k.fill(1.0);
+    set_row(p.q, 550, -infinity);
+  });
+}
+
 TEST_P(Hostile, NanKeySpoilsThoseWhoSeeIt) {
   for (const std::int64_t token : {0, 127, 128, 300, 550, 599}) {
     SCOPED_TRACE(token);
