@@ -1,0 +1,173 @@
+// The attend stage over orders and lists of the test's own making, which no selection would give.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+
+#include "cuda/attend.h"
+#include "cuda/device_run.h"
+#include "reference/numbers.h"
+#include "support/judge.h"
+
+namespace pbsattn::test {
+namespace {
+
+struct Case {
+  std::string name;
+  Shape shape;
+  double density = 1;  // of the blocks before the own segment; below 0: one row with many, the others with few
+  int segment = 256;
+  bool shared_order = false;
+  DType dtype = DType::bf16;
+  Layout layout = Layout::bhsd;
+};
+
+void PrintTo(const Case& c, std::ostream* stream) {
+  *stream << c.name;
+}
+
+// A random order inside each complete segment, and random lists with the own segment.
+Trace random_trace(const Case& test, const Geometry& g, std::mt19937_64& random) {
+  const Shape& s = g.shape;
+  Trace trace{.first_row = g.first_row(), .rows = g.rows(), .blocks = g.blocks()};
+  for (std::int64_t head = 0; head < s.batch * s.q_heads; ++head) {
+    const auto begin = trace.order.size();
+    if (test.shared_order && head % g.group() != 0) {
+      const std::vector<std::int32_t> same(trace.order.end() - s.kv_len, trace.order.end());
+      trace.order.insert(trace.order.end(), same.begin(), same.end());
+    } else {
+      trace.order.resize(begin + s.kv_len);
+      std::iota(trace.order.begin() + begin, trace.order.end(), 0);
+      for (std::int64_t n = 0; n < g.permuted_len(); n += g.segment)
+        std::shuffle(trace.order.begin() + begin + n, trace.order.begin() + begin + n + g.segment, random);
+    }
+    for (std::int64_t r = 0; r < g.rows(); ++r) {
+      trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
+      const double density = test.density >= 0 ? test.density : r == g.rows() / 2 ? 1 : 0.02;
+      for (std::int64_t b = 0; b <= g.diagonal(r); ++b) {
+        const bool kept = static_cast<double>(random() >> 11) * 0x1p-53 < density;
+        if (b >= g.own_begin(r) || kept) trace.block.push_back(static_cast<std::int32_t>(b));
+      }
+    }
+  }
+  trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
+  return trace;
+}
+
+// K or V of each head with an order, its complete segments in that order.
+std::vector<std::uint16_t> permuted(const Tensor& tensor, const Trace& trace, const Geometry& g,
+                                    std::int64_t order_heads) {
+  const Shape& s = g.shape;
+  std::vector<std::uint16_t> result;
+  for (std::int64_t batch = 0; batch < s.batch; ++batch) {
+    for (std::int64_t h = 0; h < order_heads; ++h) {
+      const std::int64_t q_head = h * (s.q_heads / order_heads);
+      const std::int32_t* order = trace.order.data() + (batch * s.q_heads + q_head) * s.kv_len;
+      for (std::int64_t slot = 0; slot < g.permuted_len(); ++slot) {
+        for (std::int64_t d = 0; d < s.head_dim; ++d) {
+          const double x = tensor.get(batch, g.kv_head(q_head), order[slot], d);
+          result.push_back(tensor.dtype == DType::bf16 ? reference::to_bf16(x) : reference::to_f16(x));
+        }
+      }
+    }
+  }
+  return result;
+}
+
+template <class T>
+std::unique_ptr<DeviceMemory> on_device(const std::vector<T>& values) {
+  auto memory = std::make_unique<DeviceMemory>(std::max<std::size_t>(16, values.size() * sizeof(T)));
+  if (!values.empty()) cudaMemcpy(memory->data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
+  return memory;
+}
+
+template <class T>
+T* pointer(const std::unique_ptr<DeviceMemory>& memory) {
+  return reinterpret_cast<T*>(memory->data());
+}
+
+class CudaAttend : public testing::TestWithParam<Case> {};
+
+TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
+  const Case& test = GetParam();
+  std::mt19937_64 random(11);
+  Problem problem({.shape = test.shape,
+                   .q = test.dtype,
+                   .k = test.dtype,
+                   .v = test.dtype,
+                   .out = test.dtype,
+                   .layout = test.layout});
+  Options options = method("pbs");
+  options.segment = test.segment;
+  options = resolved(options, test.shape);
+  const Geometry g = geometry_of(options, test.shape);
+  const Trace trace = random_trace(test, g, random);
+  const std::int64_t order_heads = test.shared_order ? test.shape.kv_heads : test.shape.q_heads;
+
+  const auto k = on_device(permuted(problem.k, trace, g, order_heads));
+  const auto v = on_device(permuted(problem.v, trace, g, order_heads));
+  std::vector<std::int32_t> count;
+  for (std::size_t i = 0; i + 1 < trace.row_start.size(); ++i)
+    count.push_back(static_cast<std::int32_t>(trace.row_start[i + 1] - trace.row_start[i]));
+  const auto row_start = on_device(trace.row_start);
+  const auto row_count = on_device(count);
+  const auto block = on_device(trace.block);
+  DeviceMemory scratch(cuda::attend_scratch_size(g));
+  const cuda::BlockLists lists{pointer<std::int64_t>(row_start), pointer<std::int32_t>(row_count),
+                               pointer<std::int32_t>(block)};
+
+  DeviceProblem device(problem);
+  const cuda::AttendArgs args{.geometry = g,
+                              .scale = options.scale,
+                              .inputs = device.inputs(),
+                              .permuted = {k->data(), v->data(), order_heads},
+                              .lists = &lists,
+                              .out = device.outputs().out,
+                              .lse = device.outputs().lse,
+                              .lse_batch_stride = test.shape.q_heads * test.shape.q_len,
+                              .scratch = scratch.data()};
+  std::vector<std::byte> first;
+  for (int run = 0; run < 20; ++run) {
+    device.poison_outputs();
+    scratch.poison();
+    expect_success(cuda::attend(args, nullptr));
+    expect_success(cudaDeviceSynchronize());
+    device.download_outputs(problem);
+    if (run == 0) first = problem.out.bytes();
+    ASSERT_EQ(problem.out.bytes(), first) << "run " << run;
+  }
+  EXPECT_TRUE(scratch.guards_intact());
+  expect_output(problem, options, trace, Precision::bf16);
+}
+
+Shape shape(std::int64_t q_len, std::int64_t kv_len, std::int64_t head_dim, std::int64_t q_heads = 2,
+            std::int64_t kv_heads = 1, std::int64_t batch = 1) {
+  return {
+      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const std::int64_t d : {64, 128}) {
+    const auto name = [d](const char* rest) { return rest + std::string("_d") + std::to_string(d); };
+    all.push_back({name("own_segment_alone"), shape(900, 900, d), 0});
+    all.push_back({name("half"), shape(1500, 1500, d, 4, 2, 2), 0.5});
+    all.push_back({name("one_heavy_row"), shape(3000, 3000, d, 2, 2), -1});
+    all.push_back({name("more_tiles_than_processors"), shape(2048, 2048, d, 12, 2), 0.2});
+    all.push_back({name("segment_of_block"), shape(700, 700, d), 0.5, 128});
+    all.push_back({name("long_segment"), shape(1300, 1300, d), 0.5, 512});
+    all.push_back({name("chunk_inside_a_block"), shape(300, 1337, d), 0.5});
+    all.push_back({name("one_query"), shape(1, 1000, d), 0.5});
+    all.push_back({name("shared_order"), shape(1000, 1000, d, 4, 2), 0.5, 256, true});
+    all.push_back({name("f16_tokens_first"), shape(777, 777, d, 4, 2, 2), 0.5, 256, false, DType::f16, Layout::bshd});
+  }
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Lists, CudaAttend, testing::ValuesIn(cases()),
+                         [](const auto& test) { return test.param.name; });
+
+}  // namespace
+}  // namespace pbsattn::test
