@@ -131,17 +131,22 @@ def check_case(attend, generator, batch, q_heads, kv_heads, q_len, kv_len, head_
     attend(q, k, v, out, lse, segment=segment, permuted=permuted, lists=to_lists(mask) if density else None)
     torch.cuda.synchronize()
     tokens = token_mask(mask, order, q_len, kv_len, segment)
+    first = out.clone()
+    for _ in range(3):
+        out.fill_(math.nan)
+        attend(q, k, v, out, lse, segment=segment, permuted=permuted, lists=to_lists(mask) if density else None)
+    repeats = torch.equal(first, out)
     truth, truth_lse = reference(q, k, v, tokens, head_dim**-0.5, torch.float64)
     plain, _ = reference(q, k, v, tokens, head_dim**-0.5, dtype)
     error = ((out - truth).norm() / truth.norm()).item()
     plain_error = ((plain - truth).norm() / truth.norm()).item()
     lse_error = (lse - truth_lse).abs().max().item()
     plain_error = max(plain_error, 1e-6)  # one key alone is exact
-    ok = error <= 2 * plain_error and lse_error < 2e-3
+    ok = error <= 2 * plain_error and lse_error < 2e-3 and repeats
     if not ok:
         print(f"WRONG {attend.name} q {batch}x{q_heads}x{q_len} kv {kv_heads}x{kv_len} d {head_dim} {dtype} "
               f"segment {segment} density {density} orders {order_heads} {layout}: error {error:.2e} plain "
-              f"{plain_error:.2e} lse {lse_error:.2e}")
+              f"{plain_error:.2e} lse {lse_error:.2e} same bits again {repeats}")
     return ok, error / plain_error
 
 
@@ -222,6 +227,18 @@ def time_all(calls, runs, warmup=2):
     return {name: (statistics.median(t), (max(t) - min(t)) / statistics.median(t)) for name, t in times.items()}
 
 
+def replay(call, repeats):
+    """A CUDA graph of several calls."""
+    for i in range(2):
+        call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(repeats):
+            call(i)
+    return lambda i: graph.replay()
+
+
 def bench(attends, n, head_dim, densities, runs, heads=32, kv_heads=8, flex=False):
     """Yields (case, name, milliseconds, spread, teraflops)."""
     generator = torch.Generator("cuda").manual_seed(3)
@@ -237,9 +254,13 @@ def bench(attends, n, head_dim, densities, runs, heads=32, kv_heads=8, flex=Fals
     calls = {"cudnn": cudnn}
     for attend in attends:
         calls[attend.name] = lambda i, attend=attend: attend(q[i % sets], k[i % sets], v[i % sets], out)
+    repeats = 1
+    if n <= 8192:  # the launch would count
+        repeats = 8
+        calls = {name: replay(call, repeats) for name, call in calls.items()}
     flops = 2 * heads * head_dim * n * n
     for name, (ms, spread) in time_all(calls, runs).items():
-        yield f"dense d{head_dim} n{n}", name, ms, spread, flops / ms / 1e9
+        yield f"dense d{head_dim} n{n}", name, ms / repeats, spread, flops * repeats / ms / 1e9
 
     if densities:
         permuted, _ = permute(k[0], v[0], heads, 256, generator)
@@ -260,12 +281,12 @@ def flex_call(q, k, v, mask):
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     count = mask.sum(-1, dtype=torch.int32)
-    index = mask.to(torch.uint8).argsort(-1, descending=True, stable=True).int()
+    index = torch.argsort(mask.to(torch.uint8), dim=-1, descending=True, stable=True).int()
     rows = torch.arange(mask.shape[2], device="cuda")
     full = mask.clone()
     full[:, :, rows, rows] = False
     full_count = full.sum(-1, dtype=torch.int32)
-    full_index = full.to(torch.uint8).argsort(-1, descending=True, stable=True).int()
+    full_index = torch.argsort(full.to(torch.uint8), dim=-1, descending=True, stable=True).int()
     partial_count = (count - full_count).contiguous()
     partial_index = torch.zeros_like(index)
     partial_index[..., 0] = rows.int()

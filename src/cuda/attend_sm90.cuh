@@ -113,7 +113,7 @@ struct Shared {
   using Element = Element_;
   static constexpr int head_dim = head_dim_;
   static constexpr int panels = head_dim / panel;
-  static constexpr int k_stages = head_dim == 128 ? 3 : 4;
+  static constexpr int k_stages = head_dim == 128 ? 2 : 4;
   static constexpr int v_stages = head_dim == 128 ? 2 : 4;
   using QTile = Element[panels][64][panel];
   using KVTile = Element[panels][block][panel];
@@ -436,6 +436,7 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
   };
   // S = Q K^T
   const auto multiply_qk = [&] {
+    shared.k_full[k.at].wait(k.parity);
     const std::uint64_t k_operand = operand(shared.k[k.at]);
     pin(s);
     start();
@@ -448,6 +449,7 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
   };
   // O += P V
   const auto multiply_pv = [&] {
+    shared.v_full[v.at].wait(v.parity);
     const std::uint64_t v_operand = operand(shared.v[v.at], kv_panel_bytes);
     pin(o);
     start();
@@ -462,6 +464,14 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) weights[i] = pack<Element>(s[2 * i], s[2 * i + 1]);
   };
+  const auto free_k = [&] {
+    release(shared.k_free[k.at]);
+    k.next();
+  };
+  const auto free_v = [&] {
+    release(shared.v_free[v.at]);
+    v.next();
+  };
 
   for_each_tile(shared, lane, [&](const Tile& tile, Ring<tile_slots> slot) {
     Softmax softmax;
@@ -474,12 +484,10 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     // The diagonal block.
     shared.q_full[slot.at][wg].wait(slot.parity);
     read_q(shared.q[slot.at][wg]);
-    shared.k_full[k.at].wait(k.parity);
     multiply_qk();
     wait<0>();
     pin(s);
-    release(shared.k_free[k.at]);
-    k.next();
+    free_k();
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
       if (i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
@@ -488,16 +496,13 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     pack_weights();
     shared.guarded[slot.at].wait(slot.parity);
 
-    // The blocks before it: this block's S with the weights of the one after.
+    // The blocks before it: this block's S and softmax beside the P V of the block after it.
     for (int i = 1; i < tile.count; ++i) {
-      shared.k_full[k.at].wait(k.parity);
       multiply_qk();
-      shared.v_full[v.at].wait(v.parity);
       multiply_pv();
       wait<1>();
       pin(s);
-      release(shared.k_free[k.at]);
-      k.next();
+      free_k();
       const bool moved = softmax.update(s, p.scale_log2, factor);
       // The branch stands before the wait because the compiler would otherwise move the wait up, before the
       // exponentials.
@@ -510,11 +515,9 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
         wait<0>();
         pin(o);
       }
-      release(shared.v_free[v.at]);
-      v.next();
+      free_v();
       pack_weights();
     }
-    shared.v_full[v.at].wait(v.parity);
     multiply_pv();
 
     float inverse[2];
@@ -532,8 +535,7 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     }
     wait<0>();
     pin(o);
-    release(shared.v_free[v.at]);
-    v.next();
+    free_v();
 #pragma unroll
     for (int i = 0; i < outputs; ++i) o[i] *= inverse[i % 4 / 2];
     if (shared.any_bad[slot.at] != 0) {
