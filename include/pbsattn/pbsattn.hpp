@@ -22,6 +22,11 @@
 #include <string_view>
 #include <vector>
 
+// The library is compiled with hidden symbols; what stands in this header is not hidden.
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
 namespace pbsattn {
 
 // ---------------------------------------------------------------------------------------------- errors
@@ -254,3 +259,7 @@ class Plan {
 std::string_view version();
 
 }  // namespace pbsattn
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
