@@ -129,10 +129,14 @@ class Model : public testing::Test {
     return result;
   }
 
-  static Prefill ggmls() {
-    ggml_pbsattn_config config = config_of("full", 1.0F, PBSATTN_PRECISION_F32);
-    config.mode = GGML_PBSATTN_MODE_OFF;
-    return prefill(config);
+  // The model without us; computed once.
+  static const Prefill& ggmls() {
+    static const Prefill result = [] {
+      ggml_pbsattn_config config = config_of("full", 1.0F, PBSATTN_PRECISION_F32);
+      config.mode = GGML_PBSATTN_MODE_OFF;
+      return prefill(config);
+    }();
+    return result;
   }
 
  private:
@@ -151,7 +155,7 @@ void expect_each_layer_taken(const Prefill& run, std::int32_t layers, std::int64
 }
 
 TEST_F(Model, EveryLayerEqualsGgmlsOnTheSameInputs) {
-  const Prefill theirs = ggmls();
+  const Prefill& theirs = ggmls();
   EXPECT_TRUE(theirs.layers.empty());
   struct {
     pbsattn_precision precision;

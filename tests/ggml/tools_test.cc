@@ -37,13 +37,14 @@ class Tools : public testing::Test {
     std::vector<std::string> stats;  // lines, one for each layer
   };
 
-  Outcome perplexity(const std::vector<std::string>& environment) const {
+  Outcome perplexity(int tokens, const std::vector<std::string>& environment) const {
     const auto stats = folder_ / "stats.txt";
     std::filesystem::remove(stats);
+    const std::string size = std::to_string(tokens);
     std::string command = "env -u GGML_BACKEND_PATH PBSATTN_STATS=" + quoted(stats);
     for (const std::string& variable : environment) command += ' ' + quoted(variable);
     command += ' ' + quoted(perplexity_tool) + " -m " + quoted(model_path()) + " -f " + quoted(folder_ / "text.txt") +
-               " -c 2048 -b 2048 -ub 2048 --chunks 1 -t 2 2>&1";
+               " --chunks 1 -t 2 -c " + size + " -b " + size + " -ub " + size + " 2>&1";
     Outcome outcome;
     std::FILE* pipe = popen(command.c_str(), "r");
     std::array<char, 4096> chunk{};
@@ -74,23 +75,25 @@ void expect_every_op_taken(const std::vector<std::string>& stats) {
   for (const std::string& line : stats) EXPECT_NE(line.find(", 1 taken"), std::string::npos) << line;
 }
 
-TEST_F(Tools, PerplexityThroughThePlugInIsLlamaCpps) {
-  const double expected = perplexity({}).perplexity;
-  const std::string plugin = "GGML_BACKEND_PATH=" PBSATTN_TEST_PLUGIN;
+const std::string plugin = "GGML_BACKEND_PATH=" PBSATTN_TEST_PLUGIN;
 
-  const Outcome loaded = perplexity({plugin, "PBSATTN_TOP_P=1"});
+TEST_F(Tools, PerplexityThroughThePlugInIsLlamaCpps) {
+  const double expected = perplexity(2048, {}).perplexity;
+  const Outcome loaded = perplexity(2048, {plugin, "PBSATTN_TOP_P=1"});
   expect_every_op_taken(loaded.stats);
   EXPECT_NEAR(loaded.perplexity / expected, 1.0, 5e-3);  // the noise of 2K tokens; see model_test.cc
+}
 
-  // The two ways in lead to the same computation.
-  const Outcome preloaded = perplexity({"LD_PRELOAD=" PBSATTN_TEST_PRELOAD, "PBSATTN_TOP_P=1"});
+TEST_F(Tools, PreloadLibraryLoadsThePlugIn) {
+  const Outcome preloaded = perplexity(512, {"LD_PRELOAD=" PBSATTN_TEST_PRELOAD});
   expect_every_op_taken(preloaded.stats);
-  EXPECT_EQ(preloaded.perplexity, loaded.perplexity);
+  EXPECT_EQ(preloaded.perplexity, perplexity(512, {plugin}).perplexity);
+}
 
-  // A bad value leaves everything to ggml, and says so in one line.
-  const Outcome refused = perplexity({plugin, "PBSATTN_TOP_P=3"});
+TEST_F(Tools, BadValueIsNamedAndEverythingLeftToGgml) {
+  const Outcome refused = perplexity(512, {plugin, "PBSATTN_TOP_P=3"});
   EXPECT_TRUE(refused.stats.empty());
-  EXPECT_EQ(refused.perplexity, expected);
+  EXPECT_EQ(refused.perplexity, perplexity(512, {}).perplexity);
   EXPECT_NE(refused.output.find("top_p 3: outside (0, 1]"), std::string::npos) << refused.output;
 }
 
