@@ -52,9 +52,8 @@ struct HeadTensor {
   pbsattn::ConstView view() const { return {.data = bytes.data(), .dtype = dtype, .token_stride = head_dim}; }
 };
 
-// Waits for one layer of a prefill, takes one head of it and ends the prefill.
+// Waits for one layer of a prefill and takes one head of it.
 struct Capture {
-  Session* session;
   int layer;
   int head;
   pbsattn::Shape shape;  // of the head taken; q_len 0 until then
@@ -69,22 +68,22 @@ struct Capture {
     self.k = HeadTensor(*k, kv_head, shape->kv_len, shape->head_dim);
     self.v = HeadTensor(*v, kv_head, shape->kv_len, shape->head_dim);
     self.shape = {.q_len = shape->q_len, .kv_len = shape->kv_len, .head_dim = shape->head_dim};
-    self.session->stop_early();
   }
 };
 
-void capture_head(Capture& capture, const std::vector<llama_token>& prompt, const Attention& attention) {
+void capture_head(Session& session, Capture& capture, const std::vector<llama_token>& prompt,
+                  const Attention& attention) {
   ggml_backend_pbsattn_set_observer(Capture::observe, &capture);
   {
     const Progress progress(fmt::format("layer {}", capture.layer), [&capture] {
       return static_cast<double>(ggml_backend_pbsattn_stats_get(nullptr, 0)) / (capture.layer + 1);
     });
     const int last = static_cast<int>(prompt.size()) - 1;
-    capture.session->prefill(prompt, {&last, 1}, attention);
+    session.prefill(prompt, {&last, 1}, attention, capture.layer + 1);
   }
   ggml_backend_pbsattn_set_observer(nullptr, nullptr);
   if (capture.shape.q_len == 0) {
-    const ModelInfo& model = capture.session->info();
+    const ModelInfo& model = session.info();
     throw Failure(
         fmt::format("layer {} of model {}: pbsattn can't take its attention ({}); name another layer or model",
                     capture.layer, model.path, why_not_taken(layer_stats(), model.layers)));
@@ -137,9 +136,8 @@ void mask(const MaskOptions& options) {
   const int threads = options.threads > 0 ? options.threads : pbsattn::describe_cpu().threads;
   session.open({.prompt = length, .threads = threads});
 
-  Capture capture{
-      .session = &session, .layer = options.layer, .head = options.head, .shape = {}, .q = {}, .k = {}, .v = {}};
-  capture_head(capture, prompt, full);
+  Capture capture{.layer = options.layer, .head = options.head, .shape = {}, .q = {}, .k = {}, .v = {}};
+  capture_head(session, capture, prompt, full);
   const std::string title = fmt::format("{}, layer {}, head {}, {} tokens, top-p {}", session.info().description,
                                         options.layer, options.head, length, options.attention.top_p);
   const std::vector<MaskPanel> panels = {panel("Keys where they stand", before, capture, threads),

@@ -133,12 +133,15 @@ Run measure(Session& session, const std::vector<llama_token>& prompt, const std:
   return run;
 }
 
-// Touches weights and buffers once, so that the first run measured doesn't pay for it, and learns
-// whether pbsattn can take this model's attention. Returns why it can't take some of it, or "".
-std::string warm_up(Session& session, const std::vector<llama_token>& prompt, const Attention& attention) {
+// Touches all weights with a short prompt and all buffers with two layers of the long one, so that the first
+// run measured doesn't pay for it, and learns whether pbsattn can take this model's attention. Returns why
+// it can't take some of it, or "".
+std::string warm_up(Session& session, const std::vector<llama_token>& prompt, const std::vector<int>& positions,
+                    const Attention& attention) {
+  session.prefill(prompt, positions, attention, 2);
   const std::size_t count = std::min<std::size_t>(prompt.size(), 512);
-  const int last = static_cast<int>(count) - 1;
-  session.prefill({prompt.data(), count}, {&last, 1}, attention);
+  const auto outputs = sample_positions(static_cast<int>(count), static_cast<int>(positions.size()) - 1);
+  session.prefill({prompt.data(), count}, outputs, attention);
   const auto layers = layer_stats();
   std::string reason = why_not_taken(layers, session.info().layers);
   const bool took_some =
@@ -181,7 +184,7 @@ void prefill(const PrefillOptions& options) {
                 .context = report.context,
                 .outputs = static_cast<int>(positions.size()),
                 .threads = report.threads});
-  report.left_to_ggml = warm_up(session, prompt, list.back());
+  report.left_to_ggml = warm_up(session, prompt, positions, list.back());
 
   // Fidelity is measured against full attention, so that runs first; the table keeps the order asked for.
   std::vector<const Attention*> order;

@@ -148,7 +148,7 @@ void Session::open(const ContextSize& size) {
   params.n_outputs_max = static_cast<uint32_t>(size.outputs);
   params.n_threads = params.n_threads_batch = size.threads;
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-  params.abort_callback = [](void* self) { return static_cast<Session*>(self)->stop_ || interrupted(); };
+  params.abort_callback = [](void* self) { return static_cast<Session*>(self)->layers_done() || interrupted(); };
   params.abort_callback_data = this;
   configure_plugin({.name = "ggml", .by_ggml = true, .options = {}});  // which ops are routed is decided in here
   context_.reset(llama_init_from_model(model_.get(), params));
@@ -156,6 +156,10 @@ void Session::open(const ContextSize& size) {
     throw Failure(fmt::format("context of {} tokens: llama.cpp can't make it{}; pass a smaller --tokens or --context",
                               params.n_ctx, because()));
   }
+}
+
+bool Session::layers_done() const {
+  return stop_after_ != 0 && ggml_backend_pbsattn_stats_get(nullptr, 0) >= stop_after_;
 }
 
 void Session::decode(std::span<const llama_token> tokens, int first_position, std::span<const int> outputs) {
@@ -173,19 +177,21 @@ void Session::decode(std::span<const llama_token> tokens, int first_position, st
   llama_synchronize(context_.get());
   llama_batch_free(batch);
   throw_if_interrupted();
-  if (status != 0 && !stop_) {
+  constexpr int aborted = 2;
+  if (status != 0 && !(status == aborted && layers_done())) {
     throw Failure(fmt::format("llama_decode of {} tokens at {}: status {}{}; pass a smaller --tokens", tokens.size(),
                               first_position, status, because()));
   }
 }
 
-bool Session::prefill(std::span<const llama_token> prompt, std::span<const int> outputs, const Attention& attention) {
+void Session::prefill(std::span<const llama_token> prompt, std::span<const int> outputs, const Attention& attention,
+                      int layers) {
   configure_plugin(attention);
   llama_memory_clear(llama_get_memory(context_.get()), /*data=*/true);
   ggml_backend_pbsattn_stats_reset();
-  stop_ = false;
+  stop_after_ = static_cast<std::size_t>(layers);
   decode(prompt, 0, outputs);
-  return !stop_;
+  stop_after_ = 0;
 }
 
 std::span<const float> Session::logits(int position) const {

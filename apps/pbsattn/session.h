@@ -47,17 +47,15 @@ class Session {
   void open(const ContextSize& size);
 
   // Forgets what came before and runs the prompt as one ubatch under `attention`. Distributions after
-  // `outputs` (positions, ascending) can be read until the next call. Returns false if stop_early() was
-  // called meanwhile; throws when interrupted or when llama.cpp fails.
-  bool prefill(std::span<const llama_token> prompt, std::span<const int> outputs, const Attention& attention);
+  // `outputs` (positions, ascending) can be read until the next call. With `layers` it stops once the attention
+  // of so many layers is computed. Throws when interrupted or when llama.cpp fails.
+  void prefill(std::span<const llama_token> prompt, std::span<const int> outputs, const Attention& attention,
+               int layers = 0);
   std::span<const float> logits(int position) const;
   llama_token most_likely(int position) const;
 
   // Continues greedily from the prompt's last position; ends early at the model's end of text.
   std::vector<llama_token> generate(int prompt_length, int count);
-
-  // Ends a prefill under way: for use inside an observer of the plug-in.
-  void stop_early() noexcept { stop_ = true; }
 
  private:
   struct Free {
@@ -65,13 +63,14 @@ class Session {
     void operator()(llama_context* context) const { llama_free(context); }
   };
 
+  bool layers_done() const;
   void decode(std::span<const llama_token> tokens, int first_position, std::span<const int> outputs);
 
   std::unique_ptr<llama_model, Free> model_;
   std::unique_ptr<llama_context, Free> context_;
   const llama_vocab* vocab_ = nullptr;
   ModelInfo info_;
-  bool stop_ = false;
+  std::size_t stop_after_ = 0;  // layers; 0: go on to the end
 };
 
 // The plug-in's statistics of each layer since the last prefill() began.
