@@ -1,15 +1,61 @@
-// Launches block-sparse attention on Hopper: tensor maps, the order of tiles, the kernel.
-#include "cuda/attend_sm90.cuh"
+// Block-sparse attention forward for one tile of 128 queries at a time, on Hopper (sm_90a).
+//
+//     for each tile (batch, query head, row):   for each key block in its list, diagonal first, then descending:
+//         S = Q K^T    P = exp2(scale (S - m))    O = O + P V      (m: running row maximum; O is rescaled when it
+//         moves)
+//     out = O / sum(P)    lse = scale m + log(sum(P))
+//
+// A thread block has three warpgroups and stays resident, taking tiles until none is left:
+//   - two *consumers* of 64 queries each, with Q in registers. Each overlaps its softmax with its own P V of the block
+//     before, and the two drift apart by themselves, so that one multiplies while the other exponentiates;
+//   - one *producer*, of four warps with a role each: `schedule` takes tiles from a counter, `load` brings Q, K and V
+//     into shared memory, `guard` looks for values on the diagonal that masked queries must not see, `store` takes
+//     finished outputs away.
+//
+// Barriers, all in shared memory ("full": producer to consumer, "free": back):
+//     tile_full/free [slot]      tile descriptions, two in flight
+//     q_full/free    [slot][wg]  64 queries; the same memory then carries the 64 outputs, hence:
+//     out_full       [slot][wg]  outputs are written (store waits, then frees q)
+//     k_full/free, v_full/free [stage]  one key block's K or V
+//     guarded        [slot]      the diagonal block's V is safe to multiply
+// Those of a tile count threads; k_free and v_free, which cost most, count warps.
 
 #include <algorithm>
 
 #include "cuda/attend.h"
+#include "cuda/attend_consumer.cuh"
+#include "cuda/attend_producer.cuh"
 #include "cuda/tensor_map.h"
 
 namespace pbsattn::cuda {
 namespace {
 
 using namespace sm90;
+
+template <class Element, int head_dim>
+__global__ void __launch_bounds__(threads, 1)
+    attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps) {
+  extern __shared__ char memory[];
+  auto& shared = *reinterpret_cast<Shared<Element, head_dim>*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  const int role = threadIdx.x / warpgroup;
+  if (role == 0) {
+    give_registers<producer_registers>();
+    const int lane = threadIdx.x % 32;
+    switch (threadIdx.x / 32) {
+      case 0: load(p, maps, shared, lane); break;
+      case 1: store(p, maps, shared, lane); break;
+      case 2: guard(shared, lane); break;
+      case 3:
+        if (lane == 0) schedule(p, shared);
+        break;
+    }
+  } else {
+    take_registers<consumer_registers>();
+    consume(p, shared, role - 1);
+  }
+}
 
 // K and V of a section's heads should stay in L2 while its rows are worked off. An H100 has 50 MB in two halves that
 // may both hold a line.

@@ -31,7 +31,8 @@ void PrintTo(const Case& c, std::ostream* stream) {
 // A random order inside each complete segment, and random lists with the own segment.
 Trace random_trace(const Case& test, const Geometry& g, std::mt19937_64& random) {
   const Shape& s = g.shape;
-  Trace trace{.first_row = g.first_row(), .rows = g.rows(), .blocks = g.blocks()};
+  Trace trace{
+      .first_row = g.first_row(), .rows = g.rows(), .blocks = g.blocks(), .order = {}, .row_start = {}, .block = {}};
   for (std::int64_t head = 0; head < s.batch * s.q_heads; ++head) {
     const auto begin = trace.order.size();
     if (test.shared_order && head % g.group() != 0) {

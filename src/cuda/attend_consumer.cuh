@@ -1,0 +1,218 @@
+// A consumer warpgroup: 64 queries of a tile; attend_sm90.cu has the whole picture.
+#pragma once
+
+#include "cuda/attend_tile.cuh"
+
+namespace pbsattn::cuda::sm90 {
+
+// The running softmax of the two query rows that a thread holds parts of: row r = 0, 1 is query 8 r + lane / 4 of its
+// warp's 16. Turns scores into weights in place.
+struct Softmax {
+  float maximum[2] = {-infinity, -infinity};  // unscaled
+  float sum[2] = {0, 0};                      // this thread's part
+
+  // Returns true when a maximum of the warp moved: then everything summed before must be multiplied by factor[r].
+  __device__ bool update(float (&s)[64], float scale_log2, float (&factor)[2]) {
+    bool moved = false;
+    float before[2];
+    float part[2] = {0, 0};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = fmaxf(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+      for (int i = 1; i < 16; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+      top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFF, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFF, top, 2));
+      moved = moved || top > maximum[r];
+      before[r] = maximum[r];
+      maximum[r] = fmaxf(maximum[r], top);
+      const float offset = maximum[r] == -infinity ? 0.0F : maximum[r] * scale_log2;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& x = s[4 * i + 2 * r + c];
+          x = exp2_fast(fmaf(x, scale_log2, -offset));
+          part[r] += x;
+        }
+      }
+    }
+    // The branch depends on the sums so that the exponentials come before it, and before a wait for products that
+    // follows it; the compiler would move that wait up.
+    moved = __any_sync(0xFFFFFFFF, moved || isnan(part[0] + part[1]));
+    if (moved) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        // Of two -inf nothing was summed, and their difference is no number.
+        factor[r] = maximum[r] == -infinity ? 1.0F : exp2_fast((before[r] - maximum[r]) * scale_log2);
+        sum[r] *= factor[r];
+      }
+    }
+    sum[0] += part[0];
+    sum[1] += part[1];
+    return moved;
+  }
+};
+
+template <class Element>
+__device__ std::uint32_t pack(float low, float high) {
+  std::uint32_t bits;
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  }
+  return bits;
+}
+
+template <class Shared>
+__device__ void consume(const AttendParams& p, Shared& shared, int wg) {
+  using Element = typename Shared::Element;
+  constexpr int head_dim = Shared::head_dim;
+  constexpr int outputs = head_dim / 2;  // registers of O
+  constexpr int kv_panel_bytes = block * panel * sizeof(Element);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x % warpgroup / 32;
+  const auto release = [&](Barrier& barrier) {
+    if (lane == 0) barrier.arrive();
+  };
+
+  Ring<Shared::k_stages> k;
+  Ring<Shared::v_stages> v;
+  float s[64], o[outputs];
+  std::uint32_t q[head_dim / 4];
+  std::uint32_t weights[32];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) s[i] = 0;
+
+  // Q, 16 columns at a time: lane l addresses row l % 16 of the 16-byte chunk l / 16 of every two.
+  const auto read_q = [&](const typename Shared::QTile& tile) {
+    const int row = warp * 16 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < head_dim / 16; ++i) {
+      const int chunk = 2 * i + lane / 16;
+      load_matrices(q + 4 * i, tile[chunk / 8][row] + (chunk % 8 ^ row % 8) * 8);
+    }
+  };
+  // S = Q K^T
+  const auto multiply_qk = [&] {
+    shared.k_full[k.at].wait(k.parity);
+    const std::uint64_t k_operand = operand(shared.k[k.at]);
+    pin(s);
+    start();
+#pragma unroll
+    for (int d = 0; d < head_dim; d += 16) {
+      const int place = d / panel * kv_panel_bytes + d % panel * static_cast<int>(sizeof(Element));
+      multiply<Element, 0>(s, q + d / 4, advance(k_operand, place), d > 0);
+    }
+    commit();
+  };
+  // O += P V
+  const auto multiply_pv = [&] {
+    shared.v_full[v.at].wait(v.parity);
+    const std::uint64_t v_operand = operand(shared.v[v.at], kv_panel_bytes);
+    pin(o);
+    start();
+#pragma unroll
+    for (int key = 0; key < block; key += 16) {
+      multiply<Element, 1>(o, weights + key / 4, advance(v_operand, key * panel * static_cast<int>(sizeof(Element))),
+                           1);
+    }
+    commit();
+  };
+  const auto pack_weights = [&] {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) weights[i] = pack<Element>(s[2 * i], s[2 * i + 1]);
+  };
+  const auto free_k = [&] {
+    release(shared.k_free[k.at]);
+    k.next();
+  };
+  const auto free_v = [&] {
+    release(shared.v_free[v.at]);
+    v.next();
+  };
+
+  for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
+    Softmax softmax;
+    float factor[2] = {1, 1};
+    const int row = wg * 64 + warp * 16 + lane / 4;  // of the tile, and 8 more
+    const int column = lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < outputs; ++i) o[i] = 0;
+
+    // The diagonal block.
+    shared.q_full[slot.at][wg].wait(slot.parity);
+    read_q(shared.q[slot.at][wg]);
+    multiply_qk();
+    wait<0>();
+    pin(s);
+    free_k();
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      if (i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
+    }
+    softmax.update(s, p.scale_log2, factor);
+    pack_weights();
+    shared.guarded[slot.at].wait(slot.parity);
+
+    // The blocks before it: this block's S and softmax beside the P V of the block after it.
+    for (int i = 1; i < tile.count; ++i) {
+      multiply_qk();
+      multiply_pv();
+      wait<1>();
+      pin(s);
+      free_k();
+      const bool moved = softmax.update(s, p.scale_log2, factor);
+      wait<0>();
+      pin(o);
+      if (moved) {
+#pragma unroll
+        for (int j = 0; j < outputs; ++j) o[j] *= factor[j % 4 / 2];
+      }
+      free_v();
+      pack_weights();
+    }
+    multiply_pv();
+
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = softmax.sum[r];
+      sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
+      sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+      inverse[r] = sum == 0 ? 0 : 1 / sum;
+      const int query = tile.token + row + 8 * r - p.q_offset;
+      if (p.lse != nullptr && lane % 4 == 0 && query >= 0 && query < p.q_len) {
+        const float lse = sum == 0 ? -infinity : fmaf(softmax.maximum[r], p.scale, logf(sum));
+        p.lse[tile.batch * p.lse_batch_stride + std::int64_t{tile.head} * p.q_len + query] = lse;
+      }
+    }
+    wait<0>();
+    pin(o);
+    free_v();
+#pragma unroll
+    for (int i = 0; i < outputs; ++i) o[i] *= inverse[i % 4 / 2];
+    if (shared.any_bad[slot.at] != 0) {
+#pragma unroll
+      for (int i = 0; i < outputs; ++i) {
+        if (row + i % 4 / 2 * 8 >= shared.first_bad[slot.at][i / 4 * 8 + column + i % 2]) o[i] = not_a_number;
+      }
+    }
+
+    // Q's memory takes the outputs, swizzled as the copy engine expects and addressed as in read_q.
+    const int out_row = warp * 16 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < outputs / 8; ++i) {
+      const int chunk = 2 * i + lane / 16;
+      Element* to = shared.q[slot.at][wg][chunk / 8][out_row] + (chunk % 8 ^ out_row % 8) * 8;
+      const float* part = o + 8 * i;
+      store_matrices(to, pack<Element>(part[0], part[1]), pack<Element>(part[2], part[3]),
+                     pack<Element>(part[4], part[5]), pack<Element>(part[6], part[7]));
+    }
+    fence_async_shared();
+    shared.out_full[slot.at][wg].arrive();
+  });
+}
+
+}  // namespace pbsattn::cuda::sm90
