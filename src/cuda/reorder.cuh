@@ -1,0 +1,215 @@
+// Scores and orders the keys of segments, and writes K and V in that order.
+//
+// A CTA takes one segment of one KV head and goes through its query heads:
+//     S^T[key][query] = K Q^T, score[key] = sum over queries of exp2(S^T - log-sum-exp);
+//     rank of each key by counting the keys before it;
+//     rows of K and V to their new places, 16 bytes a thread, with K's block means.
+// A segment of up to 256 tokens keeps its keys in shared memory for all its heads; values, and the keys of longer
+// segments, are read again through L2. Two CTAs share a multiprocessor, so that one computes while the other writes.
+//
+// Scores are not divided by the number of queries or heads: that would not change their order.
+#pragma once
+
+#include "cuda/permute_common.cuh"
+
+namespace pbsattn::cuda {
+
+constexpr int reorder_threads = 256;
+constexpr int reorder_warps = reorder_threads / 32;
+constexpr int piece_tiles = 2;  // key tiles in shared memory at a time
+
+// The dynamic shared memory of reorder(), from an address aligned to 1024 bytes.
+template <int head_dim>
+struct ReorderShared {
+  static constexpr int keys = 0;
+  static constexpr int queries = keys + piece_tiles * Tile<head_dim>::bytes;
+  static constexpr int log_sums = queries + Tile<head_dim>::bytes;             // LogSum[128]
+  static constexpr int block_sums = log_sums + 128 * 8;                        // float[2][reorder_warps][head_dim]
+  static constexpr int score = block_sums + 2 * reorder_warps * head_dim * 4;  // int[segment]
+  static std::size_t bytes(std::int64_t segment) { return 1024 + score + segment * 8; }  // with int from[segment]
+};
+
+// Sums over queries of the weights of this thread's two keys, in the first of the four lanes that share them.
+__device__ inline void sum_weights(const float (&s)[64], float scale_log2, const LogSum* log_sums, int lane,
+                                   float (&sum)[2]) {
+#pragma unroll
+  for (int i = 0; i < 64; i += 4) {
+    const float4 pair = *reinterpret_cast<const float4*>(log_sums + i * 2 + lane % 4 * 2);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      sum[r] += sm90::exp2_fast(fmaf(s[i + 2 * r] - pair.x, scale_log2, -pair.y)) +
+                sm90::exp2_fast(fmaf(s[i + 2 * r + 1] - pair.z, scale_log2, -pair.w));
+  }
+#pragma unroll
+  for (float& x : sum) {
+    x += __shfl_xor_sync(~0U, x, 1);
+    x += __shfl_xor_sync(~0U, x, 2);
+  }
+}
+
+// What sorts descending as an integer: scores are not negative; NaN comes last.
+__device__ inline int sortable(float score) {
+  return isnan(score) ? -1 : __float_as_int(score);
+}
+
+// How many of four integers are at least `bound`.
+__device__ inline int count_at_least(const int* values, int bound) {
+  const int4 four = *reinterpret_cast<const int4*>(values);
+  return (four.x >= bound) + (four.y >= bound) + (four.z >= bound) + (four.w >= bound);
+}
+
+// from[rank] = key, by counting the keys that come before each: those of larger score, and of equal score those before
+// it.
+__device__ inline void rank_keys(const int* score, int segment, int thread, int* from) {
+  for (int key = thread; key < segment; key += reorder_threads) {
+    const int mine = score[key];
+    const int lane = thread % 32;
+    const int warp_begin = key - lane;
+    int rank = 0;
+#pragma unroll 4
+    for (int other = 0; other < warp_begin; other += 4) rank += count_at_least(score + other, mine);
+#pragma unroll 8
+    for (int other = 0; other < 32; ++other)
+      rank += score[warp_begin + other] >= mine + static_cast<int>(other >= lane);
+#pragma unroll 4
+    for (int other = warp_begin + 32; other < segment; other += 4) rank += count_at_least(score + other, mine + 1);
+    from[rank] = key;
+  }
+}
+
+// whole: the segment's keys fit in shared memory and are loaded once; else piece by piece for each head.
+template <class T, int head_dim, bool whole>
+__global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_constant__ PermuteParams p) {
+  using Layout = Tile<head_dim>;
+  using Shared = ReorderShared<head_dim>;
+  extern __shared__ unsigned char shared[];
+  unsigned char* base = shared + (1024 - sm90::shared_address(shared) % 1024) % 1024;
+  unsigned char* keys = base + Shared::keys;
+  unsigned char* queries = base + Shared::queries;
+  LogSum* log_sums = reinterpret_cast<LogSum*>(base + Shared::log_sums);
+  float* block_sums = reinterpret_cast<float*>(base + Shared::block_sums);
+  int* score = reinterpret_cast<int*>(base + Shared::score);  // bits of floats until the last head adds its own
+  int* from = score + p.segment;                              // slot -> key, both within the segment
+
+  const int thread = threadIdx.x;
+  const int lane = thread % 32;
+  const int batch = blockIdx.z;
+  const int kv_head = blockIdx.y;
+  const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.x) * p.segment;
+  const T* source_k = p.k.head<T>(batch, kv_head) + first_token * p.k.token_stride;
+  const T* source_v = p.v.head<T>(batch, kv_head) + first_token * p.v.token_stride;
+  const int tiles = p.segment / tile_tokens;
+
+  const auto load_queries = [&](int head) {
+    const int q_head = kv_head * p.group + head;
+    load_tile<T, head_dim, reorder_threads>(queries, p.scoring_queries.head<T>(batch, q_head),
+                                            p.scoring_queries.token_stride, p.queries, thread);
+    if (thread < 64)
+      copy_async(sm90::shared_address(log_sums + 2 * thread),
+                 p.log_sums + (static_cast<std::int64_t>(batch) * p.q_heads + q_head) * 128 + 2 * thread, true);
+  };
+  const auto load_keys = [&](int piece) {
+    for (int i = 0; i < min(piece_tiles, tiles - piece * piece_tiles); ++i)
+      load_tile<T, head_dim, reorder_threads>(keys + i * Layout::bytes,
+                                              source_k + (piece * piece_tiles + i) * tile_tokens * p.k.token_stride,
+                                              p.k.token_stride, tile_tokens, thread);
+  };
+
+  load_queries(0);
+  if constexpr (whole) load_keys(0);
+  int parity = 0;
+  for (int head = 0; head < p.group; ++head) {
+    const std::int64_t q_head = static_cast<std::int64_t>(batch) * p.q_heads + kv_head * p.group + head;
+    const bool ranks = !p.shared_order || head + 1 == p.group;
+    for (int piece = 0; piece * piece_tiles < tiles; ++piece) {
+      if constexpr (!whole) load_keys(piece);
+      commit_copies();
+      wait_copies<0>();
+      sm90::fence_async_shared();
+      __syncthreads();
+      const int tile_of_piece = thread / 128;
+      if (piece * piece_tiles + tile_of_piece < tiles) {
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          float s[64];
+          start_product<T, head_dim>(s, keys + tile_of_piece * Layout::bytes, half * 64, queries);
+          sm90::wait<0>();
+          sm90::pin(s);
+          float sum[2] = {};
+          sum_weights(s, p.scale_log2, log_sums, lane, sum);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int key = (piece * piece_tiles + tile_of_piece) * tile_tokens + half * 64 + thread % 128 / 32 * 16 +
+                            lane / 4 + r * 8;
+            if (lane % 4 == 0) {
+              const float total = sum[r] + (p.shared_order && head > 0 ? __int_as_float(score[key]) : 0.0F);
+              score[key] = ranks ? sortable(total) : __float_as_int(total);
+            }
+          }
+        }
+      }
+      __syncthreads();
+    }
+    if (head + 1 < p.group) load_queries(head + 1);
+    if (!ranks) continue;
+
+    rank_keys(score, p.segment, thread, from);
+    __syncthreads();
+
+    const std::int64_t out_head = p.shared_order ? static_cast<std::int64_t>(batch) * p.kv_heads + kv_head : q_head;
+    const std::int64_t out_token = out_head * p.permuted_len + first_token;
+    for (int slot = thread; slot < p.segment; slot += reorder_threads) {
+      p.order[out_token + slot] = static_cast<std::int32_t>(first_token) + from[slot];
+      if (first_token == 0 && from[slot] == 0) p.sink_block[out_head] = slot / block_tokens;
+    }
+    const int chunk = thread % Layout::chunks;
+    for (int block = 0; block < p.segment / block_tokens; ++block) {
+      constexpr int rows_at_once = reorder_threads / Layout::chunks;
+      constexpr int rows_of_thread = block_tokens / rows_at_once;
+      // Streaming stores leave L2 to the values that the CTA's next heads read again.
+      const int first_slot = block * block_tokens + thread / Layout::chunks;
+      uint4 v_chunk[rows_of_thread];
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i)
+        v_chunk[i] = __ldg(
+            reinterpret_cast<const uint4*>(source_v + from[first_slot + i * rows_at_once] * p.v.token_stride) + chunk);
+      float sum[8] = {};
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i) {
+        const int key = from[first_slot + i * rows_at_once];
+        const uint4 k_chunk = whole ? *reinterpret_cast<const uint4*>(keys + key / tile_tokens * Layout::bytes +
+                                                                      Layout::offset(key % tile_tokens, chunk))
+                                    : __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + chunk);
+        const std::int64_t out = (out_token + first_slot + i * rows_at_once) * Layout::chunks + chunk;
+        __stcs(static_cast<uint4*>(p.permuted_k) + out, k_chunk);
+        add_to<T>(sum, k_chunk);
+      }
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i)
+        __stcs(static_cast<uint4*>(p.permuted_v) + (out_token + first_slot + i * rows_at_once) * Layout::chunks + chunk,
+               v_chunk[i]);
+      add_across_lanes<Layout::chunks>(sum);
+      float* sums = block_sums + parity * reorder_warps * head_dim;
+      if (lane < Layout::chunks) {
+        float4* mine = reinterpret_cast<float4*>(sums + thread / 32 * head_dim + chunk * 8);
+        mine[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        mine[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+      }
+      // One barrier a block: the other half of block_sums is written next.
+      __syncthreads();
+      if (thread < head_dim / 2) {
+        float2 total = {};
+        for (int i = 0; i < reorder_warps; ++i) {
+          const float2 part = *reinterpret_cast<const float2*>(sums + i * head_dim + thread * 2);
+          total.x += part.x;
+          total.y += part.y;
+        }
+        const std::int64_t out = (out_token / block_tokens + block) * (head_dim / 2) + thread;
+        static_cast<std::uint32_t*>(p.pooled_k)[out] = pack<T>(total.x / block_tokens, total.y / block_tokens);
+      }
+      parity ^= 1;
+    }
+  }
+}
+
+}  // namespace pbsattn::cuda

@@ -1,0 +1,112 @@
+// The CUDA backend against the reference: order, lists and output over shapes, layouts and options.
+#include <gtest/gtest.h>
+
+#include "cuda/device_run.h"
+#include "support/judge.h"
+
+namespace pbsattn::test {
+namespace {
+
+struct Case {
+  std::string name;
+  ProblemSpec problem;
+  Options options;
+};
+
+ProblemSpec of(const Shape& shape, DType dtype = DType::bf16, Layout layout = Layout::bhsd) {
+  return {.shape = shape, .q = dtype, .k = dtype, .v = dtype, .out = dtype, .layout = layout};
+}
+
+Shape shape(std::int64_t q_len, std::int64_t kv_len, std::int64_t head_dim = 64, std::int64_t q_heads = 2,
+            std::int64_t kv_heads = 1, std::int64_t batch = 1) {
+  return {
+      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
+}
+
+Options pbs(float top_p = 0.8F) {
+  Options options = method("pbs");
+  options.top_p = top_p;
+  return options;
+}
+
+template <class Change>
+Options pbs_with(Change&& change) {
+  Options options = pbs();
+  change(options);
+  return options;
+}
+
+std::vector<Case> lengths_and_chunks() {
+  std::vector<Case> cases;
+  for (const std::int64_t n : {1, 127, 128, 255, 257, 512, 1000}) {
+    cases.push_back({"dense_n" + std::to_string(n), of(shape(n, n)), method("full")});
+    cases.push_back({"pbs_n" + std::to_string(n), of(shape(n, n)), pbs()});
+  }
+  for (const std::int64_t q_len : {1, 31, 100, 129, 300})
+    cases.push_back({"pbs_chunk" + std::to_string(q_len), of(shape(q_len, 777)), pbs()});
+  return cases;
+}
+
+std::vector<Case> heads() {
+  std::vector<Case> cases;
+  for (const std::int64_t group : {1, 2, 3, 5, 8})
+    cases.push_back({"group" + std::to_string(group), of(shape(200, 600, 128, group, 1)), pbs()});
+  cases.push_back({"three_kv_heads", of(shape(300, 600, 64, 9, 3)), pbs()});
+  cases.push_back({"batch_of_two", of(shape(300, 600, 64, 4, 2, 2)), pbs()});
+  // More than one unit of keys for the log-sum-exp of key scores, and a unit that ends early.
+  cases.push_back({"many_units", of(shape(70, 2700, 128)), pbs()});
+  return cases;
+}
+
+std::vector<Case> dtypes_and_layouts() {
+  std::vector<Case> cases;
+  for (const std::int64_t dim : {64, 128})
+    for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
+      cases.push_back({type + std::string("_dim") + std::to_string(dim), of(shape(700, 700, dim), dtype), pbs()});
+  cases.push_back({"bshd", of(shape(300, 600, 64, 4, 2, 2), DType::bf16, Layout::bshd), pbs()});
+  cases.push_back({"cache", of(shape(300, 600, 128, 4, 2, 2), DType::bf16, Layout::cache), pbs()});
+  return cases;
+}
+
+std::vector<Case> options() {
+  const ProblemSpec problem = of(shape(900, 1100, 64));
+  std::vector<Case> cases;
+  for (const int segment : {128, 256, 384, 512, 1024})
+    cases.push_back({"segment" + std::to_string(segment), problem, pbs_with([&](Options& o) { o.segment = segment; })});
+  cases.push_back({"shared_order", of(shape(300, 1100, 64, 6, 2)),
+                   pbs_with([](Options& o) { o.order_scope = OrderScope::kv_head; })});
+  cases.push_back({"shared_order_long_segment", of(shape(300, 1100, 64, 3, 1)), pbs_with([](Options& o) {
+                     o.order_scope = OrderScope::kv_head;
+                     o.segment = 512;
+                   })});
+  cases.push_back({"unpermuted", problem, method("pbs-unpermuted")});
+  cases.push_back({"paper_rules", problem, pbs_with([](Options& o) { o.rules = Rules::paper; })});
+  cases.push_back({"dense_last_rows", problem, pbs_with([](Options& o) { o.dense_last_rows = 2; })});
+  cases.push_back({"all_rows_dense", problem, pbs_with([](Options& o) {
+                     o.permutation = Permutation::none;
+                     o.dense_last_rows = 100;
+                   })});
+  cases.push_back({"scaled", problem, pbs_with([](Options& o) { o.scale = 0.3F; })});
+  for (const float top_p : {0.01F, 0.5F, 0.9F, 0.99F, 0.999999F})
+    cases.push_back({"top_p_" + std::to_string(static_cast<int>(top_p * 1e6F)), problem, pbs(top_p)});
+  return cases;
+}
+
+class CudaBackend : public testing::TestWithParam<Case> {};
+
+TEST_P(CudaBackend, AgreesWithTheReference) {
+  Problem problem(GetParam().problem);
+  const RunResult result = run_on_device(GetParam().options, problem);
+  // f16 products are exact in float32; only the weights are rounded to f16.
+  const bool bf16 = GetParam().problem.q == DType::bf16;
+  expect_right(problem, result, bf16 ? Precision::bf16 : Precision::f32);
+}
+
+const auto name_of = [](const auto& test) { return test.param.name; };
+INSTANTIATE_TEST_SUITE_P(Lengths, CudaBackend, testing::ValuesIn(lengths_and_chunks()), name_of);
+INSTANTIATE_TEST_SUITE_P(Heads, CudaBackend, testing::ValuesIn(heads()), name_of);
+INSTANTIATE_TEST_SUITE_P(Layouts, CudaBackend, testing::ValuesIn(dtypes_and_layouts()), name_of);
+INSTANTIATE_TEST_SUITE_P(Options, CudaBackend, testing::ValuesIn(options()), name_of);
+
+}  // namespace
+}  // namespace pbsattn::test

@@ -1,0 +1,106 @@
+#include "cuda/device_run.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace pbsattn::test {
+namespace {
+
+constexpr int nan_pattern = 0xFF;
+
+template <class V>
+V moved(V view, const Tensor& tensor, const DeviceMemory& memory) {
+  const auto offset = static_cast<const std::byte*>(tensor.view().data) - tensor.bytes().data();
+  view.data = memory.data() + offset;
+  return view;
+}
+
+}  // namespace
+
+void expect_success(cudaError_t error) {
+  ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
+}
+
+DeviceMemory::DeviceMemory(std::size_t bytes) : bytes_(bytes) {
+  expect_success(cudaMalloc(reinterpret_cast<void**>(&memory_), bytes + 2 * guard));
+  poison();
+}
+DeviceMemory::~DeviceMemory() {
+  cudaFree(memory_);
+}
+void DeviceMemory::poison() {
+  expect_success(cudaMemset(memory_, nan_pattern, bytes_ + 2 * guard));
+}
+void DeviceMemory::upload(const void* from) {
+  expect_success(cudaMemcpy(data(), from, bytes_, cudaMemcpyHostToDevice));
+}
+void DeviceMemory::download(void* to) const {
+  expect_success(cudaMemcpy(to, data(), bytes_, cudaMemcpyDeviceToHost));
+}
+bool DeviceMemory::guards_intact() const {
+  std::vector<std::byte> bytes(2 * guard);
+  expect_success(cudaMemcpy(bytes.data(), memory_, guard, cudaMemcpyDeviceToHost));
+  expect_success(cudaMemcpy(bytes.data() + guard, memory_ + guard + bytes_, guard, cudaMemcpyDeviceToHost));
+  return std::ranges::all_of(bytes, [](std::byte b) { return b == std::byte{nan_pattern}; });
+}
+
+DeviceProblem::DeviceProblem(const Problem& problem)
+    : q_(problem.q.bytes().size()),
+      k_(problem.k.bytes().size()),
+      v_(problem.v.bytes().size()),
+      out_(problem.out.bytes().size()),
+      lse_(problem.lse.size() * sizeof(float)),
+      inputs_{.q = moved(problem.q.view(), problem.q, q_),
+              .k = moved(problem.k.view(), problem.k, k_),
+              .v = moved(problem.v.view(), problem.v, v_)} {
+  const ConstView out = problem.out.view();
+  outputs_.out = {.data = nullptr,
+                  .dtype = out.dtype,
+                  .batch_stride = out.batch_stride,
+                  .head_stride = out.head_stride,
+                  .token_stride = out.token_stride};
+  outputs_.out = moved(outputs_.out, problem.out, out_);
+  outputs_.lse = reinterpret_cast<float*>(lse_.data());
+  upload_inputs(problem);
+  out_.upload(problem.out.bytes().data());  // with the poison between its rows
+}
+void DeviceProblem::upload_inputs(const Problem& problem) {
+  q_.upload(problem.q.bytes().data());
+  k_.upload(problem.k.bytes().data());
+  v_.upload(problem.v.bytes().data());
+}
+void DeviceProblem::download_outputs(Problem& problem) const {
+  const std::byte* first = problem.out.bytes().data();
+  out_.download(const_cast<std::byte*>(first));  // the tensor is not const, only its bytes() is
+  lse_.download(problem.lse.data());
+  EXPECT_TRUE(problem.out.padding_intact());
+  EXPECT_TRUE(out_.guards_intact());
+  EXPECT_TRUE(lse_.guards_intact());
+}
+void DeviceProblem::poison_outputs() {
+  out_.poison();
+  lse_.poison();
+}
+
+RunResult run_on_device(const Options& options, Problem& problem, const DeviceRunOptions& how) {
+  const Plan plan = Plan::create(options, problem.shape, Device::cuda(), how.cap);
+  RunResult result{.stats = {},
+                   .trace = {},
+                   .options = plan.options(),
+                   .path = std::string(plan.path()),
+                   .workspace_size = plan.workspace_size()};
+  EXPECT_LE(plan.workspace_size(), how.cap);
+  problem.out.fill(std::nan(""));
+  DeviceProblem device(problem);
+  const DeviceMemory workspace(how.misalign + plan.workspace_size());
+  plan.run(device.inputs(), device.outputs(), {workspace.data() + how.misalign, plan.workspace_size()}, Stream{},
+           &result.stats, &result.trace);
+  expect_success(cudaDeviceSynchronize());
+  EXPECT_TRUE(workspace.guards_intact());
+  device.download_outputs(problem);
+  return result;
+}
+
+}  // namespace pbsattn::test

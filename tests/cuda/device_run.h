@@ -1,0 +1,62 @@
+// Runs problems on a GPU: copies in and out, poisoned memory, guards around what the library may write.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+
+#include "support/problem.h"
+
+namespace pbsattn::test {
+
+// Device memory between two guards, filled with NaN of every dtype.
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(std::size_t bytes);
+  ~DeviceMemory();
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+  std::byte* data() const { return memory_ + guard; }
+  std::size_t size() const { return bytes_; }
+  void upload(const void* from);
+  void download(void* to) const;
+  void poison();
+  bool guards_intact() const;
+
+ private:
+  static constexpr std::size_t guard = 4096;
+  std::size_t bytes_;
+  std::byte* memory_ = nullptr;
+};
+
+// A problem's tensors in device memory.
+class DeviceProblem {
+ public:
+  explicit DeviceProblem(const Problem& problem);
+
+  Inputs inputs() const { return inputs_; }
+  Outputs outputs() const { return outputs_; }
+  void upload_inputs(const Problem& problem);
+  void poison_outputs();
+  // Copies out and lse back, and checks that nothing around them was written.
+  void download_outputs(Problem& problem) const;
+
+ private:
+  DeviceMemory q_, k_, v_, out_, lse_;
+  Inputs inputs_;
+  Outputs outputs_;
+};
+
+struct DeviceRunOptions {
+  std::size_t cap = Plan::no_cap;
+  std::size_t misalign = 1;  // bytes the workspace starts after an aligned address
+};
+
+// support/problem.h's run(), on CUDA device 0.
+RunResult run_on_device(const Options& options, Problem& problem, const DeviceRunOptions& how = {});
+
+// Fails the test if a CUDA call failed.
+void expect_success(cudaError_t error);
+
+}  // namespace pbsattn::test

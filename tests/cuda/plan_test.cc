@@ -1,0 +1,231 @@
+// The host side of the CUDA backend: what it refuses, caps, streams, graphs, determinism.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <memory>
+
+#include "cuda/device_run.h"
+#include "support/judge.h"
+
+namespace pbsattn::test {
+namespace {
+
+ProblemSpec spec(const Shape& shape, DType dtype = DType::bf16, Layout layout = Layout::bhsd, std::uint64_t seed = 1) {
+  return {.shape = shape, .q = dtype, .k = dtype, .v = dtype, .out = dtype, .layout = layout, .seed = seed};
+}
+constexpr Shape small{.batch = 2, .q_heads = 6, .kv_heads = 2, .q_len = 500, .kv_len = 900, .head_dim = 64};
+
+Options pbs() {
+  Options options = method("pbs");
+  options.top_p = 0.7F;
+  return options;
+}
+
+// Runs `body` and returns the message of the Error it must throw.
+template <class Body>
+std::string refusal(ErrorCode code, Body&& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), code) << error.what();
+    return error.what();
+  }
+  ADD_FAILURE() << "was not refused";
+  return {};
+}
+
+class Stream_ {
+ public:
+  Stream_() { expect_success(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+  ~Stream_() { cudaStreamDestroy(stream); }
+  Stream_(const Stream_&) = delete;
+  Stream_& operator=(const Stream_&) = delete;
+  cudaStream_t stream = nullptr;
+};
+
+TEST(CudaPlan, RefusesWhatItCannotDo) {
+  const auto create = [](const Options& options, Shape shape) {
+    return refusal(ErrorCode::unsupported, [&] { Plan::create(options, shape, Device::cuda()); });
+  };
+  Shape wide = small;
+  wide.head_dim = 100;
+  EXPECT_NE(create(pbs(), wide).find("head_dim 100"), std::string::npos);
+  Options options = pbs();
+  options.block = 64;
+  EXPECT_NE(create(options, small).find("block 64"), std::string::npos);
+  options = pbs();
+  options.precision = Precision::f32;
+  EXPECT_NE(create(options, small).find("precision f32"), std::string::npos);
+  options = pbs();
+  options.segment = 16'384;
+  EXPECT_NE(create(options, small).find("segment 16384"), std::string::npos);
+  refusal(ErrorCode::unsupported, [] { Plan::create(pbs(), small, Device::cuda(4096)); });
+  refusal(ErrorCode::unsupported, [] { Plan::create(pbs(), small, Device::cuda(-1)); });
+  refusal(ErrorCode::out_of_memory, [] { Plan::create(pbs(), small, Device::cuda(), 1000); });
+}
+
+TEST(CudaPlan, RefusesBadBuffers) {
+  const Plan plan = Plan::create(pbs(), small, Device::cuda());
+  Problem problem(spec(small));
+  const DeviceProblem device(problem);
+  const DeviceMemory workspace(plan.workspace_size());
+  const std::span<std::byte> memory(workspace.data(), plan.workspace_size());
+
+  Inputs inputs = device.inputs();
+  inputs.k = problem.inputs().k;
+  EXPECT_NE(refusal(ErrorCode::invalid_argument, [&] { plan.run(inputs, device.outputs(), memory); }).find("k: not in"),
+            std::string::npos);
+  inputs = device.inputs();
+  inputs.v.data = static_cast<const std::byte*>(inputs.v.data) + 2;
+  refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
+  inputs = device.inputs();
+  inputs.q.token_stride += 1;
+  refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
+  inputs = device.inputs();
+  inputs.q.dtype = DType::f32;
+  refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
+  inputs = device.inputs();
+  inputs.k.dtype = DType::f16;
+  refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
+  Outputs outputs = device.outputs();
+  outputs.lse = problem.lse.data();
+  refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); });
+  refusal(ErrorCode::out_of_memory, [&] { plan.run(device.inputs(), device.outputs(), memory.subspan(1)); });
+  std::vector<std::byte> host(plan.workspace_size());
+  refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), device.outputs(), host); });
+  plan.run(device.inputs(), device.outputs(), memory);
+  expect_success(cudaDeviceSynchronize());
+}
+
+TEST(CudaPlan, ReportsEarlierErrors) {
+  const Plan plan = Plan::create(pbs(), small, Device::cuda());
+  Problem problem(spec(small));
+  const DeviceProblem device(problem);
+  const DeviceMemory workspace(plan.workspace_size());
+  ASSERT_NE(cudaSetDevice(4096), cudaSuccess);
+  const std::string message = refusal(ErrorCode::internal, [&] {
+    plan.run(device.inputs(), device.outputs(), {workspace.data(), plan.workspace_size()});
+  });
+  EXPECT_NE(message.find("before this run"), std::string::npos);
+  EXPECT_NE(cudaGetLastError(), cudaSuccess) << "the error stays with its owner";
+  plan.run(device.inputs(), device.outputs(), {workspace.data(), plan.workspace_size()});
+  expect_success(cudaDeviceSynchronize());
+}
+
+TEST(CudaPlan, CapsGiveTheSameBits) {
+  for (const OrderScope scope : {OrderScope::query_head, OrderScope::kv_head}) {
+    Options options = pbs();
+    options.order_scope = scope;
+    Problem problem(spec(small));
+    const RunResult all = run_on_device(options, problem);
+    const std::vector<std::byte> wanted = problem.out.bytes();
+    expect_right(problem, all, Precision::bf16);
+    for (const std::size_t parts : {2, 4, 6, 12}) {
+      if (scope == OrderScope::kv_head && parts > 4) continue;
+      SCOPED_TRACE(parts);
+      Problem again(spec(small));
+      const RunResult capped = run_on_device(options, again, {.cap = all.workspace_size / parts + 16'384});
+      EXPECT_EQ(again.out.bytes(), wanted);
+      EXPECT_EQ(again.lse, problem.lse);
+      EXPECT_EQ(capped.trace.order, all.trace.order);
+      EXPECT_EQ(capped.trace.row_start, all.trace.row_start);
+      EXPECT_EQ(capped.trace.block, all.trace.block);
+      EXPECT_EQ(capped.stats.visited_blocks, all.stats.visited_blocks);
+    }
+  }
+}
+
+TEST(CudaPlan, AnyWorkspaceAlignment) {
+  for (const std::size_t misalign : {0, 1, 16, 255}) {
+    Problem problem(spec(small));
+    expect_right(problem, run_on_device(pbs(), problem, {.misalign = misalign}), Precision::bf16);
+  }
+}
+
+TEST(CudaPlan, LongSequencesPlanUnderACap) {
+  const Shape million{.batch = 1, .q_heads = 32, .kv_heads = 8, .q_len = 1 << 20, .kv_len = 1 << 20, .head_dim = 128};
+  constexpr std::size_t gib = std::size_t{1} << 30;
+  EXPECT_LE(Plan::create(pbs(), million, Device::cuda(), gib).workspace_size(), gib);
+  Shape eighth = million;
+  eighth.q_len = eighth.kv_len = 1 << 17;
+  EXPECT_LE(Plan::create(pbs(), eighth, Device::cuda()).workspace_size(), gib * 5 / 2);
+  EXPECT_LE(Plan::create(pbs(), eighth, Device::cuda(), gib / 2).workspace_size(), gib / 2);
+}
+
+TEST(CudaPlan, TwentyRunsGiveTheSameBits) {
+  Problem problem(spec({.q_heads = 8, .kv_heads = 2, .q_len = 3000, .kv_len = 3000, .head_dim = 128}));
+  DeviceProblem device(problem);
+  const Plan plan = Plan::create(pbs(), problem.shape, Device::cuda());
+  DeviceMemory workspace(plan.workspace_size());
+  std::vector<std::byte> first;
+  std::vector<float> first_lse;
+  for (int i = 0; i < 20; ++i) {
+    device.poison_outputs();
+    workspace.poison();
+    plan.run(device.inputs(), device.outputs(), {workspace.data(), workspace.size()});
+    expect_success(cudaDeviceSynchronize());
+    device.download_outputs(problem);
+    if (i == 0) {
+      first = problem.out.bytes();
+      first_lse = problem.lse;
+    }
+    ASSERT_EQ(problem.out.bytes(), first) << "run " << i;
+    ASSERT_EQ(problem.lse, first_lse) << "run " << i;
+  }
+}
+
+TEST(CudaPlan, GraphReplaysWithNewContents) {
+  Problem problem(spec(small));
+  DeviceProblem device(problem);
+  const Plan plan = Plan::create(pbs(), small, Device::cuda());
+  const DeviceMemory workspace(plan.workspace_size());
+  const Stream_ on;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  expect_success(cudaStreamBeginCapture(on.stream, cudaStreamCaptureModeGlobal));
+  plan.run(device.inputs(), device.outputs(), {workspace.data(), workspace.size()}, Stream{on.stream});
+  expect_success(cudaStreamEndCapture(on.stream, &graph));
+  expect_success(cudaGraphInstantiate(&executable, graph, 0));
+  for (const std::uint64_t seed : {1, 2, 3}) {
+    Problem contents(spec(small, DType::bf16, Layout::bhsd, seed));
+    device.upload_inputs(contents);
+    device.poison_outputs();
+    expect_success(cudaGraphLaunch(executable, on.stream));
+    expect_success(cudaStreamSynchronize(on.stream));
+    device.download_outputs(contents);
+    Problem direct(spec(small, DType::bf16, Layout::bhsd, seed));
+    run_on_device(pbs(), direct);
+    EXPECT_EQ(contents.out.bytes(), direct.out.bytes());
+    EXPECT_EQ(contents.lse, direct.lse);
+  }
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+}
+
+TEST(CudaPlan, TwoStreamsAtOnce) {
+  const Plan plan = Plan::create(pbs(), small, Device::cuda());
+  struct Side {
+    explicit Side(std::uint64_t seed, std::size_t bytes)
+        : problem(spec(small, DType::bf16, Layout::bhsd, seed)), device(problem), workspace(bytes) {}
+    Problem problem;
+    DeviceProblem device;
+    DeviceMemory workspace;
+    Stream_ on;
+  };
+  std::array<std::unique_ptr<Side>, 2> sides;
+  for (std::size_t i = 0; i < sides.size(); ++i) sides[i] = std::make_unique<Side>(i + 1, plan.workspace_size());
+  for (int repeat = 0; repeat < 10; ++repeat)
+    for (const auto& side : sides)
+      plan.run(side->device.inputs(), side->device.outputs(), {side->workspace.data(), side->workspace.size()},
+               Stream{side->on.stream});
+  expect_success(cudaDeviceSynchronize());
+  for (std::size_t i = 0; i < sides.size(); ++i) {
+    sides[i]->device.download_outputs(sides[i]->problem);
+    Problem alone(spec(small, DType::bf16, Layout::bhsd, i + 1));
+    run_on_device(pbs(), alone);
+    EXPECT_EQ(sides[i]->problem.out.bytes(), alone.out.bytes());
+  }
+}
+
+}  // namespace
+}  // namespace pbsattn::test
