@@ -1,8 +1,7 @@
 // Block-sparse attention forward for one tile of 128 queries at a time, on Hopper (sm_90a).
 //
 //     for each tile (batch, query head, row):   for each key block in its list, diagonal first, then descending:
-//         S = Q K^T    P = exp2(scale (S - m))    O = O + P V      (m: running row maximum; O is rescaled when it
-//         moves)
+//         S = Q K^T    m = max(m, rows of S)    P = exp2(scale (S - m))    O = O exp2(scale (m before - m)) + P V
 //     out = O / sum(P)    lse = scale m + log(sum(P))
 //
 // A thread block has three warpgroups and stays resident, taking tiles until none is left:
