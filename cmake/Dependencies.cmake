@@ -11,3 +11,12 @@ endif()
 if(PBSATTN_BUILD_TESTS)
   find_package(GTest 1.12 REQUIRED)  # tests
 endif()
+if(PBSATTN_CUDA)
+  set(CMAKE_CUDA_ARCHITECTURES OFF)  # targets name theirs: 90a, which CMake 3.25 doesn't know
+  enable_language(CUDA)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # nor that nvcc has C++20
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+  endif()
+  find_package(CUDAToolkit 12.8 REQUIRED)  # library: the CUDA runtime, linked statically
+endif()

@@ -34,12 +34,12 @@ std::string refusal(ErrorCode code, Body&& body) {
   return {};
 }
 
-class Stream_ {
+class OwnedStream {
  public:
-  Stream_() { expect_success(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
-  ~Stream_() { cudaStreamDestroy(stream); }
-  Stream_(const Stream_&) = delete;
-  Stream_& operator=(const Stream_&) = delete;
+  OwnedStream() { expect_success(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+  ~OwnedStream() { cudaStreamDestroy(stream); }
+  OwnedStream(const OwnedStream&) = delete;
+  OwnedStream& operator=(const OwnedStream&) = delete;
   cudaStream_t stream = nullptr;
 };
 
@@ -179,7 +179,7 @@ TEST(CudaPlan, GraphReplaysWithNewContents) {
   DeviceProblem device(problem);
   const Plan plan = Plan::create(pbs(), small, Device::cuda());
   const DeviceMemory workspace(plan.workspace_size());
-  const Stream_ on;
+  const OwnedStream on;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   expect_success(cudaStreamBeginCapture(on.stream, cudaStreamCaptureModeGlobal));
@@ -210,7 +210,7 @@ TEST(CudaPlan, TwoStreamsAtOnce) {
     Problem problem;
     DeviceProblem device;
     DeviceMemory workspace;
-    Stream_ on;
+    OwnedStream on;
   };
   std::array<std::unique_ptr<Side>, 2> sides;
   for (std::size_t i = 0; i < sides.size(); ++i) sides[i] = std::make_unique<Side>(i + 1, plan.workspace_size());
