@@ -111,7 +111,7 @@ void expect_close(const std::vector<double>& values, const std::vector<double>& 
     }
     if (std::isfinite(truth[i])) scale = std::max(scale, std::abs(truth[i]));
   }
-  const double floor = scale * 0x1p-24;
+  const double floor = scale * 0x1p-23;
   const Distance ours = distance(values, truth);
   const Distance theirs = distance(plain, truth);
   EXPECT_LE(ours.largest, 2 * theirs.largest + floor) << what << ", largest error";

@@ -24,7 +24,8 @@ void expect_order(const Problem& problem, const Options& options, const Trace& t
 void expect_lists(const Problem& problem, const Options& options, const Trace& trace, const Tolerance& tolerance);
 
 // Outputs over the trace's own order and lists: error against double precision at most twice that of
-// attend_plain(), in the largest and in the root mean square, plus half a unit of float32.
+// attend_plain(), in the largest and in the root mean square, plus one unit of float32 of the largest value
+// (log-sum-exp goes through base 2 and back).
 void expect_output(const Problem& problem, const Options& options, const Trace& trace, Precision products);
 
 // All three, and that stats count the trace's blocks.
