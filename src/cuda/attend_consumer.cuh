@@ -8,13 +8,19 @@ namespace pbsattn::cuda::sm90 {
 // The running softmax of the two query rows that a thread holds parts of: row r = 0, 1 is query 8 r + lane / 4 of its
 // warp's 16. Turns scores into weights in place.
 struct Softmax {
+  // Of a score and the maximum, scaled one by one, the difference is off by up to 2^-24 of this, which is little;
+  // beyond it their difference is scaled instead.
+  static constexpr float largest_offset = 1024;
+
   float maximum[2] = {-infinity, -infinity};  // unscaled
   float sum[2] = {0, 0};                      // this thread's part
 
   // Returns true when a maximum of the warp moved: then everything summed before must be multiplied by factor[r].
   __device__ bool update(float (&s)[64], float scale_log2, float (&factor)[2]) {
     bool moved = false;
+    bool huge = false;
     float before[2];
+    float offset[2];
     float part[2] = {0, 0};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -26,16 +32,18 @@ struct Softmax {
       moved = moved || top > maximum[r];
       before[r] = maximum[r];
       maximum[r] = fmaxf(maximum[r], top);
-      const float offset = maximum[r] == -infinity ? 0.0F : maximum[r] * scale_log2;
+      offset[r] = maximum[r] == -infinity ? 0.0F : maximum[r] * scale_log2;
+      huge = huge || fabsf(offset[r]) > largest_offset;
+    }
+    if (__any_sync(0xFFFFFFFF, huge)) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
+      for (int i = 0; i < 64; ++i) s[i] -= maximum[i % 4 / 2] == -infinity ? 0.0F : maximum[i % 4 / 2];
+      offset[0] = offset[1] = 0;
+    }
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = s[4 * i + 2 * r + c];
-          x = exp2_fast(fmaf(x, scale_log2, -offset));
-          part[r] += x;
-        }
-      }
+    for (int i = 0; i < 64; ++i) {
+      s[i] = exp2_fast(fmaf(s[i], scale_log2, -offset[i % 4 / 2]));
+      part[i % 4 / 2] += s[i];
     }
     // The branch depends on the sums so that the exponentials come before it, and before a wait for products that
     // follows it; the compiler would move that wait up.
