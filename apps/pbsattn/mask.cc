@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <cstddef>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -138,8 +139,9 @@ void mask(const MaskOptions& options) {
 
   Capture capture{.layer = options.layer, .head = options.head, .shape = {}, .q = {}, .k = {}, .v = {}};
   capture_head(session, capture, prompt, full);
-  const std::string title = fmt::format("{}, layer {}, head {}, {} tokens, top-p {}", session.info().description,
-                                        options.layer, options.head, length, options.attention.top_p);
+  const std::string title =
+      fmt::format("{}, layer {}, head {}, {} tokens, top-p {}", std::filesystem::path(options.model).stem().string(),
+                  options.layer, options.head, length, options.attention.top_p);
   const std::vector<MaskPanel> panels = {panel("Keys where they stand", before, capture, threads),
                                          panel("Keys permuted inside segments", after, capture, threads)};
   file.commit(mask_svg(title, panels));
