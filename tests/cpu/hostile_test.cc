@@ -97,14 +97,20 @@ TEST_P(Hostile, HugeAndTinyValues) {
 TEST_P(Hostile, MaximumGrowsWithEveryBlock) {
   expect_right_under_all([](Problem& p) {
     p.q.fill(0.5);
-    for (std::int64_t token = 0; token < 330; ++token) set_row(p.k, token, 0.25 * static_cast<double>(token / 8));
+    for (std::int64_t token = 0; token < 330; ++token) {
+      const std::int64_t step = token / 8;
+      set_row(p.k, token, 0.25 * static_cast<double>(step));
+    }
   });
 }
 
 TEST_P(Hostile, MaximumFallsWithEveryBlock) {
   expect_right_under_all([](Problem& p) {
     p.q.fill(-0.5);
-    for (std::int64_t token = 0; token < 330; ++token) set_row(p.k, token, 0.25 * static_cast<double>(token / 8));
+    for (std::int64_t token = 0; token < 330; ++token) {
+      const std::int64_t step = token / 8;
+      set_row(p.k, token, 0.25 * static_cast<double>(step));
+    }
   });
 }
 
