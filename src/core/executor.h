@@ -21,7 +21,7 @@ struct PlanSpec {
 // workspace_size() bytes at any alignment, and fills stats and trace when they are not null.
 class Executor {
  public:
-  explicit Executor(PlanSpec plan_spec) : spec(std::move(plan_spec)) {}
+  explicit Executor(const PlanSpec& plan_spec) : spec(plan_spec) {}
   virtual ~Executor() = default;
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
@@ -46,11 +46,11 @@ class Executor {
 
 // Each backend's factory. Throws Error (unsupported, out_of_memory) for what only this backend refuses.
 namespace pbsattn::cpu {
-std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec);
+std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec);
 }
 namespace pbsattn::reference {
-std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec);
+std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec);
 }
 namespace pbsattn::cuda {  // in builds with PBSATTN_CUDA
-std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec);
+std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec);
 }

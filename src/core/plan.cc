@@ -52,11 +52,11 @@ Plan Plan::create(const Options& options, const Shape& shape, const Device& devi
                         .workspace_cap = workspace_cap};
   if (spec.options.scale == 0.0F) spec.options.scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
   switch (device.kind) {
-    case Device::Kind::cpu: return Plan(cpu::make_executor(std::move(spec)));
-    case Device::Kind::reference: return Plan(reference::make_executor(std::move(spec)));
+    case Device::Kind::cpu: return Plan(cpu::make_executor(spec));
+    case Device::Kind::reference: return Plan(reference::make_executor(spec));
     case Device::Kind::cuda:
 #ifdef PBSATTN_CUDA
-      return Plan(cuda::make_executor(std::move(spec)));
+      return Plan(cuda::make_executor(spec));
 #else
       throw Error(
           ErrorCode::unsupported,

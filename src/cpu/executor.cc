@@ -24,8 +24,8 @@ class Stopwatch {
 
 class CpuExecutor final : public detail::Executor {
  public:
-  explicit CpuExecutor(detail::PlanSpec plan_spec)
-      : Executor(std::move(plan_spec)),
+  explicit CpuExecutor(const detail::PlanSpec& plan_spec)
+      : Executor(plan_spec),
         automatic_(&choose_kernels(spec.options.precision == Precision::bf16 ? Precision::bf16 : Precision::f32)),
         all_bf16_(spec.options.precision == Precision::f32 ? automatic_ : &choose_kernels(Precision::bf16)),
         f32_(&choose_f32_kernels()),
@@ -114,7 +114,7 @@ class CpuExecutor final : public detail::Executor {
 
 }  // namespace
 
-std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec) {
+std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   const auto refuse = [](const std::string& message) { throw Error(ErrorCode::unsupported, message); };
   const std::int64_t dim = spec.geometry.shape.head_dim;
   if (dim % row_tile != 0 || dim > max_head_dim)
@@ -123,7 +123,7 @@ std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec) {
   if (spec.options.block % strip != 0 || spec.options.block > max_block)
     refuse(fmt::format("block {}: the CPU backend takes multiples of {} up to {}; use 128, or Device::reference()",
                        spec.options.block, strip, max_block));
-  return std::make_unique<CpuExecutor>(std::move(spec));
+  return std::make_unique<CpuExecutor>(spec);
 }
 
 }  // namespace pbsattn::cpu

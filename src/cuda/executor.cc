@@ -212,8 +212,8 @@ V advanced(V view, std::int64_t batch, std::int64_t head) {
 
 class CudaExecutor final : public detail::Executor {
  public:
-  explicit CudaExecutor(detail::PlanSpec plan_spec)
-      : Executor(std::move(plan_spec)),
+  explicit CudaExecutor(const detail::PlanSpec& plan_spec)
+      : Executor(plan_spec),
         sparse_(is_sparse(spec)),
         extent_(choose_extent(spec, sparse_)),
         workspace_size_(Layout(spec, sparse_, extent_, nullptr).bytes + alignment) {}
@@ -450,10 +450,10 @@ void check_limits(const detail::PlanSpec& spec) {
 
 }  // namespace
 
-std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec) {
+std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   check_limits(spec);
   check_device(spec.device_index);
-  return std::make_unique<CudaExecutor>(std::move(spec));
+  return std::make_unique<CudaExecutor>(spec);
 }
 
 }  // namespace pbsattn::cuda

@@ -149,7 +149,7 @@ void attend(const Inputs& inputs, const Options& options, const Geometry& geomet
   }
 }
 
-std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec spec) {
+std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   return std::make_unique<ReferenceExecutor>(spec);
 }
 
