@@ -26,9 +26,7 @@ void check_command(CLI::App& program, int argc, char** argv) {
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
   CLI::App program("Permuted Block-Sparse Attention for the prefill of long prompts", "pbsattn");
   program.set_version_flag("--version", std::string(pbsattn::version()));
   program.require_subcommand(1);
@@ -36,28 +34,35 @@ int main(int argc, char** argv) {
   app::add_mask(program);
   app::add_methods(program);
   app::add_devices(program);
-
+  check_command(program, argc, argv);
   try {
-    app::catch_interrupt();
-    check_command(program, argc, argv);
     program.parse(argc, argv);
-    return app::success;
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return program.exit(error);  // --help
-    fmt::print(stderr, "pbsattn: {}; pbsattn --help lists the commands, pbsattn COMMAND --help their options\n",
-               error.what());
-    return app::usage;
+    throw app::UsageError(
+        fmt::format("{}; pbsattn --help lists the commands, pbsattn COMMAND --help their options", error.what()));
+  }
+  return app::success;
+}
+
+int fail(const char* message, int status) noexcept {
+  std::fprintf(stderr, "pbsattn: %s\n", message);
+  return status;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    app::catch_interrupt();
+    return run(argc, argv);
   } catch (const app::Failure& failure) {
-    fmt::print(stderr, "pbsattn: {}\n", failure.what());
-    return failure.status();
+    return fail(failure.what(), failure.status());
   } catch (const pbsattn::Error& error) {
-    fmt::print(stderr, "pbsattn: {}\n", error.what());
-    return error.code() == pbsattn::ErrorCode::invalid_argument ? app::usage : app::failed;
+    return fail(error.what(), error.code() == pbsattn::ErrorCode::invalid_argument ? app::usage : app::failed);
   } catch (const std::bad_alloc&) {
-    fmt::print(stderr, "pbsattn: out of memory; pass a smaller --tokens or a smaller model\n");
-    return app::failed;
+    return fail("out of memory; pass a smaller --tokens or a smaller model", app::failed);
   } catch (const std::exception& error) {
-    fmt::print(stderr, "pbsattn: {}\n", error.what());
-    return app::failed;
+    return fail(error.what(), app::failed);
   }
 }

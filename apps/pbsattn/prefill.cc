@@ -188,8 +188,10 @@ void prefill(const PrefillOptions& options) {
 
   // Fidelity is measured against full attention, so that runs first; the table keeps the order asked for.
   std::vector<const Attention*> order;
+  order.reserve(list.size());
   for (const Attention& attention : list) order.push_back(&attention);
-  std::ranges::stable_partition(order, [](const Attention* attention) { return attention->name == "full"; });
+  std::stable_partition(order.begin(), order.end(),
+                        [](const Attention* attention) { return attention->name == "full"; });
   report.reference = order.front()->name;
   FidelityJudge judge(prompt, positions);
   report.runs.resize(list.size());
