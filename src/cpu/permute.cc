@@ -88,7 +88,7 @@ void score_keys(const StageContext& c) {
     for (std::int64_t b = 0; b < blocks; ++b) {
       for (int i = 0; i < strip; ++i) {
         const float origin = block_max[b * strip + i];
-        const bool nothing = std::isinf(origin) && origin < 0;  // then exps were measured from 0, and are 0
+        const bool nothing = std::isinf(origin) && origin < 0;        // then exps were measured from 0, and are 0
         const bool undefined = std::isnan(sum[i]) || sum[i] == 0.0F;  // a NaN score, or all of them -inf
         if (i >= queries || (nothing && !undefined))
           factors[i] = 0.0F;
@@ -134,8 +134,9 @@ void pack_permuted(const StageContext& c) {
   const auto dim = static_cast<int>(g.shape.head_dim);
   const std::int64_t orders = c.pass.shared_order ? c.heads.kv_count : c.heads.q_count;
   parallel_for(c.spec.threads, orders * c.pass.far_blocks, [&](std::int64_t item, int) {
-    const std::int64_t head = item / c.pass.far_blocks;
-    const std::int64_t block = item % c.pass.far_blocks;
+    const std::int64_t head = item % orders;  // heads of a group read the same tokens while they are in cache
+    const std::int64_t block = item / orders;
+    const std::int64_t place = (head * c.pass.far_blocks + block) * c.pass.block_bytes;
     const std::int64_t kv_head = c.heads.kv_begin + (c.pass.shared_order ? head : c.kv_head(head));
     const std::int32_t* const tokens = c.pass.order + head * g.permuted_len() + block * g.block;
     float* const pool = c.pass.scored ? pooled_row(c, head, block) : nullptr;
@@ -143,8 +144,8 @@ void pack_permuted(const StageContext& c) {
     Rows k = c.rows_of(c.inputs.k, kv_head, 0);
     Rows v = c.rows_of(c.inputs.v, kv_head, 0);
     k.index = v.index = tokens;
-    c.kernels.pack_keys(k, g.block, g.block, dim, c.pass.far_keys + item * c.pass.block_bytes, pool);
-    c.kernels.pack_values(v, g.block, g.block, dim, c.pass.far_values + item * c.pass.block_bytes);
+    c.kernels.pack_keys(k, g.block, g.block, dim, c.pass.far_keys + place, pool);
+    c.kernels.pack_values(v, g.block, g.block, dim, c.pass.far_values + place);
     if (pool != nullptr) pool_key(c, pool);
   });
 }
