@@ -25,6 +25,7 @@ const Kernels& choose_kernels(Precision products) {
     const auto named = std::ranges::find(list, std::string_view(forced), &Kernels::name);
     if (named != list.end()) return **named;
     std::vector<std::string_view> names;
+    names.reserve(list.size());
     for (const Kernels* kernels : list) names.push_back(kernels->name);
     throw Error(ErrorCode::unsupported, fmt::format("PBSATTN_CPU_PATH \"{}\": no such path here; this machine runs {}",
                                                     forced, fmt::join(names, ", ")));
