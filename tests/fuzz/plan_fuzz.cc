@@ -82,8 +82,9 @@ void run(const pbsattn_plan* plan, const pbsattn_shape& s, Bytes& bytes) {
   const std::size_t size = pbsattn_plan_workspace_size(plan);
   const std::unique_ptr<std::byte[]> workspace(new std::byte[size]);
   pbsattn_stats stats{};
-  if (pbsattn_plan_run(plan, &q.view, &k.view, &v.view, &out.view, bytes.take<std::uint8_t>() % 2 == 0 ? lse.data() : nullptr,
-                       workspace.get(), size, &stats) != PBSATTN_OK)
+  if (pbsattn_plan_run(plan, &q.view, &k.view, &v.view, &out.view,
+                       bytes.take<std::uint8_t>() % 2 == 0 ? lse.data() : nullptr, workspace.get(), size,
+                       &stats) != PBSATTN_OK)
     return;
   const bool counted = 0 < stats.visited_blocks && stats.visited_blocks <= stats.causal_blocks;
   if (!counted) std::abort();
