@@ -26,11 +26,21 @@ const char* name_of(OrderScope scope) {
 }
 
 const char* name_of(BlockScore score) {
-  return score == BlockScore::none ? "none" : "mean_pool";
+  switch (score) {
+    case BlockScore::none: return "none";
+    case BlockScore::mean_pool: return "mean_pool";
+    case BlockScore::per_query: return "per_query";
+  }
+  return "";
 }
 
 const char* name_of(KeepRule keep) {
-  return keep == KeepRule::all ? "all" : "top_p";
+  switch (keep) {
+    case KeepRule::all: return "all";
+    case KeepRule::top_p: return "top_p";
+    case KeepRule::threshold: return "threshold";
+  }
+  return "";
 }
 
 const char* name_of(Rules rules) {
@@ -64,11 +74,14 @@ void check(const pbsattn::Options& options) {
 void AttentionFlags::add_to(CLI::App& command) {
   command.add_option("--top-p", top_p, "attention mass that the kept blocks hold by their scores, in (0, 1]")
       ->capture_default_str();
+  command.add_option("--threshold", threshold,
+                     "least share of a row's attention of a kept block, in [0, 1]; of methods that keep by threshold");
+  command.add_option("--floor-top-p", floor_top_p,
+                     "attention mass that a threshold must leave by the scores, in [0, 1]; 0 turns it off");
   command.add_option("--segment", segment, "tokens inside which keys move; a multiple of the block of 128")
       ->capture_default_str();
-  command
-      .add_option("--dense-last-rows", dense_last_rows, "the prompt's last blocks of queries that attend to everything")
-      ->capture_default_str();
+  command.add_option("--dense-last-rows", dense_last_rows,
+                     "the prompt's last blocks of queries that attend to everything");
   command.add_option("--precision", precision, "what products are computed in: bf16, f32 or automatic")
       ->capture_default_str();
 }
@@ -79,7 +92,9 @@ Attention attention_named(const std::string& name, const AttentionFlags& flags) 
   options.precision = precision_named(flags.precision);
   options.segment = flags.segment;
   options.top_p = flags.top_p;
-  options.dense_last_rows = flags.dense_last_rows;
+  options.threshold = flags.threshold.value_or(options.threshold);
+  options.floor_top_p = flags.floor_top_p.value_or(options.floor_top_p);
+  options.dense_last_rows = flags.dense_last_rows.value_or(options.dense_last_rows);
   check(options);
   return {.name = name, .by_ggml = false, .options = options};
 }
@@ -92,6 +107,8 @@ pbsattn_options to_c(const pbsattn::Options& options) {
           .rules = static_cast<int32_t>(options.rules),
           .precision = static_cast<int32_t>(options.precision),
           .top_p = options.top_p,
+          .threshold = options.threshold,
+          .floor_top_p = options.floor_top_p,
           .block = options.block,
           .segment = options.segment,
           .dense_last_rows = options.dense_last_rows,
@@ -106,6 +123,8 @@ nlohmann::json to_json(const pbsattn::Options& options) {
           {"rules", name_of(options.rules)},
           {"precision", name_of(options.precision)},
           {"top_p", options.top_p},
+          {"threshold", options.threshold},
+          {"floor_top_p", options.floor_top_p},
           {"block", options.block},
           {"segment", options.segment},
           {"dense_last_rows", options.dense_last_rows}};
@@ -113,9 +132,13 @@ nlohmann::json to_json(const pbsattn::Options& options) {
 
 std::string describe(const pbsattn::Options& options) {
   if (options.keep == KeepRule::all) return "keeps every block";
-  return fmt::format("permutation {}, score {}, keep rule {} {}, blocks of {}, segments of {}, dense last rows {}",
-                     name_of(options.permutation), name_of(options.score), name_of(options.keep), options.top_p,
-                     options.block, options.segment, options.dense_last_rows);
+  const std::string rule = options.keep == KeepRule::top_p ? fmt::format("top_p {}", options.top_p)
+                           : options.floor_top_p == 0.0F
+                               ? fmt::format("threshold {}", options.threshold)
+                               : fmt::format("threshold {} or top_p {}", options.threshold, options.floor_top_p);
+  return fmt::format("permutation {}, score {}, keep rule {}, blocks of {}, segments of {}, dense last rows {}",
+                     name_of(options.permutation), name_of(options.score), rule, options.block, options.segment,
+                     options.dense_last_rows);
 }
 
 }  // namespace app

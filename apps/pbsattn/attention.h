@@ -2,6 +2,7 @@
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 
 #include "pbsattn/pbsattn.h"
@@ -20,11 +21,13 @@ struct Attention {
   pbsattn::Options options;  // unused by_ggml
 };
 
-// The options of the command line that shape an attention.
+// The options of the command line that shape an attention; the method's own value stands where one isn't given.
 struct AttentionFlags {
   float top_p = 0.9F;
+  std::optional<float> threshold;
+  std::optional<float> floor_top_p;
   int segment = 256;
-  int dense_last_rows = 0;
+  std::optional<int> dense_last_rows;
   std::string precision = "bf16";
 
   void add_to(CLI::App& command);

@@ -34,8 +34,16 @@ typedef enum pbsattn_permutation {
   PBSATTN_PERMUTATION_LAST_QUERIES = 1
 } pbsattn_permutation;
 typedef enum pbsattn_order_scope { PBSATTN_ORDER_QUERY_HEAD = 0, PBSATTN_ORDER_KV_HEAD = 1 } pbsattn_order_scope;
-typedef enum pbsattn_block_score { PBSATTN_SCORE_NONE = 0, PBSATTN_SCORE_MEAN_POOL = 1 } pbsattn_block_score;
-typedef enum pbsattn_keep_rule { PBSATTN_KEEP_ALL = 0, PBSATTN_KEEP_TOP_P = 1 } pbsattn_keep_rule;
+typedef enum pbsattn_block_score {
+  PBSATTN_SCORE_NONE = 0,
+  PBSATTN_SCORE_MEAN_POOL = 1,
+  PBSATTN_SCORE_PER_QUERY = 2
+} pbsattn_block_score;
+typedef enum pbsattn_keep_rule {
+  PBSATTN_KEEP_ALL = 0,
+  PBSATTN_KEEP_TOP_P = 1,
+  PBSATTN_KEEP_THRESHOLD = 2
+} pbsattn_keep_rule;
 typedef enum pbsattn_rules { PBSATTN_RULES_REFERENCE_CODE = 0, PBSATTN_RULES_PAPER = 1 } pbsattn_rules;
 typedef enum pbsattn_precision {
   PBSATTN_PRECISION_AUTOMATIC = 0,
@@ -62,6 +70,8 @@ typedef struct pbsattn_options {
   int32_t rules;       /* pbsattn_rules */
   int32_t precision;   /* pbsattn_precision */
   float top_p;
+  float threshold;
+  float floor_top_p;
   int32_t block;
   int32_t segment;
   int32_t dense_last_rows;

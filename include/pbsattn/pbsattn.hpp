@@ -93,12 +93,15 @@ enum class OrderScope : std::uint8_t { query_head, kv_head };
 enum class BlockScore : std::uint8_t {
   none,
   mean_pool,  // softmax over blocks of mean(Q block) . mean(K block) * scale (paper, section 3.3)
+  per_query,  // mean over the row's queries of softmax over blocks of q . mean(K block) * scale: a pooled query
+              // hides that its queries disagree
 };
 
 // Which of the scored blocks are attended to.
 enum class KeepRule : std::uint8_t {
   all,
-  top_p,  // the highest scores up to and including the one that brings their sum to top_p
+  top_p,      // the highest scores up to and including the one that brings their sum to top_p
+  threshold,  // every score of at least `threshold`; no fewer than top-p at `floor_top_p` would keep
 };
 
 // Two rules on which the paper and its reference code differ.
@@ -124,9 +127,12 @@ struct Options {
   KeepRule keep = KeepRule::all;
   Rules rules = Rules::reference_code;
   Precision precision = Precision::automatic;
-  float top_p = 0.9F;       // in (0, 1]; 1 keeps every block
-  int block = 128;          // tokens of a query block and of a key block
-  int segment = 256;        // tokens of a segment: a multiple of `block`
+  float top_p = 0.9F;  // in (0, 1]; 1 keeps every block
+  float threshold =
+      2e-3F;              // in [0, 1], of KeepRule::threshold; 0 keeps every block. Falls with length: docs/methods.md
+  float floor_top_p = 0;  // in [0, 1], of KeepRule::threshold; 0 turns it off, 1 keeps every block
+  int block = 128;        // tokens of a query block and of a key block
+  int segment = 256;      // tokens of a segment: a multiple of `block`
   int dense_last_rows = 0;  // the call's last query blocks that attend to every key block
   float scale = 0.0F;       // factor on q . k; 0 stands for 1 / sqrt(head_dim)
 };

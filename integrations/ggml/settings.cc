@@ -148,6 +148,8 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
                                                                     {"automatic", PBSATTN_PRECISION_AUTOMATIC}}}))
     config.options.precision = *precision;
   reader.number("PBSATTN_TOP_P", "a number in (0, 1]", &config.options.top_p);
+  reader.number("PBSATTN_THRESHOLD", "a number in [0, 1]", &config.options.threshold);
+  reader.number("PBSATTN_FLOOR_TOP_P", "a number in [0, 1]", &config.options.floor_top_p);
   reader.number("PBSATTN_SEGMENT", "a whole number of tokens", &config.options.segment);
   reader.number("PBSATTN_DENSE_LAST_ROWS", "a whole number of query blocks", &config.options.dense_last_rows);
   reader.number("PBSATTN_MIN_TOKENS", "a whole number of tokens", &config.min_tokens);

@@ -19,6 +19,11 @@ constexpr std::array table{
     MethodInfo{"pbs", "permuted block-sparse attention as published (arXiv 2510.21270)", pbs_options},
     MethodInfo{"pbs-unpermuted", "the same blocks chosen without moving keys: what the permutation buys",
                Options{.score = BlockScore::mean_pool, .keep = KeepRule::top_p}},
+    MethodInfo{"pbs-threshold", "keys in pbs order, blocks by their mean share of each query's softmax, last row dense",
+               Options{.permutation = Permutation::last_queries,
+                       .score = BlockScore::per_query,
+                       .keep = KeepRule::threshold,
+                       .dense_last_rows = 1}},
 };
 
 std::size_t edit_distance(std::string_view a, std::string_view b) {

@@ -47,12 +47,16 @@ std::size_t size_of(DType dtype) {
 void validate(const Options& options) {
   require_enum(options.permutation, Permutation::last_queries, "permutation");
   require_enum(options.order_scope, OrderScope::kv_head, "order_scope");
-  require_enum(options.score, BlockScore::mean_pool, "score");
-  require_enum(options.keep, KeepRule::top_p, "keep");
+  require_enum(options.score, BlockScore::per_query, "score");
+  require_enum(options.keep, KeepRule::threshold, "keep");
   require_enum(options.rules, Rules::paper, "rules");
   require_enum(options.precision, Precision::bf16, "precision");
   require(options.top_p > 0.0F && options.top_p <= 1.0F,
           "top_p {}: outside (0, 1]; 1 keeps every block, 0.9 is the paper's setting", options.top_p);
+  require(options.threshold >= 0.0F && options.threshold <= 1.0F,
+          "threshold {}: outside [0, 1]; it is a share of a row's attention, 0 keeps every block", options.threshold);
+  require(options.floor_top_p >= 0.0F && options.floor_top_p <= 1.0F,
+          "floor_top_p {}: outside [0, 1]; 0 turns the floor off", options.floor_top_p);
   require(options.block >= 1, "block {}: not positive; the paper's setting is 128", options.block);
   require(options.segment >= options.block && options.segment % options.block == 0,
           "segment {}: no multiple of the block of {}; try {}", options.segment, options.block, 2LL * options.block);
@@ -60,7 +64,8 @@ void validate(const Options& options) {
   require(std::isfinite(options.scale) && options.scale >= 0.0F,
           "scale {}: not a finite, non-negative number; 0 stands for 1/sqrt(head_dim)", options.scale);
   require(options.keep == KeepRule::all || options.score != BlockScore::none,
-          "keep rule top_p has no score to read; set score to mean_pool or keep to all");
+          "keep rule {} has no score to read; set score to mean_pool or per_query, or keep to all",
+          options.keep == KeepRule::top_p ? "top_p" : "threshold");
 }
 
 void validate(const Shape& s) {

@@ -2,6 +2,7 @@
 // segment, and the keep rule. The result is a bit mask, because lists of every row at 1M tokens would not
 // fit a bounded workspace.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -39,12 +40,17 @@ void pool_queries(const StageContext& c, std::int64_t head, std::int64_t row, fl
   c.f32_kernels.round_row(queries.dtype, dim, pooled);
 }
 
-// Keeps the highest shares of softmax(scores) up to and including the one that reaches top_p.
-void keep_top_p(const Options& options, std::span<ScoredBlock> blocks, std::uint64_t* mask) {
+// Turns scores into exp(score - max) and returns their sum.
+double exponentiate(std::span<ScoredBlock> blocks) {
   float max = -std::numeric_limits<float>::infinity();
   for (const ScoredBlock& b : blocks) max = std::max(max, b.score);
   double total = 0;
   for (ScoredBlock& b : blocks) total += b.score = std::exp(b.score - max);
+  return total;
+}
+
+// Keeps the highest weights up to and including the one that brings their sum to `top_p` of the total. Reorders them.
+void keep_top_p(float top_p, Rules rules, double total, std::span<ScoredBlock> blocks, std::uint64_t* mask) {
   // A NaN anywhere makes every share NaN, which counts as 0: none reaches top_p.
   const bool shares_exist = total > 0;
   const auto by_share = [](const ScoredBlock& a, const ScoredBlock& b) {
@@ -59,11 +65,67 @@ void keep_top_p(const Options& options, std::span<ScoredBlock> blocks, std::uint
       const ScoredBlock& best = *(end - 1);
       set_bit(mask, best.block);
       mass += best.score;
-      if (mass >= static_cast<double>(options.top_p) * total) return;
+      if (mass >= static_cast<double>(top_p) * total) return;
     }
-  } else if (options.rules == Rules::paper) {
+  } else if (rules == Rules::paper) {
     for (const ScoredBlock& b : blocks) set_bit(mask, b.block);
   }
+}
+
+// Applies the keep rule to weights whose shares of `total` are the blocks' scores.
+void keep_by_rule(const Options& options, double total, std::span<ScoredBlock> blocks, std::uint64_t* mask) {
+  if (options.keep == KeepRule::threshold) {
+    const auto least = static_cast<double>(options.threshold) * total;
+    for (const ScoredBlock& b : blocks)
+      if (static_cast<double>(b.score) >= least) set_bit(mask, b.block);
+    if (options.floor_top_p > 0.0F) keep_top_p(options.floor_top_p, options.rules, total, blocks, mask);
+  } else {
+    keep_top_p(options.top_p, options.rules, total, blocks, mask);
+  }
+}
+
+// A thread's memory for a strip of rows.
+struct Scratch {
+  Scratch(const StageContext& c, int thread) {
+    const std::int64_t dim = c.geometry().shape.head_dim;
+    const std::int64_t pooled_rows = ceil_div(c.pass.far_blocks, row_tile) * row_tile;
+    scores = reinterpret_cast<float*>(c.scratch(thread));
+    pooled = scores + pooled_rows * strip;
+    packed = pooled + strip * dim;
+    sorted = reinterpret_cast<ScoredBlock*>(packed + strip * dim);
+    weights = reinterpret_cast<float*>(sorted + c.pass.far_blocks);
+  }
+  float* scores;        // [far_blocks up to a row_tile][strip]
+  float* pooled;        // [strip][head_dim]
+  float* packed;        // [strip][head_dim] packed
+  ScoredBlock* sorted;  // [far_blocks]
+  float* weights;       // [far_blocks]
+};
+
+// BlockScore::per_query: the sum over the row's queries of each block's share of their softmax. Returns the sum of all
+// of these: the number of queries, or NaN if a query's softmax has no value.
+double score_per_query(const StageContext& c, std::int64_t head, std::int64_t row, const float* keys,
+                       const Scratch& scratch, std::span<ScoredBlock> blocks) {
+  const Geometry& g = c.geometry();
+  const auto dim = static_cast<int>(g.shape.head_dim);
+  const auto visible = static_cast<int>(blocks.size());
+  alignas(cache_line) std::array<float, strip> max;
+  alignas(cache_line) std::array<float, strip> sum;
+  for (int b = 0; b < visible; ++b) blocks[b] = {0.0F, b};
+  for (std::int64_t token = g.row_begin(row); token < g.row_end(row); token += strip) {
+    const int queries = static_cast<int>(std::min<std::int64_t>(strip, g.row_end(row) - token));
+    c.f32_kernels.pack_queries(c.q_rows(head, token - g.q_offset()), queries, dim, scratch.packed);
+    max.fill(-std::numeric_limits<float>::infinity());
+    sum.fill(0.0F);
+    c.f32_kernels.score_keys(keys, scratch.packed, visible, dim, c.scale_log2(), max.data(), sum.data(),
+                             scratch.scores);
+    for (int i = 0; i < queries; ++i)
+      if (!(sum[i] > 0.0F)) return std::nan("");
+    for (int i = 0; i < strip; ++i) sum[i] = i < queries ? 1.0F / sum[i] : 0.0F;
+    c.f32_kernels.weigh_keys(scratch.scores, visible, sum.data(), scratch.weights);
+    for (int b = 0; b < visible; ++b) blocks[b].score += scratch.weights[b];
+  }
+  return static_cast<double>(g.row_end(row) - g.row_begin(row));
 }
 
 void select_strip(const StageContext& c, std::int64_t head, std::int64_t first_row, int thread) {
@@ -73,22 +135,27 @@ void select_strip(const StageContext& c, std::int64_t head, std::int64_t first_r
   const auto pooled_rows = static_cast<int>(ceil_div(c.pass.far_blocks, row_tile) * row_tile);
   const std::int64_t far_head = c.pass.far_head(head, c.kv_head(head));
   const int rows = static_cast<int>(std::min<std::int64_t>(strip, g.rows() - first_row));
-  float* const scores = reinterpret_cast<float*>(c.scratch(thread));
-  float* const pooled = scores + static_cast<std::int64_t>(pooled_rows) * strip;
-  float* const packed = pooled + strip * dim;
-  auto* const sorted = reinterpret_cast<ScoredBlock*>(packed + strip * dim);
-
-  for (int i = 0; i < rows; ++i) pool_queries(c, head, first_row + i, pooled + i * dim);
-  c.f32_kernels.pack_queries({pooled, DType::f32, dim, nullptr}, rows, dim, packed);
+  const Scratch scratch(c, thread);
   const float* const keys = c.pass.pooled_keys + far_head * pooled_rows * dim;
-  c.f32_kernels.scores(keys, packed, pooled_rows, dim, scores);
 
+  if (options.score == BlockScore::mean_pool) {
+    for (int i = 0; i < rows; ++i) pool_queries(c, head, first_row + i, scratch.pooled + i * dim);
+    c.f32_kernels.pack_queries({scratch.pooled, DType::f32, dim, nullptr}, rows, dim, scratch.packed);
+    c.f32_kernels.scores(keys, scratch.packed, pooled_rows, dim, scratch.scores);
+  }
   for (int i = 0; i < rows; ++i) {
-    const std::int64_t visible = g.own_begin(first_row + i);
-    for (std::int64_t b = 0; b < visible; ++b)
-      sorted[b] = {scores[b * strip + i] * options.scale, static_cast<std::int32_t>(b)};
-    std::uint64_t* const mask = c.pass.mask + (head * g.rows() + first_row + i) * c.pass.mask_words;
-    keep_top_p(options, {sorted, static_cast<std::size_t>(visible)}, mask);
+    const std::int64_t row = first_row + i;
+    const std::span blocks(scratch.sorted, static_cast<std::size_t>(g.own_begin(row)));
+    if (blocks.empty() || row >= g.rows() - options.dense_last_rows) continue;
+    double total = 0;
+    if (options.score == BlockScore::mean_pool) {
+      for (std::size_t b = 0; b < blocks.size(); ++b)
+        blocks[b] = {scratch.scores[b * strip + i] * options.scale, static_cast<std::int32_t>(b)};
+      total = exponentiate(blocks);
+    } else {
+      total = score_per_query(c, head, row, keys, scratch, blocks);
+    }
+    keep_by_rule(options, total, blocks, c.pass.mask + (head * g.rows() + row) * c.pass.mask_words);
   }
 }
 
@@ -98,7 +165,7 @@ void select(const StageContext& c) {
   const Geometry& g = c.geometry();
   const Options& options = c.spec.options;
   const std::int64_t rows = g.rows();
-  const bool keep_all = !c.pass.scored || options.top_p >= 1.0F;
+  const bool keep_all = !c.pass.scored;
   const std::int64_t strips = ceil_div(rows, strip);
   parallel_for(c.spec.threads, c.heads.q_count * strips, [&](std::int64_t item, int thread) {
     const std::int64_t head = item / strips;

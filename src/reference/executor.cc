@@ -70,11 +70,8 @@ void decide_timed(const Inputs& inputs, const Options& options, const Geometry& 
       stats.permute_seconds += seconds.lap();
 
       for (std::int64_t row = 0; row < geometry.rows(); ++row) {
-        std::vector<double> scores;
-        if (options.score == BlockScore::mean_pool)
-          scores = block_scores(pool_query(head, geometry, options.rules, row), pooled_keys, geometry.own_begin(row),
-                                options.scale);
-        const auto list = select_blocks(options, geometry, row, scores, order);
+        const auto list =
+            select_blocks(options, geometry, row, row_scores(head, options, geometry, row, pooled_keys), order);
         trace.block.insert(trace.block.end(), list.begin(), list.end());
         trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
       }

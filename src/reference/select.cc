@@ -5,14 +5,15 @@
 #include <limits>
 #include <numeric>
 
+#include "core/keep_rule.h"
 #include "reference/numbers.h"
 #include "reference/stages.h"
 
 namespace pbsattn::reference {
 namespace {
 
-// keep[b] for the highest scores up to and including the one that brings their sum to top_p.
-std::vector<bool> top_p(const Options& options, std::span<const double> scores) {
+// keep[b] for the highest scores up to and including the one that brings their sum to `mass`.
+std::vector<bool> top_p(double mass, Rules rules, std::span<const double> scores) {
   std::vector<std::int64_t> descending(scores.size());
   std::iota(descending.begin(), descending.end(), std::int64_t{0});
   std::ranges::stable_sort(descending, [&](std::int64_t a, std::int64_t b) { return scores[a] > scores[b]; });
@@ -22,11 +23,34 @@ std::vector<bool> top_p(const Options& options, std::span<const double> scores) 
   for (const std::int64_t b : descending) {
     keep[b] = true;
     sum += scores[b];
-    if (sum >= static_cast<double>(options.top_p)) return keep;
+    if (sum >= mass) return keep;
   }
   // Never reached: scores that NaN made 0 are the only way to get here.
-  std::fill(keep.begin(), keep.end(), options.rules == Rules::paper);
+  std::fill(keep.begin(), keep.end(), rules == Rules::paper);
   return keep;
+}
+
+std::vector<bool> apply_rule(const Options& options, std::span<const double> scores) {
+  if (options.keep == KeepRule::top_p) return top_p(static_cast<double>(options.top_p), options.rules, scores);
+  std::vector<bool> keep(scores.size(), false);
+  if (options.floor_top_p > 0) keep = top_p(static_cast<double>(options.floor_top_p), options.rules, scores);
+  for (std::size_t b = 0; b < scores.size(); ++b)
+    if (scores[b] >= static_cast<double>(options.threshold)) keep[b] = true;
+  return keep;
+}
+
+// softmax of the scores in place; NaN throughout if one of them is NaN or +inf, or all are -inf.
+void softmax(std::span<double> scores) {
+  double max = -std::numeric_limits<double>::infinity();
+  for (const double s : scores) max = std::max(max, s);
+  double sum = 0;
+  for (double& s : scores) sum += s = std::exp(s - max);
+  for (double& s : scores) s /= sum;
+}
+
+void nan_to_zero(std::span<double> scores) {
+  for (double& s : scores)
+    if (std::isnan(s)) s = 0;
 }
 
 }  // namespace
@@ -45,23 +69,45 @@ std::vector<double> pool_query(const Head& head, const Geometry& geometry, Rules
 std::vector<double> block_scores(std::span<const double> pooled_query, const Matrix& pooled_keys,
                                  std::int64_t own_begin, double scale) {
   std::vector<double> scores(own_begin);
-  double max = -std::numeric_limits<double>::infinity();
-  for (std::int64_t b = 0; b < own_begin; ++b) {
-    scores[b] = dot(pooled_query, pooled_keys[b]) * scale;
-    max = std::max(max, scores[b]);
-  }
-  double sum = 0;
-  for (double& s : scores) sum += s = std::exp(s - max);
-  for (double& s : scores) s = std::isnan(s / sum) ? 0.0 : s / sum;
+  for (std::int64_t b = 0; b < own_begin; ++b) scores[b] = dot(pooled_query, pooled_keys[b]) * scale;
+  softmax(scores);
+  nan_to_zero(scores);
   return scores;
+}
+
+std::vector<double> per_query_scores(const Head& head, const Geometry& geometry, std::int64_t row,
+                                     const Matrix& pooled_keys, double scale) {
+  const std::int64_t own_begin = geometry.own_begin(row);
+  const std::int64_t count = geometry.row_end(row) - geometry.row_begin(row);
+  std::vector<double> mean(own_begin, 0.0);
+  std::vector<double> share(own_begin);
+  for (std::int64_t token = geometry.row_begin(row); token < geometry.row_end(row); ++token) {
+    const auto query = head.q[token - geometry.q_offset()];
+    for (std::int64_t b = 0; b < own_begin; ++b) share[b] = dot(query, pooled_keys[b]) * scale;
+    softmax(share);
+    for (std::int64_t b = 0; b < own_begin; ++b) mean[b] += share[b] / static_cast<double>(count);
+  }
+  nan_to_zero(mean);
+  return mean;
+}
+
+std::vector<double> row_scores(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row,
+                               const Matrix& pooled_keys) {
+  switch (options.score) {
+    case BlockScore::none: return {};
+    case BlockScore::mean_pool:
+      return block_scores(pool_query(head, geometry, options.rules, row), pooled_keys, geometry.own_begin(row),
+                          options.scale);
+    case BlockScore::per_query: return per_query_scores(head, geometry, row, pooled_keys, options.scale);
+  }
+  return {};
 }
 
 std::vector<std::int32_t> select_blocks(const Options& options, const Geometry& geometry, std::int64_t row,
                                         std::span<const double> scores, std::span<const std::int32_t> order) {
   const std::int64_t own_begin = geometry.own_begin(row);
-  const bool dense = options.keep == KeepRule::all || options.top_p == 1.0F ||
-                     row >= geometry.rows() - options.dense_last_rows || own_begin == 0;
-  std::vector<bool> keep = dense ? std::vector<bool>(own_begin, true) : top_p(options, scores);
+  const bool dense = keeps_every_block(options) || row >= geometry.rows() - options.dense_last_rows || own_begin == 0;
+  std::vector<bool> keep = dense ? std::vector<bool>(own_begin, true) : apply_rule(options, scores);
   if (own_begin > 0) {
     const std::int64_t slot_of_token_0 = std::ranges::find(order, 0) - order.begin();
     keep[slot_of_token_0 / geometry.block] = true;

@@ -2,7 +2,7 @@
 //
 //     Head head = load_head(inputs, geometry, batch, q_head);
 //     order   = order_keys(geometry, key_scores(head, geometry, scale));        // permute
-//     scores  = block_scores(pool_query(...), pool_keys(head, geometry, order), own_begin, scale);
+//     scores  = row_scores(head, options, geometry, row, pool_keys(head, geometry, order));
 //     list    = select_blocks(options, geometry, row, scores, order);           // select
 //     result  = attend_query(head, geometry, scale, query, order, list);        // attend
 //
@@ -65,9 +65,19 @@ Matrix pool_keys(const Head& head, const Geometry& geometry, std::span<const std
 // divided by their number under Rules::paper and by `block` under Rules::reference_code.
 std::vector<double> pool_query(const Head& head, const Geometry& geometry, Rules rules, std::int64_t row);
 
-// softmax over blocks 0 .. own_begin-1 of pooled query . pooled key * scale, [own_begin]; NaN becomes 0.
+// BlockScore::mean_pool: softmax over blocks 0 .. own_begin-1 of pooled query . pooled key * scale,
+// [own_begin]; NaN becomes 0.
 std::vector<double> block_scores(std::span<const double> pooled_query, const Matrix& pooled_keys,
                                  std::int64_t own_begin, double scale);
+
+// BlockScore::per_query: the mean over the row's queries of softmax over blocks 0 .. own_begin-1 of
+// query . pooled key * scale, [own_begin]; NaN becomes 0.
+std::vector<double> per_query_scores(const Head& head, const Geometry& geometry, std::int64_t row,
+                                     const Matrix& pooled_keys, double scale);
+
+// What options.score gives blocks 0 .. own_begin-1 of a row; empty for none.
+std::vector<double> row_scores(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row,
+                               const Matrix& pooled_keys);
 
 // The key blocks row attends to, ascending: what the keep rule takes of blocks 0 .. own_begin-1 (`scores`;
 // empty when options.score is none), the block of those whose slots hold token 0, and the row's own

@@ -42,6 +42,15 @@ TEST(Methods, ThePaper) {
   EXPECT_EQ(pbs.dense_last_rows, 0);
 }
 
+TEST(Methods, Threshold) {
+  const Options options = method("pbs-threshold");
+  EXPECT_EQ(options.permutation, Permutation::last_queries);
+  EXPECT_EQ(options.score, BlockScore::per_query);
+  EXPECT_EQ(options.keep, KeepRule::threshold);
+  EXPECT_EQ(options.dense_last_rows, 1);
+  EXPECT_EQ(options.floor_top_p, 0.0F);
+}
+
 TEST(Methods, UnknownNamesSuggestTheNearest) {
   EXPECT_EQ(message_of("pbss"), "method \"pbss\": no such method; did you mean \"pbs\"?");
   EXPECT_NE(message_of("ful").find("\"full\"?"), std::string::npos);

@@ -43,6 +43,10 @@ TEST(Validate, Options) {
   expect_bad_options([](Options& o) { o.top_p = 0; }, {"top_p 0", "(0, 1]", "0.9"});
   expect_bad_options([](Options& o) { o.top_p = 1.5F; }, {"top_p 1.5", "(0, 1]"});
   expect_bad_options([](Options& o) { o.top_p = std::nanf(""); }, {"top_p nan", "(0, 1]"});
+  expect_bad_options([](Options& o) { o.threshold = -0.1F; }, {"threshold -0.1", "[0, 1]"});
+  expect_bad_options([](Options& o) { o.threshold = 2; }, {"threshold 2", "[0, 1]"});
+  expect_bad_options([](Options& o) { o.threshold = std::nanf(""); }, {"threshold nan", "[0, 1]"});
+  expect_bad_options([](Options& o) { o.floor_top_p = 1.01F; }, {"floor_top_p 1.01", "[0, 1]"});
   expect_bad_options([](Options& o) { o.block = 0; }, {"block 0", "128"});
   expect_bad_options([](Options& o) { o.block = -128; }, {"block -128"});
   expect_bad_options([](Options& o) { o.segment = 300; }, {"segment 300", "128", "256"});
@@ -51,6 +55,12 @@ TEST(Validate, Options) {
   expect_bad_options([](Options& o) { o.scale = -1; }, {"scale -1", "head_dim"});
   expect_bad_options([](Options& o) { o.scale = std::numeric_limits<float>::infinity(); }, {"scale inf"});
   expect_bad_options([](Options& o) { o.score = BlockScore::none; }, {"top_p", "mean_pool"});
+  expect_bad_options(
+      [](Options& o) {
+        o.score = BlockScore::none;
+        o.keep = KeepRule::threshold;
+      },
+      {"threshold", "per_query"});
   expect_bad_options([](Options& o) { o.keep = static_cast<KeepRule>(9); }, {"keep 9"});
   expect_bad_options([](Options& o) { o.permutation = static_cast<Permutation>(2); }, {"permutation 2"});
   expect_bad_options([](Options& o) { o.score = static_cast<BlockScore>(200); }, {"score 200"});

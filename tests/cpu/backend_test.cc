@@ -112,6 +112,29 @@ std::vector<Case> options() {
       {"block32_segment64", {.shape = shape(500, 500)}, sized(32, 64)},
       {"block64_segment256", {.shape = s}, sized(64, 256)},
       {"block96_segment192", {.shape = s}, sized(96, 192)},
+      {"per_query", {.shape = s}, with([](Options& o) { o.score = BlockScore::per_query; })},
+      {"per_query_chunk", {.shape = shape(333, 777)}, with([](Options& o) { o.score = BlockScore::per_query; })},
+      {"per_query_bf16", of_dtypes(grouped, DType::bf16, DType::bf16, DType::bf16, DType::bf16), with([](Options& o) {
+         o.score = BlockScore::per_query;
+         o.order_scope = OrderScope::kv_head;
+       })},
+      {"threshold", {.shape = s}, with([](Options& o) {
+         o.keep = KeepRule::threshold;
+         o.threshold = 0.15F;
+       })},
+      {"threshold_0", {.shape = s}, with([](Options& o) {
+         o.keep = KeepRule::threshold;
+         o.threshold = 0;
+       })},
+      {"threshold_floor", {.shape = s}, with([](Options& o) {
+         o.keep = KeepRule::threshold;
+         o.threshold = 0.4F;
+         o.floor_top_p = 0.6F;
+       })},
+      {"pbs_threshold", {.shape = s}, with([](Options& o) {
+         o = method("pbs-threshold");
+         o.threshold = 0.15F;
+       })},
       {"block128_segment128", {.shape = s}, sized(128, 128)},
       {"block128_segment384", {.shape = s}, sized(128, 384)},
       {"block256_segment256", {.shape = s}, sized(256, 256)},

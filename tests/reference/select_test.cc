@@ -68,6 +68,66 @@ TEST(BlockScores, NanCountsAsZero) {
   EXPECT_EQ(block_scores(std::vector<double>{1}, column({1, nan}), 2, 1.0), (std::vector<double>{0, 0}));
 }
 
+TEST(PerQueryScores, MeanOfEachQuerysSoftmax) {
+  // Row 2 of six tokens: queries 0 and 1, blocks 0 and 1. Shares 1/2, 1/2 and 1/4, 3/4.
+  const Matrix keys = column({0, std::log(3)});
+  const Head head{.q = column({9, 9, 9, 9, 0, 1}), .k = column({0}), .v = column({0})};
+  const auto scores = per_query_scores(head, geometry(6, 6), 2, keys, 1.0);
+  ASSERT_EQ(scores.size(), 2);
+  EXPECT_NEAR(scores[0], 0.375, 1e-15);
+  EXPECT_NEAR(scores[1], 0.625, 1e-15);
+  // A chunk of tokens 5 and later: row 0 is query 0 alone, and its mean is over one.
+  const Head chunk{.q = column({2}), .k = column({0}), .v = column({0})};
+  EXPECT_NEAR(per_query_scores(chunk, geometry(1, 6), 0, keys, 0.5)[1], 0.75, 1e-15);
+  EXPECT_TRUE(per_query_scores(head, geometry(6, 6), 1, keys, 1.0).empty());
+}
+
+TEST(PerQueryScores, QueriesThatDisagreeAreNotAveragedAway) {
+  // Their mean query is 0 and sees no difference between blocks.
+  const Matrix keys = column({-1, 0, 0, 1});
+  const Head head{.q = column({0, 0, 0, 0, 0, 0, 0, 0, 40, -40}), .k = column({0}), .v = column({0})};
+  const auto scores = per_query_scores(head, geometry(10, 10), 4, keys, 1.0);
+  EXPECT_NEAR(scores[0], 0.5, 1e-12);
+  EXPECT_NEAR(scores[1], 0.0, 1e-12);
+  EXPECT_NEAR(scores[3], 0.5, 1e-12);
+}
+
+TEST(PerQueryScores, NanCountsAsZero) {
+  const Head head{.q = column({0, 0, 0, 0, 1, nan}), .k = column({0}), .v = column({0})};
+  EXPECT_EQ(per_query_scores(head, geometry(6, 6), 2, column({1, 2}), 1.0), (std::vector<double>{0, 0}));
+}
+
+TEST(SelectBlocks, ThresholdKeepsScoresThatReachIt) {
+  Options options = top_p_options;
+  options.keep = KeepRule::threshold;
+  options.threshold = 0.25F;
+  const auto select = [&](const std::vector<double>& scores) {
+    return select_blocks(options, geometry(10, 10), 4, scores, identity(10));
+  };
+  EXPECT_EQ(select({0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select({0.0, 0.24, 0.5, 0.26}), (List{0, 2, 3, 4}));
+  EXPECT_EQ(select({0, 0, 0, 0}), (List{0, 4}));
+  options.threshold = 0.6F;
+  EXPECT_EQ(select({0.0, 0.25, 0.5, 0.25}), (List{0, 4}));
+  options.threshold = 0;
+  EXPECT_EQ(select({0, 0, 1, 0}), (List{0, 1, 2, 3, 4}));
+}
+
+TEST(SelectBlocks, TheFloorKeepsMoreWhereTheThresholdKeepsLess) {
+  Options options = top_p_options;
+  options.keep = KeepRule::threshold;
+  options.threshold = 0.3F;
+  options.floor_top_p = 0.7F;
+  const auto select = [&](const std::vector<double>& scores) {
+    return select_blocks(options, geometry(10, 10), 4, scores, identity(10));
+  };
+  EXPECT_EQ(select({0.0, 0.125, 0.5, 0.25}), (List{0, 2, 3, 4}));          // the floor takes block 3
+  EXPECT_EQ(select({0.375, 0.25, 0.375, 0.0}), (List{0, 2, 4}));           // both agree
+  EXPECT_EQ(select({0.0, 0.3125, 0.375, 0.3125}), (List{0, 1, 2, 3, 4}));  // the threshold takes block 3
+  options.floor_top_p = 1;
+  EXPECT_EQ(select({0, 0, 1, 0}), (List{0, 1, 2, 3, 4}));
+}
+
 TEST(SelectBlocks, KeepsUpToAndIncludingTheBlockThatCrosses) {
   const std::vector<double> scores{0.125, 0.0625, 0.5, 0.3125};
   EXPECT_EQ(select_row_4(0.25F, scores), (List{0, 2, 4}));  // 0 is token 0's block

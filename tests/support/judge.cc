@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/keep_rule.h"
 #include "reference/stages.h"
 
 namespace pbsattn::test {
@@ -73,6 +74,26 @@ bool follows_top_p(const std::vector<double>& scores, const std::vector<bool>& k
          mass - lowest_kept < top_p + tolerance;
 }
 
+// The same of the threshold rule: all scores above the threshold, and others only as the floor takes them.
+bool follows_threshold(const Options& options, const std::vector<double>& scores, const std::vector<bool>& kept,
+                       double tolerance) {
+  bool more = false;
+  double kept_mass = 0;
+  for (std::size_t b = 0; b < scores.size(); ++b) {
+    if (!kept[b] && scores[b] > options.threshold + tolerance) return false;
+    if (kept[b] && scores[b] < options.threshold - tolerance) more = true;
+    if (kept[b]) kept_mass += scores[b];
+  }
+  return more ? follows_top_p(scores, kept, options.floor_top_p, tolerance)
+              : kept_mass >= options.floor_top_p - tolerance;
+}
+
+bool follows_rule(const Options& options, const std::vector<double>& scores, const std::vector<bool>& kept,
+                  double tolerance) {
+  return options.keep == KeepRule::top_p ? follows_top_p(scores, kept, options.top_p, tolerance)
+                                         : follows_threshold(options, scores, kept, tolerance);
+}
+
 void expect_row_list(const Options& options, const Geometry& geometry, std::int64_t row,
                      const std::vector<double>& scores, const std::vector<std::int32_t>& order,
                      const std::vector<std::int32_t>& list, double tolerance) {
@@ -84,8 +105,8 @@ void expect_row_list(const Options& options, const Geometry& geometry, std::int6
   const auto own = std::ranges::lower_bound(list, own_begin);
   ASSERT_EQ(list.end() - own, geometry.diagonal(row) + 1 - own_begin) << "own segment, to the diagonal";
   ASSERT_TRUE(own == list.end() || list.back() == geometry.diagonal(row));
-  const bool rule_decides = options.keep == KeepRule::top_p && options.top_p < 1.0F &&
-                            row < geometry.rows() - options.dense_last_rows && own_begin > 0;
+  const bool rule_decides =
+      !keeps_every_block(options) && row < geometry.rows() - options.dense_last_rows && own_begin > 0;
   ASSERT_TRUE(rule_decides) << "a dense row lists other blocks than the reference";
   const bool all_nan = std::ranges::all_of(scores, [](double s) { return s == 0.0; });
   ASSERT_FALSE(all_nan) << "a row without scores lists other blocks than the reference";
@@ -95,9 +116,9 @@ void expect_row_list(const Options& options, const Geometry& geometry, std::int6
   const auto forced = (std::ranges::find(order, 0) - order.begin()) / geometry.block;
   ASSERT_TRUE(kept[forced]) << "token 0's block";
   // Token 0's block may be there because the rule took it, or only because it must.
-  bool right = follows_top_p(scores, kept, options.top_p, tolerance);
+  bool right = follows_rule(options, scores, kept, tolerance);
   kept[forced] = false;
-  right = right || follows_top_p(scores, kept, options.top_p, tolerance);
+  right = right || follows_rule(options, scores, kept, tolerance);
   EXPECT_TRUE(right) << testing::PrintToString(list) << " where the reference lists " << testing::PrintToString(wanted);
 }
 
@@ -167,10 +188,7 @@ void expect_lists(const Problem& problem, const Options& options, const Trace& t
     const auto pooled_keys = reference::pool_keys(head, geometry, order);
     for (std::int64_t row = 0; row < geometry.rows(); ++row) {
       SCOPED_TRACE("row " + std::to_string(row));
-      std::vector<double> scores;
-      if (options.score != BlockScore::none)
-        scores = reference::block_scores(reference::pool_query(head, geometry, options.rules, row), pooled_keys,
-                                         geometry.own_begin(row), options.scale);
+      const auto scores = reference::row_scores(head, options, geometry, row, pooled_keys);
       expect_row_list(options, geometry, row, scores, order, row_list(trace, flat, row), tolerance.block_score);
     }
   });
