@@ -64,31 +64,40 @@ std::int64_t attend_row(const StageContext& c, std::int64_t head, std::int64_t r
 
   const std::uint64_t* const mask = c.pass.mask + (head * g.rows() + row) * c.pass.mask_words;
   const std::int64_t own_begin = g.own_begin(row);
-  const auto packed_at = [&](const std::byte* far, const std::byte* original, std::int64_t block) {
-    return block < own_begin && c.pass.permuted ? far + (far_head * c.pass.far_blocks + block) * c.pass.block_bytes
-                                                : original + (kv_head * g.blocks() + block) * c.pass.block_bytes;
+  const auto packed_at = [&](std::int64_t block) -> PackedBlock {
+    const bool moved = block < own_begin && c.pass.permuted;
+    const std::int64_t original = kv_head * g.blocks() * c.pass.block_bytes;
+    if (moved && c.kernels.gathers)
+      return {c.pass.keys + original, c.pass.values + original,
+              c.pass.order + far_head * g.permuted_len() + block * g.block};
+    const std::int64_t far = (far_head * c.pass.far_blocks + block) * c.pass.block_bytes;
+    if (moved) return {c.pass.far_keys + far, c.pass.far_values + far, nullptr};
+    const std::int64_t place = original + block * c.pass.block_bytes;
+    return {c.pass.keys + place, c.pass.values + place, nullptr};
   };
-  const int lines = static_cast<int>(c.pass.block_bytes / cache_line);
   const auto visit = [&](std::int64_t block, std::int64_t next) {
     const int keys = static_cast<int>(std::min<std::int64_t>(g.block, g.shape.kv_len - block * g.block));
-    const std::byte* const next_keys = packed_at(c.pass.far_keys, c.pass.keys, next);
-    const std::byte* const next_values = packed_at(c.pass.far_values, c.pass.values, next);
+    const PackedBlock here = packed_at(block);
+    const PackedBlock then = packed_at(next);
+    const int fetched = static_cast<int>(std::min<std::int64_t>(g.block, g.shape.kv_len - next * g.block));
+    const bool causal = block == g.diagonal(row);
     for (int i = 0; i < strips; ++i) {
-      const int fetched = lines * i / strips;
       const auto& [state, packed] = scratch.strip_state(i);
-      const BlockArgs args{.keys = packed_at(c.pass.far_keys, c.pass.keys, block),
-                           .values = packed_at(c.pass.far_values, c.pass.values, block),
+      const std::int64_t diagonal = begin + i * strip - block * g.block;
+      // Keys after the strip's last query are hidden from all of it.
+      const int seen = causal ? static_cast<int>(std::min<std::int64_t>(keys, diagonal + strip)) : keys;
+      const BlockArgs args{.block = here,
                            .queries = packed,
-                           .count = (keys + row_tile - 1) / row_tile * row_tile,
+                           .count = (seen + row_tile - 1) / row_tile * row_tile,
                            .head_dim = dim,
                            .scale_log2 = c.scale_log2(),
-                           .causal = block == g.diagonal(row),
-                           .diagonal = begin + i * strip - block * g.block,
+                           .causal = causal,
+                           .diagonal = diagonal,
                            .values_finite = c.pass.values_finite[kv_head * g.blocks() + block] != 0,
                            .scratch = scratch.scores(),
-                           .next_keys = next_keys + fetched * cache_line,
-                           .next_values = next_values + fetched * cache_line,
-                           .next_lines = lines * (i + 1) / strips - fetched};
+                           .next = then,
+                           .next_begin = fetched * i / strips,
+                           .next_end = fetched * (i + 1) / strips};
       c.kernels.attend_block(args, state);
     }
   };

@@ -45,10 +45,17 @@ struct StripState {
   float* out;
 };
 
+// Where a block's packed keys and values lie. A path that gathers finds key i in row index[i]; to the others
+// the block is contiguous and index means nothing.
+struct PackedBlock {
+  const std::byte* keys;
+  const std::byte* values;
+  const std::int32_t* index;
+};
+
 // One key block against one strip.
 struct BlockArgs {
-  const void* keys;     // packed
-  const void* values;   // packed
+  PackedBlock block;
   const void* queries;  // packed strip
   int count;            // keys; a multiple of row_tile, padded with zero rows
   int head_dim;
@@ -57,11 +64,10 @@ struct BlockArgs {
   std::int64_t diagonal;  // token of the strip's first query minus token of the block's first key
   bool values_finite;     // if not, masked values are kept out of the sum (0 * inf is NaN)
   float* scratch;         // [max(count, head_dim)][strip] floats, twice
-  // What the caller reads after this: so many cache lines of keys and of values, fetched into the
+  // What the caller reads after this: keys [next_begin, next_end) of that block are fetched into the
   // second-level cache meanwhile.
-  const std::byte* next_keys;
-  const std::byte* next_values;
-  int next_lines;
+  PackedBlock next;
+  int next_begin, next_end;
 };
 
 // Every path has the first group of functions; the f32 paths serve the rest for all of them.
@@ -69,10 +75,10 @@ struct Kernels {
   std::string_view name;  // "avx512_bf16"
   Precision products;     // f32 or bf16
   int element_size;       // bytes of a packed element
+  bool gathers;           // reads permuted blocks through an index, so that no permuted copy is needed
 
-  // Packs `count` rows as keys (or values), with zero rows up to `padded`. Where `sum` is not null, adds
-  // the rows' unrounded values to sum[head_dim].
-  void (*pack_keys)(const Rows& rows, int count, int padded, int head_dim, void* packed, float* sum);
+  // Packs `count` rows as keys (or values), with zero rows up to `padded`.
+  void (*pack_keys)(const Rows& rows, int count, int padded, int head_dim, void* packed);
   // Returns whether every value was finite.
   bool (*pack_values)(const Rows& rows, int count, int padded, int head_dim, void* packed);
   // Packs `count` <= strip rows as a strip; the queries after them are zero.
@@ -84,18 +90,23 @@ struct Kernels {
   void (*finish)(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
                  std::int64_t stride, float* lse);
 
-  // Scores keys by a strip, in two sweeps over the blocks. The first folds a block's scores into the
-  // strip's running max and sum, and leaves exps[key][query], each measured from the max as it then stood;
-  // the second, once max and sum are final, sums exps over queries, each times its factor; a factor of 0
-  // leaves its query out.
+  // Scores a block of keys by a strip of queries: exps[key][query], measured from the query's own maximum over
+  // this block and kept in element_size bytes; that maximum; and the sum of the query's exps.
   void (*score_keys)(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max,
-                     float* sum, float* exps);
-  void (*weigh_keys)(const float* exps, int count, const float* factors, float* weights);
+                     float* sum, void* exps);
+  // weights[key] += sum over queries of exps[key][query] * factors[query], over `strips` strips whose exps and
+  // factors follow each other. A factor of 0 leaves its query out.
+  void (*weigh_keys)(const void* exps, int strips, int count, const float* factors, float* weights);
 
+  // From the maxima and sums that score_keys left for each block (block b's at b * stride), the factor that
+  // turns each block's exps into softmax weights over all blocks, written over the maxima. Queries from
+  // `queries` on get 0; a query that has a NaN score, or only -inf, gets NaN.
+  void (*score_factors)(float* max, const float* sum, std::int64_t blocks, std::int64_t stride, float scale_log2,
+                        int queries);
   // scores[key][query] = keys . queries, unscaled.
   void (*scores)(const void* keys, const void* queries, int count, int head_dim, float* scores);
-  // sum[:] += a row of head_dim elements; and the rounding of float32 values to a dtype, in place.
-  void (*add_row)(const void* row, DType dtype, int head_dim, float* sum);
+  // sum[:] = the sum of `count` rows; and the rounding of float32 values to a dtype, in place.
+  void (*sum_rows)(const Rows& rows, int count, int head_dim, float* sum);
   void (*round_row)(DType dtype, int count, float* row);
 };
 

@@ -123,16 +123,13 @@ void zero(void* memory, std::int64_t bytes) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<char*>(memory) + i), _mm_setzero_si128());
 }
 
-void pack_keys(const Rows& rows, int count, int padded, int head_dim, void* packed, float* sum) {
+void pack_keys(const Rows& rows, int count, int padded, int head_dim, void* packed) {
   auto* out = static_cast<std::uint16_t*>(packed);
   for (int i = 0; i < count; ++i, out += head_dim) {
     const void* row = rows.at(i);
     for (int d = 0; d < head_dim; d += lanes) {
       const __mmask16 mask = head_mask(head_dim - d);
       _mm256_mask_storeu_epi16(out + d, mask, load_bf16(row, rows.dtype, d, mask));
-      if (sum == nullptr) continue;
-      const __m512 total = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, sum + d), load_f32(row, rows.dtype, d, mask));
-      _mm512_mask_storeu_ps(sum + d, mask, total);
     }
   }
   zero(out, static_cast<std::int64_t>(padded - count) * head_dim * 2);
@@ -219,7 +216,8 @@ void scores(const void* keys, const void* queries, int count, int head_dim, floa
 // O^T += P V over visible pairs only, for blocks whose masked values would spoil the sum.
 void accumulate_visible(const BlockArgs& args, const Pair* weights, float* out) {
   for (int key = 0; key < args.count; ++key) {
-    const Pair* value = static_cast<const Pair*>(args.values) + static_cast<std::int64_t>(key / 2) * args.head_dim;
+    const Pair* value =
+        reinterpret_cast<const Pair*>(args.block.values) + static_cast<std::int64_t>(key / 2) * args.head_dim;
     const int shift = key % 2 == 0 ? 16 : 0;  // of a pair, the bf16 at hand as the high half of a float
     for (int j = 0; j < strip_vectors; ++j) {
       const __mmask16 visible = sees(key - args.diagonal, j);
@@ -237,14 +235,15 @@ void accumulate_visible(const BlockArgs& args, const Pair* weights, float* out) 
   }
 }
 
-// Fetches the part of the next block's lines that falls to key tile `i`.
+// Fetches the part of the next block's keys that falls to key tile `i`.
 inline void prefetch_share(const BlockArgs& args, int i) {
-  const int tiles = args.count / row_tile;
-  const int begin = args.next_lines * (i / row_tile) / tiles;
-  const int end = args.next_lines * (i / row_tile + 1) / tiles;
+  const int keys = args.next_end - args.next_begin;
+  const int row = args.head_dim * 2;
+  const int begin = (args.next_begin + keys * i / args.count) * row / cache_line;
+  const int end = (args.next_begin + keys * (i + row_tile) / args.count) * row / cache_line;
   for (int line = begin; line < end; ++line) {
-    __builtin_prefetch(args.next_keys + line * cache_line, 0, 2);
-    __builtin_prefetch(args.next_values + line * cache_line, 0, 2);
+    __builtin_prefetch(args.next.keys + line * cache_line, 0, 2);
+    __builtin_prefetch(args.next.values + line * cache_line, 0, 2);
   }
 }
 
@@ -252,9 +251,11 @@ void attend_block(const BlockArgs& args, const StripState& state) {
   float* const s = args.scratch;
   Pair* const weights = reinterpret_cast<Pair*>(args.scratch + args.count * strip);
   const int pairs = args.head_dim / 2;
+  const Pair* const keys = reinterpret_cast<const Pair*>(args.block.keys);
+  const Pair* const values = reinterpret_cast<const Pair*>(args.block.values);
   for (int i = 0; i < args.count; i += row_tile) {
-    product(static_cast<const Pair*>(args.keys) + static_cast<std::int64_t>(i) * pairs, pairs, 1, pairs,
-            static_cast<const Pair*>(args.queries), nullptr, s + i * strip);
+    product(keys + static_cast<std::int64_t>(i) * pairs, pairs, 1, pairs, static_cast<const Pair*>(args.queries),
+            nullptr, s + i * strip);
     prefetch_share(args, i);
   }
 
@@ -298,7 +299,6 @@ void attend_block(const BlockArgs& args, const StripState& state) {
   }
 
   const bool careful = args.causal && !args.values_finite;
-  const Pair* values = static_cast<const Pair*>(args.values);
   for (int d = 0; d < args.head_dim; d += row_tile)
     product(values + d, 1, args.head_dim, careful ? 0 : args.count / 2, weights, rescale, state.out + d * strip);
   if (careful) accumulate_visible(args, weights, state.out);
@@ -343,41 +343,59 @@ void finish(const StripState& state, int count, int head_dim, float scale_log2, 
     lse[i] = state.sum[i] == 0.0F ? -INFINITY : ln2 * (state.max[i] * scale_log2 + log2f(state.sum[i]));
 }
 
+// A block's scores go through `scores` a few keys at a time; the maximum must be known before any exponential.
 void score_keys(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max_out,
-                float* sum_out, float* exps) {
-  scores(keys, queries, count, head_dim, exps);
+                float* sum_out, void* exps) {
+  alignas(64) float s[max_block * strip];
+  scores(keys, queries, count, head_dim, s);
   const __m512 scale = _mm512_set1_ps(scale_log2);
+  auto* const rounded = static_cast<std::uint16_t*>(exps);
   for (int lane = 0; lane < strip; lane += lanes) {
-    const __m512 old_max = _mm512_load_ps(max_out + lane);
-    __m512 max = old_max;
-    for (int key = 0; key < count; ++key) max = _mm512_max_ps(_mm512_load_ps(exps + key * strip + lane), max);
+    __m512 max = _mm512_set1_ps(-INFINITY);
+    for (int key = 0; key < count; ++key) max = _mm512_max_ps(_mm512_load_ps(s + key * strip + lane), max);
     const __m512 origin = max_or_zero(max);
-    __m512 sum = _mm512_mul_ps(_mm512_load_ps(sum_out + lane), exp2_for_f32(exponent(old_max, origin, scale)));
+    __m512 sum = _mm512_setzero_ps();
     for (int key = 0; key < count; ++key) {
-      const __m512 e = exp2_for_f32(exponent(_mm512_load_ps(exps + key * strip + lane), origin, scale));
+      const __m512 e = exp2_for_bf16(exponent(_mm512_load_ps(s + key * strip + lane), origin, scale));
       sum = _mm512_add_ps(sum, e);
-      _mm512_store_ps(exps + key * strip + lane, e);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(rounded + key * strip + lane), as_bits(_mm512_cvtneps_pbh(e)));
     }
     _mm512_store_ps(max_out + lane, max);
     _mm512_store_ps(sum_out + lane, sum);
   }
 }
 
-void weigh_keys(const float* exps, int count, const float* factors, float* weights) {
-  const __m512 f0 = _mm512_load_ps(factors);
-  const __m512 f1 = _mm512_load_ps(factors + lanes);
-  const __mmask16 real0 = _mm512_cmp_ps_mask(f0, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  const __mmask16 real1 = _mm512_cmp_ps_mask(f1, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+void weigh_keys(const void* exps, int strips, int count, const float* factors, float* weights) {
   for (int key = 0; key < count; ++key) {
-    const __m512 first = _mm512_maskz_mul_ps(real0, _mm512_load_ps(exps + key * strip), f0);
-    const __m512 e = _mm512_load_ps(exps + key * strip + lanes);
-    weights[key] = _mm512_reduce_add_ps(_mm512_mask3_fmadd_ps(e, f1, first, real1));
+    __m512 total = _mm512_setzero_ps();
+    for (int s = 0; s < strips; ++s) {
+      const auto* row = static_cast<const std::uint16_t*>(exps) + (static_cast<std::int64_t>(s) * count + key) * strip;
+      for (int lane = 0; lane < strip; lane += lanes) {
+        const __m512 factor = _mm512_load_ps(factors + s * strip + lane);
+        const __mmask16 real = _mm512_cmp_ps_mask(factor, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        const __m512 e = load_f32(row, DType::bf16, lane, 0xFFFF);
+        total = _mm512_mask3_fmadd_ps(e, factor, total, real);
+      }
+    }
+    weights[key] += _mm512_reduce_add_ps(total);
   }
 }
 
-constexpr Kernels kernels{"avx512_bf16", Precision::bf16, 2,      pack_keys,  pack_values,
-                          pack_queries,  attend_block,    finish, score_keys, weigh_keys,
-                          scores,        nullptr,         nullptr};
+constexpr Kernels kernels{.name = "avx512_bf16",
+                          .products = Precision::bf16,
+                          .element_size = 2,
+                          .gathers = false,
+                          .pack_keys = pack_keys,
+                          .pack_values = pack_values,
+                          .pack_queries = pack_queries,
+                          .attend_block = attend_block,
+                          .finish = finish,
+                          .score_keys = score_keys,
+                          .weigh_keys = weigh_keys,
+                          .score_factors = nullptr,
+                          .scores = nullptr,
+                          .sum_rows = nullptr,
+                          .round_row = nullptr};
 
 }  // namespace
 

@@ -33,8 +33,7 @@ void pool_queries(const StageContext& c, std::int64_t head, std::int64_t row, fl
   const std::int64_t begin = g.row_begin(row);
   const std::int64_t count = g.row_end(row) - begin;
   const Rows queries = c.q_rows(head, begin - g.q_offset());
-  std::fill_n(pooled, dim, 0.0F);
-  for (int i = 0; i < count; ++i) c.f32_kernels.add_row(queries.at(i), queries.dtype, dim, pooled);
+  c.f32_kernels.sum_rows(queries, static_cast<int>(count), dim, pooled);
   const auto divisor = static_cast<float>(c.spec.options.rules == Rules::paper ? count : g.block);
   for (int d = 0; d < dim; ++d) pooled[d] /= divisor;
   c.f32_kernels.round_row(queries.dtype, dim, pooled);
@@ -111,20 +110,18 @@ double score_per_query(const StageContext& c, std::int64_t head, std::int64_t ro
   const auto visible = static_cast<int>(blocks.size());
   alignas(cache_line) std::array<float, strip> max;
   alignas(cache_line) std::array<float, strip> sum;
-  for (int b = 0; b < visible; ++b) blocks[b] = {0.0F, b};
+  std::fill_n(scratch.weights, visible, 0.0F);
   for (std::int64_t token = g.row_begin(row); token < g.row_end(row); token += strip) {
     const int queries = static_cast<int>(std::min<std::int64_t>(strip, g.row_end(row) - token));
     c.f32_kernels.pack_queries(c.q_rows(head, token - g.q_offset()), queries, dim, scratch.packed);
-    max.fill(-std::numeric_limits<float>::infinity());
-    sum.fill(0.0F);
     c.f32_kernels.score_keys(keys, scratch.packed, visible, dim, c.scale_log2(), max.data(), sum.data(),
                              scratch.scores);
     for (int i = 0; i < queries; ++i)
       if (!(sum[i] > 0.0F)) return std::nan("");
     for (int i = 0; i < strip; ++i) sum[i] = i < queries ? 1.0F / sum[i] : 0.0F;
-    c.f32_kernels.weigh_keys(scratch.scores, visible, sum.data(), scratch.weights);
-    for (int b = 0; b < visible; ++b) blocks[b].score += scratch.weights[b];
+    c.f32_kernels.weigh_keys(scratch.scores, 1, visible, sum.data(), scratch.weights);
   }
+  for (int b = 0; b < visible; ++b) blocks[b] = {scratch.weights[b], b};
   return static_cast<double>(g.row_end(row) - g.row_begin(row));
 }
 

@@ -45,37 +45,36 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   const std::int64_t order_heads = !permuted ? 0 : shared_order ? shape.kv_heads : shape.q_heads;
   const std::int64_t far_heads = permuted ? order_heads : shape.kv_heads;
 
-  // Exponentials [permuted_len][strip] and each block's max [blocks][strip]. At 1M tokens they take 129 MiB
-  // a thread, so there the scoring gets fewer threads.
-  constexpr std::int64_t most_exps_floats = std::int64_t{1} << 26;
-  exps_floats = permuted ? (g.permuted_len() + g.permuted_len() / g.block) * strip : 0;
-  if (permuted) {
-    const std::int64_t useful = std::min<std::int64_t>(spec.threads, shape.q_heads * scoring_strips);
-    scoring_threads = static_cast<int>(std::clamp<std::int64_t>(most_exps_floats / exps_floats, 1, useful));
-  }
+  scored_blocks = permuted ? g.permuted_len() / g.block : 0;
+  strip_bytes = dim * strip * kernels.element_size;
+  exps_bytes = static_cast<std::int64_t>(g.block) * strip * kernels.element_size;
+  const std::int64_t scored_strips = shape.q_heads * scored_blocks * scoring_strips;
+  const std::int64_t copied_heads = kernels.gathers ? 0 : order_heads;
 
   // A thread's scratch: a row's packed queries and softmax state, then one block's scores; or, when
-  // keys are sorted, a segment's sort keys; or, when blocks are scored, a strip of rows' scores.
+  // keys are ordered, a segment's weights, ranks and tokens; or, when blocks are scored, a strip of rows' scores.
   const std::int64_t row_strips = g.block / strip;
-  const std::int64_t attend = row_strips * (dim * strip * (kernels.element_size + 4) + 2 * strip * 4) +
+  const std::int64_t attend = row_strips * (strip_bytes + dim * strip * 4 + 2 * strip * 4) +
                               2 * std::max<std::int64_t>(g.block, dim) * strip * 4;
   const std::int64_t pooled_rows = ceil_div(far_blocks, row_tile) * row_tile;
   const std::int64_t select = strip * dim * 8 + pooled_rows * strip * 4 + far_blocks * 16;
-  const std::int64_t sort = g.segment * 8;
+  const std::int64_t sort = g.segment * 12;
   scratch_bytes = ceil_div(std::max({attend, select, sort}), alignment) * alignment;
 
   Arena arena(base);
   arena.take(keys, shape.kv_heads * blocks * block_bytes);
   arena.take(values, shape.kv_heads * blocks * block_bytes);
   arena.take(values_finite, shape.kv_heads * blocks);
-  arena.take(far_keys, order_heads * far_blocks * block_bytes);
-  arena.take(far_values, order_heads * far_blocks * block_bytes);
+  arena.take(far_keys, copied_heads * far_blocks * block_bytes);
+  arena.take(far_values, copied_heads * far_blocks * block_bytes);
   arena.take(pooled_keys, scored ? far_heads * pooled_rows * dim : 0);
-  arena.take(weights, permuted ? shape.q_heads * scoring_strips * g.permuted_len() : 0);
+  arena.take(scoring_queries, permuted ? shape.q_heads * scoring_strips * strip_bytes : 0);
+  arena.take(exps, scored_strips * exps_bytes);
+  arena.take(score_sums, scored_strips * strip);
+  arena.take(score_factors, scored_strips * strip);
   arena.take(order, order_heads * g.permuted_len());
   arena.take(sink_block, order_heads);
   arena.take(mask, shape.q_heads * g.rows() * mask_words);
-  arena.take(exps, scoring_threads * exps_floats);
   arena.take(scratch, spec.threads * scratch_bytes);
   bytes = arena.used() + (base == nullptr ? alignment : 0);
 }

@@ -31,14 +31,17 @@ struct Pass {
   std::byte* keys = nullptr;              // [kv_heads][blocks][block][head_dim] packed, original order
   std::byte* values = nullptr;            // the same
   std::uint8_t* values_finite = nullptr;  // [kv_heads][blocks]
-  std::byte* far_keys = nullptr;          // [order_heads][far_blocks][block][head_dim] packed, permuted
+  std::byte* far_keys = nullptr;          // [order_heads][far_blocks][block][head_dim] packed, permuted; none
+                                          // where the path gathers
   std::byte* far_values = nullptr;        // the same
   float* pooled_keys = nullptr;           // [far_heads][far_blocks up to a row_tile][head_dim]
-  float* weights = nullptr;               // [q_heads][scoring strips][permuted_len]
+  std::byte* scoring_queries = nullptr;   // [q_heads][scoring_strips][strip_bytes] packed: they score the keys
+  std::byte* exps = nullptr;              // [q_heads][scored_blocks][scoring_strips][block][strip] of element_size
+  float* score_sums = nullptr;            // [q_heads][scored_blocks][scoring_strips][strip]
+  float* score_factors = nullptr;         // the same; maxima at first
   std::int32_t* order = nullptr;          // [order_heads][permuted_len]
   std::int64_t* sink_block = nullptr;     // [order_heads]: the block that holds token 0
   std::uint64_t* mask = nullptr;          // [q_heads][rows][mask_words], bit b: the row sees block b
-  float* exps = nullptr;                  // [scoring_threads][exps_floats]: a strip's scores of all keys
   std::byte* scratch = nullptr;           // [threads][scratch_bytes]
   std::size_t bytes = 0;                  // of all these, alignment slack included
 
@@ -47,8 +50,9 @@ struct Pass {
   bool shared_order = false;    // one order for each KV head
   std::int64_t far_blocks = 0;  // blocks before the last row's own segment
   std::int64_t scoring_strips = 0;
-  std::int64_t exps_floats = 0;
-  int scoring_threads = 1;
+  std::int64_t scored_blocks = 0;  // blocks of complete segments, whose keys are scored
+  std::int64_t strip_bytes = 0;    // of a packed strip of queries
+  std::int64_t exps_bytes = 0;     // of a strip's exponentials on one block
   std::int64_t mask_words = 0;
   std::int64_t block_bytes = 0;  // of a packed block of keys or of values
   std::int64_t scratch_bytes = 0;
@@ -56,11 +60,6 @@ struct Pass {
   // Index of a pass's query head in far_keys, pooled_keys and order.
   std::int64_t far_head(std::int64_t q_head, std::int64_t kv_head) const {
     return permuted && !shared_order ? q_head : kv_head;
-  }
-  const std::byte* far_block(const std::byte* far, const std::byte* original, std::int64_t head, std::int64_t block,
-                             std::int64_t blocks) const {
-    return permuted ? far + (head * far_blocks + block) * block_bytes
-                    : original + (head * blocks + block) * block_bytes;
   }
 };
 
