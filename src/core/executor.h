@@ -17,6 +17,16 @@ struct PlanSpec {
   std::size_t workspace_cap = Plan::no_cap;
 };
 
+// A trace that heads' orders and lists are appended to.
+inline Trace start_trace(const Geometry& geometry) {
+  return {.first_row = geometry.first_row(),
+          .rows = geometry.rows(),
+          .blocks = geometry.blocks(),
+          .order = {},
+          .row_start = {0},
+          .block = {}};
+}
+
 // One backend's stages behind one call. run() receives checked views and a workspace of at least
 // workspace_size() bytes at any alignment, and fills stats and trace when they are not null.
 class Executor {

@@ -3,24 +3,12 @@
 
 #include <algorithm>
 #include <bit>
-#include <chrono>
-#include <utility>
 
+#include "core/stopwatch.h"
 #include "cpu/stages.h"
 
 namespace pbsattn::cpu {
 namespace {
-
-class Stopwatch {
- public:
-  double lap() {
-    const auto now = std::chrono::steady_clock::now();
-    return std::chrono::duration<double>(now - std::exchange(last_, now)).count();
-  }
-
- private:
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
 
 class CpuExecutor final : public detail::Executor {
  public:
@@ -41,7 +29,7 @@ class CpuExecutor final : public detail::Executor {
     const bool bf16 = inputs.q.dtype == DType::bf16 && inputs.k.dtype == DType::bf16 && inputs.v.dtype == DType::bf16;
     const Kernels& kernels = bf16 ? *all_bf16_ : *automatic_;
     Stats total;
-    if (trace != nullptr) begin_trace(*trace);
+    if (trace != nullptr) *trace = detail::start_trace(g);
     const Pass pass(spec, kernels, pass_, workspace.data());
     for (std::int64_t batch = 0; batch < g.shape.batch; ++batch) {
       for (std::int64_t head = 0; head < g.shape.q_heads;) {
@@ -76,14 +64,6 @@ class CpuExecutor final : public detail::Executor {
     const std::int64_t kv_end = std::min(g.shape.kv_heads, kv_begin + pass_.kv_heads);
     const std::int64_t q_end = std::min(kv_end * g.group(), head + pass_.q_heads);
     return {batch, head, q_end - head, kv_begin, kv_end - kv_begin};
-  }
-
-  void begin_trace(Trace& trace) const {
-    const Geometry& g = spec.geometry;
-    trace.first_row = g.first_row();
-    trace.rows = g.rows();
-    trace.blocks = g.blocks();
-    trace.row_start.push_back(0);
   }
 
   static void extend_trace(const StageContext& c, Trace& trace) {

@@ -236,9 +236,9 @@ class CudaExecutor final : public detail::Executor {
     Call call{.inputs = inputs, .outputs = outputs, .base = aligned(workspace.data()), .stream = stream};
     std::optional<Timeline> timeline;
     if (stats != nullptr) call.timeline = &timeline.emplace(stream);
-    if (trace != nullptr) begin_trace(*trace);
-
     const Geometry& g = spec.geometry;
+    if (trace != nullptr) *trace = detail::start_trace(g);
+
     for (std::int64_t batch = 0; batch < g.shape.batch; batch += extent_.batch)
       for (std::int64_t kv_head = 0; kv_head < g.shape.kv_heads; kv_head += extent_.kv_heads)
         for (std::int64_t head = 0; head < g.group(); head += extent_.group) {
@@ -369,14 +369,6 @@ class CudaExecutor final : public detail::Executor {
           "reading back");
     check(cudaStreamSynchronize(call.stream), "waiting for the run");
     return values;
-  }
-
-  void begin_trace(Trace& trace) const {
-    const Geometry& g = spec.geometry;
-    trace.first_row = g.first_row();
-    trace.rows = g.rows();
-    trace.blocks = g.blocks();
-    trace.row_start.push_back(0);
   }
 
   // Passes come in the order of their heads, so a trace grows at its end.

@@ -3,7 +3,7 @@
 
 namespace pbsattn::cpu {
 
-std::unique_ptr<detail::Executor> make_executor(detail::PlanSpec /*spec*/) {
+std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& /*spec*/) {
   throw Error(ErrorCode::unsupported, "device cpu: this program leaves the CPU backend out");
 }
 

@@ -1,11 +1,9 @@
 // The stages in their order, head by head.
 #include "core/executor.h"
 
-#include <algorithm>
-#include <chrono>
-#include <limits>
 #include <utility>
 
+#include "core/stopwatch.h"
 #include "reference/numbers.h"
 #include "reference/stages.h"
 
@@ -42,32 +40,15 @@ std::vector<std::int32_t> permute(const Inputs& inputs, const Head& head, const 
                         : mean_group_scores(inputs, geometry, batch, geometry.kv_head(q_head), options.scale));
 }
 
-class Seconds {
- public:
-  // Seconds since the last call, or since the start.
-  double lap() {
-    const auto now = std::chrono::steady_clock::now();
-    return std::chrono::duration<double>(now - std::exchange(last_, now)).count();
-  }
-
- private:
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
-
 void decide_timed(const Inputs& inputs, const Options& options, const Geometry& geometry, Trace& trace, Stats& stats) {
-  trace = {.first_row = geometry.first_row(),
-           .rows = geometry.rows(),
-           .blocks = geometry.blocks(),
-           .order = {},
-           .row_start = {0},
-           .block = {}};
-  Seconds seconds;
+  trace = detail::start_trace(geometry);
+  Stopwatch watch;
   for (std::int64_t batch = 0; batch < geometry.shape.batch; ++batch) {
     for (std::int64_t h = 0; h < geometry.shape.q_heads; ++h) {
       const Head head = load_head(inputs, geometry, batch, h);
       const auto order = permute(inputs, head, options, geometry, batch, h);
       const Matrix pooled_keys = pool_keys(head, geometry, order);
-      stats.permute_seconds += seconds.lap();
+      stats.permute_seconds += watch.lap();
 
       for (std::int64_t row = 0; row < geometry.rows(); ++row) {
         const auto list =
@@ -76,7 +57,7 @@ void decide_timed(const Inputs& inputs, const Options& options, const Geometry& 
         trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
       }
       trace.order.insert(trace.order.end(), order.begin(), order.end());
-      stats.select_seconds += seconds.lap();
+      stats.select_seconds += watch.lap();
     }
   }
   stats.visited_blocks = static_cast<std::int64_t>(trace.block.size());
@@ -96,9 +77,9 @@ class ReferenceExecutor final : public detail::Executor {
     Stats own_stats;
     Trace own_trace;
     decide_timed(inputs, spec.options, spec.geometry, own_trace, own_stats);
-    Seconds seconds;
+    Stopwatch watch;
     attend(inputs, spec.options, spec.geometry, own_trace, outputs);
-    own_stats.attend_seconds = seconds.lap();
+    own_stats.attend_seconds = watch.lap();
     if (stats != nullptr) *stats = own_stats;
     if (trace != nullptr) *trace = std::move(own_trace);
   }
