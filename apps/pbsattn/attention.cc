@@ -11,6 +11,7 @@ namespace app {
 namespace {
 
 using pbsattn::BlockScore;
+using pbsattn::Fallback;
 using pbsattn::KeepRule;
 using pbsattn::OrderScope;
 using pbsattn::Permutation;
@@ -54,6 +55,10 @@ const char* name_of(Precision precision) {
     case Precision::bf16: return "bf16";
   }
   return "";
+}
+
+const char* name_of(Fallback fallback) {
+  return fallback == Fallback::never ? "never" : "when_faster";
 }
 
 Precision precision_named(const std::string& name) {
@@ -106,13 +111,15 @@ pbsattn_options to_c(const pbsattn::Options& options) {
           .keep = static_cast<int32_t>(options.keep),
           .rules = static_cast<int32_t>(options.rules),
           .precision = static_cast<int32_t>(options.precision),
+          .fallback = static_cast<int32_t>(options.fallback),
           .top_p = options.top_p,
           .threshold = options.threshold,
           .floor_top_p = options.floor_top_p,
           .block = options.block,
           .segment = options.segment,
           .dense_last_rows = options.dense_last_rows,
-          .scale = options.scale};
+          .scale = options.scale,
+          .expected_density = options.expected_density};
 }
 
 nlohmann::json to_json(const pbsattn::Options& options) {
@@ -122,12 +129,14 @@ nlohmann::json to_json(const pbsattn::Options& options) {
           {"keep", name_of(options.keep)},
           {"rules", name_of(options.rules)},
           {"precision", name_of(options.precision)},
+          {"fallback", name_of(options.fallback)},
           {"top_p", options.top_p},
           {"threshold", options.threshold},
           {"floor_top_p", options.floor_top_p},
           {"block", options.block},
           {"segment", options.segment},
-          {"dense_last_rows", options.dense_last_rows}};
+          {"dense_last_rows", options.dense_last_rows},
+          {"expected_density", options.expected_density}};
 }
 
 std::string describe(const pbsattn::Options& options) {
@@ -136,9 +145,10 @@ std::string describe(const pbsattn::Options& options) {
                            : options.floor_top_p == 0.0F
                                ? fmt::format("threshold {}", options.threshold)
                                : fmt::format("threshold {} or top_p {}", options.threshold, options.floor_top_p);
-  return fmt::format("permutation {}, score {}, keep rule {}, blocks of {}, segments of {}, dense last rows {}",
+  return fmt::format("permutation {}, score {}, keep rule {}, blocks of {}, segments of {}, dense last rows {}{}",
                      name_of(options.permutation), name_of(options.score), rule, options.block, options.segment,
-                     options.dense_last_rows);
+                     options.dense_last_rows,
+                     options.fallback == Fallback::when_faster ? "; full when that is faster" : "");
 }
 
 }  // namespace app

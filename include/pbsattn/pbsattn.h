@@ -50,6 +50,7 @@ typedef enum pbsattn_precision {
   PBSATTN_PRECISION_F32 = 1,
   PBSATTN_PRECISION_BF16 = 2
 } pbsattn_precision;
+typedef enum pbsattn_fallback { PBSATTN_FALLBACK_NEVER = 0, PBSATTN_FALLBACK_WHEN_FASTER = 1 } pbsattn_fallback;
 typedef enum pbsattn_device_kind {
   PBSATTN_DEVICE_CPU = 0,
   PBSATTN_DEVICE_REFERENCE = 1,
@@ -69,6 +70,7 @@ typedef struct pbsattn_options {
   int32_t keep;        /* pbsattn_keep_rule */
   int32_t rules;       /* pbsattn_rules */
   int32_t precision;   /* pbsattn_precision */
+  int32_t fallback;    /* pbsattn_fallback */
   float top_p;
   float threshold;
   float floor_top_p;
@@ -76,6 +78,7 @@ typedef struct pbsattn_options {
   int32_t segment;
   int32_t dense_last_rows;
   float scale;
+  float expected_density;
 } pbsattn_options;
 
 typedef struct pbsattn_device {
@@ -118,6 +121,9 @@ PBSATTN_API void pbsattn_plan_destroy(pbsattn_plan* plan); /* NULL is fine */
 
 PBSATTN_API size_t pbsattn_plan_workspace_size(const pbsattn_plan* plan); /* bytes; 0 for NULL */
 PBSATTN_API const char* pbsattn_plan_path(const pbsattn_plan* plan);      /* code path; "" for NULL */
+
+/* The plan's options, with scale and fallback resolved. */
+PBSATTN_API pbsattn_status pbsattn_plan_options(const pbsattn_plan* plan, pbsattn_options* options);
 
 /* Computes. lse ([batch][q_heads][q_len] floats) and stats may be NULL. */
 PBSATTN_API pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,

@@ -111,6 +111,13 @@ enum class Rules : std::uint8_t {
   paper,           // such a row keeps all of them; a tail block's pooled query is its mean
 };
 
+// Whether a plan may take full attention instead of the method.
+enum class Fallback : std::uint8_t {
+  never,
+  when_faster,  // where the device's cost model expects full attention to be faster at the plan's shape, as it is for
+                // short sequences. Plan::options() tells what was taken. The reference never falls back.
+};
+
 // What products of matrices are computed in. Accumulation and softmax are always float32.
 enum class Precision : std::uint8_t {
   automatic,  // bf16 when q, k and v are all bf16 (their products are then exact), else f32
@@ -127,6 +134,7 @@ struct Options {
   KeepRule keep = KeepRule::all;
   Rules rules = Rules::reference_code;
   Precision precision = Precision::automatic;
+  Fallback fallback = Fallback::never;
   float top_p = 0.9F;  // in (0, 1]; 1 keeps every block
   float threshold =
       2e-3F;              // in [0, 1], of KeepRule::threshold; 0 keeps every block. Falls with length: docs/methods.md
@@ -135,6 +143,9 @@ struct Options {
   int segment = 256;      // tokens of a segment: a multiple of `block`
   int dense_last_rows = 0;  // the call's last query blocks that attend to every key block
   float scale = 0.0F;       // factor on q . k; 0 stands for 1 / sqrt(head_dim)
+  // Share of causal blocks that Fallback::when_faster reckons with, in [0, 1]; 0 stands for what the paper measured at
+  // the sequence's length: 0.58 at 8K tokens, 0.22 from 128K on.
+  float expected_density = 0.0F;
 };
 
 struct MethodInfo {
@@ -241,7 +252,7 @@ class Plan {
   Plan& operator=(Plan&&) noexcept;
   ~Plan();
 
-  const Options& options() const noexcept;  // with scale resolved
+  const Options& options() const noexcept;  // with scale and fallback resolved
   const Shape& shape() const noexcept;
   std::size_t workspace_size() const noexcept;  // bytes, any alignment
   std::string_view path() const noexcept;       // the code path chosen, e.g. "avx512_bf16"

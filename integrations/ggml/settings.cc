@@ -152,6 +152,7 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
   reader.number("PBSATTN_FLOOR_TOP_P", "a number in [0, 1]", &config.options.floor_top_p);
   reader.number("PBSATTN_SEGMENT", "a whole number of tokens", &config.options.segment);
   reader.number("PBSATTN_DENSE_LAST_ROWS", "a whole number of query blocks", &config.options.dense_last_rows);
+  reader.number("PBSATTN_EXPECTED_DENSITY", "a number in [0, 1]", &config.options.expected_density);
   reader.number("PBSATTN_MIN_TOKENS", "a whole number of tokens", &config.min_tokens);
   if (reader.text("PBSATTN_WORKSPACE_CAP_MIB")) {
     std::uint32_t mib = 0;

@@ -68,13 +68,15 @@ pbsattn::Options to_cpp(const pbsattn_options& o) {
           .keep = to_enum<pbsattn::KeepRule>(o.keep),
           .rules = to_enum<pbsattn::Rules>(o.rules),
           .precision = to_enum<pbsattn::Precision>(o.precision),
+          .fallback = to_enum<pbsattn::Fallback>(o.fallback),
           .top_p = o.top_p,
           .threshold = o.threshold,
           .floor_top_p = o.floor_top_p,
           .block = o.block,
           .segment = o.segment,
           .dense_last_rows = o.dense_last_rows,
-          .scale = o.scale};
+          .scale = o.scale,
+          .expected_density = o.expected_density};
 }
 
 pbsattn_options to_c(const pbsattn::Options& o) {
@@ -84,13 +86,15 @@ pbsattn_options to_c(const pbsattn::Options& o) {
           static_cast<std::int32_t>(o.keep),
           static_cast<std::int32_t>(o.rules),
           static_cast<std::int32_t>(o.precision),
+          static_cast<std::int32_t>(o.fallback),
           o.top_p,
           o.threshold,
           o.floor_top_p,
           o.block,
           o.segment,
           o.dense_last_rows,
-          o.scale};
+          o.scale,
+          o.expected_density};
 }
 
 template <class Void>
@@ -149,6 +153,14 @@ size_t pbsattn_plan_workspace_size(const pbsattn_plan* plan) {
 
 const char* pbsattn_plan_path(const pbsattn_plan* plan) {
   return plan == nullptr ? "" : plan->plan.path().data();
+}
+
+pbsattn_status pbsattn_plan_options(const pbsattn_plan* plan, pbsattn_options* options) {
+  return guarded([&] {
+    require_pointer(plan, "plan");
+    require_pointer(options, "options");
+    *options = to_c(plan->plan.options());
+  });
 }
 
 pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,

@@ -14,9 +14,16 @@ namespace {
 constexpr Options pbs_options{
     .permutation = Permutation::last_queries, .score = BlockScore::mean_pool, .keep = KeepRule::top_p};
 
+constexpr Options with_fallback(Options options) {
+  options.fallback = Fallback::when_faster;
+  return options;
+}
+
 constexpr std::array table{
     MethodInfo{"full", "dense causal attention: the baseline every error is measured against", Options{}},
     MethodInfo{"pbs", "permuted block-sparse attention as published (arXiv 2510.21270)", pbs_options},
+    MethodInfo{"auto", "pbs, or full attention where the sequence is too short for pbs to be faster",
+               with_fallback(pbs_options)},
     MethodInfo{"pbs-unpermuted", "the same blocks chosen without moving keys: what the permutation buys",
                Options{.score = BlockScore::mean_pool, .keep = KeepRule::top_p}},
     MethodInfo{"pbs-threshold", "keys in pbs order, blocks by their mean share of each query's softmax, last row dense",

@@ -51,6 +51,7 @@ void validate(const Options& options) {
   require_enum(options.keep, KeepRule::threshold, "keep");
   require_enum(options.rules, Rules::paper, "rules");
   require_enum(options.precision, Precision::bf16, "precision");
+  require_enum(options.fallback, Fallback::when_faster, "fallback");
   require(options.top_p > 0.0F && options.top_p <= 1.0F,
           "top_p {}: outside (0, 1]; 1 keeps every block, 0.9 is the paper's setting", options.top_p);
   require(options.threshold >= 0.0F && options.threshold <= 1.0F,
@@ -63,6 +64,8 @@ void validate(const Options& options) {
   require(options.dense_last_rows >= 0, "dense_last_rows {}: negative; 0 turns it off", options.dense_last_rows);
   require(std::isfinite(options.scale) && options.scale >= 0.0F,
           "scale {}: not a finite, non-negative number; 0 stands for 1/sqrt(head_dim)", options.scale);
+  require(options.expected_density >= 0.0F && options.expected_density <= 1.0F,
+          "expected_density {}: outside [0, 1]; 0 stands for what the paper measured", options.expected_density);
   require(options.keep == KeepRule::all || options.score != BlockScore::none,
           "keep rule {} has no score to read; set score to mean_pool or per_query, or keep to all",
           options.keep == KeepRule::top_p ? "top_p" : "threshold");

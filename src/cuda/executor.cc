@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/executor.h"
+#include "core/fallback.h"
 #include "cuda/attend.h"
 #include "cuda/stages.h"
 
@@ -22,6 +23,7 @@ namespace {
 
 constexpr std::int64_t element_bytes = 2;
 constexpr std::size_t alignment = 256;  // of every array in the workspace
+constexpr CostModel cost_model{.call = 1500, .key_block = 5};
 constexpr std::int64_t max_grid = 65'535;
 
 [[noreturn]] void refuse(const std::string& message) {
@@ -449,7 +451,7 @@ void check_limits(const detail::PlanSpec& spec) {
 std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   check_limits(spec);
   check_device(spec.device_index);
-  return std::make_unique<CudaExecutor>(spec);
+  return std::make_unique<CudaExecutor>(with_fallback_resolved(spec, cost_model));
 }
 
 }  // namespace pbsattn::cuda

@@ -128,7 +128,9 @@ void attend(const Inputs& inputs, const Options& options, const Geometry& geomet
 }
 
 std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
-  return std::make_unique<ReferenceExecutor>(spec);
+  detail::PlanSpec resolved = spec;
+  resolved.options.fallback = Fallback::never;  // nobody runs it for speed
+  return std::make_unique<ReferenceExecutor>(resolved);
 }
 
 }  // namespace pbsattn::reference

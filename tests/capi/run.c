@@ -101,6 +101,25 @@ static void errors_have_codes_and_messages(void) {
   CHECK(strcmp(pbsattn_plan_path(NULL), "") == 0);
 }
 
+/* `auto` takes full attention for a sequence this short, and the plan says so. */
+static void a_plan_tells_its_options(void) {
+  pbsattn_options options;
+  const pbsattn_shape shape = {1, 1, 1, tokens, tokens, head_dim};
+  pbsattn_device cpu;
+  pbsattn_plan* plan = NULL;
+
+  memset(&cpu, 0, sizeof cpu);
+  CHECK(pbsattn_method("auto", &options) == PBSATTN_OK);
+  CHECK(options.keep == PBSATTN_KEEP_TOP_P && options.fallback == PBSATTN_FALLBACK_WHEN_FASTER);
+  CHECK(pbsattn_plan_create(&options, &shape, &cpu, SIZE_MAX, &plan) == PBSATTN_OK);
+  CHECK(pbsattn_plan_options(plan, &options) == PBSATTN_OK);
+  CHECK(options.keep == PBSATTN_KEEP_ALL && options.fallback == PBSATTN_FALLBACK_NEVER);
+  CHECK(fabs(options.scale - 1 / sqrt((double)head_dim)) < 1e-6);
+  CHECK(pbsattn_plan_options(NULL, &options) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(pbsattn_plan_options(plan, NULL) == PBSATTN_INVALID_ARGUMENT);
+  pbsattn_plan_destroy(plan);
+}
+
 static void methods_are_listed(void) {
   size_t count = 0;
   pbsattn_options options;
@@ -116,6 +135,7 @@ int main(void) {
   dense_is_the_running_mean(PBSATTN_DEVICE_CPU);
   dense_is_the_running_mean(PBSATTN_DEVICE_REFERENCE);
   errors_have_codes_and_messages();
+  a_plan_tells_its_options();
   methods_are_listed();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -53,6 +53,10 @@ TEST(Validate, Options) {
   expect_bad_options([](Options& o) { o.segment = 64; }, {"segment 64", "128"});
   expect_bad_options([](Options& o) { o.dense_last_rows = -1; }, {"dense_last_rows -1", "0"});
   expect_bad_options([](Options& o) { o.scale = -1; }, {"scale -1", "head_dim"});
+  expect_bad_options([](Options& o) { o.fallback = static_cast<Fallback>(2); }, {"fallback 2"});
+  expect_bad_options([](Options& o) { o.expected_density = 1.5F; }, {"expected_density 1.5", "[0, 1]"});
+  expect_bad_options([](Options& o) { o.expected_density = std::numeric_limits<float>::quiet_NaN(); },
+                     {"expected_density nan"});
   expect_bad_options([](Options& o) { o.scale = std::numeric_limits<float>::infinity(); }, {"scale inf"});
   expect_bad_options([](Options& o) { o.score = BlockScore::none; }, {"top_p", "mean_pool"});
   expect_bad_options(

@@ -18,8 +18,8 @@ constexpr std::int64_t largest_tensor = 1 << 17;  // elements
 
 pbsattn_options take_options(Bytes& bytes) {
   pbsattn_options options{};
-  const char* const names[] = {"pbs", "full", "pbs-unpermuted"};
-  pbsattn_method(names[bytes.take<std::uint8_t>() % 3], &options);
+  const char* const names[] = {"pbs", "full", "pbs-unpermuted", "auto"};
+  pbsattn_method(names[bytes.take<std::uint8_t>() % 4], &options);
   options.permutation = static_cast<std::int32_t>(bytes.take_near(0, 1));
   options.order_scope = static_cast<std::int32_t>(bytes.take_near(0, 1));
   options.score = static_cast<std::int32_t>(bytes.take_near(0, 1));
@@ -30,6 +30,8 @@ pbsattn_options take_options(Bytes& bytes) {
   options.block = static_cast<std::int32_t>(32 * bytes.take_near(1, 4));
   options.segment = static_cast<std::int32_t>(options.block * (bytes.take_near(1, 3) & 0xFF));
   options.dense_last_rows = static_cast<std::int32_t>(bytes.take_near(0, 3));
+  options.fallback = static_cast<std::int32_t>(bytes.take_near(0, 1));
+  options.expected_density = static_cast<float>(bytes.take_near(0, 8)) / 8;
   options.scale = static_cast<float>(bytes.take_near(0, 4)) / 4;
   return options;
 }

@@ -37,12 +37,20 @@ TEST(Settings, DefaultsArePbsWithBfloat16Products) {
   EXPECT_EQ(outcome.settings.stats_target, "");
 }
 
+TEST(Settings, AutoMayFallBackToFull) {
+  const Outcome outcome = read({{"PBSATTN_METHOD", "auto"}});
+  EXPECT_EQ(outcome.error, "");
+  EXPECT_EQ(outcome.settings.config.options.fallback, PBSATTN_FALLBACK_WHEN_FASTER);
+  EXPECT_EQ(outcome.settings.config.options.precision, PBSATTN_PRECISION_BF16);
+}
+
 TEST(Settings, EveryVariableIsHeard) {
   const Outcome outcome = read({{"PBSATTN_MODE", "ggml"},
                                 {"PBSATTN_METHOD", "pbs-unpermuted"},
                                 {"PBSATTN_TOP_P", "0.75"},
                                 {"PBSATTN_SEGMENT", "512"},
                                 {"PBSATTN_DENSE_LAST_ROWS", "2"},
+                                {"PBSATTN_EXPECTED_DENSITY", "0.25"},
                                 {"PBSATTN_MIN_TOKENS", "1024"},
                                 {"PBSATTN_PRECISION", "f32"},
                                 {"PBSATTN_CHECK", "1"},
@@ -56,6 +64,7 @@ TEST(Settings, EveryVariableIsHeard) {
   EXPECT_EQ(config.options.top_p, 0.75F);
   EXPECT_EQ(config.options.segment, 512);
   EXPECT_EQ(config.options.dense_last_rows, 2);
+  EXPECT_EQ(config.options.expected_density, 0.25F);
   EXPECT_EQ(config.min_tokens, 1024);
   EXPECT_EQ(config.options.precision, PBSATTN_PRECISION_F32);
   EXPECT_TRUE(config.check);
