@@ -1,0 +1,108 @@
+#include "cuda/validate.h"
+
+#include <fmt/format.h>
+
+#include <string>
+
+#include "cuda/runtime.h"
+#include "cuda/stages.h"
+#include "cuda/workspace.h"
+
+namespace pbsattn::cuda {
+namespace {
+
+constexpr std::int64_t max_grid = 65'535;
+
+[[noreturn]] void refuse(const std::string& message) {
+  throw Error(ErrorCode::unsupported, message);
+}
+
+void check_memory(const void* data, const char* name, int device) {
+  cudaPointerAttributes attributes{};
+  check(cudaPointerGetAttributes(&attributes, data), name);
+  const bool there = attributes.type == cudaMemoryTypeManaged ||
+                     (attributes.type == cudaMemoryTypeDevice && attributes.device == device);
+  if (!there)
+    throw Error(ErrorCode::invalid_argument,
+                fmt::format("{}: not in the memory of CUDA device {}; pass a tensor of that device", name, device));
+}
+
+template <class V>
+void check_view(const V& view, const char* name, const Shape& shape, std::int64_t heads, std::int64_t tokens,
+                DType dtype, int device) {
+  if (view.dtype == DType::f32)
+    refuse(fmt::format("{}: f32; the CUDA backend takes f16 and bf16; convert, or use Device::cpu()", name));
+  if (view.dtype != dtype)
+    refuse(fmt::format("{}: dtype {} but q has {} (1 is f16, 2 bf16); the CUDA backend takes four tensors alike", name,
+                       static_cast<int>(view.dtype), static_cast<int>(dtype)));
+  constexpr std::int64_t row_alignment = 16;
+  if (reinterpret_cast<std::uintptr_t>(view.data) % row_alignment != 0)
+    refuse(fmt::format("{}: data at {}, not at a {}-byte boundary; the CUDA backend loads rows {} bytes at a time",
+                       name, static_cast<const void*>(view.data), row_alignment, row_alignment));
+  const auto check_stride = [&](std::int64_t extent, std::int64_t stride, const char* axis) {
+    if (extent > 1 && stride % (row_alignment / element_bytes) != 0)
+      refuse(fmt::format("{}: {} stride {} is no multiple of {} elements, so rows would leave {}-byte boundaries", name,
+                         axis, stride, row_alignment / element_bytes, row_alignment));
+  };
+  check_stride(tokens, view.token_stride, "token");
+  check_stride(heads, view.head_stride, "head");
+  check_stride(shape.batch, view.batch_stride, "batch");
+  check_memory(view.data, name, device);
+}
+
+}  // namespace
+
+void check_device(int index) {
+  int count = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess)
+    refuse(
+        fmt::format("device cuda: no CUDA device can be used here ({}); use Device::cpu()", cudaGetErrorString(error)));
+  if (index < 0 || index >= count)
+    refuse(fmt::format("device cuda {}: this machine has {}; pass an index below that", index, count));
+  int major = 0;
+  int minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "compute capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "compute capability");
+  if (major != 9 || minor != 0)
+    refuse(
+        fmt::format("device cuda {}: compute capability {}.{}; the CUDA backend is built for 9.0 (H100, H200); use "
+                    "Device::cpu()",
+                    index, major, minor));
+}
+
+void check_limits(const detail::PlanSpec& spec) {
+  const Geometry& g = spec.geometry;
+  if (g.shape.head_dim != 64 && g.shape.head_dim != 128)
+    refuse(fmt::format("head_dim {}: the CUDA backend takes 64 or 128; pad, or use Device::cpu()", g.shape.head_dim));
+  if (spec.options.block != block_tokens)
+    refuse(fmt::format("block {}: the CUDA backend takes {}; use that, or Device::cpu()", spec.options.block,
+                       block_tokens));
+  if (spec.options.segment > max_segment)
+    refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
+                       max_segment));
+  if (spec.options.score == BlockScore::per_query)
+    refuse("block score per_query: the CUDA backend has mean_pool; use that, or Device::cpu()");
+  if (spec.options.keep == KeepRule::threshold)
+    refuse("keep rule threshold: the CUDA backend has all and top_p; use one of them, or Device::cpu()");
+  if (spec.options.precision == Precision::f32)
+    refuse("precision f32: the CUDA backend multiplies f16 and bf16 as they come; use automatic, or Device::cpu()");
+  if (g.blocks() > max_blocks)
+    refuse(fmt::format("kv_len {}: the CUDA backend takes up to {} tokens", g.shape.kv_len, max_blocks * block_tokens));
+  if (g.shape.batch * g.shape.q_heads > max_grid)
+    refuse(fmt::format("{} heads in {} batch entries: the CUDA backend takes up to {} in all; split the batch",
+                       g.shape.q_heads, g.shape.batch, max_grid));
+}
+
+void check_buffers(const detail::PlanSpec& spec, const Inputs& inputs, const Outputs& outputs,
+                   const std::byte* workspace) {
+  const Shape& s = spec.geometry.shape;
+  const DType dtype = inputs.q.dtype;
+  check_view(inputs.q, "q", s, s.q_heads, s.q_len, dtype, spec.device_index);
+  check_view(inputs.k, "k", s, s.kv_heads, s.kv_len, dtype, spec.device_index);
+  check_view(inputs.v, "v", s, s.kv_heads, s.kv_len, dtype, spec.device_index);
+  check_view(outputs.out, "out", s, s.q_heads, s.q_len, dtype, spec.device_index);
+  if (outputs.lse != nullptr) check_memory(outputs.lse, "lse", spec.device_index);
+  check_memory(workspace, "workspace", spec.device_index);
+}
+
+}  // namespace pbsattn::cuda

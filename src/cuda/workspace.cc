@@ -1,0 +1,78 @@
+#include "cuda/workspace.h"
+
+#include <fmt/format.h>
+
+#include "cuda/attend.h"
+#include "cuda/stages.h"
+
+namespace pbsattn::cuda {
+
+Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, std::byte* base) {
+  Geometry g = geometry_of(spec.geometry, extent);
+  const bool permutes = sparse && spec.options.permutation != Permutation::none;
+  const std::int64_t query_heads = g.shape.batch * g.shape.q_heads;
+  const std::int64_t order_heads = g.shape.batch * order_heads_of(spec, g);
+  const auto take = [&]<class T>(T*& pointer, std::int64_t count) {
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    if (base != nullptr) pointer = reinterpret_cast<T*>(base + bytes);
+    bytes += static_cast<std::size_t>(count) * sizeof(T);
+  };
+  take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g)));
+  if (!sparse) return;
+  take(visited_blocks, 1);
+  take(pooled_k, order_heads * permuted_blocks(g) * g.shape.head_dim * element_bytes);
+  take(pooled_q, query_heads * g.rows() * g.shape.head_dim * element_bytes);
+  take(sink_block, order_heads);
+  take(row_start, query_heads * g.rows());
+  take(row_count, query_heads * g.rows());
+  take(block, query_heads * g.causal_blocks_per_head());
+  if (!permutes) return;
+  take(permute_scratch, static_cast<std::int64_t>(permute_scratch_size(g)));
+  take(order, order_heads * g.permuted_len());
+  take(permuted_k, order_heads * g.permuted_len() * g.shape.head_dim * element_bytes);
+  take(permuted_v, order_heads * g.permuted_len() * g.shape.head_dim * element_bytes);
+}
+
+Geometry Layout::geometry_of(Geometry g, const Extent& extent) {
+  g.shape.batch = extent.batch;
+  g.shape.kv_heads = extent.kv_heads;
+  g.shape.q_heads = extent.kv_heads * extent.group;
+  return g;
+}
+
+std::int64_t Layout::order_heads_of(const detail::PlanSpec& spec, const Geometry& g) {
+  const bool each_query_head =
+      spec.options.permutation != Permutation::none && spec.options.order_scope == OrderScope::query_head;
+  return each_query_head ? g.shape.q_heads : g.shape.kv_heads;
+}
+
+std::size_t workspace_bytes(const detail::PlanSpec& spec, bool sparse, const Extent& extent) {
+  return Layout(spec, sparse, extent, nullptr).bytes + alignment;
+}
+
+bool is_sparse(const detail::PlanSpec& spec) {
+  const Geometry& g = spec.geometry;
+  const std::int64_t last_row = g.rows() - 1 - spec.options.dense_last_rows;
+  return spec.options.keep == KeepRule::top_p && spec.options.top_p < 1.0F && last_row >= 0 &&
+         g.own_begin(last_row) > 0;
+}
+
+// Everything, then whole KV heads of one batch entry, then query heads of one KV head, which share no order.
+Extent choose_extent(const detail::PlanSpec& spec, bool sparse) {
+  const Geometry& g = spec.geometry;
+  const auto bytes = [&](const Extent& e) { return workspace_bytes(spec, sparse, e); };
+  const auto fits = [&](const Extent& e) { return bytes(e) <= spec.workspace_cap; };
+  if (const Extent all{g.shape.batch, g.shape.kv_heads, g.group()}; fits(all)) return all;
+  // Parts of nearly equal size leave no small pass at the end.
+  for (std::int64_t parts = 1; parts <= g.shape.kv_heads; ++parts)
+    if (const Extent e{1, ceil_div(g.shape.kv_heads, parts), g.group()}; fits(e)) return e;
+  const bool splits =
+      spec.options.order_scope == OrderScope::query_head || spec.options.permutation == Permutation::none;
+  for (std::int64_t parts = 2; splits && parts <= g.group(); ++parts)
+    if (const Extent e{1, 1, ceil_div(g.group(), parts)}; fits(e)) return e;
+  throw Error(ErrorCode::out_of_memory,
+              fmt::format("workspace cap of {} bytes: one head of this shape needs {}; raise the cap",
+                          spec.workspace_cap, bytes({1, 1, splits ? 1 : g.group()})));
+}
+
+}  // namespace pbsattn::cuda

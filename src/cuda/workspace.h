@@ -1,0 +1,48 @@
+// The workspace of a CUDA plan: how many heads a pass takes under the cap, and where its arrays lie.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/executor.h"
+
+namespace pbsattn::cuda {
+
+inline constexpr std::int64_t element_bytes = 2;
+inline constexpr std::size_t alignment = 256;  // of every array in the workspace
+
+// Heads of one pass.
+struct Extent {
+  std::int64_t batch, kv_heads, group;  // `group`: query heads of each KV head
+};
+
+// A pass's arrays. Made without a base address, it counts bytes.
+struct Layout {
+  Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, std::byte* base);
+
+  static Geometry geometry_of(Geometry g, const Extent& extent);
+  static std::int64_t order_heads_of(const detail::PlanSpec& spec, const Geometry& g);
+
+  std::size_t bytes = 0;
+  std::byte* attend_scratch = nullptr;
+  unsigned long long* visited_blocks = nullptr;
+  std::byte *pooled_k = nullptr, *pooled_q = nullptr;
+  std::int32_t* sink_block = nullptr;
+  std::int64_t* row_start = nullptr;
+  std::int32_t* row_count = nullptr;
+  std::int32_t* block = nullptr;
+  std::byte* permute_scratch = nullptr;
+  std::int32_t* order = nullptr;
+  std::byte *permuted_k = nullptr, *permuted_v = nullptr;
+};
+
+// Whether some row has a block that may be pruned.
+bool is_sparse(const detail::PlanSpec& spec);
+
+// The largest pass that the cap allows. Throws out_of_memory if one head is too large.
+Extent choose_extent(const detail::PlanSpec& spec, bool sparse);
+
+// Of a whole plan, at whatever address its workspace starts.
+std::size_t workspace_bytes(const detail::PlanSpec& spec, bool sparse, const Extent& extent);
+
+}  // namespace pbsattn::cuda
