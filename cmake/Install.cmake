@@ -17,6 +17,9 @@ install(FILES ${PROJECT_BINARY_DIR}/pbsattn-config.cmake ${PROJECT_BINARY_DIR}/p
 if(NOT BUILD_SHARED_LIBS)
   set(pbsattn_pc_requires "libhwy >= 1.0.3")
   set(pbsattn_pc_libs "-pthread -lstdc++ -lm")
+  if(PBSATTN_CUDA)
+    string(PREPEND pbsattn_pc_libs "-L${CUDAToolkit_LIBRARY_DIR} -lcudart_static -lrt -ldl ")
+  endif()
 endif()
 file(RELATIVE_PATH pbsattn_pc_prefix
   ${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
