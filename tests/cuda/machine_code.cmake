@@ -1,5 +1,7 @@
 # Checks the kernels in PROGRAM with CUOBJDUMP: those that multiply use warpgroup products (HGMMA), none keeps
 # registers or arrays in local memory.
+get_filename_component(tools ${CUOBJDUMP} DIRECTORY)
+set(ENV{PATH} "${tools}:$ENV{PATH}")  # cuobjdump runs nvdisasm
 execute_process(COMMAND ${CUOBJDUMP} --dump-resource-usage ${PROGRAM} OUTPUT_VARIABLE usage RESULT_VARIABLE failed
                 COMMAND_ERROR_IS_FATAL ANY)
 string(REGEX MATCHALL "Function [^\n]+\n[^\n]+" kernels "${usage}")
