@@ -1,4 +1,4 @@
-// The attend stage behind one C function, for bench/gpu_attend.py. Tensors are [batch][heads][tokens][head_dim];
+// The attend stage behind one C function, for lists of any density. Tensors are [batch][heads][tokens][head_dim];
 // strides are {batch, head, token} in elements. Lists and permuted K and V may be null.
 #include "cuda/attend.h"
 

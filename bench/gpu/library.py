@@ -1,0 +1,127 @@
+"""The library under test: the C API of pbsattn.h, and its attend stage alone (attend_shim.cc), on torch tensors."""
+
+import ctypes
+import math
+
+import torch
+
+BLOCK = 128
+SEGMENT = 256
+NO_CAP = 2**64 - 1
+CUDA = 2
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+i32, i64, f32, f64, size_t, void_p = (ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_size_t,
+                                      ctypes.c_void_p)
+
+
+class Options(ctypes.Structure):
+    _fields_ = [("permutation", i32), ("order_scope", i32), ("score", i32), ("keep", i32), ("rules", i32),
+                ("precision", i32), ("fallback", i32), ("top_p", f32), ("block", i32), ("segment", i32),
+                ("dense_last_rows", i32), ("scale", f32), ("expected_density", f32)]
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [(name, i64) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim")]
+
+
+class Device(ctypes.Structure):
+    _fields_ = [("kind", i32), ("threads", i32), ("index", i32)]
+
+
+class View(ctypes.Structure):
+    _fields_ = [("data", void_p), ("dtype", i32), ("batch_stride", i64), ("head_stride", i64), ("token_stride", i64)]
+
+
+class Stats(ctypes.Structure):
+    _fields_ = [("visited_blocks", i64), ("causal_blocks", i64), ("permute_seconds", f64), ("select_seconds", f64),
+                ("attend_seconds", f64)]
+
+    @property
+    def density(self):
+        return self.visited_blocks / self.causal_blocks
+
+
+def pointer(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def view(tensor):
+    """[batch, head, token, head_dim] with any strides but the last."""
+    return View(tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride()[:3])
+
+
+class Library:
+    def __init__(self, path):
+        self.c = ctypes.CDLL(str(path))
+        self.c.pbsattn_last_error.restype = ctypes.c_char_p
+        self.c.pbsattn_plan_workspace_size.restype = size_t
+        self.c.pbsattn_plan_path.restype = ctypes.c_char_p
+        self.c.attend_bench_scratch.restype = size_t
+        self.c.pbsattn_plan_destroy.restype = None
+
+    def check(self, status):
+        if status != 0:
+            raise RuntimeError(self.c.pbsattn_last_error().decode())
+
+    def options(self, method, **changes):
+        options = Options()
+        self.check(self.c.pbsattn_method(method.encode(), ctypes.byref(options)))
+        for name, value in changes.items():
+            setattr(options, name, value)
+        return options
+
+    def plan(self, method, q, k, cap=NO_CAP, **changes):
+        return Plan(self, self.options(method, **changes), q, k, cap)
+
+    def attend(self, q, k, v, out, lse=None, segment=SEGMENT, permuted=None, lists=None):
+        """The attend stage: all causal blocks, or (row_start, row_count, blocks) over permuted K and V."""
+        batch, q_heads, q_len, head_dim = q.shape
+        kv_heads, kv_len = k.shape[1:3]
+        scratch = torch.empty(self.c.attend_bench_scratch(i64(batch), i64(q_heads), i64(q_len), i64(kv_len)),
+                              dtype=torch.uint8, device="cuda")
+        k_permuted, v_permuted = permuted or (None, None)
+        sizes = (i64 * 9)(batch, q_heads, kv_heads, q_len, kv_len, head_dim, segment,
+                          k_permuted.shape[1] if permuted else 0, q.dtype == torch.bfloat16)
+        strides = (i64 * 12)(*(s for t in (q, k, v, out) for s in t.stride()[:3]))
+        tensors = (q, k, v, out)
+        error = self.c.attend_bench(
+            sizes, f32(1 / math.sqrt(head_dim)), *(void_p(pointer(t)) for t in tensors), strides,
+            *(void_p(pointer(t)) for t in (lse, k_permuted, v_permuted, *(lists or (None, None, None)), scratch)),
+            void_p(torch.cuda.current_stream().cuda_stream))
+        if error:
+            raise RuntimeError(f"attend: CUDA error {error}")
+
+
+class Plan:
+    def __init__(self, library, options, q, k, cap):
+        self.library = library
+        batch, q_heads, q_len, head_dim = q.shape
+        shape = Shape(batch, q_heads, k.shape[1], q_len, k.shape[2], head_dim)
+        self.handle = void_p()
+        library.check(library.c.pbsattn_plan_create(ctypes.byref(options), ctypes.byref(shape),
+                                                    ctypes.byref(Device(CUDA, 1, 0)), size_t(cap),
+                                                    ctypes.byref(self.handle)))
+        self.workspace_size = library.c.pbsattn_plan_workspace_size(self.handle)
+        self.path = library.c.pbsattn_plan_path(self.handle).decode()
+        self.workspace = torch.empty(self.workspace_size, dtype=torch.uint8, device="cuda")
+
+    def __del__(self):
+        if getattr(self, "handle", None):
+            self.library.c.pbsattn_plan_destroy(self.handle)
+
+    def _run(self, q, k, v, out, lse, stats):
+        views = [view(t) for t in (q, k, v, out)]
+        self.library.check(self.library.c.pbsattn_plan_run_on_stream(
+            self.handle, *(ctypes.byref(x) for x in views), void_p(pointer(lse)), void_p(pointer(self.workspace)),
+            size_t(self.workspace_size), void_p(torch.cuda.current_stream().cuda_stream),
+            None if stats is None else ctypes.byref(stats)))
+
+    def __call__(self, q, k, v, out, lse=None):
+        self._run(q, k, v, out, lse, None)
+
+    def stats(self, q, k, v, out):
+        """Runs and waits; returns counts and seconds of each stage."""
+        stats = Stats()
+        self._run(q, k, v, out, None, stats)
+        return stats
