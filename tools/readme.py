@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Puts measured results into README.md, between its markers, so that no number there is typed by hand.
+"""Puts measured results into README.md or another page, between its markers, so that no number there is typed by hand.
 
     ./dev demo > demo.txt; ./dev bench cpu --json cpu.json; ./dev bench prefill --json prefill.json
     tools/readme.py --demo demo.txt --results cpu.json prefill.json
+    tools/readme.py --page docs/cuda.md --all --results docs/results/gpu.json
 """
 
 import argparse
@@ -15,10 +16,10 @@ from common import Failure, run_main
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
-def replace_between(text, marker, content):
+def replace_between(page, text, marker, content):
     pattern = re.compile(rf"<!-- {marker} -->.*?<!-- /{marker} -->", re.DOTALL)
     if not pattern.search(text):
-        raise Failure(f"{README.name}: no marker <!-- {marker} -->; put it and <!-- /{marker} --> where the text goes")
+        raise Failure(f"{page.name}: no marker <!-- {marker} -->; put it and <!-- /{marker} --> where the text goes")
     return pattern.sub(lambda _: f"<!-- {marker} -->\n{content}\n<!-- /{marker} -->", text)
 
 
@@ -38,18 +39,18 @@ def headline(rows):
     return [row for row in rows if row["params"].get("path") == best and row["params"]["n"] == longest]
 
 
-def table(records):
+def table(records, choose=headline):
     """One Markdown table a suite, with the command, machine, commit and date that it comes from."""
     parts = []
     for suite in dict.fromkeys(record["suite"] for record in records):
-        rows = headline([record for record in records if record["suite"] == suite])
+        rows = choose([record for record in records if record["suite"] == suite])
         first = rows[0]
         parts.append(f"`./dev bench {suite}` on {first['device']}, commit {first['commit']}, {first['date']}; medians of "
                      f"{max(row['runs'] for row in rows)} run(s), largest spread {max(r['spread'] for r in rows):.0%}:\n\n"
                      "| case | parameters | metric | value | against | its value | ratio |\n"
                      "| --- | --- | --- | --- | --- | --- | --- |")
         for row in rows:
-            ratio = f"{row['ratio']:.2f}x" if row["peer"] else ""
+            ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
             parts[-1] += (f"\n| {row['case']} | {words(row['params'])} | {row['metric']} | "
                           f"{number(row['value'])} {row['unit']} | {row['peer'] or ''} | {number(row['peer_value'])} | {ratio} |")
     return "\n\n".join(parts)
@@ -59,14 +60,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=pathlib.Path, help="what ./dev demo printed")
     parser.add_argument("--results", type=pathlib.Path, nargs="+", help="files that ./dev bench wrote with --json")
+    parser.add_argument("--page", type=pathlib.Path, default=README, help="the page to change, README.md if not given")
+    parser.add_argument("--all", action="store_true", help="every measurement, not only the largest length's")
     arguments = parser.parse_args()
-    text = README.read_text()
+    text = arguments.page.read_text()
     if arguments.demo:
-        text = replace_between(text, "demo", "```text\n" + arguments.demo.read_text().strip() + "\n```")
+        text = replace_between(arguments.page, text, "demo", "```text\n" + arguments.demo.read_text().strip() + "\n```")
     if arguments.results:
         records = [record for path in arguments.results for record in json.loads(path.read_text())]
-        text = replace_between(text, "results", table(records))
-    README.write_text(text)
+        content = table(records, choose=list) if arguments.all else table(records)
+        text = replace_between(arguments.page, text, "results", content)
+    arguments.page.write_text(text)
     return 0
 
 
