@@ -79,50 +79,59 @@ TileOrder natural_order(const AttendArgs& args) {
 }
 
 // Puts tiles of more than four times the mean work first, so that none of them is left for the end, and otherwise keeps
-// the natural order. One thread block.
+// the natural order. One thread block; each warp takes a stretch of places, 32 at a time.
 __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::int32_t* row_count, Scratch* scratch) {
   __shared__ unsigned long long work;
   __shared__ int warp_heavy[32];
   const int tiles = order.tiles();
-  const int each = (tiles + 1023) / 1024;
-  const int begin = min(tiles, static_cast<int>(threadIdx.x) * each);
-  const int end = min(tiles, begin + each);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
+  const int each = (tiles + 1023) / 1024 * 32;
+  const int begin = min(tiles, warp * each);
+  const int end = min(tiles, begin + each);
 
-  if (threadIdx.x == 0) work = 0;
+  if (threadIdx.x == 0) {
+    work = 0;
+    scratch->next_place = 0;
+  }
   __syncthreads();
   unsigned long long mine = 0;
-  for (int i = begin; i < end; ++i) mine += row_count[i];
+#pragma unroll 8
+  for (int tile = threadIdx.x; tile < tiles; tile += 1024) mine += row_count[tile];
   atomicAdd(&work, mine);
   __syncthreads();
   const auto heavy = [&](int tile) {
     return row_count[tile] * static_cast<std::int64_t>(tiles) > 4 * static_cast<std::int64_t>(work);
   };
 
-  int before = 0;  // heavy tiles of the threads up to this one
-  for (int place = begin; place < end; ++place) before += heavy(order.tile(place));
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(0xFFFFFFFF, before, step);
-    if (lane >= step) before += other;
-  }
-  if (lane == 31) warp_heavy[warp] = before;
+  int count = 0;
+#pragma unroll 4
+  for (int place = begin + lane; place < end; place += 32) count += heavy(order.tile(place));
+  count = __reduce_add_sync(0xFFFFFFFF, count);
+  if (lane == 0) warp_heavy[warp] = count;
   __syncthreads();
+  int next_heavy = 0;
   int total = 0;
-  int warps_before = 0;
   for (int w = 0; w < 32; ++w) {
-    if (w < warp) warps_before += warp_heavy[w];
+    if (w < warp) next_heavy += warp_heavy[w];
     total += warp_heavy[w];
   }
-  int own = 0;
-  for (int place = begin; place < end; ++place) own += heavy(order.tile(place));
-  int next_heavy = warps_before + before - own;
   int next_light = total + begin - next_heavy;
-  for (int place = begin; place < end; ++place) {
-    const int tile = order.tile(place);
-    scratch->tile_order[heavy(tile) ? next_heavy++ : next_light++] = tile;
+  const unsigned lanes_below = (1U << lane) - 1;
+#pragma unroll 4
+  for (int first = begin; first < end; first += 32) {
+    const bool present = first + lane < end;
+    const int tile = present ? order.tile(first + lane) : 0;
+    const bool is_heavy = present && heavy(tile);
+    const unsigned heavies = __ballot_sync(0xFFFFFFFF, is_heavy);
+    const unsigned lights = __ballot_sync(0xFFFFFFFF, present && !is_heavy);
+    if (is_heavy)
+      scratch->tile_order[next_heavy + __popc(heavies & lanes_below)] = tile;
+    else if (present)
+      scratch->tile_order[next_light + __popc(lights & lanes_below)] = tile;
+    next_heavy += __popc(heavies);
+    next_light += __popc(lights);
   }
-  if (threadIdx.x == 0) scratch->next_place = 0;
 }
 
 template <class Element, int head_dim>
