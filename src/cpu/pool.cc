@@ -8,6 +8,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__unix__)
+#include <pthread.h>
+#endif
+
 namespace pbsattn::cpu {
 namespace {
 
@@ -23,9 +27,15 @@ struct Loop {
 
 class Pool {
  public:
-  // Never destroyed: threads may still be needed by other static objects' destructors.
+  // Never destroyed: threads may still be needed by other static objects' destructors. A child of fork has none of its
+  // parent's threads, and locks in whatever state they were, so it starts afresh and leaves the old pool alone.
   static Pool& instance() {
-    static Pool* const pool = new Pool;
+    static std::atomic<Pool*> pool = [] {
+#if defined(__unix__)
+      pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+      return new Pool;
+    }();
     return *pool;
   }
 

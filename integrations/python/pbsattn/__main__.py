@@ -1,0 +1,41 @@
+"""python -m pbsattn: what this installation computes on, and the methods it knows."""
+
+import torch
+
+from . import METHODS, __version__, _core, plan
+
+
+def _devices():
+    """Name, hardware, and what it takes, of every device."""
+    cpu = _core.describe_cpu()
+    yield "cpu", f"{cpu.processor}, {cpu.threads} thread(s)", f"f32 by {cpu.f32_path}, bf16 by {cpu.bf16_path}"
+    if not _core.has_cuda:
+        yield "cuda", "-", "this build has no CUDA backend; install pbsattn where nvcc is"
+        return
+    if not torch.cuda.is_available():
+        yield "cuda", "-", "PyTorch sees no CUDA device"
+    for index in range(torch.cuda.device_count()):
+        try:
+            takes = f"f16 and bf16 by {plan(q_heads=1, kv_heads=1, q_len=1, kv_len=1, head_dim=64, device=f'cuda:{index}').path}"
+        except NotImplementedError as refusal:
+            takes = str(refusal)
+        yield f"cuda:{index}", torch.cuda.get_device_name(index), takes
+
+
+def _print_table(title, rows):
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    print(title)
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[-1])
+
+
+def main():
+    print(f"pbsattn {__version__}, PyTorch {torch.__version__}\n")
+    _print_table("devices", _devices())
+    print()
+    _print_table("methods", METHODS.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The pbsattn library: options, plans and tables. Tensors are addresses and strides."""
+
+has_cuda: bool
+
+# (address, dtype, batch stride, head stride, token stride)
+_View = tuple[int, int, int, int, int]
+
+def version() -> str: ...
+def methods() -> list[tuple[str, str]]: ...
+def options(method: str, **overrides: float | int | str | None) -> Options: ...
+def describe_cpu() -> DeviceInfo: ...
+
+class DeviceInfo:
+    name: str
+    processor: str
+    threads: int
+    paths: list[str]
+    f32_path: str
+    bf16_path: str
+
+class Options:
+    def as_dict(self) -> dict[str, float | int | str]: ...
+
+class Stats:
+    """What one run did: (query block, key block) pairs over heads and batch, and seconds by stage."""
+
+    visited_blocks: int
+    causal_blocks: int
+    permute_seconds: float
+    select_seconds: float
+    attend_seconds: float
+    @property
+    def density(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+
+class Plan:
+    def __init__(self, options: Options, device: str, index: int, threads: int,
+                 shape: tuple[int, int, int, int, int, int], workspace_cap: int | None = None) -> None: ...
+    @property
+    def workspace_size(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def options(self) -> Options: ...
+    def run(self, q: _View, k: _View, v: _View, out: _View, lse: int, workspace: int, workspace_size: int, stream: int,
+            stats: bool) -> Stats | None: ...

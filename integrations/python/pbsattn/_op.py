@@ -1,0 +1,115 @@
+"""The op pbsattn::attention: registered with PyTorch, so that compilers and graphs see one node."""
+
+import ast
+
+import torch
+
+from . import _core
+from ._plan import check_tensor, plan_of, run
+
+_library = torch.library.Library("pbsattn", "DEF")
+# `settings` are the options that replace the method's own, written as "name=value,name=value": a schema can't be added to
+# as easily as the library's options.
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str layout='bhsd', "
+    "bool return_lse=False) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.needs_fixed_stride_order,))
+
+
+def _write_settings(options):
+    return ",".join([f"{name}={value!r}" for name, value in options.items() if value is not None])
+
+
+def _read_settings(settings):
+    options = {}
+    for item in settings.split(",") if settings else ():
+        name, _, value = item.partition("=")
+        try:
+            options[name] = float(value) if value in ("nan", "inf", "-inf") else ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            raise TypeError(f"{name} {value}: pass a plain float, int or str") from None
+    return options
+
+
+def _compute(q, k, v, method, settings, layout, return_lse, stats):
+    """Output, log-sum-exp or None, and Stats or None."""
+    index = q.get_device()
+    key = (method, settings, layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, index, k.get_device(),
+           v.get_device(), torch.get_num_threads() if index < 0 else 0)
+    plan = plan_of(key, lambda: _core.options(method, **_read_settings(settings)), q, k, v, layout)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = _empty_lse(q, layout) if return_lse else None
+    workspace = q.new_empty(-(-plan.workspace_size // q.element_size()))  # bytes, in elements of q
+    ran = run(plan, q, k, v, out, lse, workspace, layout, stats)
+    return out, lse, ran
+
+
+def _empty_lse(q, layout):
+    heads, tokens = (1, 2) if layout == "bhsd" else (2, 1)
+    return q.new_empty((q.shape[0], q.shape[heads], q.shape[tokens]), dtype=torch.float32)
+
+
+def _attention(q, k, v, *, method="pbs", settings="", layout="bhsd", return_lse=False):
+    out, lse, _ = _compute(q, k, v, method, settings, layout, return_lse, False)
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+def _attention_fake(q, k, v, *, layout="bhsd", return_lse=False, **_):
+    lse = _empty_lse(q, layout) if return_lse else q.new_empty(0, dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+torch.library.register_fake("pbsattn::attention", _attention_fake, lib=_library)
+
+
+def _nobody_watches(q, k, v):
+    """Whether a call is plain eager code, which need not pay 10 microseconds for the way through PyTorch's dispatcher."""
+    return (type(q) is type(k) is type(v) is torch.Tensor and _modes() == 0 and _transforms() is None)
+
+
+# Dispatch modes (fake tensors, tracers) and functorch's transforms; where PyTorch doesn't tell, every call is dispatched.
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", top_p: float | None = None,
+              threshold: float | None = None, dense_last_rows: int | None = None, scale: float | None = None,
+              layout: str = "bhsd", return_lse: bool = False, return_stats: bool = False,
+              **options: float | int | str | None):
+    """Causal attention of the last Sq of Skv tokens, dense or block-sparse.
+
+    q: [B, Hq, Sq, D]; k, v: [B, Hkv, Skv, D] with Hkv dividing Hq (they are never repeated) and Sq <= Skv. With
+    layout="bshd": [B, S, H, D]. The last dimension is contiguous, the others may have any strides. float32, float16
+    or bfloat16 on the CPU; float16 or bfloat16 with D 64 or 128 on a Hopper GPU.
+
+    method: a name of pbsattn.METHODS; "full" is dense. The rest, where not None, replaces the method's own setting:
+      top_p            methods that keep by share: keep the blocks whose scores sum to this; 1 keeps all
+      threshold        methods that keep by threshold: keep the blocks whose score is at least this; 0 keeps all
+      dense_last_rows  this many of the last query blocks attend to everything
+      scale            factor on q . k; by default 1 / sqrt(D)
+      options          any other field of pbsattn::Options, enumerators as strings: segment=512, order_scope="kv_head"
+
+    Returns out, like q and contiguous; with return_lse also the natural log-sum-exp of each query's scaled scores,
+    float32 [B, Hq, Sq]; with return_stats also Stats (density, seconds), for which it waits for the work.
+
+    Forward only. Works under torch.compile and, without return_stats, in CUDA graphs.
+    Raises TypeError, ValueError, NotImplementedError (this device doesn't take it) or MemoryError.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            check_tensor(name, tensor)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise NotImplementedError("pbsattn.attention computes no gradient, and an input requires one; "
+                                  "call it under torch.no_grad(), or detach the inputs")
+    settings = _write_settings(dict(top_p=top_p, threshold=threshold, dense_last_rows=dense_last_rows, scale=scale,
+                                    **options))
+    if return_stats:
+        out, lse, stats = _compute(q, k, v, method, settings, layout, return_lse, True)
+        return (out, lse, stats) if return_lse else (out, stats)
+    if not torch.compiler.is_compiling() and _nobody_watches(q, k, v):
+        out, lse, _ = _compute(q, k, v, method, settings, layout, return_lse, False)
+        return (out, lse) if return_lse else out
+    out, lse = torch.ops.pbsattn.attention.default(q, k, v, method=method, settings=settings, layout=layout,
+                                                   return_lse=return_lse)
+    return (out, lse) if return_lse else out

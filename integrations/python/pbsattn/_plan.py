@@ -1,0 +1,186 @@
+"""Plans from tensors: which plan a call needs, and how the library reads a tensor."""
+
+import atexit
+import os
+
+import torch
+
+from . import _core
+
+METHODS = dict(_core.methods())
+"""Name and summary of every method."""
+
+LAYOUTS = ("bhsd", "bshd")
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # pbsattn::DType
+_MOST_PLANS = 512  # kept; a chunked prefill makes one for each chunk
+
+
+def _view(tensor, stride, layout):
+    """A tensor as the library reads it: address, dtype, and the strides of batch, head and token."""
+    if layout == "bhsd":
+        return (tensor.data_ptr(), _DTYPES[tensor.dtype], stride[0], stride[1], stride[2])
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], stride[0], stride[2], stride[1])
+
+
+def _sizes(shape, layout):
+    """Batch, heads, tokens, head_dim."""
+    return (shape[0], shape[1], shape[2], shape[3]) if layout == "bhsd" else (shape[0], shape[2], shape[1], shape[3])
+
+
+def check_layout(layout):
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout "{layout}": no such layout; there are "bhsd" (batch, head, token, head_dim) and "bshd"')
+
+
+def check_tensor(name, tensor):
+    """Raises what is wrong with one tensor by itself."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: a {type(tensor).__name__}; pass a torch.Tensor")
+    if tensor.dim() != 4:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)} has {tensor.dim()} dimensions; pass 4: batch, head, token "
+                         'and head_dim (layout="bhsd"), or batch, token, head and head_dim (layout="bshd")')
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name}: dtype {tensor.dtype}; pbsattn takes float32, float16 and bfloat16; convert it")
+
+
+def check_stride(name, tensor, stride):
+    if stride[3] != 1:
+        raise ValueError(f"{name}: its last dimension has stride {stride[3]}, not 1; call {name}.contiguous()")
+
+
+def check_inputs(q, k, v, layout):
+    """Raises what is wrong with the tensors of a call; the rest is the plan's to check."""
+    check_layout(layout)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
+        if tensor.device != q.device:
+            raise ValueError(f"{name} on {tensor.device} but q on {q.device}; move them to one device")
+    if k.shape != v.shape:
+        raise ValueError(f"v: shape {tuple(v.shape)} is not k's {tuple(k.shape)}; keys and values come in pairs")
+    batch, _, _, head_dim = _sizes(q.shape, layout)
+    k_batch, _, _, k_head_dim = _sizes(k.shape, layout)
+    if k_batch != batch or k_head_dim != head_dim:
+        raise ValueError(f"k: shape {tuple(k.shape)} does not go with q's {tuple(q.shape)} (layout {layout}); "
+                         "batch and head_dim must be equal")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.numel() == 0:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty; pass at least one token")
+
+
+def _make(options, device, batch, q_heads, kv_heads, q_len, kv_len, head_dim, threads, workspace_cap=None):
+    if device.type == "cuda" and not _core.has_cuda:
+        raise NotImplementedError("device cuda: this build of pbsattn has no CUDA backend; install it where nvcc is")
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"device {device}: pbsattn computes on cpu and cuda; move the tensors")
+    index = 0
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+    return _core.Plan(options, device.type, index, threads, (batch, q_heads, kv_heads, q_len, kv_len, head_dim),
+                      workspace_cap)
+
+
+_plans = {}
+os.register_at_fork(after_in_child=_plans.clear)
+atexit.register(_plans.clear)
+
+
+def plan_of(key, options, q, k, v, layout):
+    """The plan of a call. `key` decides everything a plan depends on; a new one is checked first."""
+    found = _plans.get(key)
+    if found is None:
+        check_inputs(q, k, v, layout)
+        batch, q_heads, q_len, head_dim = _sizes(q.shape, layout)
+        _, kv_heads, kv_len, _ = _sizes(k.shape, layout)
+        found = _make(options(), q.device, batch, q_heads, kv_heads, q_len, kv_len, head_dim, torch.get_num_threads())
+        while len(_plans) >= _MOST_PLANS:
+            _plans.pop(next(iter(_plans)), None)
+        _plans[key] = found
+    return found
+
+
+def current_stream(index):
+    """The current CUDA stream of a device, as an address."""
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# PyTorch's own compiler calls this to launch its kernels: a tenth of the cost of building a Stream object.
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", current_stream)
+
+
+def run(plan, q, k, v, out, lse, workspace, layout, stats=False):
+    """Runs a plan on tensors that go with it."""
+    q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
+    if q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1:
+        for name, tensor, stride in (("q", q, q_stride), ("k", k, k_stride), ("v", v, v_stride)):
+            check_stride(name, tensor, stride)
+    index = q.get_device()
+    return plan.run(_view(q, q_stride, layout), _view(k, k_stride, layout), _view(v, v_stride, layout),
+                    _view(out, out.stride(), layout), 0 if lse is None else lse.data_ptr(), workspace.data_ptr(),
+                    workspace.nbytes, current_stream(index) if index >= 0 else 0, stats)
+
+
+class Plan:
+    """A checked configuration, for callers who keep the workspace themselves. Made by `plan`."""
+
+    def __init__(self, core, device, shape):
+        self._core = core
+        self.device = device
+        self._shape = shape
+
+    @property
+    def workspace_size(self) -> int:
+        """Bytes of workspace that a run needs."""
+        return self._core.workspace_size
+
+    @property
+    def path(self) -> str:
+        """The code path chosen, for example "avx2_f32" or "sm90"."""
+        return self._core.path
+
+    @property
+    def options(self) -> dict:
+        """Every option with its value, the scale resolved."""
+        return self._core.options.as_dict()
+
+    def run(self, q, k, v, out, workspace, *, lse=None, layout="bhsd", stats=False):
+        """Computes attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Skv, D] into out (as q), without allocating.
+
+        workspace: a uint8 tensor of at least workspace_size bytes on the plan's device. lse: a contiguous float32
+        tensor [B, Hq, Sq], or None. layout="bshd" reads all four tensors as [B, S, H, D]. On CUDA the work joins the
+        current stream. With stats=True it waits for its work and returns Stats.
+        """
+        check_inputs(q, k, v, layout)
+        check_tensor("out", out)
+        check_stride("out", out, out.stride())
+        shape = (*_sizes(q.shape, layout), *_sizes(k.shape, layout)[1:3])
+        if shape != self._shape:
+            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: not the plan's shape (B, Hq, Sq, D, Hkv, Skv) = "
+                             f"{self._shape}; make a plan for each shape")
+        if out.shape != q.shape or out.dtype != q.dtype:
+            raise ValueError(f"out: {out.dtype} {tuple(out.shape)}; pass a tensor like q: {q.dtype} {tuple(q.shape)}")
+        rows = (shape[0], shape[1], shape[2])
+        if lse is not None and not (lse.dtype == torch.float32 and lse.shape == rows and lse.is_contiguous()):
+            raise ValueError(f"lse: {lse.dtype} {tuple(lse.shape)}; pass a contiguous float32 tensor of shape {rows}")
+        if workspace.dtype != torch.uint8 or not workspace.is_contiguous():
+            raise ValueError(f"workspace: {workspace.dtype}, not contiguous uint8; "
+                             f"torch.empty({self.workspace_size}, dtype=torch.uint8, device=...) will do")
+        for name, tensor in (("q", q), ("out", out), ("workspace", workspace), ("lse", lse)):
+            if tensor is not None and tensor.device != self.device:
+                raise ValueError(f"{name} on {tensor.device}: the plan is for {self.device}; move it")
+        return run(self._core, q, k, v, out, lse, workspace, layout, stats)
+
+
+def plan(*, batch=1, q_heads, kv_heads, q_len, kv_len, head_dim, device="cpu", method="pbs", workspace_cap=None,
+         threads=0, **options) -> Plan:
+    """A plan for one shape, for callers who keep the workspace themselves.
+
+    The queries are the last q_len of kv_len tokens; kv_heads divides q_heads. workspace_cap bounds the workspace in
+    bytes: the plan then works head by head. threads (CPU): 0 takes one for each processor. options: those of
+    `attention`. Raises ValueError, NotImplementedError (this device doesn't take it) or MemoryError (the cap).
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    core = _make(_core.options(method, **options), device, batch, q_heads, kv_heads, q_len, kv_len, head_dim, threads,
+                 workspace_cap)
+    return Plan(core, device, (batch, q_heads, q_len, head_dim, kv_heads, kv_len))

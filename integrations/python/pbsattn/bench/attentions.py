@@ -1,0 +1,100 @@
+"""The attentions that a benchmark compares, by name."""
+
+import contextlib
+import dataclasses
+import time
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
+
+import pbsattn.transformers
+
+SDPA = {
+    "sdpa": None,  # whichever backend PyTorch takes
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclasses.dataclass
+class Attention:
+    """One way to compute a model's attention: a backend of SDPA, or a method of pbsattn with settings."""
+
+    name: str
+    method: str | None = None
+    settings: dict = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text):
+        """From "cudnn", "pbs" or "pbs:top_p=0.8:dense_last_rows=1"."""
+        head, *settings = text.split(":")
+        if head in SDPA:
+            if settings:
+                raise ValueError(f'attention "{text}": PyTorch\'s backends have no settings')
+            return cls(text)
+        if head not in pbsattn.METHODS:
+            raise ValueError(f'attention "{text}": no such attention; there are {", ".join([*SDPA, *pbsattn.METHODS])}')
+        return cls(text, head, dict(_setting(each) for each in settings))
+
+    @contextlib.contextmanager
+    def on(self, model, stats=False):
+        """Gives the attention to a model for the length of a `with` block."""
+        if self.method is not None:
+            with pbsattn.transformers.enable(model, method=self.method, stats=stats, **self.settings):
+                yield
+            return
+        model.set_attn_implementation("sdpa")
+        backend = SDPA[self.name]
+        with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
+            yield
+
+    @property
+    def implementation(self):
+        """Its name among transformers' attentions."""
+        return "sdpa" if self.method is None else pbsattn.transformers.NAME
+
+
+def _setting(text):
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f'setting "{text}": write NAME=VALUE')
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return name, kind(value)
+    return name, value
+
+
+@contextlib.contextmanager
+def timed(attention, device):
+    """Measures the seconds inside a model's attention calls; yields a function that gives them after the block."""
+    marks = []
+
+    def mark():
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    inner = AttentionInterface._global_mapping[attention.implementation]
+
+    def outer(*args, **kwargs):
+        start = mark()
+        out = inner(*args, **kwargs)
+        marks.append((start, mark()))
+        return out
+
+    def seconds():
+        if device.type != "cuda":
+            return sum(end - start for start, end in marks)
+        torch.cuda.synchronize(device)
+        return sum(start.elapsed_time(end) for start, end in marks) * 1e-3
+
+    AttentionInterface.register(attention.implementation, outer)
+    try:
+        yield seconds
+    finally:
+        AttentionInterface.register(attention.implementation, inner)

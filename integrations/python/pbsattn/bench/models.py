@@ -1,0 +1,73 @@
+"""The models and texts that a benchmark runs on."""
+
+import pathlib
+import sysconfig
+
+import torch
+import transformers
+
+# Stacks of the named shape with random weights: right for time and memory, meaningless as language.
+SHAPES = {
+    "llama-3.1-8b": lambda: transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rms_norm_eps=1e-5,
+        rope_parameters=dict(rope_type="default", rope_theta=500000.0), tie_word_embeddings=False),
+}
+
+
+def load(path, device, dtype):
+    """Model and tokenizer from a folder, or from a GGUF file, which is dequantised."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise ValueError(f"model {path}: no such file or folder; name a GGUF file or a folder that save_pretrained wrote")
+    where, extra = (path.parent, dict(gguf_file=path.name)) if path.is_file() else (path, {})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, **extra)
+    model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra)
+    return model.to(device).eval(), tokenizer
+
+
+def make(shape, device, dtype):
+    """A model of a named shape with random weights."""
+    if shape not in SHAPES:
+        raise ValueError(f'shape "{shape}": no such shape; there are {", ".join(SHAPES)}')
+    torch.manual_seed(0)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(SHAPES[shape]())
+    finally:
+        torch.set_default_dtype(previous)
+    return model.eval()
+
+
+def native_length(model):
+    return model.config.max_position_embeddings
+
+
+def set_yarn(model, factor):
+    """Stretches rotary positions by YaRN for texts longer than the model was trained on; 1 is as trained."""
+    config = model.config
+    trained = vars(model).setdefault("_trained_rope", dict(config.rope_parameters))
+    wanted = trained if factor == 1 else dict(
+        rope_theta=trained["rope_theta"], rope_type="yarn", factor=float(factor),
+        original_max_position_embeddings=config.max_position_embeddings)
+    if config.rope_parameters != wanted:
+        config.rope_parameters = wanted
+        rotary = model.model.rotary_emb
+        model.model.rotary_emb = type(rotary)(config=config).to(rotary.inv_freq.device)
+
+
+def python_source():
+    """A long text that is wherever Python is: its standard library's source."""
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(library.glob("*.py"), key=lambda file: (-file.stat().st_size, file.name))
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+
+
+def tokens(tokenizer, text, count, device):
+    """The first `count` tokens of a text, [1, count]."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :count]
+    if ids.shape[1] < count:
+        raise ValueError(f"text: {ids.shape[1]} tokens, {count} needed; pass a longer --text or smaller --lengths")
+    return ids.to(device)

@@ -1,0 +1,107 @@
+"""Tables, JSON and plots of results."""
+
+import datetime
+import json
+import pathlib
+import statistics
+import subprocess
+
+import pbsattn
+
+
+def table(results):
+    """One line for each attention and length; ratios are against the first attention of the length."""
+    rows = [("tokens", "attention", "first token", "speed-up", "in attention", "density", "peak memory", "perplexity",
+             "other tokens")]
+    for base, result in _with_baseline(results):
+        show = lambda value, form: "" if value is None else form.format(value)
+        change = "" if result is base or result.perplexity is None else f" ({result.perplexity / base.perplexity - 1:+.2%})"
+        memory = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.2f} GiB"
+        rows.append((
+            str(result.tokens), result.attention, f"{result.ttft * 1e3:.1f} ms", f"{base.ttft / result.ttft:.2f}x",
+            f"{result.attention_seconds * 1e3:.1f} ms {result.attention_seconds / result.ttft:.0%}",
+            show(result.density, "{:.3f}"), memory, show(result.perplexity, "{:.4f}") + change,
+            show(result.differing, "{:.2%}")))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) if i != 1 else cell.ljust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+def _with_baseline(results):
+    bases = {}
+    for result in results:
+        yield bases.setdefault(result.tokens, result), result
+
+
+def _commit():
+    here = pathlib.Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return git.stdout.strip() if git.returncode == 0 else pbsattn.__version__
+
+
+def records(results, model, text, device, commit=None):
+    """The measurements in the form of every benchmark of this project (docs/architecture.md)."""
+    made = []
+    for base, result in _with_baseline(results):
+        ttft = result.ttft
+        spread = (max(result.seconds) - min(result.seconds)) / ttft
+        shared = dict(suite="prefill", case=result.attention, runs=len(result.seconds), device=device,
+                      commit=commit or _commit(), date=datetime.date.today().isoformat(),
+                      params=dict(model=model, text=text, n=result.tokens, layers_taken=result.layers))
+        # metric, value, unit, its own and the baseline's value for the ratio (above 1 is better for the attention)
+        rows = [("time to first token", ttft, "s", ttft, base.ttft),
+                ("time in attention", result.attention_seconds, "s", result.attention_seconds, base.attention_seconds),
+                ("density", result.density, "of causal blocks", None, None),
+                ("peak memory", result.peak_bytes, "B", result.peak_bytes, base.peak_bytes),
+                ("perplexity", result.perplexity, "", result.perplexity, base.perplexity),
+                ("differing tokens", result.differing, "of positions", None, None)]
+        for metric, value, unit, own, other in rows:
+            if value is None:
+                continue
+            against = result is not base and own is not None and other is not None
+            made.append(dict(shared, metric=metric, value=value, unit=unit, peer=base.attention if against else None,
+                             peer_value=other if against else None, ratio=other / own if against else None,
+                             spread=spread if metric == "time to first token" else 0.0))
+    return made
+
+
+def write_json(path, made):
+    pathlib.Path(path).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+def plot(made, base, title):
+    """Time to first token by length, as BASE.png and BASE.svg; from records, so from a JSON file too."""
+    import matplotlib
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "pbsattn"
+    from matplotlib import pyplot
+
+    rows = [each for each in made if each["metric"] in ("time to first token", "time in attention")]
+    lengths = sorted({each["params"]["n"] for each in rows})
+    names = list(dict.fromkeys(each["case"] for each in rows))
+    value = {(each["params"]["n"], each["case"], each["metric"]): each["value"] for each in rows}
+    figure, panels = pyplot.subplots(1, len(lengths), figsize=(2.6 * len(lengths) + 0.8, 3.4), squeeze=False)
+    colors = pyplot.get_cmap("tab10").colors
+    for panel, length in zip(panels[0], lengths):
+        for i, name in enumerate(names):
+            whole = value.get((length, name, "time to first token"))
+            if whole is None:
+                continue
+            inside = min(value[(length, name, "time in attention")], whole)
+            panel.bar(i, whole - inside, color="0.8")
+            panel.bar(i, inside, bottom=whole - inside, color=colors[i % 10])
+            panel.text(i, whole, f"{whole:.3g} s", ha="center", va="bottom", fontsize=8)
+        panel.set_title(f"{length:,} tokens", fontsize=9)
+        panel.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+        panel.margins(y=0.12)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("time to first token (s)\ncolour: in attention")
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
+        figure.savefig(f"{base}{suffix}", dpi=150, metadata=metadata)
+    pyplot.close(figure)
+
+
+def spread_of(results):
+    return max((max(r.seconds) - min(r.seconds)) / statistics.median(r.seconds) for r in results)

@@ -1,0 +1,269 @@
+// pbsattn._core: options, plans and tables of the library for Python.
+//
+// It knows no framework. Tensors arrive as addresses and strides and the stream as a handle, so the module
+// depends on no version of PyTorch; pbsattn/_op.py takes tensors apart.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "pbsattn/pbsattn.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using pbsattn::Options;
+
+// ------------------------------------------------------------------------------------------------ options
+
+template <class Enum>
+struct Names;  // of an enum's values, in their order
+
+template <>
+struct Names<pbsattn::Permutation> {
+  static constexpr const char* values[] = {"none", "last_queries"};
+};
+template <>
+struct Names<pbsattn::OrderScope> {
+  static constexpr const char* values[] = {"query_head", "kv_head"};
+};
+template <>
+struct Names<pbsattn::BlockScore> {
+  static constexpr const char* values[] = {"none", "mean_pool", "per_query"};
+};
+template <>
+struct Names<pbsattn::KeepRule> {
+  static constexpr const char* values[] = {"all", "top_p", "threshold"};
+};
+template <>
+struct Names<pbsattn::Rules> {
+  static constexpr const char* values[] = {"reference_code", "paper"};
+};
+template <>
+struct Names<pbsattn::Precision> {
+  static constexpr const char* values[] = {"automatic", "f32", "bf16"};
+};
+
+// Reads or writes one field. Both directions of all fields are in one list: visit_fields().
+struct Setter {
+  nb::dict overrides;
+  std::size_t taken = 0;
+
+  nb::object find(const char* name) {
+    if (!overrides.contains(name)) return nb::none();
+    ++taken;
+    return overrides[name];
+  }
+
+  template <class T>
+  void number(const char* name, T& field) {
+    const nb::object given = find(name);
+    if (given.is_none()) return;
+    if (!nb::try_cast(given, field))
+      throw nb::type_error((std::string(name) + " " + nb::repr(given).c_str() + ": not " +
+                            (std::is_integral_v<T> ? "an int of 32 bits" : "a float"))
+                               .c_str());
+  }
+
+  template <class Enum>
+  void choice(const char* name, Enum& field) {
+    const nb::object given = find(name);
+    if (given.is_none()) return;
+    std::string known;
+    for (std::size_t i = 0; i < std::size(Names<Enum>::values); ++i) {
+      if (nb::isinstance<nb::str>(given) && std::string_view(nb::cast<const char*>(given)) == Names<Enum>::values[i]) {
+        field = static_cast<Enum>(i);
+        return;
+      }
+      known += std::string(i == 0 ? "" : ", ") + "\"" + Names<Enum>::values[i] + "\"";
+    }
+    throw nb::value_error(
+        (std::string(name) + " " + nb::repr(given).c_str() + ": no such value; there are " + known).c_str());
+  }
+};
+
+struct Getter {
+  nb::dict fields;
+
+  template <class T>
+  void number(const char* name, const T& field) {
+    fields[name] = field;
+  }
+  template <class Enum>
+  void choice(const char* name, const Enum& field) {
+    fields[name] = Names<Enum>::values[static_cast<std::size_t>(field)];
+  }
+};
+
+void visit_fields(auto&& visitor, auto& options) {
+  visitor.choice("permutation", options.permutation);
+  visitor.choice("order_scope", options.order_scope);
+  visitor.choice("score", options.score);
+  visitor.choice("keep", options.keep);
+  visitor.choice("rules", options.rules);
+  visitor.choice("precision", options.precision);
+  visitor.number("top_p", options.top_p);
+  visitor.number("threshold", options.threshold);
+  visitor.number("floor_top_p", options.floor_top_p);
+  visitor.number("block", options.block);
+  visitor.number("segment", options.segment);
+  visitor.number("dense_last_rows", options.dense_last_rows);
+  visitor.number("scale", options.scale);
+}
+
+nb::dict to_dict(const Options& options) {
+  Getter getter;
+  visit_fields(getter, options);
+  return getter.fields;
+}
+
+Options make_options(std::string_view method, const nb::kwargs& overrides) {
+  Options options = pbsattn::method(method);
+  Setter setter{nb::borrow<nb::dict>(overrides)};
+  visit_fields(setter, options);
+  if (setter.taken != nb::len(setter.overrides)) {
+    const nb::dict known = to_dict(options);
+    for (const auto& [name, value] : overrides)
+      if (!known.contains(name))
+        throw nb::type_error((std::string("option ") + nb::repr(name).c_str() + ": no such option; there are " +
+                              nb::repr(known.keys()).c_str())
+                                 .c_str());
+  }
+  return options;
+}
+
+// -------------------------------------------------------------------------------------------------- plans
+
+pbsattn::Device make_device(std::string_view kind, int index, int threads) {
+  if (kind == "cpu") return pbsattn::Device::cpu(threads);
+  if (kind == "reference") return pbsattn::Device::reference();
+  if (kind == "cuda") return pbsattn::Device::cuda(index);
+  throw pbsattn::Error(pbsattn::ErrorCode::unsupported,
+                       "device \"" + std::string(kind) + "\": pbsattn computes on \"cpu\" and \"cuda\"");
+}
+
+pbsattn::Plan make_plan(
+    const Options& options, std::string_view device, int index, int threads,
+    const std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>& shape,
+    std::optional<std::size_t> workspace_cap) {
+  const auto [batch, q_heads, kv_heads, q_len, kv_len, head_dim] = shape;
+  const nb::gil_scoped_release unlocked;
+  return pbsattn::Plan::create(options,
+                               {.batch = batch,
+                                .q_heads = q_heads,
+                                .kv_heads = kv_heads,
+                                .q_len = q_len,
+                                .kv_len = kv_len,
+                                .head_dim = head_dim},
+                               make_device(device, index, threads), workspace_cap.value_or(pbsattn::Plan::no_cap));
+}
+
+// (address, dtype, batch stride, head stride, token stride)
+using ViewTuple = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t>;
+
+template <class View>
+View to_view(const ViewTuple& v) {
+  return {.data = reinterpret_cast<decltype(View::data)>(std::get<0>(v)),
+          .dtype = static_cast<pbsattn::DType>(std::get<1>(v)),
+          .batch_stride = std::get<2>(v),
+          .head_stride = std::get<3>(v),
+          .token_stride = std::get<4>(v)};
+}
+
+std::optional<pbsattn::Stats> run(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
+                                  const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace,
+                                  std::size_t workspace_size, std::uintptr_t stream, bool want_stats) {
+  const nb::gil_scoped_release unlocked;
+  std::optional<pbsattn::Stats> stats;
+  if (want_stats) stats.emplace();
+  plan.run(
+      {.q = to_view<pbsattn::ConstView>(q), .k = to_view<pbsattn::ConstView>(k), .v = to_view<pbsattn::ConstView>(v)},
+      {.out = to_view<pbsattn::View>(out), .lse = reinterpret_cast<float*>(lse)},
+      {reinterpret_cast<std::byte*>(workspace), workspace_size}, pbsattn::Stream{reinterpret_cast<void*>(stream)},
+      want_stats ? &*stats : nullptr);
+  return stats;
+}
+
+void translate(const std::exception_ptr& thrown, void* /*unused*/) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const pbsattn::Error& error) {
+    PyObject* type = PyExc_RuntimeError;
+    if (error.code() == pbsattn::ErrorCode::invalid_argument) type = PyExc_ValueError;
+    if (error.code() == pbsattn::ErrorCode::unsupported) type = PyExc_NotImplementedError;
+    if (error.code() == pbsattn::ErrorCode::out_of_memory) type = PyExc_MemoryError;
+    PyErr_SetString(type, error.what());
+  }
+}
+
+}  // namespace
+
+NB_MODULE(_core, module) {
+  module.doc() = "The pbsattn library: options, plans and tables. Tensors are addresses and strides.";
+  nb::register_exception_translator(translate);
+
+  module.def("version", [] { return std::string(pbsattn::version()); });
+#ifdef PBSATTN_PYTHON_CUDA
+  module.attr("has_cuda") = true;
+#else
+  module.attr("has_cuda") = false;
+#endif
+  module.def(
+      "methods",
+      [] {
+        std::vector<std::tuple<std::string, std::string>> table;
+        for (const pbsattn::MethodInfo& info : pbsattn::methods()) table.emplace_back(info.name, info.summary);
+        return table;
+      },
+      "Names and summaries of the methods.");
+
+  nb::class_<pbsattn::DeviceInfo>(module, "DeviceInfo")
+      .def_ro("name", &pbsattn::DeviceInfo::name)
+      .def_ro("processor", &pbsattn::DeviceInfo::processor)
+      .def_ro("threads", &pbsattn::DeviceInfo::threads)
+      .def_ro("paths", &pbsattn::DeviceInfo::paths)
+      .def_ro("f32_path", &pbsattn::DeviceInfo::f32_path)
+      .def_ro("bf16_path", &pbsattn::DeviceInfo::bf16_path);
+  module.def("describe_cpu", &pbsattn::describe_cpu);
+
+  nb::class_<Options>(module, "Options", "A method's settings; see pbsattn::Options.")
+      .def("as_dict", &to_dict)
+      .def("__repr__",
+           [](const Options& options) { return "Options(**" + std::string(nb::repr(to_dict(options)).c_str()) + ")"; });
+
+  module.def("options", &make_options, "method"_a, "overrides"_a,
+             "A named method's options, with those of `overrides` that are not None.");
+
+  nb::class_<pbsattn::Stats>(module, "Stats", "What one run did.")
+      .def_ro("visited_blocks", &pbsattn::Stats::visited_blocks)
+      .def_ro("causal_blocks", &pbsattn::Stats::causal_blocks)
+      .def_ro("permute_seconds", &pbsattn::Stats::permute_seconds)
+      .def_ro("select_seconds", &pbsattn::Stats::select_seconds)
+      .def_ro("attend_seconds", &pbsattn::Stats::attend_seconds)
+      .def_prop_ro("density", &pbsattn::Stats::density)
+      .def_prop_ro("seconds", &pbsattn::Stats::seconds)
+      .def("__repr__", [](const pbsattn::Stats& stats) {
+        return "Stats(density=" + std::to_string(stats.density()) + ", seconds=" + std::to_string(stats.seconds()) +
+               ")";
+      });
+
+  nb::class_<pbsattn::Plan>(module, "Plan", "A checked configuration; see pbsattn::Plan.")
+      .def(nb::new_(&make_plan), "options"_a, "device"_a, "index"_a, "threads"_a, "shape"_a,
+           "workspace_cap"_a = nb::none())
+      .def_prop_ro("workspace_size", &pbsattn::Plan::workspace_size)
+      .def_prop_ro("path", [](const pbsattn::Plan& plan) { return std::string(plan.path()); })
+      .def_prop_ro("options", [](const pbsattn::Plan& plan) { return plan.options(); })
+      .def("run", &run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a,
+           "stats"_a);
+}

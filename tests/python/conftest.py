@@ -1,0 +1,51 @@
+"""What the Python tests share. Every test of an op runs on the CPU, and where there is a GPU that pbsattn takes, on it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pbsattn
+
+
+def has_gpu():
+    return pbsattn._core.has_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.fixture(params=["cpu", "cuda"] if has_gpu() else ["cpu"])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    torch.manual_seed(0)
+
+
+def qkv(device, q_len=700, kv_len=None, batch=1, q_heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16):
+    """Random q, k and v, [B, H, S, D]."""
+    kv_len = kv_len or q_len
+    make = lambda heads, tokens: torch.randn(batch, heads, tokens, head_dim).to(device=device, dtype=dtype)
+    return make(q_heads, q_len), make(kv_heads, kv_len), make(kv_heads, kv_len)
+
+
+def dense(q, k, v, scale=None):
+    """The definition, in float64: output and log-sum-exp of causal attention whose queries are the last ones."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.double().cpu(), k.double().cpu(), v.double().cpu()
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5)
+    future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
+    scores = scores.masked_fill(future, -torch.inf)
+    return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
+
+
+def error(got, truth):
+    """Relative error in the Frobenius norm."""
+    got = got.double().cpu()
+    return float((got - truth).norm() / truth.norm())
+
+
+def sdpa_error(q, k, v, truth):
+    """The error of PyTorch's own attention at the inputs' precision."""
+    causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return error(F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True), truth)

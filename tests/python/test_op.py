@@ -1,0 +1,169 @@
+"""The op: against the definition, in every layout and dtype, and under PyTorch's compilers and graphs."""
+
+import threading
+
+import pytest
+import torch
+from conftest import dense, error, qkv, sdpa_error
+
+import pbsattn
+
+OP = torch.ops.pbsattn.attention.default
+
+
+@pytest.mark.parametrize("method", [dict(method="full"), dict(method="pbs", top_p=1.0)], ids=["full", "pbs-all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [
+    dict(q_len=700), dict(q_len=300, kv_len=1111, batch=2, head_dim=128), dict(q_len=1, kv_len=130, q_heads=6, kv_heads=1),
+], ids=["whole", "chunk", "one-query"])
+def test_all_blocks_is_dense_attention(device, method, dtype, shape):
+    q, k, v = qkv(device, dtype=dtype, **shape)
+    out, lse = pbsattn.attention(q, k, v, return_lse=True, **method)
+    truth, true_lse = dense(q, k, v)
+    assert error(out, truth) <= 2 * sdpa_error(q, k, v, truth)
+    torch.testing.assert_close(lse.double().cpu(), true_lse, rtol=0, atol=1e-2)
+
+
+def test_float32_on_the_cpu():
+    q, k, v = qkv("cpu", 400, dtype=torch.float32)
+    assert error(pbsattn.attention(q, k, v, method="full"), dense(q, k, v)[0]) < 1e-5
+
+
+def test_scale(device):
+    q, k, v = qkv(device, 300)
+    truth, _ = dense(q, k, v, scale=0.3)
+    assert error(pbsattn.attention(q, k, v, method="full", scale=0.3), truth) < 1e-2
+
+
+def test_options_choose_blocks(device):
+    q, k, v = qkv(device, 3000)
+    whole, all_blocks = pbsattn.attention(q, k, v, top_p=1.0, return_stats=True)
+    _, some = pbsattn.attention(q, k, v, top_p=0.5, return_stats=True)
+    last, more = pbsattn.attention(q, k, v, top_p=0.5, dense_last_rows=2, return_stats=True)
+    assert all_blocks.density == 1.0
+    assert some.density < more.density < 1.0
+    assert all_blocks.seconds > 0
+    torch.testing.assert_close(last[:, :, -100:], whole[:, :, -100:], rtol=0, atol=2e-2)
+
+
+def test_layouts_agree(device):
+    q, k, v = qkv(device, 1500, batch=2)
+    across = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+    out, lse = pbsattn.attention(q, k, v, return_lse=True)
+    moved, moved_lse = pbsattn.attention(*across, layout="bshd", return_lse=True)
+    assert moved.is_contiguous() and moved.shape == across[0].shape
+    assert torch.equal(moved.transpose(1, 2), out)
+    assert torch.equal(moved_lse, lse)
+    views = [t.transpose(1, 2) for t in across]  # BHSD by strides alone
+    assert torch.equal(pbsattn.attention(*views), out)
+
+
+def test_slices_of_a_cache(device):
+    q, k, v = qkv(device, 200, 900)
+    cache = torch.full((2, 1, 2, 1024, 64), float("nan"), dtype=q.dtype, device=q.device)
+    cache[0, :, :, :900], cache[1, :, :, :900] = k, v
+    assert torch.equal(pbsattn.attention(q, cache[0, :, :, :900], cache[1, :, :, :900]), pbsattn.attention(q, k, v))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_opcheck(device, layout):
+    q, k, v = qkv(device, 256, batch=2)
+    if layout == "bshd":
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    for return_lse in (False, True):
+        torch.library.opcheck(OP, (q, k, v), dict(layout=layout, return_lse=return_lse, settings="top_p=0.8"))
+
+
+def test_compiles_without_a_graph_break(device):
+    def block(q, k, v):
+        out, lse = pbsattn.attention(q * 0.5, k, v, top_p=0.8, return_lse=True)
+        return out + 1, lse
+
+    inputs = qkv(device, 600)
+    compiled = torch.compile(block, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    for got, expected in zip(compiled(*inputs), block(*inputs)):
+        torch.testing.assert_close(got, expected)
+    longer = qkv(device, 800)
+    torch.testing.assert_close(compiled(*longer)[0], block(*longer)[0])
+
+
+def test_cuda_graph(device):
+    if device == "cpu":
+        pytest.skip("graphs are CUDA's")
+    q, k, v = qkv(device, 1500)
+    pbsattn.attention(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = pbsattn.attention(q, k, v)
+    for source in (q, k, v):
+        source.copy_(torch.randn_like(source))
+    graph.replay()
+    assert torch.equal(out, pbsattn.attention(q, k, v))
+
+
+def test_side_stream(device):
+    if device == "cpu":
+        pytest.skip("streams are CUDA's")
+    q, k, v = qkv(device, 4000)
+    expected = pbsattn.attention(q, k, v)
+    late = torch.zeros_like(q)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(q)
+        out = pbsattn.attention(late, k, v)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_many_threads(device):
+    inputs = [qkv(device, n) for n in (300, 500, 700, 900)]
+    expected = [pbsattn.attention(*each) for each in inputs]
+    wrong = []
+
+    def work(i):
+        for _ in range(5):
+            if not torch.equal(pbsattn.attention(*inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i % 4,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_plan(device):
+    q, k, v = qkv(device, 1500)
+    shape = dict(q_heads=4, kv_heads=2, q_len=1500, kv_len=1500, head_dim=64, device=device)
+    plan = pbsattn.plan(top_p=0.8, **shape)
+    assert plan.options["top_p"] == pytest.approx(0.8) and plan.options["scale"] == pytest.approx(0.125)
+    assert plan.path
+    out, lse = torch.empty_like(q), torch.empty(1, 4, 1500, device=device)
+    workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
+    assert plan.run(q, k, v, out, workspace, lse=lse) is None
+    expected, expected_lse = pbsattn.attention(q, k, v, top_p=0.8, return_lse=True)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert 0 < plan.run(q, k, v, out, workspace, stats=True).density <= 1
+    with pytest.raises(ValueError, match="plan's shape"):
+        plan.run(q[:, :, :10], k, v, out[:, :, :10], workspace)
+    with pytest.raises(MemoryError, match="needs"):
+        plan.run(q, k, v, out, workspace[: plan.workspace_size // 2])
+
+
+def test_workspace_cap(device):
+    shape = dict(q_heads=4, kv_heads=2, q_len=4096, kv_len=4096, head_dim=64, device=device)
+    whole = pbsattn.plan(**shape)
+    capped = pbsattn.plan(workspace_cap=whole.workspace_size * 3 // 4, **shape)
+    assert capped.workspace_size <= whole.workspace_size * 3 // 4
+    q, k, v = qkv(device, 4096)
+    outs = []
+    for plan in (whole, capped):
+        workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
+        outs.append(torch.empty_like(q))
+        plan.run(q, k, v, outs[-1], workspace)
+    assert torch.equal(*outs)
+    with pytest.raises(MemoryError, match="cap"):
+        pbsattn.plan(workspace_cap=1000, **shape)

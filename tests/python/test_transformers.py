@@ -1,0 +1,296 @@
+"""transformers models, small and random: what pbsattn takes gives SDPA's logits, what it doesn't goes to SDPA."""
+
+import gc
+import threading
+import warnings
+
+import pytest
+import torch
+
+import pbsattn
+
+transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
+
+import pbsattn.transformers as pt  # noqa: E402
+
+SIZES = dict(vocab_size=128, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1,
+             eos_token_id=127)
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", dict(sliding_window=None)),
+    "phi3": ("Phi3", dict(hidden_size=256)),
+    "olmo2": ("Olmo2", dict(hidden_size=256)),
+    "granite": ("Granite", dict(hidden_size=256)),
+    "gemma3": ("Gemma3", dict(sliding_window=128, layer_types=["sliding_attention", "full_attention"],
+                              query_pre_attn_scalar=64)),
+}
+TOKENS = 600
+
+
+def build(family, device="cpu", **changes):
+    prefix, own = FAMILIES.get(family, (family, {}))
+    config_class = getattr(transformers, prefix + ("TextConfig" if family == "gemma3" else "Config"))
+    config = config_class(**{**SIZES, **own, **changes})
+    model = getattr(transformers, prefix + "ForCausalLM")(config).eval()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return model.to(device=device, dtype=dtype)
+
+
+def prompt(device="cpu", tokens=TOKENS, batch=1):
+    return torch.randint(2, 120, (batch, tokens), device=device)
+
+
+def close(got, expected):
+    """Equal up to rounding: float32 on the CPU, bfloat16 on a GPU."""
+    exact = expected.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=(1e-4 if exact else 3e-2) * float(expected.abs().max()))
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_blocks_gives_sdpas_logits(family, device):
+    model = build(family, device)
+    ids = prompt(device)
+    expected = model(ids).logits
+    full_layers = [0, 1] if family != "gemma3" else [1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pt.FallbackWarning)
+        with pt.enable(model, top_p=1.0, stats=True):
+            close(model(ids).logits, expected)
+            taken = [layer.layer for layer in pt.stats(model) if layer.taken == 1]
+            assert taken == full_layers
+            assert all(layer.density == 1.0 and layer.seconds > 0 for layer in pt.stats(model) if layer.taken)
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_over_a_cache_equal_the_whole(family, device):
+    model = build(family, device)
+    ids = prompt(device)
+    expected = model(ids).logits[:, -1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pt.FallbackWarning)
+        with pt.enable(model, top_p=1.0, min_tokens=64):
+            cache = None
+            for chunk in ids.split([250, 200, 150], dim=1):
+                out = model(chunk, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+            close(out.logits[:, -1], expected)
+            assert pt.stats(model)[-1].taken == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("how", [{}, dict(prefill_chunk_size=256), dict(cache_implementation="static")],
+                         ids=["whole", "chunked", "static-cache"])
+def test_generate_gives_the_same_tokens(family, how, device):
+    model = build(family, device).float() if device == "cpu" else build(family, device)
+    ids = prompt(device)
+    settings = dict(max_new_tokens=5, do_sample=False, disable_compile=True, attention_mask=torch.ones_like(ids))
+    expected = model.generate(ids, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pt.FallbackWarning)
+        with pt.enable(model, top_p=1.0, min_tokens=64):
+            assert torch.equal(model.generate(ids, **settings, **how), expected)
+            if how != dict(cache_implementation="static") or family == "llama":
+                assert pt.stats(model)[-1].taken >= 1
+
+
+def test_sparse_differs_and_is_measured(device):
+    model = build("llama", device, max_position_embeddings=4096)
+    ids = prompt(device, 3000)
+    expected = model(ids).logits
+    with pt.enable(model, top_p=0.3, stats=True):
+        logits = model(ids).logits
+        assert all(layer.density < 1 for layer in pt.stats(model))
+    assert not torch.equal(logits, expected)
+
+
+def test_batch(device):
+    model = build("llama", device)
+    ids = prompt(device, batch=3)
+    expected = model(ids).logits
+    with pt.enable(model, top_p=1.0):
+        close(model(ids).logits, expected)
+
+
+def falls_back(model, reason, call, expected, **settings):
+    with pt.enable(model, top_p=0.1, min_tokens=64, **settings):
+        with pytest.warns(pt.FallbackWarning, match=reason) as warned:
+            close(call(), expected)
+        assert len([w for w in warned if w.category is pt.FallbackWarning]) == 1
+        assert all(layer.taken == 0 and reason in layer.reason for layer in pt.stats(model))
+
+
+def test_padding_on_the_left_falls_back(device):
+    model = build("llama", device)
+    ids, mask = prompt(device, batch=2), torch.ones(2, TOKENS, dtype=torch.long, device=device)
+    mask[1, :100] = 0
+    call = lambda: model(ids, attention_mask=mask).logits[:, -1]
+    falls_back(model, "more than causal", call, call())
+
+
+def test_sliding_window_falls_back(device):
+    model = build("mistral", device, sliding_window=200)
+    ids = prompt(device)
+    call = lambda: model(ids).logits
+    falls_back(model, "sliding window of 200", call, call())
+    with pt.enable(model, top_p=1.0):
+        short = ids[:, :150]
+        close(model(short).logits, build_logits_without(model, short))
+
+
+def build_logits_without(model, ids):
+    """A model's logits with pbsattn disabled for a moment."""
+    pt.disable(model)
+    logits = model(ids).logits
+    pt.enable(model, top_p=1.0)
+    return logits
+
+
+def test_packed_sequences_fall_back(device):
+    model = build("llama", device)
+    ids = prompt(device)
+    positions = torch.cat([torch.arange(300), torch.arange(300)])[None].to(device)
+    call = lambda: model(ids, position_ids=positions, use_cache=False).logits
+    falls_back(model, "more than causal", call, call())
+
+
+def test_training_falls_back():
+    model = build("llama")
+    ids = prompt()
+    with torch.enable_grad():
+        def gradient():
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+        falls_back(model, "training", gradient, gradient())
+
+
+def test_soft_cap_goes_to_the_models_own_attention(device):
+    model = build("Gemma2", device, sliding_window=4096, query_pre_attn_scalar=64, attn_logit_softcapping=2.0)
+    ids = prompt(device)
+    model.set_attn_implementation("eager")
+    expected = model(ids).logits
+    with pytest.raises(ValueError, match="none of its layers: its logits are soft-capped"):
+        pt.enable(model)
+    own = model.model.layers[0].self_attn
+    own.attn_logit_softcapping = None  # one layer that can be taken, so that the model is
+    with pt.enable(model, top_p=1.0), warnings.catch_warnings():
+        warnings.simplefilter("ignore", pt.FallbackWarning)
+        own.attn_logit_softcapping = 2.0
+        close(model(ids).logits, expected)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_sinks_are_refused():
+    model = build("GptOss", num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(ValueError, match="attention sinks"):
+        pt.enable(model)
+
+
+def test_what_this_device_refuses_falls_back(device):
+    if device == "cpu":
+        model = build("llama", head_dim=60)
+        reason = "head_dim 60"
+    else:
+        model = build("llama", device, head_dim=32)
+        reason = "head_dim 32"
+    ids = prompt(device)
+    call = lambda: model(ids).logits
+    falls_back(model, reason, call, call())
+
+
+def test_only_some_layers(device):
+    model = build("llama", device, num_hidden_layers=3)
+    ids = prompt(device)
+    with pt.enable(model, layers=[0, 2]), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids)
+        assert [layer.layer for layer in pt.stats(model)] == [0, 2]
+    with pytest.raises(ValueError, match=r"layers \[3\]: .* has 0 .. 2"):
+        pt.enable(model, layers=[3])
+
+
+def test_short_calls_go_to_sdpa_silently(device):
+    model = build("llama", device)
+    ids = prompt(device, 100)
+    expected = model(ids).logits
+    with pt.enable(model, min_tokens=101), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(ids).logits, expected)
+        assert pt.stats(model) == []
+
+
+def test_two_models_keep_their_settings(device):
+    ids = prompt(device, 3000)
+    one, two = (build("llama", device, max_position_embeddings=4096) for _ in range(2))
+    with pt.enable(one, top_p=0.3, stats=True), pt.enable(two, top_p=1.0, stats=True):
+        one(ids), two(ids)
+        assert pt.stats(one)[0].density < 1.0 == pt.stats(two)[0].density
+
+
+def test_threads_share_a_model(device):
+    model = build("llama", device)
+    ids = [prompt(device, n) for n in (200, 400, 600)]
+    expected = [model(each).logits for each in ids]
+    failed = []
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(3):
+                try:
+                    close(model(ids[i]).logits, expected[i])
+                except Exception as error:
+                    failed.append(error)
+
+    with pt.enable(model, top_p=1.0, min_tokens=64):
+        threads = [threading.Thread(target=work, args=(i % 3,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+
+
+def test_errors():
+    model = build("llama")
+    with pytest.raises(RuntimeError, match="not enabled"):
+        pt.disable(model)
+    with pytest.raises(RuntimeError, match="not enabled"):
+        pt.stats(model)
+    with pytest.raises(ValueError, match='did you mean "pbs"'):
+        pt.enable(model, method="pbz")
+    with pytest.raises(ValueError, match="top_p 2"):
+        pt.enable(model, top_p=2.0)
+    with pytest.raises(TypeError, match="no such option"):
+        pt.enable(model, topp=0.9)
+    with pytest.raises(ValueError, match="min_tokens 1"):
+        pt.enable(model, min_tokens=1)
+    with pytest.raises(TypeError, match="a Linear; pass a transformers PreTrainedModel"):
+        pt.enable(torch.nn.Linear(2, 2))
+    encoder = transformers.BertModel(transformers.BertConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64))
+    with pytest.raises(ValueError, match="no causal attention"):
+        pt.enable(encoder)
+    with pt.enable(model):
+        with pytest.raises(RuntimeError, match="enabled already; disable it first"):
+            pt.enable(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_dropped_model_leaves_nothing_behind():
+    model = build("llama")
+    pt.enable(model)
+    model(prompt())
+    del model
+    gc.collect()
+    assert pt._states == {}
