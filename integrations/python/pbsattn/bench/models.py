@@ -67,7 +67,8 @@ def python_source():
 
 def tokens(tokenizer, text, count, device):
     """The first `count` tokens of a text, [1, count]."""
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :count]
+    most = 8 * count  # characters: more than any text needs, and tokenizing a long one takes its time
+    ids = tokenizer(text[:most], return_tensors="pt", verbose=False).input_ids[:, :count]
     if ids.shape[1] < count:
         raise ValueError(f"text: {ids.shape[1]} tokens, {count} needed; pass a longer --text or smaller --lengths")
     return ids.to(device)
