@@ -71,11 +71,15 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
                  tile.head, tile.batch);
       }
     }
+    const auto announce_v = [&] {
+      if (lane == 0) shared.v_asked[slot.at].arrive();
+    };
     int before = 0;
     for (int i = 0; i < tile.count; ++i) {
       const int b = __shfl_sync(0xFFFFFFFF, now, i % 32);
       load_k(b);
       if (i > 0) load_v(before);
+      if (i == 1) announce_v();
       before = b;
       if (i % 32 == 31) {
         now = then;
@@ -83,6 +87,7 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
       }
     }
     load_v(before);
+    if (tile.count == 1) announce_v();
   });
 }
 
@@ -99,6 +104,9 @@ __device__ void guard(Shared& shared, int lane) {
   const int column = lane * 2 * words;
   Ring<Shared::v_stages> v;
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
+    // Only once the copy is under way: until then v_full counts copies of the tile before, and a phase of theirs may
+    // have this parity.
+    shared.v_asked[slot.at].wait(slot.parity);
     shared.v_full[v.at].wait(v.parity);
     const auto slice = [&](int row) -> Slice& {
       auto* line = shared.v[v.at][column / panel][row];

@@ -16,6 +16,7 @@
 //     q_full/free    [slot][wg]  64 queries; the same memory then carries the 64 outputs, hence:
 //     out_full       [slot][wg]  outputs are written (store waits, then frees q)
 //     k_full/free, v_full/free [stage]  one key block's K or V
+//     v_asked        [slot]      the diagonal block's V is on its way
 //     guarded        [slot]      the diagonal block's V is safe to multiply
 // Those of a tile count threads; k_free and v_free, which cost most, count warps.
 

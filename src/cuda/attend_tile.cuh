@@ -104,7 +104,7 @@ struct Shared {
   Tile tile[tile_slots];
   int any_bad[tile_slots];
   int first_bad[tile_slots][head_dim];  // if any_bad: first key of the diagonal block whose V is not finite, or 128
-  Barrier tile_full[tile_slots], tile_free[tile_slots], guarded[tile_slots];
+  Barrier tile_full[tile_slots], tile_free[tile_slots], v_asked[tile_slots], guarded[tile_slots];
   Barrier q_full[tile_slots][consumers], q_free[tile_slots][consumers], out_full[tile_slots][consumers];
   Barrier k_full[k_stages], k_free[k_stages], v_full[v_stages], v_free[v_stages];
 
@@ -112,6 +112,7 @@ struct Shared {
     for (int slot = 0; slot < tile_slots; ++slot) {
       tile_full[slot].init(1);
       tile_free[slot].init(32 * (consumer_warps + 3));  // and load, store and guard
+      v_asked[slot].init(1);
       guarded[slot].init(32);
       for (int wg = 0; wg < consumers; ++wg) {
         q_full[slot][wg].init(1);

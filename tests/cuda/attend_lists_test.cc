@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -22,6 +23,7 @@ struct Case {
   bool shared_order = false;
   DType dtype = DType::bf16;
   Layout layout = Layout::bhsd;
+  bool nan_values = false;  // one in the middle of each block of V, each in a column of its own
 };
 
 void PrintTo(const Case& c, std::ostream* stream) {
@@ -100,6 +102,10 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
                    .v = test.dtype,
                    .out = test.dtype,
                    .layout = test.layout});
+  if (test.nan_values) {
+    for (std::int64_t h = 0; h < test.shape.kv_heads; ++h)
+      for (std::int64_t b = 0; b < test.shape.kv_len / 128; ++b) problem.v.set(0, h, 128 * b + 64, b, std::nan(""));
+  }
   Options options = method("pbs");
   options.segment = test.segment;
   options = resolved(options, test.shape);
@@ -162,6 +168,10 @@ std::vector<Case> cases() {
     all.push_back({name("chunk_inside_a_block"), shape(300, 1337, d), 0.5});
     all.push_back({name("one_query"), shape(1, 1000, d), 0.5});
     all.push_back({name("shared_order"), shape(1000, 1000, d, 4, 2), 0.5, 256, true});
+    all.push_back({.name = name("nan_in_each_block_of_values"),
+                   .shape = shape(2048, 2048, d, 12, 2),
+                   .density = 0.2,
+                   .nan_values = true});
     all.push_back({name("f16_tokens_first"), shape(777, 777, d, 4, 2, 2), 0.5, 256, false, DType::f16, Layout::bshd});
   }
   return all;
