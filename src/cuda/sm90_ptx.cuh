@@ -13,6 +13,18 @@ __device__ inline std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Where PBSATTN_RANDOM_DELAYS is defined, warps stop now and then before and after they use a barrier, for up to 4 us.
+// What the barriers leave to chance then comes out differently from run to run, and a test sees it.
+__device__ inline void random_delay() {
+#ifdef PBSATTN_RANDOM_DELAYS
+  std::uint32_t bits =
+      static_cast<std::uint32_t>(clock64()) ^ (blockIdx.x * blockDim.x + threadIdx.x) / 32 * 0x9E3779B9U;
+  bits = (bits ^ bits >> 16) * 0x85EBCA6BU;
+  bits = (bits ^ bits >> 13) * 0xC2B2AE35U;
+  if (bits >> 29 == 0) __nanosleep(bits & 0xFFF);
+#endif
+}
+
 // A barrier in shared memory that counts arrivals and bytes still to come. Its phases alternate parity 0, 1, 0, ...
 struct Barrier {
   std::uint64_t bits;
@@ -21,14 +33,17 @@ struct Barrier {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals));
   }
   __device__ void arrive() {
+    random_delay();
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
   __device__ void arrive_expecting(std::uint32_t bytes) {
+    random_delay();
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
   }
   // Returns once the phase of this parity is complete. Waiting for parity 1 on a fresh barrier returns at once.
   __device__ void wait(std::uint32_t parity) {
+    random_delay();
     std::uint32_t done = 0;
     while (done == 0) {
       asm volatile(
@@ -41,6 +56,7 @@ struct Barrier {
           : "r"(shared_address(this)), "r"(parity)
           : "memory");
     }
+    random_delay();
   }
 };
 

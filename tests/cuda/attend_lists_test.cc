@@ -139,6 +139,7 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   for (int run = 0; run < 20; ++run) {
     device.poison_outputs();
     scratch.poison();
+    poison_shared_memory();
     expect_success(cuda::attend(args, nullptr));
     expect_success(cudaDeviceSynchronize());
     device.download_outputs(problem);

@@ -56,6 +56,9 @@ struct DeviceRunOptions {
 // support/problem.h's run(), on CUDA device 0.
 RunResult run_on_device(const Options& options, Problem& problem, const DeviceRunOptions& how = {});
 
+// Leaves NaN of every dtype in the shared memory of all multiprocessors, where a kernel that reads too early finds it.
+void poison_shared_memory();
+
 // Fails the test if a CUDA call failed.
 void expect_success(cudaError_t error);
 
