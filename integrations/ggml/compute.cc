@@ -35,9 +35,7 @@ Mask mask_of(const AttentionOp& op) {
 }  // namespace
 
 bool PlanCache::Key::operator==(const Key& other) const {
-  // None of these has padding, so equal bytes are equal values.
-  static_assert(sizeof(pbsattn_options) == 13 * 4 && sizeof(pbsattn_shape) == 6 * 8 && sizeof(pbsattn_device) == 3 * 4);
-  // Floats of equal value and other bits only get a plan of their own.
+  // Byte by byte: padding, or floats of equal value and other bits, only get a plan of their own.
   // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
   return std::memcmp(&options, &other.options, sizeof options) == 0 &&
          std::memcmp(&shape, &other.shape, sizeof shape) == 0 &&
