@@ -90,9 +90,10 @@ def test_chunks_over_a_cache_equal_the_whole(family, device):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("how", [{}, dict(prefill_chunk_size=256), dict(cache_implementation="static")],
                          ids=["whole", "chunked", "static-cache"])
-def test_generate_gives_the_same_tokens(family, how, device):
-    model = build(family, device).float() if device == "cpu" else build(family, device)
-    ids = prompt(device)
+def test_generate_gives_the_same_tokens(family, how):
+    """On the CPU, in float32: in 16 bits the most likely token of a random model hangs on rounding."""
+    model = build(family)
+    ids = prompt()
     settings = dict(max_new_tokens=5, do_sample=False, disable_compile=True, attention_mask=torch.ones_like(ids))
     expected = model.generate(ids, **settings)
     with warnings.catch_warnings():

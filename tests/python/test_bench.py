@@ -1,0 +1,105 @@
+"""python -m pbsattn.bench, on a small random model."""
+
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
+
+import tokenizers  # noqa: E402
+
+from pbsattn.bench import __main__ as program  # noqa: E402
+from pbsattn.bench import models, prefill  # noqa: E402
+from pbsattn.bench.attentions import Attention  # noqa: E402
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from all the other animals in the wood " * 100
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and a tokenizer, as save_pretrained writes them, and a text."""
+    path = tmp_path_factory.mktemp("model")
+    words = {word: i for i, word in enumerate(sorted(set(TEXT.split())) + ["<unk>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=1000)).save_pretrained(path)
+    (path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def run(folder, *arguments):
+    return program.main(["prefill", "--model", str(folder), "--text", str(folder / "text.txt"), "--device", "cpu",
+                         "--dtype", "float32", "--runs", "1", *arguments])
+
+
+def test_prefill(folder, tmp_path, capsys):
+    results = run(folder, "--lengths", "600,1100", "--attn", "math,pbs:top_p=1.0,pbs:top_p=0.1", "--json",
+                  str(tmp_path / "out.json"), "--plot", str(tmp_path / "out"))
+    for base, whole, sparse in (results[:3], results[3:]):
+        assert base.density is None and base.differing is None
+        assert whole.density == 1.0 and whole.differing == 0.0 and whole.layers == 2
+        assert whole.perplexity == pytest.approx(base.perplexity, rel=1e-4)
+        assert sparse.density < 1.0 and sparse.perplexity != base.perplexity
+        assert all(0 < each.attention_seconds for each in (base, whole, sparse))
+    printed = capsys.readouterr()
+    assert "pbs:top_p=0.1" in printed.out and "1100" in printed.out
+    assert "run 1 of 1" in printed.err
+
+    made = json.loads((tmp_path / "out.json").read_text())
+    keys = {"suite", "case", "params", "metric", "value", "unit", "peer", "peer_value", "ratio", "runs", "spread",
+            "device", "commit", "date"}
+    assert all(set(each) == keys and each["suite"] == "prefill" for each in made)
+    ttft = [each for each in made if each["metric"] == "time to first token" and each["params"]["n"] == 1100]
+    assert [each["case"] for each in ttft] == ["math", "pbs:top_p=1.0", "pbs:top_p=0.1"]
+    assert ttft[0]["peer"] is None and ttft[1]["peer"] == "math"
+    assert ttft[1]["ratio"] == pytest.approx(ttft[0]["value"] / ttft[1]["value"])
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    assert "<svg" in (tmp_path / "out.svg").read_text()
+
+
+def test_longer_than_the_model_takes_yarn(folder):
+    model, tokenizer = models.load(folder, torch.device("cpu"), torch.float32)
+    before = model.model.rotary_emb.inv_freq.clone()
+    models.set_yarn(model, 4)
+    assert not torch.equal(model.model.rotary_emb.inv_freq, before)
+    models.set_yarn(model, 1)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+def test_perplexity_is_the_models_own(folder):
+    model, tokenizer = models.load(folder, torch.device("cpu"), torch.float32)
+    ids = models.tokens(tokenizer, TEXT, 700, "cpu")
+    [result] = prefill.measure(model, ids, [Attention.parse("sdpa")], 1, True, lambda _: None)
+    with torch.no_grad():
+        assert result.perplexity == pytest.approx(float(model(ids, labels=ids).loss.exp()), rel=1e-4)
+
+
+def test_shape_has_random_weights(monkeypatch, capsys):
+    monkeypatch.setitem(models.SHAPES, "tiny", lambda: transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1))
+    [result] = program.main(["prefill", "--shape", "tiny", "--lengths", "520", "--attn", "pbs", "--runs", "1", "--device", "cpu"])
+    assert result.perplexity is None and result.density <= 1.0
+    assert "tiny, random weights; random tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("message, arguments", [
+    ("no such attention; there are sdpa, flash", ["--attn", "flush"]),
+    ("have no settings", ["--attn", "flash:top_p=1"]),
+    ("write NAME=VALUE", ["--attn", "pbs:top_p"]),
+    ("names one twice", ["--attn", "pbs,pbs"]),
+    ("at least 2 tokens", ["--lengths", "1"]),
+    ("tokens, 100000 needed", ["--lengths", "100000"]),
+])
+def test_errors(folder, message, arguments):
+    with pytest.raises(ValueError, match=message):
+        run(folder, *arguments)
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(ValueError, match="nowhere.gguf: no such file"):
+        program.main(["prefill", "--model", "nowhere.gguf", "--device", "cpu"])
