@@ -4,6 +4,7 @@
     ./dev demo > demo.txt; ./dev bench cpu --json cpu.json; ./dev bench prefill --json prefill.json
     tools/readme.py --demo demo.txt --results cpu.json prefill.json
     tools/readme.py --page docs/cuda.md --all --results docs/results/gpu.json
+    tools/readme.py --page docs/transformers.md --models docs/results/prefill-h100.json
 """
 
 import argparse
@@ -56,10 +57,41 @@ def table(records, choose=headline):
     return "\n\n".join(parts)
 
 
+def models_table(records):
+    """One Markdown table for each model and text that `python -m pbsattn.bench prefill` measured."""
+    parts = []
+    for source in dict.fromkeys((r["params"]["model"], r["params"]["text"], r["commit"]) for r in records):
+        rows = [r for r in records if (r["params"]["model"], r["params"]["text"], r["commit"]) == source]
+        value = {(r["params"]["n"], r["case"], r["metric"]): r["value"] for r in rows}
+        cases = list(dict.fromkeys((r["params"]["n"], r["case"]) for r in rows))
+        baselines = [b for b in ("flash", "cudnn") if any(case == b for _, case in cases)]
+        first = rows[0]
+        parts.append(f"{first['params']['model']}; {first['params']['text']}. {first['device']}, commit {first['commit']}, "
+                     f"{first['date']}; medians of {max(r['runs'] for r in rows)} runs, largest spread "
+                     f"{max(r['spread'] for r in rows):.0%}:\n\n"
+                     "| tokens | attention | first token | in attention | "
+                     + "".join(f"against {b} | " for b in baselines)
+                     + "density | peak memory | perplexity | other tokens |\n"
+                     + "| --- " * (8 + len(baselines)) + "|")
+        for n, case in cases:
+            get = lambda metric, of=case: value.get((n, of, metric))
+            ttft, dense = get("time to first token"), get("perplexity", cases[0][1])
+            inside = get("time in attention")
+            show = lambda metric, form: "" if get(metric) is None else form.format(get(metric))
+            change = f" ({get('perplexity') / dense - 1:+.2%})" if dense and case != cases[0][1] else ""
+            parts[-1] += (f"\n| {n} | `{case}` | {ttft * 1e3:.0f} ms | {inside * 1e3:.0f} ms, {inside / ttft:.0%} | "
+                          + "".join(f"{get('time to first token', b) / ttft:.2f}x | " for b in baselines)
+                          + f"{show('density', '{:.3f}')} | {get('peak memory') / 2**30:.2f} GiB | "
+                          + f"{show('perplexity', '{:.3f}')}{change} | {show('differing tokens', '{:.2%}')} |")
+    return "\n\n".join(parts)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=pathlib.Path, help="what ./dev demo printed")
     parser.add_argument("--results", type=pathlib.Path, nargs="+", help="files that ./dev bench wrote with --json")
+    parser.add_argument("--models", type=pathlib.Path, nargs="+",
+                        help="files that python -m pbsattn.bench prefill wrote with --json, on a GPU")
     parser.add_argument("--page", type=pathlib.Path, default=README, help="the page to change, README.md if not given")
     parser.add_argument("--all", action="store_true", help="every measurement, not only the largest length's")
     arguments = parser.parse_args()
@@ -70,6 +102,9 @@ def main():
         records = [record for path in arguments.results for record in json.loads(path.read_text())]
         content = table(records, choose=list) if arguments.all else table(records)
         text = replace_between(arguments.page, text, "results", content)
+    if arguments.models:
+        records = [record for path in arguments.models for record in json.loads(path.read_text())]
+        text = replace_between(arguments.page, text, "models", models_table(records))
     arguments.page.write_text(text)
     return 0
 

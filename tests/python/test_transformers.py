@@ -239,6 +239,16 @@ def test_two_models_keep_their_settings(device):
         assert pt.stats(one)[0].density < 1.0 == pt.stats(two)[0].density
 
 
+def test_a_compiled_model_has_no_graph_break(device):
+    model = build("llama", device)
+    ids = prompt(device)
+    expected = model(ids).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pt.enable(model, top_p=1.0):
+        close(compiled(ids).logits, expected)
+        assert [layer.taken for layer in pt.stats(model)] == [1, 1]
+
+
 def test_threads_share_a_model(device):
     model = build("llama", device)
     ids = [prompt(device, n) for n in (200, 400, 600)]

@@ -1,6 +1,7 @@
 """The op pbsattn::attention: registered with PyTorch, so that compilers and graphs see one node."""
 
 import ast
+import threading
 
 import torch
 
@@ -39,9 +40,26 @@ def _compute(q, k, v, method, settings, layout, return_lse, stats):
     plan = plan_of(key, lambda: _core.options(method, **_read_settings(settings)), q, k, v, layout)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = _empty_lse(q, layout) if return_lse else None
-    workspace = q.new_empty(-(-plan.workspace_size // q.element_size()))  # bytes, in elements of q
+    if index < 0:
+        workspace = _cpu_workspace(plan.workspace_size)
+    else:
+        workspace = q.new_empty(-(-plan.workspace_size // q.element_size()))  # bytes, in elements of q
     ran = run(plan, q, k, v, out, lse, workspace, layout, stats)
     return out, lse, ran
+
+
+_kept = threading.local()  # each thread's last CPU workspace: fresh memory costs a page fault every 4 KiB
+_MOST_KEPT = 256 << 20
+
+
+def _cpu_workspace(size):
+    kept = getattr(_kept, "workspace", None)
+    if kept is not None and kept.numel() >= size:
+        return kept
+    workspace = torch.empty(size, dtype=torch.uint8)
+    if size <= _MOST_KEPT:
+        _kept.workspace = workspace
+    return workspace
 
 
 def _empty_lse(q, layout):

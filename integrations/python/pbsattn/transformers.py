@@ -98,6 +98,8 @@ def _state_of(config):
 def _plain_causal(q_length, kv_length, q_offset, attention_mask):
     """Whether nothing but causality masks the keys, which may go on unused behind the last query (StaticCache)."""
     end = q_offset + q_length
+    if torch.compiler.is_compiling():  # a graph can't look into a mask
+        return attention_mask is None and end == kv_length
     if attention_mask is None:
         return end == kv_length or q_offset == 0
     mask = attention_mask[:, :kv_length].bool()
@@ -114,7 +116,7 @@ def _mask(*, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_
     plain = (state is not None and allow_is_causal_skip and mask_function is causal_mask_function
              and local_size is None and kv_offset == 0 and isinstance(q_offset, int)
              and _plain_causal(q_length, kv_length, q_offset, attention_mask))
-    if state is not None and mask_function is causal_mask_function:
+    if state is not None and mask_function is causal_mask_function and not torch.compiler.is_compiling():
         state.forward.unused_keys = kv_length - q_offset - q_length if plain else 0
     if plain:
         return None
@@ -174,8 +176,8 @@ def _sdpa(module, query, key, value, mask, **kwargs):
 def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """The function behind AttentionInterface: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D] -> [B, Sq, Hq, D]."""
     state = _state_of(getattr(module, "config", None))
-    if state is not None and attention_mask is None and (unused := getattr(state.forward, "unused_keys", 0)):
-        used = key.shape[2] - unused
+    if state is not None and attention_mask is None and not torch.compiler.is_compiling():
+        used = key.shape[2] - getattr(state.forward, "unused_keys", 0)
         key, value = key[:, :, :used], value[:, :, :used]
     layer = getattr(module, "layer_idx", None)
     long = state is not None and query.shape[2] >= state.min_tokens
@@ -191,7 +193,8 @@ def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=Non
                 reason = str(refusal)
         record.left += 1
         record.reason = reason
-        state.warn(reason, layer)
+        if not torch.compiler.is_compiling():  # a graph holds no warning
+            state.warn(reason, layer)
     return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
                  **kwargs)
 
