@@ -153,6 +153,17 @@ def test_plan(device):
         plan.run(q, k, v, out, workspace[: plan.workspace_size // 2])
 
 
+@pytest.mark.parametrize("method", pbsattn.METHODS)
+def test_every_method_by_name(method):
+    q, k, v = qkv("cpu", 1000)
+    out, stats = pbsattn.attention(q, k, v, method=method, return_stats=True)
+    assert error(out, dense(q, k, v)[0]) < 0.5 and 0 < stats.density <= 1
+    options = pbsattn.plan(q_heads=4, kv_heads=2, q_len=9, kv_len=9, head_dim=64, method=method).options
+    named = ("permutation", "order_scope", "score", "keep", "rules", "precision", "fallback")
+    assert all(isinstance(options[name], str) for name in named)  # core.cc knows every enumerator
+    assert pbsattn.plan(q_heads=4, kv_heads=2, q_len=9, kv_len=9, head_dim=64, method=method, **options).options == options
+
+
 def test_workspace_cap(device):
     shape = dict(q_heads=4, kv_heads=2, q_len=4096, kv_len=4096, head_dim=64, device=device)
     whole = pbsattn.plan(**shape)

@@ -51,6 +51,10 @@ struct Names<pbsattn::Rules> {
   static constexpr const char* values[] = {"reference_code", "paper"};
 };
 template <>
+struct Names<pbsattn::Fallback> {
+  static constexpr const char* values[] = {"never", "when_faster"};
+};
+template <>
 struct Names<pbsattn::Precision> {
   static constexpr const char* values[] = {"automatic", "f32", "bf16"};
 };
@@ -102,7 +106,11 @@ struct Getter {
   }
   template <class Enum>
   void choice(const char* name, const Enum& field) {
-    fields[name] = Names<Enum>::values[static_cast<std::size_t>(field)];
+    const auto value = static_cast<std::size_t>(field);
+    if (value < std::size(Names<Enum>::values))
+      fields[name] = Names<Enum>::values[value];
+    else
+      fields[name] = value;  // an enumerator that Names lacks; a test looks for them
   }
 };
 
@@ -113,6 +121,7 @@ void visit_fields(auto&& visitor, auto& options) {
   visitor.choice("keep", options.keep);
   visitor.choice("rules", options.rules);
   visitor.choice("precision", options.precision);
+  visitor.choice("fallback", options.fallback);
   visitor.number("top_p", options.top_p);
   visitor.number("threshold", options.threshold);
   visitor.number("floor_top_p", options.floor_top_p);
@@ -120,6 +129,7 @@ void visit_fields(auto&& visitor, auto& options) {
   visitor.number("segment", options.segment);
   visitor.number("dense_last_rows", options.dense_last_rows);
   visitor.number("scale", options.scale);
+  visitor.number("expected_density", options.expected_density);
 }
 
 nb::dict to_dict(const Options& options) {
