@@ -29,6 +29,13 @@ def test_float32_on_the_cpu():
     assert error(pbsattn.attention(q, k, v, method="full"), dense(q, k, v)[0]) < 1e-5
 
 
+def test_mixed_dtypes_on_the_cpu():
+    q, k, v = qkv("cpu", 300)
+    truth, _ = dense(q, k, v)
+    out = pbsattn.attention(q.float(), k, v.half(), method="full")
+    assert out.dtype == torch.float32 and error(out, truth) < 1e-2
+
+
 def test_scale(device):
     q, k, v = qkv(device, 300)
     truth, _ = dense(q, k, v, scale=0.3)

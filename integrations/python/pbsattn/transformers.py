@@ -177,8 +177,8 @@ def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=Non
     """The function behind AttentionInterface: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D] -> [B, Sq, Hq, D]."""
     state = _state_of(getattr(module, "config", None))
     if state is not None and attention_mask is None and not torch.compiler.is_compiling():
-        used = key.shape[2] - getattr(state.forward, "unused_keys", 0)
-        key, value = key[:, :, :used], value[:, :, :used]
+        if unused := getattr(state.forward, "unused_keys", 0):
+            key, value = key[:, :, :-unused], value[:, :, :-unused]
     layer = getattr(module, "layer_idx", None)
     long = state is not None and query.shape[2] >= state.min_tokens
     if long and (state.layers is None or layer in state.layers):
