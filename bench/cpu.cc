@@ -1,10 +1,13 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <optional>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
+#include "peak.h"
 #include "problem.h"
 #include "suites.h"
 #ifdef PBSATTN_HAS_GGML
@@ -16,7 +19,6 @@ namespace {
 
 using pbsattn::Device;
 using pbsattn::Options;
-using pbsattn::Precision;
 using pbsattn::Shape;
 
 // Makes the plans made in its lifetime take one code path.
@@ -53,23 +55,57 @@ void verify(const std::string& path, std::int64_t head_dim) {
                                          head_dim, error, allowed));
 }
 
+// Paths that are there to be right, not fast, would take minutes at these lengths.
+std::vector<std::string> measured_paths(const SuiteOptions& options) {
+  if (!options.paths.empty()) return options.paths;
+  std::vector<std::string> paths = pbsattn::describe_cpu().paths;
+  std::erase_if(paths, [](const std::string& path) { return path == "baseline_f32" || path == "sse4_f32"; });
+  return paths;
+}
+
+Runner runner_on(const std::string& path, const Problem& problem, const Options& method, int threads) {
+  const ForcedPath forced(path);
+  return Runner(problem, method, Device::cpu(threads));
+}
+
+double rounded(double value) {
+  return std::round(value * 1000) / 1000;
+}
+
+void peak(const SuiteOptions& options, Report& report) {
+  for (const std::string& path : measured_paths(options)) {
+    const double rate = peak_rate(path);
+    if (rate == 0) continue;
+    report.add({.name = "peak",
+                .params = {{"path", path}, {"threads", 1}},
+                .metric = "rate of multiply-adds in registers",
+                .unit = "GFLOP/s",
+                .value = rate,
+                .peer = ""});
+  }
+  report.add({.name = "peak",
+              .params = {{"path", "memory"}, {"threads", 1}},
+              .metric = "rate of reading",
+              .unit = "GB/s",
+              .value = read_bandwidth(),
+              .peer = ""});
+}
+
 void dense(const SuiteOptions& options, Report& report, std::int64_t tokens, std::int64_t head_dim) {
   const Problem problem(prompt(tokens, head_dim), static_cast<unsigned>(tokens + head_dim));
   const double gflop = causal_gflop(problem.shape);
   std::vector<Runner> ours;
   std::vector<std::function<void()>> functions;
-  for (const std::string& path : pbsattn::describe_cpu().paths) {
-    if (path == "baseline_f32") continue;  // there to be right, not fast: minutes at this length
+  for (const std::string& path : measured_paths(options)) {
     verify(path, head_dim);
-    const ForcedPath forced(path);
-    ours.emplace_back(problem, pbsattn::method("full"), Device::cpu(options.threads));
+    ours.push_back(runner_on(path, problem, pbsattn::method("full"), options.threads));
   }
   for (Runner& runner : ours) functions.emplace_back([&runner] { runner(); });
 #ifdef PBSATTN_HAS_GGML
   GgmlAttention ggml(problem, options.threads);
   functions.emplace_back([&ggml] { ggml(); });
 #endif
-  const auto seconds = interleave(options.runs, functions);
+  const auto seconds = interleave(options.runs, options.clock, functions);
   for (std::size_t i = 0; i < ours.size(); ++i) {
     Measurement m{
         .name = "dense",
@@ -92,32 +128,23 @@ void dense(const SuiteOptions& options, Report& report, std::int64_t tokens, std
 }
 
 // Time of sparse attention over dense at the same length: its floor is the density.
-void sparse(const SuiteOptions& options, Report& report, std::int64_t tokens, std::int64_t head_dim) {
+void sparse(const SuiteOptions& options, Report& report, const std::string& path, std::int64_t tokens,
+            std::int64_t head_dim) {
   const Problem problem(prompt(tokens, head_dim), static_cast<unsigned>(tokens + head_dim + 1));
-  Options full = pbsattn::method("full");
-  full.precision = Precision::bf16;
-  Runner dense_runner(problem, full, Device::cpu(options.threads));
+  Runner dense_runner = runner_on(path, problem, pbsattn::method("full"), options.threads);
   for (const float top_p : {0.1F, 0.25F, 0.5F, 0.75F}) {
     Options pbs = pbsattn::method("pbs");
-    pbs.precision = Precision::bf16;
     pbs.top_p = top_p;
-    Runner runner(problem, pbs, Device::cpu(options.threads));
-    double before_attend = 0;
-    const auto seconds = interleave(options.runs, {[&] {
-                                                     runner();
-                                                     before_attend =
-                                                         runner.stats().permute_seconds + runner.stats().select_seconds;
-                                                   },
-                                                   [&] { dense_runner(); }});
+    Runner runner = runner_on(path, problem, pbs, options.threads);
+    const auto seconds = interleave(options.runs, options.clock, {[&] { runner(); }, [&] { dense_runner(); }});
     const double ours = median(seconds[0]);
     const double theirs = median(seconds[1]);
     report.add({.name = "sparse",
                 .params = {{"n", tokens},
                            {"head_dim", head_dim},
                            {"threads", options.threads},
-                           {"path", runner.path()},
-                           {"density", std::round(runner.stats().density() * 1000) / 1000},
-                           {"before_attend", std::round(before_attend / theirs * 1000) / 1000}},
+                           {"path", path},
+                           {"density", rounded(runner.stats().density())}},
                 .metric = "time / dense - density",
                 .unit = "of dense",
                 .value = ours / theirs - runner.stats().density(),
@@ -129,18 +156,58 @@ void sparse(const SuiteOptions& options, Report& report, std::int64_t tokens, st
   }
 }
 
-void thread_scaling(const SuiteOptions& options, Report& report, std::int64_t tokens, std::int64_t head_dim) {
-  const int most = pbsattn::describe_cpu().threads;
-  if (most < 2) return;
-  const Problem problem(prompt(tokens, head_dim), 5);
-  Options pbs = pbsattn::method("pbs");
-  pbs.precision = Precision::bf16;
-  Runner one(problem, pbs, Device::cpu(1));
-  Runner all(problem, pbs, Device::cpu(most));
-  const auto seconds = interleave(options.runs, {[&] { all(); }, [&] { one(); }});
-  if (one.out() != all.out()) throw std::runtime_error("the result depends on the number of threads");
+// What comes before attention, as a share of dense attention's time: one group of the model that most people
+// try first (12 query heads on 2 KV heads, head_dim 128). The stages' times are the plan's own, by the wall clock, so
+// the least of some runs is taken of each.
+void stages(const SuiteOptions& options, Report& report, const std::string& path, std::int64_t tokens) {
+  Shape shape = prompt(tokens, 128);
+  shape.q_heads = 6;
+  shape.kv_heads = 1;
+  const Problem problem(shape, static_cast<unsigned>(tokens));
+  Runner sparse_runner = runner_on(path, problem, pbsattn::method("pbs"), options.threads);
+  Runner dense_runner = runner_on(path, problem, pbsattn::method("full"), options.threads);
+  std::vector<double> permute, select, before, dense_seconds;
+  for (int run = -1; run < options.runs; ++run) {
+    sparse_runner();
+    dense_runner();
+    if (run < 0) continue;
+    const auto& [visited, causal, permuting, selecting, attending] = sparse_runner.stats();
+    permute.push_back(permuting);
+    select.push_back(selecting);
+    before.push_back(permuting + selecting);
+    const auto& dense_stats = dense_runner.stats();
+    dense_seconds.push_back(dense_stats.permute_seconds + dense_stats.select_seconds + dense_stats.attend_seconds);
+  }
+  const double whole = std::ranges::min(dense_seconds);
+  report.add({.name = "stages",
+              .params = {{"n", tokens},
+                         {"head_dim", 128},
+                         {"q_heads", 6},
+                         {"kv_heads", 1},
+                         {"threads", options.threads},
+                         {"path", path},
+                         {"density", rounded(sparse_runner.stats().density())},
+                         {"permute", rounded(std::ranges::min(permute) / whole)},
+                         {"select", rounded(std::ranges::min(select) / whole)}},
+              .metric = "time before attention, packing included",
+              .unit = "of dense",
+              .value = std::ranges::min(before) / whole,
+              .peer = "dense",
+              .peer_value = whole,
+              .ratio = whole / std::ranges::min(before),
+              .runs = options.runs,
+              .spread = spread(before)});
+}
+
+void two_threads(const SuiteOptions& options, Report& report, const std::string& path, std::int64_t tokens) {
+  if (pbsattn::describe_cpu().threads < 2) return;
+  const Problem problem(prompt(tokens, 128), 5);
+  Runner one = runner_on(path, problem, pbsattn::method("pbs"), 1);
+  Runner two = runner_on(path, problem, pbsattn::method("pbs"), 2);
+  const auto seconds = interleave(options.runs, Clock::wall, {[&] { two(); }, [&] { one(); }});
+  if (one.out() != two.out()) throw std::runtime_error("the result depends on the number of threads");
   report.add({.name = "threads",
-              .params = {{"n", tokens}, {"head_dim", head_dim}, {"threads", most}, {"path", one.path()}},
+              .params = {{"n", tokens}, {"head_dim", 128}, {"threads", 2}, {"path", path}},
               .metric = "time",
               .unit = "s",
               .value = median(seconds[0]),
@@ -154,12 +221,19 @@ void thread_scaling(const SuiteOptions& options, Report& report, std::int64_t to
 }  // namespace
 
 void run_cpu_suite(const SuiteOptions& options, Report& report) {
-  for (const std::int64_t head_dim : {64, 128}) {
-    dense(options, report, 4096, head_dim);
-    if (!options.quick) dense(options, report, 8192, head_dim);
+  const auto wanted = [&](const char* name) { return std::ranges::find(options.cases, name) != options.cases.end(); };
+  const std::int64_t longest = std::ranges::max(options.tokens);
+  const std::vector<std::string> paths = measured_paths(options);
+  if (wanted("peak")) peak(options, report);
+  for (const std::int64_t head_dim : options.head_dims)
+    for (const std::int64_t tokens : options.tokens)
+      if (wanted("dense")) dense(options, report, tokens, head_dim);
+  for (const std::string& path : paths) {
+    for (const std::int64_t head_dim : options.head_dims)
+      if (wanted("sparse")) sparse(options, report, path, longest, head_dim);
+    if (wanted("stages")) stages(options, report, path, longest);
+    if (wanted("threads")) two_threads(options, report, path, longest);
   }
-  for (const std::int64_t head_dim : {64, 128}) sparse(options, report, options.quick ? 4096 : 8192, head_dim);
-  thread_scaling(options, report, options.quick ? 4096 : 8192, 128);
 }
 
 }  // namespace bench

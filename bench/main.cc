@@ -2,6 +2,8 @@
 
 #include <CLI/CLI.hpp>
 #include <exception>
+#include <map>
+#include <string>
 
 #include "pbsattn/pbsattn.hpp"
 #include "suites.h"
@@ -16,7 +18,16 @@ int main(int argc, char** argv) {
   app.add_option("--runs", options.runs, "Measured runs of each function; the median is reported")
       ->check(CLI::Range(1, 1000));
   app.add_option("--threads", options.threads, "Threads of every function")->check(CLI::Range(1, 1024));
-  app.add_flag("--quick", options.quick, "Smallest sizes only");
+  app.add_option("--clock", options.clock,
+                 "wall, or processor: the process's own time, on a machine shared with others")
+      ->transform(CLI::CheckedTransformer(
+          std::map<std::string, bench::Clock>{{"wall", bench::Clock::wall}, {"processor", bench::Clock::processor}}));
+  app.add_option("--tokens", options.tokens, "Prompt lengths")->delimiter(',')->check(CLI::Range(1, 1 << 20));
+  app.add_option("--head-dims", options.head_dims, "Head widths")->delimiter(',')->check(CLI::Range(8, 256));
+  app.add_option("--paths", options.paths, "Code paths, by name; pbsattn devices lists them")->delimiter(',');
+  app.add_option("--cases", options.cases, "Which of peak, dense, sparse, stages, threads")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"peak", "dense", "sparse", "stages", "threads"}));
   CLI11_PARSE(app, argc, argv);
   try {
     const auto info = pbsattn::describe_cpu();

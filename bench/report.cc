@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
@@ -14,14 +15,27 @@
 
 namespace bench {
 
-std::vector<std::vector<double>> interleave(int runs, const std::vector<std::function<void()>>& functions) {
+namespace {
+
+double seconds_on(Clock clock) {
+  if (clock == Clock::processor) {
+    timespec time{};
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  }
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+std::vector<std::vector<double>> interleave(int runs, Clock clock,
+                                            const std::vector<std::function<void()>>& functions) {
   std::vector<std::vector<double>> seconds(functions.size());
   for (int run = -1; run < runs; ++run) {
     for (std::size_t i = 0; i < functions.size(); ++i) {
-      const auto start = std::chrono::steady_clock::now();
+      const double start = seconds_on(clock);
       functions[i]();
-      const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-      if (run >= 0) seconds[i].push_back(taken.count());
+      if (run >= 0) seconds[i].push_back(seconds_on(clock) - start);
     }
   }
   return seconds;

@@ -8,9 +8,13 @@
 
 namespace bench {
 
+// What seconds are counted in: those that pass, or those that this process's threads ran. On a machine shared with
+// others, one thread's processor time says more than the time that passed.
+enum class Clock { wall, processor };
+
 // Seconds of each of `functions`, run in turn: A B A B ..., once unmeasured and then `runs` times, so that
 // a machine whose speed drifts drifts for all. Returns one vector of `runs` times for each function.
-std::vector<std::vector<double>> interleave(int runs, const std::vector<std::function<void()>>& functions);
+std::vector<std::vector<double>> interleave(int runs, Clock clock, const std::vector<std::function<void()>>& functions);
 
 double median(std::vector<double> values);
 // (max - min) / median

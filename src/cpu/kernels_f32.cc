@@ -1,6 +1,8 @@
 // f32 products through Highway: one source, compiled for each of its targets, chosen at run time.
 #include "cpu/kernels.h"
 
+// AVX-512's later extensions bring nothing to float32, and what has no SSE4 takes scalar code.
+#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSSE3)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/kernels_f32.cc"
 #include <hwy/foreach_target.h>
@@ -228,10 +230,10 @@ void round_row(DType dtype, int count, float* row) {
 }
 
 const Kernels* table() {
-  static constexpr std::string_view name = HWY_TARGET == HWY_AVX3_DL || HWY_TARGET == HWY_AVX3 ? "avx512_f32"
-                                           : HWY_TARGET == HWY_AVX2                            ? "avx2_f32"
-                                           : HWY_TARGET == HWY_SSE4                            ? "sse4_f32"
-                                                                                               : "baseline_f32";
+  static constexpr std::string_view name = HWY_TARGET == HWY_AVX3   ? "avx512_f32"
+                                           : HWY_TARGET == HWY_AVX2 ? "avx2_f32"
+                                           : HWY_TARGET == HWY_SSE4 ? "sse4_f32"
+                                                                    : "baseline_f32";
   static constexpr Kernels kernels{.name = name,
                                    .products = Precision::f32,
                                    .element_size = sizeof(float),

@@ -101,25 +101,31 @@ void finish_scores(const StageContext& c) {
   });
 }
 
-// Writes the first `count` of `rank.size()` tokens in descending rank, ties by token, as a set in ascending
-// order, and leaves the others, in order too, in their place. A binary search for the count-th rank costs less
-// than a sort, and the order inside a block changes nothing.
-void take_highest(std::span<std::uint32_t> rank, std::int32_t* tokens, std::int32_t* taken, std::ptrdiff_t count) {
-  const auto above = [&](std::uint32_t bound) {
+// Moves the `count` tokens of highest rank, ties by token, into `taken`; both they and those left, which close up,
+// stay in ascending order. A binary search for the lowest rank taken costs less than a sort, and the order inside a
+// block changes nothing.
+void take_highest(std::span<std::uint32_t> rank, std::int32_t* tokens, std::int32_t* taken, std::int32_t count) {
+  const auto reaching = [&](std::uint32_t bound) {
     std::int32_t found = 0;
     for (const std::uint32_t r : rank) found += r >= bound ? 1 : 0;
     return found;
   };
-  std::uint32_t last = 0;  // the highest bound that `count` ranks reach
-  for (std::uint32_t bit = std::uint32_t{1} << 31; bit != 0; bit >>= 1)
-    if (above(last | bit) >= count) last |= bit;
-  std::ptrdiff_t ties = count - (last == std::numeric_limits<std::uint32_t>::max() ? 0 : above(last + 1));
+  std::uint32_t lowest = 0;
+  std::int32_t found = static_cast<std::int32_t>(rank.size());  // that reach it, at least count
+  for (std::uint32_t bit = std::uint32_t{1} << 31; bit != 0 && found != count; bit >>= 1) {
+    const std::int32_t candidates = reaching(lowest | bit);
+    if (candidates < count) continue;
+    lowest |= bit;
+    found = candidates;
+  }
+  // Of those that equal the lowest, the last are one too many.
+  std::int32_t ties = found == count ? count : count - reaching(lowest + 1);
   std::size_t left = 0;
   for (std::size_t i = 0; i < rank.size(); ++i) {
-    const bool tie = rank[i] == last && ties > 0;
-    ties -= tie ? 1 : 0;
-    if (rank[i] > last || tie) {
+    const bool tie = rank[i] == lowest;
+    if (rank[i] > lowest || (tie && ties > 0)) {
       *taken++ = tokens[i];
+      ties -= tie ? 1 : 0;
     } else {
       rank[left] = rank[i];
       tokens[left++] = tokens[i];

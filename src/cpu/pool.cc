@@ -4,9 +4,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
-#include <vector>
 
 #if defined(__unix__)
 #include <pthread.h>
@@ -45,7 +45,7 @@ class Pool {
       const std::lock_guard lock(mutex_);
       grow(threads - 1);
       loop_ = &loop;
-      wanted_ = std::min(threads - 1, static_cast<int>(workers_.size()));
+      wanted_ = std::min(threads - 1, workers_);
       running_ = wanted_;
       ++generation_;
     }
@@ -57,15 +57,13 @@ class Pool {
   }
 
  private:
+  // Where the system has no more threads, or no memory for one, those there are do the work.
   void grow(int count) {
-    while (static_cast<int>(workers_.size()) < count) {
-      const int thread = static_cast<int>(workers_.size()) + 1;
-      try {
-        workers_.emplace_back([this, thread, seen = generation_] { serve(thread, seen); });
-        workers_.back().detach();
-      } catch (const std::system_error&) {
-        return;
-      }
+    try {
+      for (; workers_ < count; ++workers_)
+        std::thread([this, thread = workers_ + 1, seen = generation_] { serve(thread, seen); }).detach();
+    } catch (const std::system_error&) {
+    } catch (const std::bad_alloc&) {
     }
   }
 
@@ -87,7 +85,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable start_;
   std::condition_variable done_;
-  std::vector<std::thread> workers_;
+  int workers_ = 0;
   Loop* loop_ = nullptr;
   std::uint64_t generation_ = 0;
   int wanted_ = 0;   // workers 1 .. wanted_ take part in this generation's loop
