@@ -1,0 +1,74 @@
+// A plan behind plain functions, for cpu_torch.py: tensors are contiguous [heads][tokens][head_dim] of one dtype.
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "pbsattn/pbsattn.hpp"
+
+namespace {
+
+struct Bench {
+  pbsattn::Plan plan;
+  pbsattn::Shape shape;
+  pbsattn::DType dtype;
+  std::vector<std::byte> workspace;
+  pbsattn::Stats stats;
+};
+
+std::string last_error;
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) const char* bench_error() {
+  return last_error.c_str();
+}
+
+// sizes: q_heads, kv_heads, tokens, head_dim. Null on failure.
+__attribute__((visibility("default"))) void* bench_create(const char* method, float top_p, int dtype, int threads,
+                                                          const std::int64_t* sizes) try {
+  pbsattn::Options options = pbsattn::method(method);
+  if (options.keep == pbsattn::KeepRule::top_p) options.top_p = top_p;
+  const auto type = static_cast<pbsattn::DType>(dtype);
+  if (type == pbsattn::DType::bf16) options.precision = pbsattn::Precision::bf16;
+  const pbsattn::Shape shape{.batch = 1,
+                             .q_heads = sizes[0],
+                             .kv_heads = sizes[1],
+                             .q_len = sizes[2],
+                             .kv_len = sizes[2],
+                             .head_dim = sizes[3]};
+  auto plan = pbsattn::Plan::create(options, shape, pbsattn::Device::cpu(threads));
+  std::vector<std::byte> workspace(plan.workspace_size());
+  return new Bench{std::move(plan), shape, type, std::move(workspace), {}};
+} catch (const std::exception& error) {
+  last_error = error.what();
+  return nullptr;
+}
+
+__attribute__((visibility("default"))) const char* bench_path(const void* bench) {
+  static thread_local std::string path;
+  path = static_cast<const Bench*>(bench)->plan.path();
+  return path.c_str();
+}
+
+// Returns the density, or -1 on failure.
+__attribute__((visibility("default"))) double bench_run(void* bench, const void* q, const void* k, const void* v,
+                                                        void* out) try {
+  auto& b = *static_cast<Bench*>(bench);
+  const auto [batch, q_heads, kv_heads, tokens, kv_len, dim] = b.shape;
+  const std::int64_t head = tokens * dim;
+  b.plan.run({{q, b.dtype, q_heads * head, head, dim},
+              {k, b.dtype, kv_heads * head, head, dim},
+              {v, b.dtype, kv_heads * head, head, dim}},
+             {.out = {out, b.dtype, q_heads * head, head, dim}}, b.workspace, &b.stats);
+  return b.stats.density();
+} catch (const std::exception& error) {
+  last_error = error.what();
+  return -1;
+}
+
+__attribute__((visibility("default"))) void bench_destroy(void* bench) {
+  delete static_cast<Bench*>(bench);
+}
+}
