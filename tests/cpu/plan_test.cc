@@ -1,7 +1,9 @@
 // What a CPU plan promises around its numbers: the same bits always, bounded memory, and what it refuses.
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <cstring>
+#include <fstream>
 #include <thread>
 
 #include "cpu/path.h"
@@ -99,6 +101,26 @@ TEST_P(SameBits, UnderAnyCapThatSuffices) {
     EXPECT_GE(accepted, 1);
   }
 }
+
+// Sanitizers reserve address space of their own, which a limit would take from them.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+TEST(CpuPlan, RunsOnTheThreadsThereAreWhereNoMoreCanBeMade) {
+  Problem problem = make();
+  const Bits one = bits_of(method("pbs"), {.device = Device::cpu(1)});
+  const Plan plan = Plan::create(method("pbs"), problem.shape, Device::cpu(64));
+  std::vector<std::byte> workspace(plan.workspace_size());
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_AS, &before), 0);
+  std::int64_t pages = 0;
+  ASSERT_TRUE(std::ifstream("/proc/self/statm") >> pages);
+  // Room for small things, but for no 57 stacks of 8 MiB.
+  const rlimit tight{static_cast<rlim_t>(pages) * 4096 + (rlim_t{32} << 20), before.rlim_max};
+  ASSERT_EQ(setrlimit(RLIMIT_AS, &tight), 0);
+  plan.run(problem.inputs(), problem.outputs(), workspace);
+  ASSERT_EQ(setrlimit(RLIMIT_AS, &before), 0);
+  EXPECT_EQ(problem.out.bytes(), one.out);
+}
+#endif
 
 TEST(CpuPlan, OutputWithoutLogSumExpStatsOrTrace) {
   Problem with = make();
