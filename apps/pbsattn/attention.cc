@@ -3,7 +3,11 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <charconv>
+#include <initializer_list>
 #include <nlohmann/json.hpp>
+#include <string_view>
+#include <vector>
 
 #include "errors.h"
 
@@ -61,11 +65,57 @@ const char* name_of(Fallback fallback) {
   return fallback == Fallback::never ? "never" : "when_faster";
 }
 
-Precision precision_named(const std::string& name) {
-  for (const Precision precision : {Precision::automatic, Precision::f32, Precision::bf16}) {
-    if (name == name_of(precision)) return precision;
+// The value of an enum's that goes by `name`; `what` says in a message what it is a name of.
+template <class Enum>
+Enum named(const char* what, std::string_view name, std::initializer_list<Enum> values) {
+  std::string known;
+  for (const Enum value : values) {
+    if (name == name_of(value)) return value;
+    known += fmt::format("{}{}", known.empty() ? "" : ", ", name_of(value));
   }
-  throw UsageError(fmt::format("precision \"{}\": no such precision; there are bf16, f32 and automatic", name));
+  throw UsageError(fmt::format("{} \"{}\": no such {}; there are {}", what, name, what, known));
+}
+
+Precision precision_named(std::string_view name) {
+  return named("precision", name, {Precision::bf16, Precision::f32, Precision::automatic});
+}
+
+template <class Number>
+Number number(std::string_view option, std::string_view text) {
+  Number value{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) {
+    throw UsageError(fmt::format("{} \"{}\": not a number; pass one, such as pbs:top_p=0.95", option, text));
+  }
+  return value;
+}
+
+// Sets one option of a method, as `pbs:top_p=0.95` names it.
+void set(pbsattn::Options* options, std::string_view option, std::string_view value) {
+  if (option == "top_p") {
+    options->top_p = number<float>(option, value);
+  } else if (option == "threshold") {
+    options->threshold = number<float>(option, value);
+  } else if (option == "floor_top_p") {
+    options->floor_top_p = number<float>(option, value);
+  } else if (option == "segment") {
+    options->segment = number<int>(option, value);
+  } else if (option == "dense_last_rows") {
+    options->dense_last_rows = number<int>(option, value);
+  } else if (option == "order_scope") {
+    options->order_scope = named("order_scope", value, {OrderScope::query_head, OrderScope::kv_head});
+  } else if (option == "rules") {
+    options->rules = named("rules", value, {Rules::reference_code, Rules::paper});
+  } else if (option == "precision") {
+    options->precision = precision_named(value);
+  } else if (option == "fallback") {
+    options->fallback = named("fallback", value, {Fallback::never, Fallback::when_faster});
+  } else {
+    throw UsageError(
+        fmt::format("option \"{}\": no such option of a method; there are top_p, threshold, floor_top_p, segment, "
+                    "dense_last_rows, order_scope, rules, precision and fallback",
+                    option));
+  }
 }
 
 // The library's own check of options, on a shape that nothing else can be wrong with.
@@ -91,17 +141,30 @@ void AttentionFlags::add_to(CLI::App& command) {
       ->capture_default_str();
 }
 
-Attention attention_named(const std::string& name, const AttentionFlags& flags) {
-  if (name == "ggml") return {.name = name, .by_ggml = true, .options = {}};
-  pbsattn::Options options = pbsattn::method(name);
+Attention attention_named(const std::string& spec, const AttentionFlags& flags) {
+  const std::vector<std::string> parts = CLI::detail::split(spec, ':');
+  Attention attention{.name = spec, .by_ggml = parts.front() == "ggml", .options = {}};
+  if (attention.by_ggml && parts.size() > 1) {
+    throw UsageError(fmt::format("{}: ggml's kernel has no options; name it alone", spec));
+  }
+  if (attention.by_ggml) return attention;
+  pbsattn::Options& options = attention.options = pbsattn::method(parts.front());
   options.precision = precision_named(flags.precision);
   options.segment = flags.segment;
   options.top_p = flags.top_p;
   options.threshold = flags.threshold.value_or(options.threshold);
   options.floor_top_p = flags.floor_top_p.value_or(options.floor_top_p);
   options.dense_last_rows = flags.dense_last_rows.value_or(options.dense_last_rows);
+  for (std::size_t i = 1; i < parts.size(); ++i) {
+    const std::size_t equals = parts[i].find('=');
+    if (equals == std::string::npos) {
+      throw UsageError(fmt::format("{}: \"{}\" is no OPTION=VALUE; write, say, pbs:top_p=0.95", spec, parts[i]));
+    }
+    const std::string_view part = parts[i];
+    set(&options, part.substr(0, equals), part.substr(equals + 1));
+  }
   check(options);
-  return {.name = name, .by_ggml = false, .options = options};
+  return attention;
 }
 
 pbsattn_options to_c(const pbsattn::Options& options) {

@@ -16,7 +16,7 @@ namespace app {
 
 // llama.cpp's own kernel, or one of pbsattn's methods.
 struct Attention {
-  std::string name;
+  std::string name;  // as asked for, options included
   bool by_ggml = false;
   pbsattn::Options options;  // unused by_ggml
 };
@@ -33,9 +33,9 @@ struct AttentionFlags {
   void add_to(CLI::App& command);
 };
 
-// "ggml" or a method of the table, with the flags applied. Throws for an unknown name (with the nearest)
-// and for a value out of its range.
-Attention attention_named(const std::string& name, const AttentionFlags& flags);
+// "ggml" or a method of the table, with the flags applied and then options of its own: "pbs:top_p=0.95:segment=512".
+// Throws for an unknown name (with the nearest) and for a value out of its range.
+Attention attention_named(const std::string& spec, const AttentionFlags& flags);
 
 pbsattn_options to_c(const pbsattn::Options& options);
 nlohmann::json to_json(const pbsattn::Options& options);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <utility>
 
 namespace app {
 namespace {
@@ -25,6 +27,15 @@ double kl_divergence(std::span<const float> log_p, std::span<const float> q_logi
   return std::max(kl, 0.0);  // rounding may bring equal distributions below zero
 }
 
+Estimate estimate(std::span<const double> values) {
+  const auto count = static_cast<double>(values.size());
+  double mean = 0;
+  for (const double value : values) mean += value / count;
+  double squares = 0;
+  for (const double value : values) squares += (value - mean) * (value - mean);
+  return {.mean = mean, .standard_error = count < 2 ? 0.0 : std::sqrt(squares / (count - 1) / count)};
+}
+
 }  // namespace
 
 std::vector<int> sample_positions(int length, int count) {
@@ -41,14 +52,14 @@ FidelityJudge::FidelityJudge(std::span<const llama_token> prompt, std::span<cons
 
 Fidelity FidelityJudge::judge(const std::function<std::span<const float>(int)>& logits) {
   const bool first = reference_.empty();
-  double nll = 0;
+  std::vector<double> nll;
   Divergence divergence;
   for (std::size_t i = 0; i < positions_.size(); ++i) {
     const int position = positions_[i];
     const std::span<const float> row = logits(position);
     const double log_sum = log_sum_exp(row);
     const bool last = position + 1 == static_cast<int>(prompt_.size());
-    if (!last) nll += log_sum - row[static_cast<std::size_t>(prompt_[static_cast<std::size_t>(position) + 1])];
+    if (!last) nll.push_back(log_sum - row[static_cast<std::size_t>(prompt_[static_cast<std::size_t>(position) + 1])]);
     if (first) {
       auto& kept = reference_.emplace_back(row.begin(), row.end());
       for (float& value : kept) value = static_cast<float>(value - log_sum);
@@ -60,8 +71,14 @@ Fidelity FidelityJudge::judge(const std::function<std::span<const float>(int)>& 
     divergence.kl_mean += divergence.kl_last / static_cast<double>(positions_.size());
     divergence.top1_mean += (divergence.top1_last ? 1.0 : 0.0) / static_cast<double>(positions_.size());
   }
-  Fidelity result{.perplexity = std::exp(nll / static_cast<double>(positions_.size() - 1)), .divergence = {}};
-  if (!first) result.divergence = divergence;
+  Fidelity result{.perplexity = std::exp(estimate(nll).mean), .divergence = {}};
+  if (first) {
+    reference_nll_ = std::move(nll);
+    return result;
+  }
+  std::ranges::transform(nll, reference_nll_, nll.begin(), std::minus{});
+  divergence.nll_change = estimate(nll);
+  result.divergence = divergence;
   return result;
 }
 

@@ -14,11 +14,19 @@ namespace app {
 // the last; ascending. count < 0 stands for all.
 std::vector<int> sample_positions(int length, int count);
 
+// A mean over positions and its standard error, the positions taken as independent.
+struct Estimate {
+  double mean = 0;
+  double standard_error = 0;
+};
+
 struct Divergence {
   double kl_mean = 0;     // mean over positions of KL(reference || run), in nats
   double kl_last = 0;     // at the prompt's last position
   double top1_mean = 0;   // share of positions where both have the same most likely token
   bool top1_last = true;  // at the prompt's last position
+  Estimate nll_change;    // the run's negative log-likelihood of the next token less the reference's, in nats: pairing
+                          // takes out how hard a token is, by far the larger part of what a perplexity wanders
 };
 
 struct Fidelity {
@@ -38,6 +46,7 @@ class FidelityJudge {
   std::span<const llama_token> prompt_;
   std::span<const int> positions_;
   std::vector<std::vector<float>> reference_;  // log-probabilities at each position
+  std::vector<double> reference_nll_;          // of the next token, at each position that has one
 };
 
 }  // namespace app

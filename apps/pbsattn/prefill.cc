@@ -219,9 +219,10 @@ void add_prefill(CLI::App& program) {
   command->add_option("--method", options->method, "the method under test; `pbsattn methods` lists them")
       ->capture_default_str();
   command
-      ->add_option("--compare", options->compare,
-                   "run these too, by commas: ggml (llama.cpp's own kernel) and methods; or none. The first is the "
-                   "baseline of speed-ups")
+      ->add_option(
+          "--compare", options->compare,
+          "run these too, by commas: ggml (llama.cpp's own kernel) and methods, with options of their own as in "
+          "pbs:top_p=0.95:segment=512; or none. The first is the baseline of speed-ups")
       ->capture_default_str();
   options->attention.add_to(*command);
   command->add_option("--generate", options->generate, "tokens to continue the prompt with, greedily")

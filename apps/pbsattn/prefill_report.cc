@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -35,13 +36,20 @@ std::string density_text(const Run& run) {
   return fmt::format("{:.3f} ({:.2f}-{:.2f})", run.density(), low, high);
 }
 
+// A change of mean negative log-likelihood as one of perplexity.
+std::string change_text(const Estimate& nll_change) {
+  const double ratio = std::exp(nll_change.mean);
+  return fmt::format("{:+.2f} ±{:.2f} %", 100 * (ratio - 1), 100 * ratio * nll_change.standard_error);
+}
+
 std::string fidelity_text(const Run& run, const std::string& reference) {
   const auto& divergence = run.fidelity.divergence;
   if (run.attention.name == reference)
     return fmt::format("{:10.4f}   (what the others are measured against)", run.fidelity.perplexity);
   if (!divergence) return fmt::format("{:10.4f}", run.fidelity.perplexity);
-  return fmt::format("{:10.4f} {:8.5f} {:8.5f} {:6.1f} % {:>5}", run.fidelity.perplexity, divergence->kl_mean,
-                     divergence->kl_last, 100 * divergence->top1_mean, divergence->top1_last ? "same" : "other");
+  return fmt::format("{:10.4f} {:>14} {:8.5f} {:8.5f} {:6.1f} % {:>5}", run.fidelity.perplexity,
+                     change_text(divergence->nll_change), divergence->kl_mean, divergence->kl_last,
+                     100 * divergence->top1_mean, divergence->top1_last ? "same" : "other");
 }
 
 // Text on one line, as a C string would have it.
@@ -60,10 +68,12 @@ std::string footer(const PrefillReport& report) {
                         100 * reached / report.bound());
   }
   text += fmt::format(
-      "\nPerplexity, KL divergence (nats) and agreement of the most likely token: at {} positions of the prompt, "
-      "evenly\n"
-      "spaced, and at the last. The output layer runs on these positions in every run alike.\n",
-      report.positions - 1);
+      "\nPerplexity, its change against {} (± standard error, token by token), KL divergence (nats) and agreement of "
+      "the\n"
+      "most likely token: at {} positions of the prompt, evenly spaced, and at the last. The output layer runs on "
+      "these\n"
+      "positions in every run alike.\n",
+      report.reference, report.positions - 1);
   if (!report.left_to_ggml.empty()) {
     text += fmt::format("Some attention was left to ggml's kernel in every run: {}.\n", report.left_to_ggml);
   }
@@ -102,6 +112,8 @@ nlohmann::json run_json(const Run& run, const PrefillReport& report) {
                          {"continuation", {{"text", run.continuation_text}, {"tokens", run.continuation}}}};
   if (!run.attention.by_ggml) json["options"] = to_json(run.attention.options);
   if (const auto& divergence = run.fidelity.divergence) {
+    json["nll_change"] = {{"mean", divergence->nll_change.mean},
+                          {"standard_error", divergence->nll_change.standard_error}};
     json["kl_mean"] = divergence->kl_mean;
     json["kl_last"] = divergence->kl_last;
     json["top1_mean"] = divergence->top1_mean;
@@ -138,11 +150,13 @@ std::string table(const PrefillReport& report) {
                                  std::filesystem::path(report.model.path).filename().string(), report.model.description,
                                  report.prompt_tokens, std::filesystem::path(report.prompt_file).filename().string(),
                                  cpu.processor, report.threads);
-  text += fmt::format("{:<14} {:>11} {:>8} {:>10} {:>6} {:>19} {:>10} {:>8} {:>8} {:>8} {:>5}\n", "attention",
-                      "first token", "speed-up", "attention", "share", "density (layers)", "perplexity", "KL mean",
-                      "KL last", "top-1", "last");
+  std::size_t name_width = 14;
+  for (const Run& run : report.runs) name_width = std::max(name_width, run.attention.name.size());
+  text += fmt::format("{:<{}} {:>11} {:>8} {:>10} {:>6} {:>19} {:>10} {:>14} {:>8} {:>8} {:>8} {:>5}\n", "attention",
+                      name_width, "first token", "speed-up", "attention", "share", "density (layers)", "perplexity",
+                      "change", "KL mean", "KL last", "top-1", "last");
   for (const Run& run : report.runs) {
-    text += fmt::format("{:<14} {:>9.2f} s {:>7.2f}x {:>8.2f} s {:>4.0f} % {:>19} {}\n", run.attention.name,
+    text += fmt::format("{:<{}} {:>9.2f} s {:>7.2f}x {:>8.2f} s {:>4.0f} % {:>19} {}\n", run.attention.name, name_width,
                         run.first_token_seconds, report.runs.front().first_token_seconds / run.first_token_seconds,
                         run.attention_seconds(), 100 * run.attention_seconds() / run.first_token_seconds,
                         density_text(run), fidelity_text(run, report.reference));

@@ -5,6 +5,7 @@ PBSATTN_TEST_MODEL names SmolLM2's GGUF file and PBSATTN_TEST_TEXT a long text; 
 """
 
 import json
+import math
 import os
 import pathlib
 import signal
@@ -110,6 +111,14 @@ class CommandLine(Case):
     def test_method(self):
         self.usage("--method", "pbz", says=['"pbz"', 'did you mean "pbs"'])
         self.usage("--compare", "ggml,ful", says=['"ful"', 'did you mean "full"'])
+
+    def test_options_of_a_method(self):
+        for spec, says in (("pbs:top_p=1.5", ["top_p 1.5", "(0, 1]"]), ("pbs:top_p=much", ['top_p "much"', "not a number"]),
+                           ("pbs:top_p", ['"top_p"', "OPTION=VALUE"]), ("pbs:p=1", ['"p"', "top_p, threshold"]),
+                           ("pbs:segment=100", ["segment 100"]), ("pbs:rules=mine", ['"mine"', "reference_code, paper"]),
+                           ("pbs:", ['""', "OPTION=VALUE"]), ("ggml:top_p=1", ["ggml:top_p=1", "no options"])):
+            self.usage("--compare", spec, says=says)
+            self.usage("--method", spec, says=says)
 
     def test_numbers(self):
         for option in ("--tokens", "--context", "--generate", "--threads"):
@@ -227,6 +236,10 @@ class Prefill(Case):
         self.assertLess(runs["pbs"]["density"]["mean"], 0.9)
         self.assertLessEqual(runs["pbs"]["density"]["min"], runs["pbs"]["density"]["mean"])
         self.assertNotIn("kl_mean", runs["full"])
+        # The paired change is the same as that of the two perplexities; pairing only says how sure it is.
+        change = runs["pbs"]["nll_change"]
+        self.assertAlmostEqual(change["mean"], math.log(runs["pbs"]["perplexity"] / runs["full"]["perplexity"]), 6)
+        self.assertGreater(change["standard_error"], 0)
         # Our dense attention is ggml's up to rounding; dropping blocks moves the distributions further.
         self.assertLess(runs["ggml"]["kl_mean"], runs["pbs"]["kl_mean"])
         self.assertGreater(runs["ggml"]["top1_mean"], 0.8)
@@ -241,8 +254,12 @@ class Prefill(Case):
 
     def test_top_p_one_is_dense(self):
         result = pbsattn("prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 700, "--generate", 0,
-                         "--compare", "full", "--top-p", 1, "--json")
+                         "--compare", "full,pbs:top_p=0.5:segment=128", "--top-p", 1, "--json")
         runs = json.loads(result.stdout)["runs"]
+        self.assertEqual([run["name"] for run in runs], ["full", "pbs:top_p=0.5:segment=128", "pbs"])
+        self.assertEqual((runs[1]["options"]["top_p"], runs[1]["options"]["segment"]), (0.5, 128))
+        self.assertLess(runs[1]["density"]["mean"], 1)
+        runs.pop(1)
         self.assertEqual(runs[1]["density"]["mean"], 1)
         self.assertLess(abs(runs[1]["perplexity"] / runs[0]["perplexity"] - 1), 0.02)
 
