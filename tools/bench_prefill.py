@@ -28,9 +28,10 @@ METRICS = {
 }
 
 
-def report_of(program, model, prompt, tokens, options):
+def report_of(program, model, prompt, tokens, compared, options):
+    """What `pbsattn prefill` finds, its own method next to the attentions `compared`."""
     command = [program, "prefill", "--model", str(model), "--prompt-file", str(prompt), "--tokens", str(tokens),
-               "--generate", "0", "--compare", "ggml,full", "--json", *options]
+               "--generate", "0", "--compare", ",".join(compared), "--json", *options]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if run.returncode != 0:
         raise Failure(f"pbsattn prefill of {tokens} tokens ended with status {run.returncode}; its message is above")
@@ -49,22 +50,36 @@ def value_of(run, metric):
     return run["density"]["mean"] if metric == "density" else run[metric]
 
 
-def records_of(reports, name, date, commit):
-    """One record for each attention and metric, in the form of docs/architecture.md."""
+def stamp():
+    """When and of which source a measurement is."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "date": datetime.date.today().isoformat()}
+
+
+def record(suite, case, params, metric, value, unit, report, peer=None, ratio=None, runs=1, spread=None):
+    """One measurement in the form of docs/architecture.md; `peer` is a name and its value."""
+    name, peer_value = peer or (None, None)
+    return {"suite": suite, "case": case, "params": params, "metric": metric, "value": value, "unit": unit, "peer": name,
+            "peer_value": peer_value, "ratio": ratio, "runs": runs, "spread": spread,
+            "device": report["device"]["processor"]}
+
+
+def records_of(reports, model):
+    """One record for each attention and metric."""
     first = reports[0]
     by_name = [{run["name"]: run for run in report["runs"]} for report in reports]
     for case in by_name[0]:
+        params = {"model": model, "n": first["prompt"]["tokens"], "threads": first["threads"],
+                  "options": by_name[0][case].get("options")}
         for metric, (unit, peer) in METRICS.items():
             values = [value_of(runs[case], metric) for runs in by_name]
-            peer = peer if peer != case else None
-            peer_value = statistics.median(value_of(runs[peer], metric) for runs in by_name) if peer else None
-            value = statistics.median(values)
-            yield {"suite": "prefill", "case": case, "metric": metric, "value": value, "unit": unit, "peer": peer,
-                   "peer_value": peer_value, "ratio": peer_value / value if peer else None, "runs": len(values),
-                   "spread": (max(values) - min(values)) / value,
-                   "params": {"model": name, "n": first["prompt"]["tokens"], "threads": first["threads"],
-                              "options": next(r.get("options") for r in first["runs"] if r["name"] == case)},
-                   "device": first["device"]["processor"], "commit": commit, "date": date}
+            value, spread = statistics.median(values), (max(values) - min(values)) / statistics.median(values)
+            if peer is None or peer == case:
+                yield record("prefill", case, params, metric, value, unit, first, runs=len(values), spread=spread)
+            else:
+                peer_value = statistics.median(value_of(runs[peer], metric) for runs in by_name)
+                yield record("prefill", case, params, metric, value, unit, first, (peer, peer_value), peer_value / value,
+                             len(values), spread)
 
 
 def print_records(records):
@@ -73,6 +88,15 @@ def print_records(records):
         ratio = f"{r['ratio']:.2f}x" if r["peer"] else ""
         print(f"{r['case']:10} {r['params']['n']:6} {r['metric']:20} {r['value']:10.4g} {r['unit']:2} "
               f"{r['peer'] or '':>8} {ratio:>6} {r['runs']:4} {r['spread']:6.1%}")
+
+
+def write_records(records, path):
+    """Writes them to the file, which appears whole or not at all; without a path does nothing."""
+    if path:
+        partial = f"{path}.partial-{os.getpid()}"
+        with open(partial, "w") as file:
+            json.dump(records, file, indent=2)
+        os.replace(partial, path)
 
 
 def main():
@@ -84,22 +108,17 @@ def main():
     parser.add_argument("--json")
     arguments, options = parser.parse_known_args()
     model, prompt = models.get(arguments.model), text.write(TEXT_OF[arguments.model])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    date = datetime.date.today().isoformat()
+    when = stamp()
     records = []
     for tokens in arguments.tokens:
         reports = []
         for run in range(arguments.runs):
             say(f"{tokens} tokens, run {run + 1} of {arguments.runs}")
-            reports.append(report_of(arguments.program, model, prompt, tokens, options))
+            reports.append(report_of(arguments.program, model, prompt, tokens, ["ggml", "full"], options))
             verify(reports[-1])
-        records += records_of(reports, arguments.model, date, commit)
+        records += [{**each, **when} for each in records_of(reports, arguments.model)]
     print_records(records)
-    if arguments.json:
-        partial = f"{arguments.json}.partial-{os.getpid()}"
-        with open(partial, "w") as file:
-            json.dump(records, file, indent=2)
-        os.replace(partial, arguments.json)
+    write_records(records, arguments.json)
     return 0
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Puts measured results into README.md or another page, between its markers, so that no number there is typed by hand.
 
-    ./dev demo > demo.txt; ./dev bench cpu --json cpu.json; ./dev bench prefill --json prefill.json
-    tools/readme.py --demo demo.txt --results cpu.json prefill.json
+    ./dev demo > demo.txt; ./dev bench cpu --json cpu.json; ./dev bench fidelity --json fidelity.json
+    tools/readme.py --demo demo.txt --results cpu.json --fidelity fidelity.json
     tools/readme.py --page docs/cuda.md --all --results docs/results/gpu.json
     tools/readme.py --page docs/transformers.md --models docs/results/prefill-h100.json
 """
@@ -86,9 +86,31 @@ def models_table(records):
     return "\n\n".join(parts)
 
 
+def fidelity_table(records):
+    """A row for each text and attention, from the metrics that the suite "fidelity" measures of it."""
+    rows = {}
+    for record in records:
+        params = record["params"]
+        rows.setdefault((params["model"], params["text"], record["case"]), {})[record["metric"]] = record
+    lines = ["| model, text | attention | density | perplexity against full | mean KL | same top-1 token |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for (model, source, case), found in rows.items():
+        if case == "full":
+            lines.append(f"| {model}, {source} | full | 1 | {found['perplexity']['value']:.2f} | | |")
+            continue
+        change = found["perplexity_change"]
+        lines.append(f"| | `{case}` | {found['density']['value']:.3f} | {change['value']:+.2f} ± {change['spread']:.2f} % | "
+                     f"{found['kl_mean']['value']:.4f} | {found['top1_agreement']['value']:.1f} % |")
+    stamps = sorted({f"{record['device']}, commit {record['commit']}, {record['date']}" for record in records})
+    return (f"`./dev bench fidelity` on {'; '.join(stamps)}; {records[0]['params']['n']} tokens, "
+            f"{records[0]['params']['positions']} positions:\n\n" + "\n".join(lines))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=pathlib.Path, help="what ./dev demo printed")
+    parser.add_argument("--fidelity", type=pathlib.Path, nargs="+",
+                        help="files that ./dev bench fidelity wrote with --json")
     parser.add_argument("--results", type=pathlib.Path, nargs="+", help="files that ./dev bench wrote with --json")
     parser.add_argument("--models", type=pathlib.Path, nargs="+",
                         help="files that python -m pbsattn.bench prefill wrote with --json, on a GPU")
@@ -98,13 +120,13 @@ def main():
     text = arguments.page.read_text()
     if arguments.demo:
         text = replace_between(arguments.page, text, "demo", "```text\n" + arguments.demo.read_text().strip() + "\n```")
-    if arguments.results:
-        records = [record for path in arguments.results for record in json.loads(path.read_text())]
-        content = table(records, choose=list) if arguments.all else table(records)
-        text = replace_between(arguments.page, text, "results", content)
-    if arguments.models:
-        records = [record for path in arguments.models for record in json.loads(path.read_text())]
-        text = replace_between(arguments.page, text, "models", models_table(records))
+    tables = (("results", arguments.results, lambda records: table(records, list if arguments.all else headline)),
+              ("models", arguments.models, models_table),
+              ("fidelity", arguments.fidelity, fidelity_table))
+    for marker, paths, make in tables:
+        if paths:
+            records = [record for path in paths for record in json.loads(path.read_text())]
+            text = replace_between(arguments.page, text, marker, make(records))
     arguments.page.write_text(text)
     return 0
 
