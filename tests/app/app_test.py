@@ -116,7 +116,7 @@ class CommandLine(Case):
         for spec, says in (("pbs:top_p=1.5", ["top_p 1.5", "(0, 1]"]), ("pbs:top_p=much", ['top_p "much"', "not a number"]),
                            ("pbs:top_p", ['"top_p"', "OPTION=VALUE"]), ("pbs:p=1", ['"p"', "top_p, threshold"]),
                            ("pbs:segment=100", ["segment 100"]), ("pbs:rules=mine", ['"mine"', "reference_code, paper"]),
-                           ("pbs:", ['""', "OPTION=VALUE"]), ("ggml:top_p=1", ["ggml:top_p=1", "no options"])):
+                           ("ggml:top_p=1", ["ggml:top_p=1", "no options"])):
             self.usage("--compare", spec, says=says)
             self.usage("--method", spec, says=says)
 
