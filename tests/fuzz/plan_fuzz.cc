@@ -18,15 +18,17 @@ constexpr std::int64_t largest_tensor = 1 << 17;  // elements
 
 pbsattn_options take_options(Bytes& bytes) {
   pbsattn_options options{};
-  const char* const names[] = {"pbs", "full", "pbs-unpermuted", "auto"};
-  pbsattn_method(names[bytes.take<std::uint8_t>() % 4], &options);
+  const char* const names[] = {"pbs", "full", "pbs-unpermuted", "auto", "pbs-threshold"};
+  pbsattn_method(names[bytes.take<std::uint8_t>() % 5], &options);
   options.permutation = static_cast<std::int32_t>(bytes.take_near(0, 1));
   options.order_scope = static_cast<std::int32_t>(bytes.take_near(0, 1));
-  options.score = static_cast<std::int32_t>(bytes.take_near(0, 1));
-  options.keep = static_cast<std::int32_t>(bytes.take_near(0, 1));
+  options.score = static_cast<std::int32_t>(bytes.take_near(0, 2));
+  options.keep = static_cast<std::int32_t>(bytes.take_near(0, 2));
   options.rules = static_cast<std::int32_t>(bytes.take_near(0, 1));
   options.precision = static_cast<std::int32_t>(bytes.take_near(0, 2));
   options.top_p = static_cast<float>(bytes.take_near(0, 20)) / 20;
+  options.threshold = static_cast<float>(bytes.take_near(0, 16)) / 16;
+  options.floor_top_p = static_cast<float>(bytes.take_near(0, 20)) / 20;
   options.block = static_cast<std::int32_t>(32 * bytes.take_near(1, 4));
   options.segment = static_cast<std::int32_t>(options.block * (bytes.take_near(1, 3) & 0xFF));
   options.dense_last_rows = static_cast<std::int32_t>(bytes.take_near(0, 3));
