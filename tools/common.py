@@ -26,9 +26,11 @@ def run_main(main):
         print(f"{sys.argv[0]}: interrupted; run it again to go on", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        advice = f"free some space in {cache_dir()}, or set XDG_CACHE_HOME to a larger disk, and run it again"
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            advice = "fix that and run it again"
+        advice = "fix that and run it again"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = f"free some space in {cache_dir()}, or set XDG_CACHE_HOME to a larger disk, and run it again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            advice = "set XDG_CACHE_HOME to a folder that you may write to, and run it again"
         sys.exit(f"{sys.argv[0]}: {error.strerror}: {error.filename or 'disk'}; {advice}")
 
 

@@ -2,7 +2,7 @@
 """Puts measured results into README.md or another page, between its markers, so that no number there is typed by hand.
 
     ./dev demo > demo.txt; ./dev bench cpu --json cpu.json; ./dev bench fidelity --json fidelity.json
-    tools/readme.py --demo demo.txt --results cpu.json --fidelity fidelity.json
+    tools/readme.py --demo demo.txt --fidelity fidelity.json --summary docs/results/*.json
     tools/readme.py --page docs/cuda.md --all --results docs/results/gpu.json
     tools/readme.py --page docs/transformers.md --models docs/results/prefill-h100.json
 """
@@ -55,6 +55,50 @@ def table(records, choose=headline):
             parts[-1] += (f"\n| {row['case']} | {words(row['params'])} | {row['metric']} | "
                           f"{number(row['value'])} {row['unit']} | {row['peer'] or ''} | {number(row['peer_value'])} | {ratio} |")
     return "\n\n".join(parts)
+
+
+# The rows of the first page: what a row says, which measurements it takes (values of a record or of its params; a tuple
+# names several), and the case that it stands against where that isn't the record's own peer. What no file holds has no
+# row; of a case measured on several code paths only the first, the machine's own, has one.
+SUMMARY = [
+    ("dense attention, {n} tokens, head_dim {head_dim}",
+     {"suite": "gpu", "case": "dense", "metric": "rate", "n": (8192, 131072), "peer": "cuDNN"}, None),
+    ("`pbs`, {n} tokens, density {density:.2f}", {"suite": "gpu", "case": "pbs", "metric": "time"}, None),
+    ("{model}, {n} tokens, `pbs`: first token",
+     {"suite": "prefill", "metric": "time to first token", "case": "pbs"}, "cudnn"),
+    ("dense attention, {n} tokens, head_dim {head_dim}, {threads} thread(s)",
+     {"suite": ("cpu", "cpu-torch"), "case": "dense", "metric": "rate", "n": 8192}, None),
+]
+
+
+def rival_of(record, case, records):
+    """The same measurement of another case: the name, its value and what it is to ours; None where there is none."""
+    same = lambda other: all(record["params"].get(key) == other["params"].get(key) for key in ("model", "text", "n"))
+    for other in records:
+        if other["case"] == case and other["metric"] == record["metric"] and same(other):
+            return case, other["value"], other["value"] / record["value"]
+    return None
+
+
+def summary_table(records):
+    """What a reader asks first, a row a measurement, from every file of results."""
+    lines = ["| | measured | against | ratio | machine | commit |", "| --- | --- | --- | --- | --- | --- |"]
+    for label, wanted, case in SUMMARY:
+        seen = set()
+        for record in records:
+            fields = {**record, **record["params"]}
+            holds = lambda name, value: fields.get(name) in (value if isinstance(value, tuple) else (value,))
+            if not all(holds(name, value) for name, value in wanted.items()):
+                continue
+            peer = rival_of(record, case, records) if case else (record["peer"], record["peer_value"], record["ratio"])
+            text = label.format(**{**fields, "model": str(fields.get("model")).split(" (")[0]})
+            if not peer or not peer[0] or (text, peer[0], record["device"]) in seen:
+                continue
+            seen.add((text, peer[0], record["device"]))
+            path = f" ({fields['path']})" if "path" in fields else ""
+            lines.append(f"| {text}{path} | {number(record['value'])} {record['unit']} | {peer[0]}: {number(peer[1])} | "
+                         f"**{peer[2]:.2f}x** | {record['device'].split(', ')[0]} | {record['commit']} |")
+    return "\n".join(lines)
 
 
 def models_table(records):
@@ -112,6 +156,7 @@ def main():
     parser.add_argument("--fidelity", type=pathlib.Path, nargs="+",
                         help="files that ./dev bench fidelity wrote with --json")
     parser.add_argument("--results", type=pathlib.Path, nargs="+", help="files that ./dev bench wrote with --json")
+    parser.add_argument("--summary", type=pathlib.Path, nargs="+", help="every file of results, for the first page's table")
     parser.add_argument("--models", type=pathlib.Path, nargs="+",
                         help="files that python -m pbsattn.bench prefill wrote with --json, on a GPU")
     parser.add_argument("--page", type=pathlib.Path, default=README, help="the page to change, README.md if not given")
@@ -121,6 +166,7 @@ def main():
     if arguments.demo:
         text = replace_between(arguments.page, text, "demo", "```text\n" + arguments.demo.read_text().strip() + "\n```")
     tables = (("results", arguments.results, lambda records: table(records, list if arguments.all else headline)),
+              ("summary", arguments.summary, summary_table),
               ("models", arguments.models, models_table),
               ("fidelity", arguments.fidelity, fidelity_table))
     for marker, paths, make in tables:

@@ -76,7 +76,7 @@ class Dev(unittest.TestCase):
 
     def test_cache_that_cannot_be_written(self):
         (self.folder / "cache").write_text("a file where a folder should be")
-        self.refused(sys.executable, "tools/models.py", "get", "smollm2-135m", says=["cache", "run it again"])
+        self.refused(sys.executable, "tools/models.py", "get", "smollm2-135m", says=["cache", "set XDG_CACHE_HOME"])
 
 
 if __name__ == "__main__":
