@@ -50,20 +50,79 @@ void pack_queries(const Rows& rows, int count, int head_dim, void* packed) {
   }
 }
 
+const float* row_of(const std::byte* rows, const std::int32_t* index, int i, int head_dim) {
+  return reinterpret_cast<const float*>(rows) + static_cast<std::int64_t>(index == nullptr ? i : index[i]) * head_dim;
+}
+
+// Fetches what is read next, some lines with every tile: many at once would occupy the buffers that the tiles' own
+// misses need.
+class Fetcher {
+ public:
+  Fetcher(const PackedBlock& block, int begin, int end, int head_dim, int steps)
+      : block_(block), row_(begin), end_(end), head_dim_(head_dim) {
+    const int lines = (end - begin) * ((head_dim + line - 1) / line);
+    per_step_ = (lines + steps - 1) / steps;
+  }
+  HWY_INLINE void step() {
+    for (int left = per_step_; left > 0 && row_ < end_; --left) {
+      __builtin_prefetch(row_of(block_.keys, block_.index, row_, head_dim_) + d_, 0, 2);
+      __builtin_prefetch(row_of(block_.values, block_.index, row_, head_dim_) + d_, 0, 2);
+      d_ += line;
+      if (d_ < head_dim_) continue;
+      d_ = 0;
+      ++row_;
+    }
+  }
+
+ private:
+  static constexpr int line = cache_line / static_cast<int>(sizeof(float));
+  const PackedBlock& block_;
+  int row_, end_, head_dim_;
+  int d_ = 0;
+  int per_step_;
+};
+
+struct NoFetcher {
+  void step() {}
+};
+
 // scores[i][:] for `count` rows, a multiple of row_tile.
-HWY_INLINE void score_rows(const float* const* rows, int count, int head_dim, const float* queries, float* scores) {
+template <class Fetch>
+HWY_INLINE void score_rows(const float* const* rows, int count, int head_dim, const float* queries, float* scores,
+                           Fetch& fetcher) {
   int i = 0;
-  for (; (count - i) % tile_rows != 0; i += tile_rest)
+  for (; (count - i) % tile_rows != 0; i += tile_rest) {
     score_tile<tile_rest>(rows + i, head_dim, queries, scores + i * strip);
-  for (; i < count; i += tile_rows) score_tile<tile_rows>(rows + i, head_dim, queries, scores + i * strip);
+    fetcher.step();
+  }
+  for (; i < count; i += tile_rows) {
+    score_tile<tile_rows>(rows + i, head_dim, queries, scores + i * strip);
+    fetcher.step();
+  }
+}
+
+// out[d][:] = rescale[:] * out[d][:] + the weighted sum of `count` rows, for all columns d.
+template <class Fetch>
+HWY_INLINE void add_values(const float* const* rows, int count, int head_dim, const float* weights,
+                           const float* rescale, float* out, Fetch& fetcher) {
+  int d = 0;
+  for (; (head_dim - d) % tile_rows != 0; d += tile_rest) {
+    value_tile<tile_rest>(rows, d, count, weights, rescale, out);
+    fetcher.step();
+  }
+  for (; d < head_dim; d += tile_rows) {
+    value_tile<tile_rows>(rows, d, count, weights, rescale, out);
+    fetcher.step();
+  }
 }
 
 void scores(const void* keys, const void* queries, int count, int head_dim, float* out) {
   const float* rows[row_tile];
+  NoFetcher none;
   for (int i = 0; i < count; i += row_tile) {
     for (int j = 0; j < row_tile; ++j)
       rows[j] = static_cast<const float*>(keys) + static_cast<std::int64_t>(i + j) * head_dim;
-    score_rows(rows, row_tile, head_dim, static_cast<const float*>(queries), out + i * strip);
+    score_rows(rows, row_tile, head_dim, static_cast<const float*>(queries), out + i * strip, none);
   }
 }
 
@@ -93,22 +152,6 @@ void accumulate_visible(const BlockArgs& args, const float* const* values, int f
   }
 }
 
-const float* row_of(const std::byte* rows, const std::int32_t* index, int i, int head_dim) {
-  return reinterpret_cast<const float*>(rows) + static_cast<std::int64_t>(index == nullptr ? i : index[i]) * head_dim;
-}
-
-void prefetch(const PackedBlock& block, int begin, int end, int head_dim) {
-  constexpr int line = cache_line / static_cast<int>(sizeof(float));
-  for (int i = begin; i < end; ++i) {
-    const float* const key = row_of(block.keys, block.index, i, head_dim);
-    const float* const value = row_of(block.values, block.index, i, head_dim);
-    for (int d = 0; d < head_dim; d += line) {
-      __builtin_prefetch(key + d, 0, 2);
-      __builtin_prefetch(value + d, 0, 2);
-    }
-  }
-}
-
 // Keys that go through scores, softmax and values at a time: so few that their values stay in the
 // first-level cache while all columns pass.
 constexpr int stretch = lanes >= 16 ? 64 : 32;
@@ -119,25 +162,20 @@ void attend_block(const BlockArgs& args, const StripState& state) {
   const float* keys[stretch];
   const float* values[stretch];
   HWY_ALIGN float rescale[strip];
+  const int stretches = (args.count + stretch - 1) / stretch;
+  Fetcher fetcher(args.next, args.next_begin, args.next_end, dim, (args.count + stretches * dim) / tile_rows);
   for (int first = 0; first < args.count; first += stretch) {
     const int count = std::min(stretch, args.count - first);
     for (int i = 0; i < count; ++i) {
       keys[i] = row_of(args.block.keys, args.block.index, first + i, dim);
       values[i] = row_of(args.block.values, args.block.index, first + i, dim);
     }
-    const int fetch = args.next_end - args.next_begin;
-    prefetch(args.next, args.next_begin + fetch * first / args.count,
-             args.next_begin + fetch * (first + count) / args.count, dim);
-    score_rows(keys, count, dim, static_cast<const float*>(args.queries), weights);
+    score_rows(keys, count, dim, static_cast<const float*>(args.queries), weights, fetcher);
     if (args.causal) hide_future(args, first, count, weights);
     softmax_step(weights, count, args.scale_log2, state.max, state.sum, rescale);
 
     const bool careful = args.causal && !args.values_finite;
-    const int summed = careful ? 0 : count;
-    int d = 0;
-    for (; (dim - d) % tile_rows != 0; d += tile_rest)
-      value_tile<tile_rest>(values, d, summed, weights, rescale, state.out);
-    for (; d < dim; d += tile_rows) value_tile<tile_rows>(values, d, summed, weights, rescale, state.out);
+    add_values(values, careful ? 0 : count, dim, weights, rescale, state.out, fetcher);
     if (careful) accumulate_visible(args, values, first, count, weights, state.out);
   }
 }
