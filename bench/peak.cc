@@ -66,6 +66,23 @@ __attribute__((target("avx512f,avx512bf16"), noinline)) void loop_bf16() {
   result = total;
 }
 
+struct TileConfig {
+  std::uint8_t palette = 1, start = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Four sums of tiles from two by two operands. The process has the kernel's permission once it has made a plan.
+void loop_tiles() {
+  alignas(64) static constexpr TileConfig config;
+  asm volatile("ldtilecfg %0" ::"m"(config));
+  for (int round = 0; round < rounds; ++round)
+    asm volatile(
+        "tdpbf16ps %tmm6, %tmm4, %tmm0\n\ttdpbf16ps %tmm7, %tmm4, %tmm1\n\t"
+        "tdpbf16ps %tmm6, %tmm5, %tmm2\n\ttdpbf16ps %tmm7, %tmm5, %tmm3");
+  asm volatile("tilerelease");
+}
+
 #endif
 
 }  // namespace
@@ -74,6 +91,7 @@ double peak_rate(std::string_view path) {
 #if defined(__x86_64__)
   constexpr int calls = 300;
   const auto rate = [](int flop, void (*loop)()) { return 1e-9 * rounds * chains * flop / fastest(calls, loop); };
+  if (path == "amx_bf16") return 1e-9 * rounds * 4 * 2 * 16 * 16 * 32 / fastest(calls, loop_tiles);
   if (path == "avx512_f32") return rate(32, loop512);
   if (path == "avx512_bf16") return rate(64, loop_bf16);
   if (path == "avx2_f32") return rate(16, loop256);

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Draws docs/roofline.svg from the records of ./dev bench gpu: operations a second over operations a byte.
+"""Draws a roofline from the records of ./dev bench gpu or cpu: operations a second over operations a byte.
 
     tools/roofline.py docs/results/gpu.json docs/roofline.svg
+    tools/roofline.py docs/results/cpu.json docs/roofline-cpu.svg
 
-The roof is what the same run measured of the card: a large bf16 product and a large copy. Bytes are the fewest that must
-move: Q, K, V and the output once.
+The roof is what the same run measured of the card or of one core: products and memory. Bytes are the fewest that
+must move: Q, K, V and the output once.
 """
 
 import json
@@ -15,39 +16,87 @@ import sys
 from common import Failure, run_main
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 500, 70, 250, 30, 60
-X_RANGE, Y_RANGE = (100, 200_000), (100, 1000)  # FLOP a byte, TFLOP/s
-COLORS = {"ours": "#0b6e4f", "cuDNN": "#d1495b", "FlashAttention-2": "#8d6a9f", "FlexAttention": "#c98f1a"}
-HEADS, KV_HEADS = 32, 8
+COLORS = {"ours": "#0b6e4f", "cuDNN": "#d1495b", "FlashAttention-2": "#8d6a9f", "FlexAttention": "#c98f1a",
+          "amx_bf16": "#0b6e4f", "avx512_bf16": "#1b9aaa", "avx512_f32": "#2d5d9f", "avx2_f32": "#8d6a9f",
+          "ggml": "#d1495b", "PyTorch": "#c98f1a"}
 
 
-def x_of(intensity):
-    low, high = map(math.log10, X_RANGE)
+class Gpu:
+    unit, slope_unit = "TFLOP/s", "TB/s"
+    x_range, y_range, ticks = (100, 200_000), (100, 1000), (100, 200, 300, 400, 500, 600, 700, 800, 1000)
+    heads, kv_heads, bytes_of_query, bytes_of_key = 32, 8, 2, 2
+    what = "bf16, 32 query and 8 KV heads"
+
+    @staticmethod
+    def roofs(records):
+        """(name, height), ..., and the slope."""
+        found = {record["metric"]: record["value"] for record in records if record["case"] == "ceiling"}
+        if not found.keys() >= {"product", "copy"}:
+            raise Failure("no ceilings among the records; run ./dev bench gpu without --only")
+        return [("bf16 product", found["product"])], found["copy"]
+
+    @staticmethod
+    def ours(params):
+        return "ours"
+
+
+class Cpu:
+    unit, slope_unit = "GFLOP/s", "GB/s"
+    x_range, y_range, ticks = (50, 5000), (10, 5000), (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+    heads, kv_heads, bytes_of_query, bytes_of_key = 4, 2, 4, 2
+    what = "one core, 4 query heads (float32) and 2 KV heads (float16)"
+
+    @staticmethod
+    def roofs(records):
+        found = {record["params"]["path"]: record["value"] for record in records if record["case"] == "peak"}
+        if "memory" not in found or len(found) < 2:
+            raise Failure("no peaks among the records; run ./dev bench cpu with the case peak")
+        return [(name, value) for name, value in found.items() if name != "memory"], found["memory"]
+
+    @staticmethod
+    def ours(params):
+        return params["path"]
+
+
+SUITES = {"gpu": Gpu, "cpu": Cpu}
+
+
+def x_of(suite, intensity):
+    low, high = map(math.log10, suite.x_range)
     return LEFT + (math.log10(intensity) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
 
-def y_of(rate):
-    low, high = map(math.log10, Y_RANGE)
+def y_of(suite, rate):
+    low, high = map(math.log10, suite.y_range)
     return HEIGHT - BOTTOM - (math.log10(rate) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def intensity(params):
-    n, head_dim = params["n"], params["head_dim"]
-    operations = 2 * HEADS * head_dim * n * n * params.get("density", 1)
-    return operations / (2 * head_dim * n * (2 * HEADS + 2 * KV_HEADS))
+def operations(suite, params):
+    """Of the pairs of visited blocks, half of N x N at density 1."""
+    return 2 * suite.heads * params["head_dim"] * params["n"]**2 * params.get("density", 1)
 
 
-def points(records):
-    """(who, label, intensity, TFLOP/s), each once."""
+def intensity(suite, params):
+    elements = 2 * suite.heads * suite.bytes_of_query + 2 * suite.kv_heads * suite.bytes_of_key
+    return operations(suite, params) / (params["head_dim"] * params["n"] * elements)
+
+
+def points(suite, records):
+    """(who, label, intensity, rate), each once, on as many threads as the roof has."""
     found = {}
     for record in records:
-        if record["metric"] != "rate":
-            continue
         params = record["params"]
+        if record["case"] in ("ceiling", "peak", "stages", "threads") or params.get("threads", 1) != 1:
+            continue
         label = f"{params['n'] // 1024}K" + (f" at density {params['density']}" if "density" in params else "")
         label += " D=64" if params["head_dim"] == 64 else ""
-        found["ours", label] = (intensity(params), record["value"])
-        if record["peer"] in COLORS:
-            found[record["peer"], label] = (intensity(params), record["peer_value"])
+        if record["metric"] == "rate":
+            found[suite.ours(params), label] = (intensity(suite, params), record["value"])
+            if record["peer"] in COLORS:
+                found[record["peer"], label] = (intensity(suite, params), record["peer_value"])
+        elif record["peer"] == "dense":
+            seconds = record["peer_value"] / record["ratio"]
+            found[suite.ours(params), label] = (intensity(suite, params), 1e-9 * operations(suite, params) / seconds)
     return [(who, label, *point) for (who, label), point in found.items()]
 
 
@@ -56,46 +105,51 @@ def text(x, y, words, anchor="start", size=12, color="#333"):
 
 
 def draw(records):
-    ceiling = {record["metric"]: record["value"] for record in records if record["case"] == "ceiling"}
-    if not ceiling.keys() >= {"product", "copy"}:
-        raise Failure("no ceilings among the records; run ./dev bench gpu without --only")
-    roof, slope = ceiling["product"], ceiling["copy"]
+    if records[0]["suite"] not in SUITES:
+        raise Failure(f"suite \"{records[0]['suite']}\": no roofline is drawn of it; there are {' and '.join(SUITES)}")
+    suite = SUITES[records[0]["suite"]]
+    roofs, slope = suite.roofs(records)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
              f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
-    for rate in (100, 200, 300, 400, 500, 600, 700, 800, 1000):
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(rate):.1f}" y2="{y_of(rate):.1f}" stroke="#e4e4e4"/>')
-        parts.append(text(LEFT - 8, y_of(rate) + 4, rate, "end"))
-    for power in range(2, 6):
-        parts.append(f'<line x1="{x_of(10**power):.1f}" x2="{x_of(10**power):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#e4e4e4"/>')
-        parts.append(text(x_of(10**power), HEIGHT - BOTTOM + 18, f"{10**power:,}", "middle"))
-    corner = roof / slope
-    path = [(X_RANGE[0], X_RANGE[0] * slope), (corner, roof), (X_RANGE[1], roof)]
-    parts.append('<polyline fill="none" stroke="#333" stroke-width="2" points="'
-                 + " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in path) + '"/>')
-    parts.append(text(WIDTH - RIGHT + 6, y_of(roof) + 4, f"bf16 product, {roof:.0f} TFLOP/s"))
-    parts.append(text(x_of(corner) + 8, y_of(corner * slope * 0.72), f"copy, {slope:.1f} TB/s"))
-    drawn = points(records)
+    for rate in suite.ticks:
+        y = y_of(suite, rate)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e4e4"/>')
+        parts.append(text(LEFT - 8, y + 4, rate, "end"))
+    for power in range(math.ceil(math.log10(suite.x_range[0])), math.floor(math.log10(suite.x_range[1])) + 1):
+        x = x_of(suite, 10**power)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#e4e4e4"/>')
+        parts.append(text(x, HEIGHT - BOTTOM + 18, f"{10**power:,}", "middle"))
+    for name, roof in roofs:
+        corner = max(roof / slope, suite.x_range[0])
+        path = [(corner, roof), (suite.x_range[1], roof)]
+        if roof == max(height for _, height in roofs) and suite.x_range[0] < roof / slope:
+            path.insert(0, (suite.x_range[0], suite.x_range[0] * slope))
+            parts.append(text(x_of(suite, corner) + 8, y_of(suite, corner * slope * 0.72),
+                              f"memory, {slope:.1f} {suite.slope_unit}"))
+        parts.append('<polyline fill="none" stroke="#333" stroke-width="2" points="'
+                     + " ".join(f"{x_of(suite, x):.1f},{y_of(suite, y):.1f}" for x, y in path) + '"/>')
+        parts.append(text(WIDTH - RIGHT + 6, y_of(suite, roof) + 4, f"{name}, {roof:.0f} {suite.unit}"))
+    drawn = points(suite, records)
     for who, label, x, y in drawn:
-        parts.append(f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="5" fill="{COLORS[who]}" fill-opacity="0.8">'
-                     f'<title>{who}, {label}: {y:.0f} TFLOP/s</title></circle>')
+        parts.append(f'<circle cx="{x_of(suite, x):.1f}" cy="{y_of(suite, y):.1f}" r="5" fill="{COLORS[who]}" '
+                     f'fill-opacity="0.8"><title>{who}, {label}: {y:.0f} {suite.unit}</title></circle>')
         if who == "ours":
-            parts.append(text(x_of(x), y_of(y) - 9, label, "middle", 10, COLORS[who]))
+            parts.append(text(x_of(suite, x), y_of(suite, y) - 9, label, "middle", 10, COLORS[who]))
     for i, who in enumerate(who for who in COLORS if any(point[0] == who for point in drawn)):
-        y = TOP + 130 + 22 * i
+        y = HEIGHT - BOTTOM - 170 + 22 * i
         parts.append(f'<circle cx="{WIDTH - RIGHT + 14}" cy="{y}" r="5" fill="{COLORS[who]}"/>')
         parts.append(text(WIDTH - RIGHT + 26, y + 4, who))
     first = records[0]
-    parts.append(text(LEFT, 18, f"{first['device']}, bf16, {HEADS} query and {KV_HEADS} KV heads, commit {first['commit']}, "
-                                f"{first['date']}"))
+    parts.append(text(LEFT, 18, f"{first['device']}, {suite.what}, commit {first['commit']}, {first['date']}"))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 16, "operations a byte (Q, K, V and output once)", "middle"))
     parts.append(f'<text transform="translate(18 {HEIGHT / 2:.0f}) rotate(-90)" font-size="12" text-anchor="middle" '
-                 'fill="#333">TFLOP/s of visited blocks</text>')
+                 f'fill="#333">{suite.unit} of visited blocks</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def main():
     if len(sys.argv) != 3:
-        raise Failure("takes two arguments: the JSON that ./dev bench gpu wrote, and the SVG to write")
+        raise Failure("takes two arguments: the JSON that ./dev bench gpu or cpu wrote, and the SVG to write")
     pathlib.Path(sys.argv[2]).write_text(draw(json.loads(pathlib.Path(sys.argv[1]).read_text())))
     return 0
 
