@@ -204,7 +204,7 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise SystemExit("bench gpu: no Hopper GPU that PyTorch can use; run it on an H100 or H200")
-    library = Library(arguments.library)
+    library = Library(arguments.library.resolve())
     if not check(library):
         return 1
     report = Report(arguments.commit)

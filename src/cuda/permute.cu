@@ -1,6 +1,6 @@
 // Stage one on Hopper: keys in the order of the attention that the last queries pay them, in three launches: parts of
 // the scoring queries' log-sum-exp (and pooled Q), their merger, and the order itself. See score_statistics.cuh,
-// reorder.cuh.
+// reorder_resident.cuh, reorder.cuh. A launch may start while the one before it ends.
 //
 // The least traffic is Q, K and V once, and permuted K and V once for each order: 3.8 GB at 128K tokens, 32/8 heads,
 // head_dim 128 and an order for each query head.
@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "cuda/reorder.cuh"
+#include "cuda/reorder_resident.cuh"
 #include "cuda/score_statistics.cuh"
 
 namespace pbsattn::cuda {
@@ -101,27 +102,18 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
                            (g.shape.q_len - g.scoring_queries()) * args.inputs.q.token_stride * element_bytes;
 
   return dispatch(args.inputs.k.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    const auto launch = [&](auto* kernel, dim3 grid, int threads, std::size_t shared_bytes) {
-      const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-      if (error != cudaSuccess) return error;
-      cudaLaunchConfig_t config{};
-      config.gridDim = grid;
-      config.blockDim = dim3(threads);
-      config.dynamicSmemBytes = shared_bytes;
-      config.stream = stream;
-      return cudaLaunchKernelEx(&config, kernel, p);
-    };
     const dim3 statistics_grid(p.units, static_cast<unsigned>(ceil_div(p.group, heads_at_once)), p.batch * p.kv_heads);
-    cudaError_t error =
-        launch(score_statistics<T, dim>, statistics_grid, statistics_threads, statistics_shared_bytes<dim>);
+    cudaError_t error = launch(score_statistics<T, dim>, statistics_grid, statistics_threads,
+                               statistics_shared_bytes<dim>, stream, Start::after_earlier_kernels, p);
     if (error != cudaSuccess) return error;
-    error = launch(merge_statistics, dim3(p.batch * p.q_heads), 128, 0);
+    error = launch(merge_statistics, dim3(p.batch * p.q_heads), 128, 0, stream, Start::early, p);
     if (error != cudaSuccess) return error;
     const dim3 reorder_grid(static_cast<unsigned>(g.complete_segments()), p.kv_heads, p.batch);
-    return g.segment <= piece_tiles * tile_tokens
-               ? launch(reorder<T, dim, true>, reorder_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment))
-               : launch(reorder<T, dim, false>, reorder_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment));
+    return g.segment <= resident_tiles * tile_tokens
+               ? launch(reorder_resident<T, dim>, reorder_grid, resident::everyone, ResidentShared<dim>::bytes, stream,
+                        Start::early, p)
+               : launch(reorder<T, dim>, reorder_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment), stream,
+                        Start::early, p);
   });
 }
 

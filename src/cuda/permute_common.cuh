@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "cuda/launch.h"
 #include "cuda/pool.cuh"
 #include "cuda/shared_product.cuh"
 #include "cuda/stages.h"

@@ -35,6 +35,17 @@ inline PoolArgs pool_queries(const PermuteArgs& args) {
 __device__ inline void copy_async(std::uint32_t to, const void* from, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present ? 16 : 0) : "memory");
 }
+// The same of what is read once, so that L2 keeps other things.
+__device__ inline std::uint64_t evict_first() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline void copy_async(std::uint32_t to, const void* from, bool present, std::uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+               "r"(present ? 16 : 0), "l"(policy)
+               : "memory");
+}
 __device__ inline void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -55,6 +66,7 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
   constexpr int tokens_at_once = 32 / chunks;                           // of one load of the warp
   constexpr int parts = block_tokens / (pool_copies * tokens_at_once);  // stages of one item
   const int lane = threadIdx.x % 32;
+  const std::uint64_t policy = evict_first();
   const std::uint32_t to = sm90::shared_address(stages) + lane * 16;
   const int rows = static_cast<int>(args.rows);
   const int heads = static_cast<int>(args.heads);
@@ -75,7 +87,7 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
 #pragma unroll 4
       for (int i = 0; i < pool_copies; ++i) {
         const bool present = first + i * tokens_at_once < count;
-        copy_async(to + (step % pool_stages * pool_copies + i) * 512, present ? source : args.data, present);
+        copy_async(to + (step % pool_stages * pool_copies + i) * 512, present ? source : args.data, present, policy);
         source += tokens_at_once * args.token_stride;
       }
     }

@@ -1,16 +1,14 @@
-// Scores and orders the keys of segments, and writes K and V in that order.
+// Scores and orders the keys of segments of more than 256 tokens, and writes K and V in that order;
+// reorder_resident.cuh has shorter ones.
 //
 // A CTA takes one segment of one KV head and goes through its query heads:
-//     S^T[key][query] = K Q^T, score[key] = sum over queries of exp2(S^T - log-sum-exp);
+//     S^T[key][query] = K Q^T piece by piece, score[key] = sum over queries of exp2(S^T - log-sum-exp);
 //     rank of each key by counting the keys before it;
 //     rows of K and V to their new places, 16 bytes a thread, with K's block means.
-// A segment of up to 256 tokens keeps its keys in shared memory for all its heads; values, and the keys of longer
-// segments, are read again through L2. Two CTAs share a multiprocessor, so that one computes while the other writes.
-//
-// Scores are not divided by the number of queries or heads: that would not change their order.
+// K and V are read again through L2. Two CTAs share a multiprocessor, so that one computes while the other writes.
 #pragma once
 
-#include "cuda/permute_common.cuh"
+#include "cuda/key_order.cuh"
 
 namespace pbsattn::cuda {
 
@@ -29,56 +27,7 @@ struct ReorderShared {
   static std::size_t bytes(std::int64_t segment) { return 1024 + score + segment * 8; }  // with int from[segment]
 };
 
-// Sums over queries of the weights of this thread's two keys, in the first of the four lanes that share them.
-__device__ inline void sum_weights(const float (&s)[64], float scale_log2, const LogSum* log_sums, int lane,
-                                   float (&sum)[2]) {
-#pragma unroll
-  for (int i = 0; i < 64; i += 4) {
-    const float4 pair = *reinterpret_cast<const float4*>(log_sums + i * 2 + lane % 4 * 2);
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      sum[r] += sm90::exp2_fast(fmaf(s[i + 2 * r] - pair.x, scale_log2, -pair.y)) +
-                sm90::exp2_fast(fmaf(s[i + 2 * r + 1] - pair.z, scale_log2, -pair.w));
-  }
-#pragma unroll
-  for (float& x : sum) {
-    x += __shfl_xor_sync(~0U, x, 1);
-    x += __shfl_xor_sync(~0U, x, 2);
-  }
-}
-
-// What sorts descending as an integer: scores are not negative; NaN comes last.
-__device__ inline int sortable(float score) {
-  return isnan(score) ? -1 : __float_as_int(score);
-}
-
-// How many of four integers are at least `bound`.
-__device__ inline int count_at_least(const int* values, int bound) {
-  const int4 four = *reinterpret_cast<const int4*>(values);
-  return (four.x >= bound) + (four.y >= bound) + (four.z >= bound) + (four.w >= bound);
-}
-
-// from[rank] = key, by counting the keys that come before each: those of larger score, and of equal score those before
-// it.
-__device__ inline void rank_keys(const int* score, int segment, int thread, int* from) {
-  for (int key = thread; key < segment; key += reorder_threads) {
-    const int mine = score[key];
-    const int lane = thread % 32;
-    const int warp_begin = key - lane;
-    int rank = 0;
-#pragma unroll 4
-    for (int other = 0; other < warp_begin; other += 4) rank += count_at_least(score + other, mine);
-#pragma unroll 8
-    for (int other = 0; other < 32; ++other)
-      rank += score[warp_begin + other] >= mine + static_cast<int>(other >= lane);
-#pragma unroll 4
-    for (int other = warp_begin + 32; other < segment; other += 4) rank += count_at_least(score + other, mine + 1);
-    from[rank] = key;
-  }
-}
-
-// whole: the segment's keys fit in shared memory and are loaded once; else piece by piece for each head.
-template <class T, int head_dim, bool whole>
+template <class T, int head_dim>
 __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_constant__ PermuteParams p) {
   using Layout = Tile<head_dim>;
   using Shared = ReorderShared<head_dim>;
@@ -115,14 +64,15 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
                                               p.k.token_stride, tile_tokens, thread);
   };
 
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   load_queries(0);
-  if constexpr (whole) load_keys(0);
   int parity = 0;
   for (int head = 0; head < p.group; ++head) {
     const std::int64_t q_head = static_cast<std::int64_t>(batch) * p.q_heads + kv_head * p.group + head;
     const bool ranks = !p.shared_order || head + 1 == p.group;
     for (int piece = 0; piece * piece_tiles < tiles; ++piece) {
-      if constexpr (!whole) load_keys(piece);
+      load_keys(piece);
       commit_copies();
       wait_copies<0>();
       sm90::fence_async_shared();
@@ -153,7 +103,7 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
     if (head + 1 < p.group) load_queries(head + 1);
     if (!ranks) continue;
 
-    rank_keys(score, p.segment, thread, from);
+    rank_keys<reorder_threads>(score, p.segment, thread, from);
     __syncthreads();
 
     const std::int64_t out_head = p.shared_order ? static_cast<std::int64_t>(batch) * p.kv_heads + kv_head : q_head;
@@ -177,9 +127,7 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
 #pragma unroll
       for (int i = 0; i < rows_of_thread; ++i) {
         const int key = from[first_slot + i * rows_at_once];
-        const uint4 k_chunk = whole ? *reinterpret_cast<const uint4*>(keys + key / tile_tokens * Layout::bytes +
-                                                                      Layout::offset(key % tile_tokens, chunk))
-                                    : __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + chunk);
+        const uint4 k_chunk = __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + chunk);
         const std::int64_t out = (out_token + first_slot + i * rows_at_once) * Layout::chunks + chunk;
         __stcs(static_cast<uint4*>(p.permuted_k) + out, k_chunk);
         add_to<T>(sum, k_chunk);

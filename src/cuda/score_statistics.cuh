@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const 
   extern __shared__ unsigned char shared[];
   unsigned char* queries = shared + (1024 - sm90::shared_address(shared) % 1024) % 1024;
   const int warpgroup = threadIdx.x / 128;
+  let_next_kernel_start();
   if (warpgroup == 2) {
     sm90::give_registers<40>();
     const int warp = threadIdx.x % 128 / 32;
@@ -147,6 +148,8 @@ __global__ void __launch_bounds__(128) merge_statistics(const __grid_constant__ 
   const int query = threadIdx.x;
   const float2* parts = p.statistics + head * p.units * 128 + query;
   Statistics total;
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
 #pragma unroll 8
   for (int i = 0; i < p.units; ++i) {
     const float2 part = __ldg(parts + i * 128);

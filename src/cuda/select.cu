@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "cuda/elements.cuh"
+#include "cuda/launch.h"
 #include "cuda/stages.h"
 
 namespace pbsattn::cuda {
@@ -207,6 +208,7 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
     return static_cast<int>((p.first_row + row) / p.blocks_per_segment * p.blocks_per_segment);
   };
 
+  wait_for_earlier_kernels();
   if (threadIdx.x == 0) visited = 0;
   if (first_row < p.first_dense_row)
     score_rows<T, head_dim>(p, static_cast<const T*>(p.pooled_q) + head * p.rows * head_dim,
@@ -269,16 +271,9 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .top_p = args.top_p,
                  .keep_all_if_short = args.rules == Rules::paper};
   return dispatch(args.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    const cudaError_t error = cudaFuncSetAttribute(select_rows<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(ceil_div(rows, rows_at_once)),
-                          static_cast<unsigned>(g.shape.batch * g.shape.q_heads));
-    config.blockDim = dim3(select_threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, select_rows<T, dim>, p);
+    const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_at_once)),
+                    static_cast<unsigned>(g.shape.batch * g.shape.q_heads));
+    return launch(select_rows<T, dim>, grid, select_threads, shared_bytes, stream, Start::early, p);
   });
 }
 

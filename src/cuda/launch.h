@@ -1,0 +1,44 @@
+// Launches of kernels that take one struct of parameters.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+namespace pbsattn::cuda {
+
+// Whether a kernel may start before the stream's earlier kernels end. It then calls wait_for_earlier_kernels() before
+// it reads what they wrote, and before it writes what they read.
+enum class Start { after_earlier_kernels, early };
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
+                   Start start, const Params& params) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = start == Start::early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+#ifdef __CUDACC__
+// Lets the stream's next kernel start as soon as there is room for it.
+__device__ inline void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+// Returns when the stream's earlier kernels are done and their writes can be read.
+__device__ inline void wait_for_earlier_kernels() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+#endif
+
+}  // namespace pbsattn::cuda
