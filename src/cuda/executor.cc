@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -125,9 +126,6 @@ class CudaExecutor final : public detail::Executor {
       else
         check(permute(permutation, call.stream), "launching permute");
       mark();
-      if (call.timeline != nullptr)
-        check(cudaMemsetAsync(layout.visited_blocks, 0, sizeof(*layout.visited_blocks), call.stream),
-              "clearing counts");
       check(select({.geometry = g,
                     .order_heads = order_heads,
                     .dtype = inputs.q.dtype,
@@ -140,8 +138,7 @@ class CudaExecutor final : public detail::Executor {
                     .sink_block = layout.sink_block,
                     .row_start = layout.row_start,
                     .row_count = layout.row_count,
-                    .block = layout.block,
-                    .visited_blocks = call.timeline != nullptr ? layout.visited_blocks : nullptr},
+                    .block = layout.block},
                    call.stream),
             "launching select");
     } else {
@@ -167,8 +164,10 @@ class CudaExecutor final : public detail::Executor {
 
   std::int64_t count_visited(const Call& call, const Layout& layout, const Extent& extent) const {
     const Geometry g = Layout::geometry_of(spec.geometry, extent);
-    if (!sparse_) return g.shape.batch * g.shape.q_heads * g.causal_blocks_per_head();
-    return static_cast<std::int64_t>(read(call, layout.visited_blocks, 1).front());
+    const std::int64_t heads = g.shape.batch * g.shape.q_heads;
+    if (!sparse_) return heads * g.causal_blocks_per_head();
+    const auto count = read(call, layout.row_count, heads * g.rows());
+    return std::accumulate(count.begin(), count.end(), std::int64_t{0});
   }
 
   template <class T>

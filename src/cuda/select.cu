@@ -30,7 +30,6 @@ struct Params {
   std::int64_t* row_start;
   std::int32_t* row_count;
   std::int32_t* block;
-  unsigned long long* visited_blocks;
   std::int64_t rows, first_row, first_dense_row, causal_blocks;
   std::int64_t key_blocks;          // pooled keys of a head
   int q_heads, group, order_group;  // query heads of an order
@@ -196,7 +195,6 @@ __device__ inline int write_list(const float* weights, Threshold threshold, int 
 template <class T, int head_dim>
 __global__ void __launch_bounds__(select_threads) select_rows(const __grid_constant__ Params p) {
   extern __shared__ float scores[];
-  __shared__ int visited;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const std::int64_t head = blockIdx.y;  // of all batch entries
@@ -209,7 +207,6 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
   };
 
   wait_for_earlier_kernels();
-  if (threadIdx.x == 0) visited = 0;
   if (first_row < p.first_dense_row)
     score_rows<T, head_dim>(p, static_cast<const T*>(p.pooled_q) + head * p.rows * head_dim,
                             static_cast<const T*>(p.pooled_k) + order_head * p.key_blocks * head_dim, first_row,
@@ -228,12 +225,7 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
     if (lane == 0) {
       p.row_start[head * p.rows + row] = start;
       p.row_count[head * p.rows + row] = length;
-      atomicAdd(&visited, length);
     }
-  }
-  if (p.visited_blocks != nullptr) {
-    __syncthreads();
-    if (threadIdx.x == 0) atomicAdd(p.visited_blocks, static_cast<unsigned long long>(visited));
   }
 }
 
@@ -255,7 +247,6 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .row_start = args.row_start,
                  .row_count = args.row_count,
                  .block = args.block,
-                 .visited_blocks = args.visited_blocks,
                  .rows = rows,
                  .first_row = g.first_row(),
                  .first_dense_row = args.top_p == 1.0F ? 0 : std::max<std::int64_t>(rows - args.dense_last_rows, 0),

@@ -59,10 +59,9 @@ struct SelectArgs {
   const std::int32_t* sink_block = nullptr;
   // Lists of tile [batch][q_head][row], as attend() reads them. Rows keep room for all their causal blocks, so a list's
   // place is known beforehand and no pass over the counts is needed.
-  std::int64_t* row_start = nullptr;             // [tile]
-  std::int32_t* row_count = nullptr;             // [tile]
-  std::int32_t* block = nullptr;                 // [batch * q_heads * causal_blocks_per_head()]
-  unsigned long long* visited_blocks = nullptr;  // every row's count is added here; optional
+  std::int64_t* row_start = nullptr;  // [tile]
+  std::int32_t* row_count = nullptr;  // [tile]
+  std::int32_t* block = nullptr;      // [batch * q_heads * causal_blocks_per_head()]
 };
 cudaError_t select(const SelectArgs& args, cudaStream_t stream);
 

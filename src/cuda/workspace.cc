@@ -19,7 +19,6 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   };
   take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g)));
   if (!sparse) return;
-  take(visited_blocks, 1);
   take(pooled_k, order_heads * permuted_blocks(g) * g.shape.head_dim * element_bytes);
   take(pooled_q, query_heads * g.rows() * g.shape.head_dim * element_bytes);
   take(sink_block, order_heads);

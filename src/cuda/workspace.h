@@ -25,7 +25,6 @@ struct Layout {
 
   std::size_t bytes = 0;
   std::byte* attend_scratch = nullptr;
-  unsigned long long* visited_blocks = nullptr;
   std::byte *pooled_k = nullptr, *pooled_q = nullptr;
   std::int32_t* sink_block = nullptr;
   std::int64_t* row_start = nullptr;
