@@ -88,6 +88,8 @@ void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
   validate_view(inputs.k, "k", s.batch, s.kv_heads, s.kv_len, s.head_dim, false);
   validate_view(inputs.v, "v", s.batch, s.kv_heads, s.kv_len, s.head_dim, false);
   validate_view(outputs.out, "out", s.batch, s.q_heads, s.q_len, s.head_dim, true);
+  require(reinterpret_cast<std::uintptr_t>(outputs.lse) % sizeof(float) == 0,
+          "lse: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
 }
 
 }  // namespace pbsattn

@@ -121,7 +121,7 @@ class ValidateRun : public testing::Test {
     workspace_.resize(plan.workspace_size() + 1);
     expect_error(
         [&] {
-          plan.run({.q = q_, .k = k_, .v = v_}, {.out = out_},
+          plan.run({.q = q_, .k = k_, .v = v_}, {.out = out_, .lse = lse_},
                    std::span(workspace_).first(plan.workspace_size() - missing_));
         },
         code, parts);
@@ -134,6 +134,7 @@ class ValidateRun : public testing::Test {
   ConstView v_{numbers_.data(), DType::f32, 32, 32, 8};
   View out_{numbers_.data() + 128, DType::f32, 64, 32, 8};
   std::vector<std::byte> workspace_;
+  float* lse_ = nullptr;
   std::size_t missing_ = 0;
 };
 
@@ -151,6 +152,9 @@ TEST_F(ValidateRun, NullPointers) {
 TEST_F(ValidateRun, Alignment) {
   k_.data = reinterpret_cast<const std::byte*>(numbers_.data()) + 1;
   expect_refused(ErrorCode::invalid_argument, {"k:", "not aligned", "4 bytes"});
+  k_.data = numbers_.data();
+  lse_ = reinterpret_cast<float*>(reinterpret_cast<std::byte*>(numbers_.data()) + 2);
+  expect_refused(ErrorCode::invalid_argument, {"lse:", "not aligned", "4 bytes"});
 }
 
 TEST_F(ValidateRun, Strides) {

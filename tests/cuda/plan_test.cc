@@ -59,9 +59,37 @@ TEST(CudaPlan, RefusesWhatItCannotDo) {
   options = pbs();
   options.segment = 16'384;
   EXPECT_NE(create(options, small).find("segment 16384"), std::string::npos);
+  options = pbs();
+  options.score = BlockScore::per_query;
+  EXPECT_NE(create(options, small).find("per_query"), std::string::npos);
+  options = pbs();
+  options.keep = KeepRule::threshold;
+  EXPECT_NE(create(options, small).find("threshold"), std::string::npos);
+  Shape many = small;
+  many.batch = 20'000;
+  EXPECT_NE(create(pbs(), many).find("split the batch"), std::string::npos);
+  Shape endless = small;
+  endless.q_len = endless.kv_len = 7'000'000;
+  EXPECT_NE(create(pbs(), endless).find("kv_len 7000000"), std::string::npos);
   refusal(ErrorCode::unsupported, [] { Plan::create(pbs(), small, Device::cuda(4096)); });
   refusal(ErrorCode::unsupported, [] { Plan::create(pbs(), small, Device::cuda(-1)); });
   refusal(ErrorCode::out_of_memory, [] { Plan::create(pbs(), small, Device::cuda(), 1000); });
+}
+
+// Dense where so few rows could save blocks that permuting costs more; sparse once there are many.
+TEST(CudaPlan, AutoIsDenseWhereItIsShort) {
+  Shape shape{.batch = 1, .q_heads = 32, .kv_heads = 8, .q_len = 4096, .kv_len = 4096, .head_dim = 128};
+  const Plan dense = Plan::create(method("auto"), shape, Device::cuda());
+  EXPECT_EQ(dense.path(), "sm90_dense");
+  EXPECT_EQ(dense.options().keep, KeepRule::all);
+  shape.q_len = shape.kv_len = 32'768;
+  const Plan sparse = Plan::create(method("auto"), shape, Device::cuda());
+  EXPECT_EQ(sparse.path(), "sm90");
+  EXPECT_EQ(sparse.options().keep, KeepRule::top_p);
+  Options known = method("auto");
+  known.expected_density = 0.4F;
+  shape.q_len = shape.kv_len = 8192;
+  EXPECT_EQ(Plan::create(known, shape, Device::cuda()).path(), "sm90");
 }
 
 TEST(CudaPlan, RefusesBadBuffers) {
@@ -79,6 +107,9 @@ TEST(CudaPlan, RefusesBadBuffers) {
   inputs.v.data = static_cast<const std::byte*>(inputs.v.data) + 2;
   refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
   inputs = device.inputs();
+  inputs.v.data = nullptr;
+  refusal(ErrorCode::invalid_argument, [&] { plan.run(inputs, device.outputs(), memory); });
+  inputs = device.inputs();
   inputs.q.token_stride += 1;
   refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
   inputs = device.inputs();
@@ -89,6 +120,9 @@ TEST(CudaPlan, RefusesBadBuffers) {
   refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
   Outputs outputs = device.outputs();
   outputs.lse = problem.lse.data();
+  refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); });
+  outputs = device.outputs();
+  outputs.lse = reinterpret_cast<float*>(reinterpret_cast<std::byte*>(outputs.lse) + 1);
   refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); });
   refusal(ErrorCode::out_of_memory, [&] { plan.run(device.inputs(), device.outputs(), memory.subspan(1)); });
   std::vector<std::byte> host(plan.workspace_size());
