@@ -99,7 +99,9 @@ __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::
   unsigned long long mine = 0;
 #pragma unroll 8
   for (int tile = threadIdx.x; tile < tiles; tile += 1024) mine += row_count[tile];
-  atomicAdd(&work, mine);
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) mine += __shfl_xor_sync(0xFFFFFFFF, mine, offset);
+  if (lane == 0) atomicAdd(&work, mine);
   __syncthreads();
   const auto heavy = [&](int tile) {
     return row_count[tile] * static_cast<std::int64_t>(tiles) > 4 * static_cast<std::int64_t>(work);
