@@ -84,7 +84,7 @@ def define_pbs(q, k, top_p):
     scale = 1 / math.sqrt(head_dim)
     scores = ((q[:, :, -BLOCK:].float() @ k[:, :, :length].float().mT) * scale).softmax(-1).sum(2)
     by_segment = scores.unflatten(2, (-1, SEGMENT))
-    order = (by_segment.argsort(-1, descending=True, stable=True)
+    order = (by_segment.argsort(dim=-1, descending=True, stable=True)
              + torch.arange(0, length, SEGMENT, device="cuda")[:, None]).flatten(2)
     blocks, rows = length // BLOCK, math.ceil(n / BLOCK)
     moved = k[:, :, :length].gather(2, order[..., None].expand(-1, -1, -1, head_dim))
@@ -97,7 +97,7 @@ def define_pbs(q, k, top_p):
     weights = torch.zeros(batch, heads, rows, rows, device="cuda")
     hidden = block[:, :blocks] >= own_begin
     weights[..., :blocks] = (pooled_q @ pooled_k.mT * scale).masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0)
-    ranked, index = weights.sort(-1, descending=True, stable=True)
+    ranked, index = weights.sort(dim=-1, descending=True, stable=True)
     kept = ranked.cumsum(-1) - ranked < top_p
     mask = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, index, kept & (ranked > 0))
     sink = (order == 0).int().argmax(-1)[:, :, None] // BLOCK
