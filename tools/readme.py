@@ -68,6 +68,8 @@ SUMMARY = [
      {"suite": "prefill", "metric": "time to first token", "case": "pbs"}, "cudnn"),
     ("dense attention, {n} tokens, head_dim {head_dim}, {threads} thread(s)",
      {"suite": ("cpu", "cpu-torch"), "case": "dense", "metric": "rate", "n": 8192}, None),
+    ("`pbs`, {n} tokens, head_dim {head_dim}, density {density:.2f}: time beyond the density's share of dense",
+     {"suite": "cpu", "case": "sparse", "n": 8192, "head_dim": 128}, None),
 ]
 
 
@@ -96,8 +98,9 @@ def summary_table(records):
                 continue
             seen.add((text, peer[0], record["device"]))
             path = f" ({fields['path']})" if "path" in fields else ""
-            lines.append(f"| {text}{path} | {number(record['value'])} {record['unit']} | {peer[0]}: {number(peer[1])} | "
-                         f"**{peer[2]:.2f}x** | {record['device'].split(', ')[0]} | {record['commit']} |")
+            against = peer[0] if record["unit"].startswith("of ") else f"{peer[0]}: {number(peer[1])} {record['unit']}"
+            lines.append(f"| {text}{path} | {number(record['value'])} {record['unit']} | {against} | **{peer[2]:.2f}x** | "
+                         f"{record['device'].split(', ')[0]} | {record['commit']} |")
     return "\n".join(lines)
 
 
@@ -138,7 +141,8 @@ def fidelity_table(records):
         rows.setdefault((params["model"], params["text"], record["case"]), {})[record["metric"]] = record
     lines = ["| model, text | attention | density | perplexity against full | mean KL | same top-1 token |",
              "| --- | --- | --- | --- | --- | --- |"]
-    for (model, source, case), found in rows.items():
+    density = lambda row: row[1]["density"]["value"] if "density" in row[1] else 2.0  # full first, then the densest
+    for (model, source, case), found in sorted(rows.items(), key=lambda row: (row[0][:2], -density(row))):
         if case == "full":
             lines.append(f"| {model}, {source} | full | 1 | {found['perplexity']['value']:.2f} | | |")
             continue
