@@ -39,6 +39,10 @@ def build(family, device="cpu", **changes):
     return model.to(device=device, dtype=dtype)
 
 
+def enable(model, **settings):
+    return pt.enable(model, **{"min_tokens": 64, **settings})
+
+
 def prompt(device="cpu", tokens=TOKENS, batch=1):
     return torch.randint(2, 120, (batch, tokens), device=device)
 
@@ -63,7 +67,7 @@ def test_all_blocks_gives_sdpas_logits(family, device):
     full_layers = [0, 1] if family != "gemma3" else [1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pt.FallbackWarning)
-        with pt.enable(model, top_p=1.0, stats=True):
+        with enable(model, top_p=1.0, stats=True):
             close(model(ids).logits, expected)
             taken = [layer.layer for layer in pt.stats(model) if layer.taken == 1]
             assert taken == full_layers
@@ -78,7 +82,7 @@ def test_chunks_over_a_cache_equal_the_whole(family, device):
     expected = model(ids).logits[:, -1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pt.FallbackWarning)
-        with pt.enable(model, top_p=1.0, min_tokens=64):
+        with enable(model, top_p=1.0):
             cache = None
             for chunk in ids.split([250, 200, 150], dim=1):
                 out = model(chunk, past_key_values=cache, use_cache=True)
@@ -98,7 +102,7 @@ def test_generate_gives_the_same_tokens(family, how):
     expected = model.generate(ids, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pt.FallbackWarning)
-        with pt.enable(model, top_p=1.0, min_tokens=64):
+        with enable(model, top_p=1.0):
             assert torch.equal(model.generate(ids, **settings, **how), expected)
             if how != dict(cache_implementation="static") or family == "llama":
                 assert pt.stats(model)[-1].taken >= 1
@@ -108,7 +112,7 @@ def test_sparse_differs_and_is_measured(device):
     model = build("llama", device, max_position_embeddings=4096)
     ids = prompt(device, 3000)
     expected = model(ids).logits
-    with pt.enable(model, top_p=0.3, stats=True):
+    with enable(model, top_p=0.3, stats=True):
         logits = model(ids).logits
         assert all(layer.density < 1 for layer in pt.stats(model))
     assert not torch.equal(logits, expected)
@@ -118,12 +122,12 @@ def test_batch(device):
     model = build("llama", device)
     ids = prompt(device, batch=3)
     expected = model(ids).logits
-    with pt.enable(model, top_p=1.0):
+    with enable(model, top_p=1.0):
         close(model(ids).logits, expected)
 
 
 def falls_back(model, reason, call, expected, **settings):
-    with pt.enable(model, top_p=0.1, min_tokens=64, **settings):
+    with enable(model, top_p=0.1, **settings):
         with pytest.warns(pt.FallbackWarning, match=reason) as warned:
             close(call(), expected)
         assert len([w for w in warned if w.category is pt.FallbackWarning]) == 1
@@ -143,7 +147,7 @@ def test_sliding_window_falls_back(device):
     ids = prompt(device)
     call = lambda: model(ids).logits
     falls_back(model, "sliding window of 200", call, call())
-    with pt.enable(model, top_p=1.0):
+    with enable(model, top_p=1.0):
         short = ids[:, :150]
         close(model(short).logits, build_logits_without(model, short))
 
@@ -152,7 +156,7 @@ def build_logits_without(model, ids):
     """A model's logits with pbsattn disabled for a moment."""
     pt.disable(model)
     logits = model(ids).logits
-    pt.enable(model, top_p=1.0)
+    enable(model, top_p=1.0)
     return logits
 
 
@@ -182,10 +186,10 @@ def test_soft_cap_goes_to_the_models_own_attention(device):
     model.set_attn_implementation("eager")
     expected = model(ids).logits
     with pytest.raises(ValueError, match="none of its layers: its logits are soft-capped"):
-        pt.enable(model)
+        enable(model)
     own = model.model.layers[0].self_attn
     own.attn_logit_softcapping = None  # one layer that can be taken, so that the model is
-    with pt.enable(model, top_p=1.0), warnings.catch_warnings():
+    with enable(model, top_p=1.0), warnings.catch_warnings():
         warnings.simplefilter("ignore", pt.FallbackWarning)
         own.attn_logit_softcapping = 2.0
         close(model(ids).logits, expected)
@@ -195,7 +199,7 @@ def test_soft_cap_goes_to_the_models_own_attention(device):
 def test_sinks_are_refused():
     model = build("GptOss", num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(ValueError, match="attention sinks"):
-        pt.enable(model)
+        enable(model)
 
 
 def test_what_this_device_refuses_falls_back(device):
@@ -213,28 +217,38 @@ def test_what_this_device_refuses_falls_back(device):
 def test_only_some_layers(device):
     model = build("llama", device, num_hidden_layers=3)
     ids = prompt(device)
-    with pt.enable(model, layers=[0, 2]), warnings.catch_warnings():
+    with enable(model, layers=[0, 2]), warnings.catch_warnings():
         warnings.simplefilter("error")
         model(ids)
         assert [layer.layer for layer in pt.stats(model)] == [0, 2]
     with pytest.raises(ValueError, match=r"layers \[3\]: .* has 0 .. 2"):
-        pt.enable(model, layers=[3])
+        enable(model, layers=[3])
 
 
 def test_short_calls_go_to_sdpa_silently(device):
     model = build("llama", device)
     ids = prompt(device, 100)
     expected = model(ids).logits
-    with pt.enable(model, min_tokens=101), warnings.catch_warnings():
+    with enable(model, min_tokens=101), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model(ids).logits, expected)
         assert pt.stats(model) == []
 
 
+def test_the_least_tokens_depend_on_the_device(device):
+    least = {"cpu": 512, "cuda": 2560}[device]
+    model = build("llama", device, max_position_embeddings=4096)
+    with pt.enable(model):
+        model(prompt(device, least - 1))
+        assert pt.stats(model) == []
+        model(prompt(device, least))
+        assert [layer.taken for layer in pt.stats(model)] == [1, 1]
+
+
 def test_two_models_keep_their_settings(device):
     ids = prompt(device, 3000)
     one, two = (build("llama", device, max_position_embeddings=4096) for _ in range(2))
-    with pt.enable(one, top_p=0.3, stats=True), pt.enable(two, top_p=1.0, stats=True):
+    with enable(one, top_p=0.3, stats=True), enable(two, top_p=1.0, stats=True):
         one(ids), two(ids)
         assert pt.stats(one)[0].density < 1.0 == pt.stats(two)[0].density
 
@@ -244,7 +258,7 @@ def test_a_compiled_model_has_no_graph_break(device):
     ids = prompt(device)
     expected = model(ids).logits
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with pt.enable(model, top_p=1.0):
+    with enable(model, top_p=1.0):
         close(compiled(ids).logits, expected)
         assert [layer.taken for layer in pt.stats(model)] == [1, 1]
 
@@ -263,7 +277,7 @@ def test_threads_share_a_model(device):
                 except Exception as error:
                     failed.append(error)
 
-    with pt.enable(model, top_p=1.0, min_tokens=64):
+    with enable(model, top_p=1.0):
         threads = [threading.Thread(target=work, args=(i % 3,)) for i in range(6)]
         for thread in threads:
             thread.start()
@@ -279,28 +293,28 @@ def test_errors():
     with pytest.raises(RuntimeError, match="not enabled"):
         pt.stats(model)
     with pytest.raises(ValueError, match='did you mean "pbs"'):
-        pt.enable(model, method="pbz")
+        enable(model, method="pbz")
     with pytest.raises(ValueError, match="top_p 2"):
-        pt.enable(model, top_p=2.0)
+        enable(model, top_p=2.0)
     with pytest.raises(TypeError, match="no such option"):
-        pt.enable(model, topp=0.9)
+        enable(model, topp=0.9)
     with pytest.raises(ValueError, match="min_tokens 1"):
-        pt.enable(model, min_tokens=1)
+        enable(model, min_tokens=1)
     with pytest.raises(TypeError, match="a Linear; pass a transformers PreTrainedModel"):
-        pt.enable(torch.nn.Linear(2, 2))
+        enable(torch.nn.Linear(2, 2))
     encoder = transformers.BertModel(transformers.BertConfig(
         vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64))
     with pytest.raises(ValueError, match="no causal attention"):
-        pt.enable(encoder)
-    with pt.enable(model):
+        enable(encoder)
+    with enable(model):
         with pytest.raises(RuntimeError, match="enabled already; disable it first"):
-            pt.enable(model)
+            enable(model)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_dropped_model_leaves_nothing_behind():
     model = build("llama")
-    pt.enable(model)
+    enable(model)
     model(prompt())
     del model
     gc.collect()

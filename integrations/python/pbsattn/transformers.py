@@ -33,6 +33,8 @@ from . import _core
 from ._op import attention
 
 NAME = "pbsattn"  # of our attention in transformers' tables
+# Least queries of a call for pbsattn, by device. On a GPU a shorter prefill is bound by the host, which is no faster with us.
+MIN_TOKENS = {"cpu": 512, "cuda": 2560}
 
 
 class FallbackWarning(UserWarning):
@@ -254,11 +256,12 @@ class Enabled:
         disable(self._model)
 
 
-def enable(model, *, method="pbs", min_tokens=512, layers=None, stats=False, **options) -> Enabled:
+def enable(model, *, method="pbs", min_tokens=None, layers=None, stats=False, **options) -> Enabled:
     """Sends the prefill of a transformers model to pbsattn, until disable() or the end of a `with` block.
 
     method and options: those of pbsattn.attention (top_p, dense_last_rows, ...).
-    min_tokens: calls with fewer queries go to SDPA; so do layers whose index is not in `layers`, if that is given.
+    min_tokens: calls with fewer queries go to SDPA (by default fewer than 512 on the CPU and than 2560 on CUDA); so do
+    layers whose index is not in `layers`, if that is given.
     stats: measure density and time on CUDA too, where that waits for every layer; on the CPU they are always measured.
 
     Raises ValueError if no layer of the model can be taken, or an option is wrong; RuntimeError if it is enabled
@@ -281,6 +284,8 @@ def enable(model, *, method="pbs", min_tokens=512, layers=None, stats=False, **o
         if unknown := layers - {module.layer_idx for module in modules}:
             raise ValueError(f"layers {sorted(unknown)}: {type(model).__name__} has no such layers; it has "
                              f"0 .. {max(module.layer_idx for module in modules)}")
+    if min_tokens is None:
+        min_tokens = MIN_TOKENS.get(model.device.type, 512)
     if min_tokens < 2:
         raise ValueError(f"min_tokens {min_tokens}: decoding is not for pbsattn; 2 is the least")
     state = _State(model, dict(method=method, **options), min_tokens, layers, stats)

@@ -40,7 +40,8 @@ def _first_token(model, ids):
 
 def _fidelity(model, ids, baseline):
     """Perplexity of a text and the most likely token at each position; how many differ from `baseline`."""
-    hidden = model.model(ids, use_cache=False).last_hidden_state[0]
+    # With a cache, as in the timed runs: keys and values then have the same strides, for which some backends prepare.
+    hidden = model.model(ids, use_cache=True).last_hidden_state[0]
     nll, best = 0.0, []
     for start in range(0, hidden.shape[0], _HEAD_ROWS):
         logits = model.lm_head(hidden[start:start + _HEAD_ROWS]).float()
