@@ -60,6 +60,8 @@ def test_prefill(folder, tmp_path, capsys):
     assert ttft[1]["ratio"] == pytest.approx(ttft[0]["value"] / ttft[1]["value"])
     assert (tmp_path / "out.png").stat().st_size > 1000
     assert "<svg" in (tmp_path / "out.svg").read_text()
+    program.main(["plot", str(tmp_path / "out.json"), "--to", str(tmp_path / "again"), "--attn", "math,pbs:top_p=0.1"])
+    assert "pbs:top_p=1.0" not in (tmp_path / "again.svg").read_text()
 
 
 def test_longer_than_the_model_takes_yarn(folder):

@@ -1,6 +1,7 @@
 """python -m pbsattn.bench prefill --model PATH_OR_GGUF: a model's prefill under several attentions."""
 
 import argparse
+import json
 import pathlib
 import platform
 import sys
@@ -19,7 +20,12 @@ def _say(message):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m pbsattn.bench", description=__doc__)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    draw = commands.add_parser("plot", help="draw BASE.png and BASE.svg from what prefill --json wrote")
+    draw.add_argument("json", nargs="+")
+    draw.add_argument("--to", required=True, metavar="BASE")
+    draw.add_argument("--attn", help="only these attentions")
+    command = commands.add_parser(
         "prefill", help="time to first token, attention's share, density, peak memory, perplexity, tokens that differ")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a GGUF file (dequantised), or a folder that save_pretrained wrote")
@@ -53,6 +59,20 @@ def _prompt(model, tokenizer, text, length, device):
 
 def main(arguments=None):
     given = _parser().parse_args(arguments)
+    return _plot(given) if given.command == "plot" else _prefill(given)
+
+
+def _plot(given):
+    made = [each for path in given.json for each in json.loads(pathlib.Path(path).read_text(encoding="utf-8"))]
+    if given.attn:
+        made = [each for each in made if each["case"] in given.attn.split(",")]
+    if not made:
+        raise ValueError(f"{', '.join(given.json)}: no measurements of {given.attn or 'anything'}")
+    titles = dict.fromkeys(f"{each['params']['model']}\n{each['device']}" for each in made)
+    report.plot(made, given.to, "\n".join(titles))
+
+
+def _prefill(given):
     attentions = [Attention.parse(text) for text in given.attn.split(",")]
     lengths = [int(text) for text in given.lengths.split(",")]
     if len({each.name for each in attentions}) != len(attentions):
@@ -84,7 +104,7 @@ def main(arguments=None):
     if given.json:
         report.write_json(given.json, made)
     if given.plot:
-        report.plot(made, given.plot, f"{name}, {_device_name(device)}")
+        report.plot(made, given.plot, f"{name}\n{_device_name(device)}")
     return results
 
 

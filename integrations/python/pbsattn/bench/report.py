@@ -83,16 +83,15 @@ def plot(made, base, title):
     figure, panels = pyplot.subplots(1, len(lengths), figsize=(2.6 * len(lengths) + 0.8, 3.4), squeeze=False)
     colors = pyplot.get_cmap("tab10").colors
     for panel, length in zip(panels[0], lengths):
-        for i, name in enumerate(names):
-            whole = value.get((length, name, "time to first token"))
-            if whole is None:
-                continue
+        here = [name for name in names if (length, name, "time to first token") in value]
+        for i, name in enumerate(here):
+            whole = value[(length, name, "time to first token")]
             inside = min(value[(length, name, "time in attention")], whole)
             panel.bar(i, whole - inside, color="0.8")
-            panel.bar(i, inside, bottom=whole - inside, color=colors[i % 10])
+            panel.bar(i, inside, bottom=whole - inside, color=colors[names.index(name) % 10])
             panel.text(i, whole, f"{whole:.3g} s", ha="center", va="bottom", fontsize=8)
         panel.set_title(f"{length:,} tokens", fontsize=9)
-        panel.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+        panel.set_xticks(range(len(here)), here, rotation=30, ha="right", fontsize=8)
         panel.margins(y=0.12)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("time to first token (s)\ncolour: in attention")
