@@ -6,59 +6,66 @@
 namespace pbsattn::cuda::sm90 {
 
 // The running softmax of the two query rows that a thread holds parts of: row r = 0, 1 is query 8 r + lane / 4 of its
-// warp's 16. Turns scores into weights in place.
+// warp's 16. Maxima and sums run in several chains, since each step of one waits for the step before.
 struct Softmax {
   // Of a score and the maximum, scaled one by one, the difference is off by up to 2^-24 of this, which is little;
   // beyond it their difference is scaled instead.
   static constexpr float largest_offset = 1024;
+  static constexpr int chains = 4;
 
   float maximum[2] = {-infinity, -infinity};  // unscaled
   float sum[2] = {0, 0};                      // this thread's part
+  float offset[2];                            // a weight is 2 to the scaled score less this
 
-  // Returns true when a maximum of the warp moved: then everything summed before must be multiplied by factor[r].
-  __device__ bool update(float (&s)[64], float scale_log2, float (&factor)[2]) {
-    bool moved = false;
-    bool huge = false;
-    float before[2];
-    float offset[2];
-    float part[2] = {0, 0};
+  // Raises the maxima to those of scores s. What was summed before must then be multiplied by factor[r]; returns
+  // whether any factor of the warp is not 1. Where maxima are too large, scores become differences to them.
+  __device__ bool raise(float (&s)[64], float scale_log2, float (&factor)[2]) {
+    float top[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = fmaxf(s[2 * r], s[2 * r + 1]);
+      float part[chains] = {maximum[r], -infinity, -infinity, -infinity};
 #pragma unroll
-      for (int i = 1; i < 16; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-      top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFF, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFF, top, 2));
-      moved = moved || top > maximum[r];
-      before[r] = maximum[r];
-      maximum[r] = fmaxf(maximum[r], top);
-      offset[r] = maximum[r] == -infinity ? 0.0F : maximum[r] * scale_log2;
-      huge = huge || fabsf(offset[r]) > largest_offset;
+      for (int i = 0; i < 32; ++i) part[i / 2 % chains] = fmaxf(part[i / 2 % chains], s[i / 2 * 4 + 2 * r + i % 2]);
+      top[r] = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
     }
-    if (__any_sync(0xFFFFFFFF, huge)) {
+    // Both votes are taken here, beside the exchange of maxima, and not where they are needed: there each would wait.
+    // A thread's part of a row may be far below the row's maximum and seem huge though the row is not, which does no
+    // harm.
+    const float largest = largest_offset / scale_log2;
+    const bool huge = __any_sync(0xFFFFFFFF, fabsf(top[0]) > largest || fabsf(top[1]) > largest);
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], __shfl_xor_sync(0xFFFFFFFF, top[r], step));
+    }
+    const bool moved = __any_sync(0xFFFFFFFF, top[0] != maximum[0] || top[1] != maximum[1]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Of two -inf nothing was summed, and their difference is no number.
+      factor[r] = top[r] == -infinity ? 1.0F : exp2_fast((maximum[r] - top[r]) * scale_log2);
+      maximum[r] = top[r];
+      offset[r] = top[r] == -infinity ? 0.0F : top[r] * scale_log2;
+    }
+    if (huge) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] -= maximum[i % 4 / 2] == -infinity ? 0.0F : maximum[i % 4 / 2];
       offset[0] = offset[1] = 0;
     }
+    return moved;
+  }
+
+  // Turns scores s, that the maxima were raised to, into weights in place, and sums them.
+  __device__ void weigh(float (&s)[64], float scale_log2, const float (&factor)[2]) {
+    float part[2][chains] = {};
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
       s[i] = exp2_fast(fmaf(s[i], scale_log2, -offset[i % 4 / 2]));
-      part[i % 4 / 2] += s[i];
+      part[i % 4 / 2][(i / 4 * 2 + i % 2) % chains] += s[i];
     }
-    // The branch depends on the sums so that the exponentials come before it, and before a wait for products that
-    // follows it; the compiler would move that wait up.
-    moved = __any_sync(0xFFFFFFFF, moved || isnan(part[0] + part[1]));
-    if (moved) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        // Of two -inf nothing was summed, and their difference is no number.
-        factor[r] = maximum[r] == -infinity ? 1.0F : exp2_fast((before[r] - maximum[r]) * scale_log2);
-        sum[r] *= factor[r];
-      }
+    for (int r = 0; r < 2; ++r) {
+      sum[r] = fmaf(sum[r], factor[r], (part[r][0] + part[r][1]) + (part[r][2] + part[r][3]));
     }
-    sum[0] += part[0];
-    sum[1] += part[1];
-    return moved;
   }
 };
 
@@ -115,9 +122,8 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     }
     commit();
   };
-  // O += P V
+  // O += P V, once V is there
   const auto multiply_pv = [&] {
-    shared.v_full[v.at].wait(v.parity);
     const std::uint64_t v_operand = operand(shared.v[v.at], kv_panel_bytes);
     pin(o);
     start();
@@ -160,9 +166,11 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     for (int i = 0; i < 64; ++i) {
       if (i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
     }
-    softmax.update(s, p.scale_log2, factor);
+    softmax.raise(s, p.scale_log2, factor);
+    softmax.weigh(s, p.scale_log2, factor);
     pack_weights();
     shared.guarded[slot.at].wait(slot.parity);
+    shared.v_full[v.at].wait(v.parity);
 
     // The blocks before it: this block's S and softmax beside the P V of the block after it.
     for (int i = 1; i < tile.count; ++i) {
@@ -171,14 +179,19 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
       wait<1>();
       pin(s);
       free_k();
-      const bool moved = softmax.update(s, p.scale_log2, factor);
+      const bool moved = softmax.raise(s, p.scale_log2, factor);
+      Ring<Shared::v_stages> next_v = v;
+      next_v.next();
+      shared.v_full[next_v.at].wait(next_v.parity);
       wait<0>();
       pin(o);
-      if (moved) {
+      free_v();
+      // At head_dim 64 the exponential unit is the bottleneck, and O is rescaled and P packed in its shadow.
+      if (head_dim == 64 || moved) {
 #pragma unroll
         for (int j = 0; j < outputs; ++j) o[j] *= factor[j % 4 / 2];
       }
-      free_v();
+      softmax.weigh(s, p.scale_log2, factor);
       pack_weights();
     }
     multiply_pv();

@@ -41,19 +41,21 @@ struct Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
   }
-  // Returns once the phase of this parity is complete. Waiting for parity 1 on a fresh barrier returns at once.
+  // Returns once the phase of this parity is complete. Waiting for parity 1 on a fresh barrier returns at once. With a
+  // time limit the thread sleeps until then; without one it asks again and again, in issue slots that others need.
   __device__ void wait(std::uint32_t parity) {
+    constexpr int limit_ns = 1'000'000;
     random_delay();
     std::uint32_t done = 0;
     while (done == 0) {
       asm volatile(
           "{\n"
           ".reg .pred complete;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2, %3;\n"
           "selp.u32 %0, 1, 0, complete;\n"
           "}\n"
           : "=r"(done)
-          : "r"(shared_address(this)), "r"(parity)
+          : "r"(shared_address(this)), "r"(parity), "n"(limit_ns)
           : "memory");
     }
     random_delay();
