@@ -5,8 +5,8 @@
 //     out = O / sum(P)    lse = scale m + log(sum(P))
 //
 // A thread block has three warpgroups and stays resident, taking tiles until none is left:
-//   - two *consumers* of 64 queries each, with Q in registers. Each overlaps its softmax with its own P V of the block
-//     before, and the two drift apart by themselves, so that one multiplies while the other exponentiates;
+//   - two *consumers* of 64 queries each, with Q in registers. Each finds a block's maxima beside its own P V of the
+//     block before, and the two drift apart by themselves, so that one multiplies while the other exponentiates;
 //   - one *producer*, of four warps with a role each: `schedule` takes tiles from a counter, `load` brings Q, K and V
 //     into shared memory, `guard` looks for values on the diagonal that masked queries must not see, `store` takes
 //     finished outputs away.

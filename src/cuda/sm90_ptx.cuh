@@ -91,9 +91,6 @@ __device__ inline void tma_store(const CUtensorMap& map, const void* from, int c
 __device__ inline void tma_store_wait_read() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-__device__ inline void tma_prefetch(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 
 template <int registers>
 __device__ void give_registers() {
@@ -104,12 +101,9 @@ __device__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// Named barriers: `threads` counts those that wait and those that only arrive.
+// Waits until `threads` threads have come to barrier `id`.
 __device__ inline void named_wait(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ inline void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Loads and stores four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
