@@ -44,6 +44,9 @@ const char* name_of(KeepRule keep) {
     case KeepRule::all: return "all";
     case KeepRule::top_p: return "top_p";
     case KeepRule::threshold: return "threshold";
+    case KeepRule::relative: return "relative";
+    case KeepRule::top_k: return "top_k";
+    case KeepRule::density: return "density";
   }
   return "";
 }
@@ -131,6 +134,9 @@ void AttentionFlags::add_to(CLI::App& command) {
       ->capture_default_str();
   command.add_option("--threshold", threshold,
                      "least share of a row's attention of a kept block, in [0, 1]; of methods that keep by threshold");
+  command.add_option("--top-k", top_k, "blocks that a row keeps; of methods that keep by top_k");
+  command.add_option("--density", density,
+                     "share of its causal blocks that a row keeps, in [0, 1]; of methods that keep by density");
   command.add_option("--floor-top-p", floor_top_p,
                      "attention mass that a threshold must leave by the scores, in [0, 1]; 0 turns it off");
   command.add_option("--segment", segment, "tokens inside which keys move; a multiple of the block of 128")
@@ -154,6 +160,8 @@ Attention attention_named(const std::string& spec, const AttentionFlags& flags) 
   options.top_p = flags.top_p;
   options.threshold = flags.threshold.value_or(options.threshold);
   options.floor_top_p = flags.floor_top_p.value_or(options.floor_top_p);
+  options.top_k = flags.top_k.value_or(options.top_k);
+  options.density = flags.density.value_or(options.density);
   options.dense_last_rows = flags.dense_last_rows.value_or(options.dense_last_rows);
   for (std::size_t i = 1; i < parts.size(); ++i) {
     const std::size_t equals = parts[i].find('=');
@@ -178,9 +186,13 @@ pbsattn_options to_c(const pbsattn::Options& options) {
           .top_p = options.top_p,
           .threshold = options.threshold,
           .floor_top_p = options.floor_top_p,
+          .top_k = options.top_k,
+          .density = options.density,
           .block = options.block,
           .segment = options.segment,
           .dense_last_rows = options.dense_last_rows,
+          .sink_blocks = options.sink_blocks,
+          .local_blocks = options.local_blocks,
           .scale = options.scale,
           .expected_density = options.expected_density};
 }
@@ -196,20 +208,33 @@ nlohmann::json to_json(const pbsattn::Options& options) {
           {"top_p", options.top_p},
           {"threshold", options.threshold},
           {"floor_top_p", options.floor_top_p},
+          {"top_k", options.top_k},
+          {"density", options.density},
           {"block", options.block},
           {"segment", options.segment},
           {"dense_last_rows", options.dense_last_rows},
+          {"sink_blocks", options.sink_blocks},
+          {"local_blocks", options.local_blocks},
           {"expected_density", options.expected_density}};
 }
 
 std::string describe(const pbsattn::Options& options) {
   if (options.keep == KeepRule::all) return "keeps every block";
-  const std::string rule = options.keep == KeepRule::top_p ? fmt::format("top_p {}", options.top_p)
-                           : options.floor_top_p == 0.0F
-                               ? fmt::format("threshold {}", options.threshold)
-                               : fmt::format("threshold {} or top_p {}", options.threshold, options.floor_top_p);
+  const auto rule = [&] {
+    switch (options.keep) {
+      case KeepRule::all: break;
+      case KeepRule::top_p: return fmt::format("top_p {}", options.top_p);
+      case KeepRule::threshold:
+        return fmt::format("threshold {}", options.threshold) +
+               (options.floor_top_p == 0.0F ? "" : fmt::format(" or top_p {}", options.floor_top_p));
+      case KeepRule::relative: return fmt::format("relative {}", options.threshold);
+      case KeepRule::top_k: return fmt::format("top_k {}", options.top_k);
+      case KeepRule::density: return fmt::format("density {}", options.density);
+    }
+    return std::string("all");
+  };
   return fmt::format("permutation {}, score {}, keep rule {}, blocks of {}, segments of {}, dense last rows {}{}",
-                     name_of(options.permutation), name_of(options.score), rule, options.block, options.segment,
+                     name_of(options.permutation), name_of(options.score), rule(), options.block, options.segment,
                      options.dense_last_rows,
                      options.fallback == Fallback::when_faster ? "; full when that is faster" : "");
 }

@@ -26,6 +26,8 @@ struct AttentionFlags {
   float top_p = 0.9F;
   std::optional<float> threshold;
   std::optional<float> floor_top_p;
+  std::optional<int> top_k;
+  std::optional<float> density;
   int segment = 256;
   std::optional<int> dense_last_rows;
   std::string precision = "bf16";

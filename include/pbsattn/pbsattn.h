@@ -42,7 +42,10 @@ typedef enum pbsattn_block_score {
 typedef enum pbsattn_keep_rule {
   PBSATTN_KEEP_ALL = 0,
   PBSATTN_KEEP_TOP_P = 1,
-  PBSATTN_KEEP_THRESHOLD = 2
+  PBSATTN_KEEP_THRESHOLD = 2,
+  PBSATTN_KEEP_RELATIVE = 3,
+  PBSATTN_KEEP_TOP_K = 4,
+  PBSATTN_KEEP_DENSITY = 5
 } pbsattn_keep_rule;
 typedef enum pbsattn_rules { PBSATTN_RULES_REFERENCE_CODE = 0, PBSATTN_RULES_PAPER = 1 } pbsattn_rules;
 typedef enum pbsattn_precision {
@@ -74,9 +77,13 @@ typedef struct pbsattn_options {
   float top_p;
   float threshold;
   float floor_top_p;
+  int32_t top_k;
+  float density;
   int32_t block;
   int32_t segment;
   int32_t dense_last_rows;
+  int32_t sink_blocks;
+  int32_t local_blocks;
   float scale;
   float expected_density;
 } pbsattn_options;

@@ -102,6 +102,9 @@ enum class KeepRule : std::uint8_t {
   all,
   top_p,      // the highest scores up to and including the one that brings their sum to top_p
   threshold,  // every score of at least `threshold`; no fewer than top-p at `floor_top_p` would keep
+  relative,   // every score of at least `threshold` times the row's highest (FlashPrefill)
+  top_k,      // the `top_k` highest scores
+  density,    // the highest scores, as many as bring the row to `density` of its causal blocks with its own segment
 };
 
 // Two rules on which the paper and its reference code differ.
@@ -126,7 +129,8 @@ enum class Precision : std::uint8_t {
 };
 
 // A method: permutation x block score x keep rule, and what is always kept. Besides what the rule keeps,
-// every query block attends to its own segment (causally) and to the block that holds token 0.
+// every query block attends to its own segment (causally) and to the block that holds token 0. Of equal scores
+// the lower block counts as the higher score.
 struct Options {
   Permutation permutation = Permutation::none;
   OrderScope order_scope = OrderScope::query_head;
@@ -135,13 +139,16 @@ struct Options {
   Rules rules = Rules::reference_code;
   Precision precision = Precision::automatic;
   Fallback fallback = Fallback::never;
-  float top_p = 0.9F;  // in (0, 1]; 1 keeps every block
-  float threshold =
-      2e-3F;              // in [0, 1], of KeepRule::threshold; 0 keeps every block. Falls with length: docs/methods.md
-  float floor_top_p = 0;  // in [0, 1], of KeepRule::threshold; 0 turns it off, 1 keeps every block
-  int block = 128;        // tokens of a query block and of a key block
-  int segment = 256;      // tokens of a segment: a multiple of `block`
+  float top_p = 0.9F;       // of KeepRule::top_p, in (0, 1]; 1 keeps every block
+  float threshold = 2e-3F;  // of KeepRule::threshold and relative, in [0, 1]; 0 keeps every block
+  float floor_top_p = 0;    // of KeepRule::threshold, in [0, 1]; 0 turns it off, 1 keeps every block
+  int top_k = 64;           // of KeepRule::top_k, 0 and up
+  float density = 0.2F;     // of KeepRule::density, in [0, 1]; 1 keeps every block
+  int block = 128;          // tokens of a query block and of a key block
+  int segment = 256;        // tokens of a segment: a multiple of `block`
   int dense_last_rows = 0;  // the call's last query blocks that attend to every key block
+  int sink_blocks = 0;      // the first blocks of the permuted sequence that every query block attends to
+  int local_blocks = 0;     // the last blocks, up to its own, that every query block attends to
   float scale = 0.0F;       // factor on q . k; 0 stands for 1 / sqrt(head_dim)
   // Share of causal blocks that Fallback::when_faster reckons with, in [0, 1]; 0 stands for what the paper measured at
   // the sequence's length: 0.58 at 8K tokens, 0.22 from 128K on.

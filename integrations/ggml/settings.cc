@@ -150,6 +150,8 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
   reader.number("PBSATTN_TOP_P", "a number in (0, 1]", &config.options.top_p);
   reader.number("PBSATTN_THRESHOLD", "a number in [0, 1]", &config.options.threshold);
   reader.number("PBSATTN_FLOOR_TOP_P", "a number in [0, 1]", &config.options.floor_top_p);
+  reader.number("PBSATTN_TOP_K", "a whole number of blocks", &config.options.top_k);
+  reader.number("PBSATTN_DENSITY", "a number in [0, 1]", &config.options.density);
   reader.number("PBSATTN_SEGMENT", "a whole number of tokens", &config.options.segment);
   reader.number("PBSATTN_DENSE_LAST_ROWS", "a whole number of query blocks", &config.options.dense_last_rows);
   reader.number("PBSATTN_EXPECTED_DENSITY", "a number in [0, 1]", &config.options.expected_density);

@@ -72,9 +72,13 @@ pbsattn::Options to_cpp(const pbsattn_options& o) {
           .top_p = o.top_p,
           .threshold = o.threshold,
           .floor_top_p = o.floor_top_p,
+          .top_k = o.top_k,
+          .density = o.density,
           .block = o.block,
           .segment = o.segment,
           .dense_last_rows = o.dense_last_rows,
+          .sink_blocks = o.sink_blocks,
+          .local_blocks = o.local_blocks,
           .scale = o.scale,
           .expected_density = o.expected_density};
 }
@@ -90,9 +94,13 @@ pbsattn_options to_c(const pbsattn::Options& o) {
           o.top_p,
           o.threshold,
           o.floor_top_p,
+          o.top_k,
+          o.density,
           o.block,
           o.segment,
           o.dense_last_rows,
+          o.sink_blocks,
+          o.local_blocks,
           o.scale,
           o.expected_density};
 }

@@ -1,6 +1,10 @@
 // What an options' keep rule comes to, for every backend.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
 #include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn {
@@ -11,8 +15,18 @@ inline bool keeps_every_block(const Options& options) {
     case KeepRule::all: return true;
     case KeepRule::top_p: return options.top_p == 1.0F;
     case KeepRule::threshold: return options.threshold == 0.0F || options.floor_top_p == 1.0F;
+    case KeepRule::relative: return options.threshold == 0.0F;
+    case KeepRule::top_k: return false;
+    case KeepRule::density: return options.density == 1.0F;
   }
   return false;
+}
+
+// How many of blocks 0 .. own_begin-1 a rule that counts (top_k, density) keeps of the row on this diagonal.
+inline std::int64_t kept_count(const Options& options, std::int64_t own_begin, std::int64_t diagonal) {
+  if (options.keep == KeepRule::top_k) return std::min<std::int64_t>(options.top_k, own_begin);
+  const auto wanted = static_cast<std::int64_t>(std::ceil(options.density * static_cast<float>(diagonal + 1)));
+  return std::clamp<std::int64_t>(wanted - (diagonal + 1 - own_begin), 0, own_begin);
 }
 
 }  // namespace pbsattn

@@ -18,6 +18,18 @@ void require_enum(Enum value, Enum last, const char* name) {
           static_cast<int>(value), static_cast<int>(last));
 }
 
+const char* name_of(KeepRule keep) {
+  switch (keep) {
+    case KeepRule::all: return "all";
+    case KeepRule::top_p: return "top_p";
+    case KeepRule::threshold: return "threshold";
+    case KeepRule::relative: return "relative";
+    case KeepRule::top_k: return "top_k";
+    case KeepRule::density: return "density";
+  }
+  return "";
+}
+
 template <class V>
 void validate_view(const V& view, const char* name, std::int64_t batch, std::int64_t heads, std::int64_t tokens,
                    std::int64_t head_dim, bool written) {
@@ -48,7 +60,7 @@ void validate(const Options& options) {
   require_enum(options.permutation, Permutation::last_queries, "permutation");
   require_enum(options.order_scope, OrderScope::kv_head, "order_scope");
   require_enum(options.score, BlockScore::per_query, "score");
-  require_enum(options.keep, KeepRule::threshold, "keep");
+  require_enum(options.keep, KeepRule::density, "keep");
   require_enum(options.rules, Rules::paper, "rules");
   require_enum(options.precision, Precision::bf16, "precision");
   require_enum(options.fallback, Fallback::when_faster, "fallback");
@@ -58,6 +70,11 @@ void validate(const Options& options) {
           "threshold {}: outside [0, 1]; it is a share of a row's attention, 0 keeps every block", options.threshold);
   require(options.floor_top_p >= 0.0F && options.floor_top_p <= 1.0F,
           "floor_top_p {}: outside [0, 1]; 0 turns the floor off", options.floor_top_p);
+  require(options.top_k >= 0, "top_k {}: negative; it is a number of blocks", options.top_k);
+  require(options.density >= 0.0F && options.density <= 1.0F,
+          "density {}: outside [0, 1]; it is a share of a row's causal blocks", options.density);
+  require(options.sink_blocks >= 0, "sink_blocks {}: negative; 0 turns them off", options.sink_blocks);
+  require(options.local_blocks >= 0, "local_blocks {}: negative; 0 turns them off", options.local_blocks);
   require(options.block >= 1, "block {}: not positive; the paper's setting is 128", options.block);
   require(options.segment >= options.block && options.segment % options.block == 0,
           "segment {}: no multiple of the block of {}; try {}", options.segment, options.block, 2LL * options.block);
@@ -68,7 +85,7 @@ void validate(const Options& options) {
           "expected_density {}: outside [0, 1]; 0 stands for what the paper measured", options.expected_density);
   require(options.keep == KeepRule::all || options.score != BlockScore::none,
           "keep rule {} has no score to read; set score to mean_pool or per_query, or keep to all",
-          options.keep == KeepRule::top_p ? "top_p" : "threshold");
+          name_of(options.keep));
 }
 
 void validate(const Shape& s) {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <span>
 
+#include "core/keep_rule.h"
 #include "cpu/pool.h"
 #include "cpu/stages.h"
 
@@ -48,38 +49,62 @@ double exponentiate(std::span<ScoredBlock> blocks) {
   return total;
 }
 
+bool by_share(const ScoredBlock& a, const ScoredBlock& b) {
+  return a.score != b.score ? a.score < b.score : a.block > b.block;
+}
+
 // Keeps the highest weights up to and including the one that brings their sum to `top_p` of the total. Reorders them.
-void keep_top_p(float top_p, Rules rules, double total, std::span<ScoredBlock> blocks, std::uint64_t* mask) {
-  // A NaN anywhere makes every share NaN, which counts as 0: none reaches top_p.
-  const bool shares_exist = total > 0;
-  const auto by_share = [](const ScoredBlock& a, const ScoredBlock& b) {
-    return a.score != b.score ? a.score < b.score : a.block > b.block;
-  };
-  if (shares_exist) {
-    // A heap, since most rows stop after a few of many blocks.
-    std::make_heap(blocks.begin(), blocks.end(), by_share);
-    double mass = 0;
-    for (auto end = blocks.end(); end != blocks.begin(); --end) {
-      std::pop_heap(blocks.begin(), end, by_share);
-      const ScoredBlock& best = *(end - 1);
-      set_bit(mask, best.block);
-      mass += best.score;
-      if (mass >= static_cast<double>(top_p) * total) return;
-    }
-  } else if (rules == Rules::paper) {
-    for (const ScoredBlock& b : blocks) set_bit(mask, b.block);
+void keep_top_p(float top_p, double total, std::span<ScoredBlock> blocks, std::uint64_t* mask) {
+  // A heap, since most rows stop after a few of many blocks.
+  std::make_heap(blocks.begin(), blocks.end(), by_share);
+  double mass = 0;
+  for (auto end = blocks.end(); end != blocks.begin(); --end) {
+    std::pop_heap(blocks.begin(), end, by_share);
+    const ScoredBlock& best = *(end - 1);
+    set_bit(mask, best.block);
+    mass += best.score;
+    if (mass >= static_cast<double>(top_p) * total) return;
   }
 }
 
-// Applies the keep rule to weights whose shares of `total` are the blocks' scores.
-void keep_by_rule(const Options& options, double total, std::span<ScoredBlock> blocks, std::uint64_t* mask) {
-  if (options.keep == KeepRule::threshold) {
-    const auto least = static_cast<double>(options.threshold) * total;
-    for (const ScoredBlock& b : blocks)
-      if (static_cast<double>(b.score) >= least) set_bit(mask, b.block);
-    if (options.floor_top_p > 0.0F) keep_top_p(options.floor_top_p, options.rules, total, blocks, mask);
-  } else {
-    keep_top_p(options.top_p, options.rules, total, blocks, mask);
+void keep_at_least(double least, std::span<const ScoredBlock> blocks, std::uint64_t* mask) {
+  for (const ScoredBlock& b : blocks)
+    if (static_cast<double>(b.score) >= least) set_bit(mask, b.block);
+}
+
+// Keeps the highest weights. Reorders them.
+void keep_highest(std::int64_t count, std::span<ScoredBlock> blocks, std::uint64_t* mask) {
+  if (count == 0) return;
+  const auto last = blocks.begin() + count;
+  std::nth_element(blocks.begin(), last - 1, blocks.end(),
+                   [](const ScoredBlock& a, const ScoredBlock& b) { return by_share(b, a); });
+  for (auto b = blocks.begin(); b != last; ++b) set_bit(mask, b->block);
+}
+
+// Applies the keep rule to a row's weights, whose shares of `total` are the blocks' scores.
+void keep_by_rule(const StageContext& c, std::int64_t row, double total, std::span<ScoredBlock> blocks,
+                  std::uint64_t* mask) {
+  const Options& options = c.spec.options;
+  // A NaN anywhere makes every share NaN, which counts as 0.
+  if (!(total > 0)) {
+    if (options.rules == Rules::paper) set_range(mask, 0, static_cast<std::int64_t>(blocks.size()));
+    return;
+  }
+  const auto threshold = static_cast<double>(options.threshold);
+  switch (options.keep) {
+    case KeepRule::all: break;
+    case KeepRule::top_p: keep_top_p(options.top_p, total, blocks, mask); break;
+    case KeepRule::threshold:
+      keep_at_least(threshold * total, blocks, mask);
+      if (options.floor_top_p > 0.0F) keep_top_p(options.floor_top_p, total, blocks, mask);
+      break;
+    case KeepRule::relative:
+      keep_at_least(threshold * static_cast<double>(std::ranges::max_element(blocks, by_share)->score), blocks, mask);
+      break;
+    case KeepRule::top_k:
+    case KeepRule::density:
+      keep_highest(kept_count(options, c.geometry().own_begin(row), c.geometry().diagonal(row)), blocks, mask);
+      break;
   }
 }
 
@@ -152,7 +177,7 @@ void select_strip(const StageContext& c, std::int64_t head, std::int64_t first_r
     } else {
       total = score_per_query(c, head, row, keys, scratch, blocks);
     }
-    keep_by_rule(options, total, blocks, c.pass.mask + (head * g.rows() + row) * c.pass.mask_words);
+    keep_by_rule(c, row, total, blocks, c.pass.mask + (head * g.rows() + row) * c.pass.mask_words);
   }
 }
 
@@ -177,6 +202,8 @@ void select(const StageContext& c) {
       const bool dense = keep_all || row >= rows - options.dense_last_rows;
       set_range(mask, dense ? 0 : g.own_begin(row), g.diagonal(row) + 1);
       if (sink < g.own_begin(row)) set_bit(mask, sink);
+      set_range(mask, 0, std::min<std::int64_t>(options.sink_blocks, g.diagonal(row) + 1));
+      set_range(mask, std::max<std::int64_t>(g.diagonal(row) + 1 - options.local_blocks, 0), g.diagonal(row) + 1);
     }
   });
 }

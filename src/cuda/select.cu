@@ -8,6 +8,9 @@
 // top-p without a sort: the least kept weight is searched in the bits of a float, which order like integers, until one
 // block is left in the interval or all in it are equal. Each step adds up the weights above the interval's quarters, in
 // a fixed order, so the same input gives the same list. A step reads 4 bytes a block from shared memory; about 6 do.
+//
+// BlockScore::per_query comes from a launch of its own (score_per_query.cu), which leaves a row's scores where its list
+// will be.
 #include <algorithm>
 #include <cmath>
 
@@ -36,8 +39,12 @@ struct Params {
   int blocks_per_segment;
   int rows_at_once;  // of a CTA
   int score_stride;
-  float scale_log2, top_p;
-  bool keep_all_if_short;  // of a row whose weights never reach top_p
+  float scale_log2;
+  KeepRule keep;
+  float top_p, threshold, floor_top_p, density;
+  int top_k, sink_blocks, local_blocks;
+  const float* given_scores;  // of tile [batch][q_head][row] where its list will be; null: from pooled queries
+  bool keep_all_if_short;     // of a row whose weights have no value
 };
 
 template <class T>
@@ -111,24 +118,40 @@ __device__ constexpr Threshold keep_none() {
   return {~0U, ~0U, 0};
 }
 
-// Turns one row's scores into weights exp2(score - max) and finds what top-p keeps of them.
-__device__ inline Threshold find_threshold(const Params& p, float* scores, int count, int lane) {
+struct Weights {
+  float largest, total;
+};
+
+// Turns one row's scores into weights exp2(score - max). The largest weight is 1, unless a score is NaN or +inf or all
+// are -inf: then the softmax has no value, and the total is under 1 or NaN.
+__device__ inline Weights exponentiate(float* scores, int count, int lane) {
   float max = -INFINITY;
   for (int i = lane; i < count; i += 32) max = fmaxf(max, scores[i]);
   max = warp_max(max);
   float total = 0;
   for (int i = lane; i < count; i += 32) total += scores[i] = exp2f(scores[i] - max);
-  total = warp_sum(total);
-  // The largest weight is 1, unless a score is NaN or +inf or all are -inf: then the softmax has no value.
-  if (!(total >= 1.0F)) return p.keep_all_if_short ? keep_all() : keep_none();
+  return {1.0F, warp_sum(total)};
+}
 
+// Copies one row's scores, which are shares already.
+__device__ inline Weights take(const float* from, float* weights, int count, int lane) {
+  float largest = 0;
+  float total = 0;
+  for (int i = lane; i < count; i += 32) {
+    const float weight = weights[i] = from[i];
+    largest = fmaxf(largest, weight);
+    total += weight;
+  }
+  return {warp_max(largest), warp_sum(total)};
+}
+
+// The highest of a row's weights, up to and including the one that brings their sum (by_count: their number) to
+// `target`. `least` is under each weight that is kept.
+template <bool by_count>
+__device__ Threshold find_highest(const float* weights, float target, float least, float largest, int count, int lane) {
   // [low, high) holds the least kept weight: the weights from low up reach the target, those from high up don't.
-  // Pruned weights add up to at most (1 - top_p) total, so that one of `count` pruned ones is above their mean.
-  const float target = p.top_p * total;
-  const float pruned_mean = (1.0F - p.top_p) * total / static_cast<float>(count);
-  constexpr float trusted = 1e-3F;  // of 1 - top_p: below, rounding of the sums may matter
-  unsigned low = 1.0F - p.top_p > trusted ? __float_as_uint(0.5F * pruned_mean) : 0U;
-  unsigned high = __float_as_uint(1.0F) + 1;
+  unsigned low = __float_as_uint(least);
+  unsigned high = __float_as_uint(largest) + 1;
   int count_low = count;
   int count_high = 0;
   float sum_high = 0;
@@ -137,18 +160,18 @@ __device__ inline Threshold find_threshold(const Params& p, float* scores, int c
     float sum[3] = {};
     int above[3] = {};
     for (int i = lane; i < count; i += 32) {
-      const float weight = scores[i];
+      const float weight = weights[i];
 #pragma unroll
       for (int q = 0; q < 3; ++q) {
         const bool counts = __float_as_uint(weight) >= quarter[q];
-        sum[q] += counts ? weight : 0.0F;
+        if constexpr (!by_count) sum[q] += counts ? weight : 0.0F;
         above[q] += counts;
       }
     }
 #pragma unroll
     for (int q = 0; q < 3; ++q) {
-      sum[q] = warp_sum(sum[q]);
       above[q] = __reduce_add_sync(~0U, above[q]);
+      sum[q] = by_count ? static_cast<float>(above[q]) : warp_sum(sum[q]);
     }
 #pragma unroll
     for (int q = 2; q >= 0; --q) {
@@ -165,13 +188,55 @@ __device__ inline Threshold find_threshold(const Params& p, float* scores, int c
   const int in_interval = count_low - count_high;
   if (in_interval <= 1) return {high, low, 1};
   // All are equal: as many as it takes, and at least the one that the interval promises.
-  const float needed = ceilf((target - sum_high) / __uint_as_float(low));
+  const float needed = ceilf((target - sum_high) / (by_count ? 1.0F : __uint_as_float(low)));
   return {high, low, static_cast<int>(fminf(fmaxf(needed, 1.0F), static_cast<float>(in_interval)))};
 }
 
+// What top-p keeps of a row's weights.
+__device__ inline Threshold find_top_p(float top_p, const float* weights, Weights sum, int count, int lane) {
+  // Pruned weights add up to at most (1 - top_p) total, so that one of `count` pruned ones is above their mean.
+  const float pruned_mean = (1.0F - top_p) * sum.total / static_cast<float>(count);
+  constexpr float trusted = 1e-3F;  // of 1 - top_p: below, rounding of the sums may matter
+  return find_highest<false>(weights, top_p * sum.total, 1.0F - top_p > trusted ? 0.5F * pruned_mean : 0.0F,
+                             sum.largest, count, lane);
+}
+
+// How many a rule that counts keeps of blocks 0 .. own_begin-1: core/keep_rule.h's kept_count().
+__device__ inline int kept_count(const Params& p, int own_begin, int diagonal) {
+  if (p.keep == KeepRule::top_k) return min(p.top_k, own_begin);
+  const int wanted = static_cast<int>(ceilf(p.density * static_cast<float>(diagonal + 1)));
+  return min(max(wanted - (diagonal + 1 - own_begin), 0), own_begin);
+}
+
+// What the keep rule takes of a row's weights, whose shares of their sum are the scores.
+__device__ inline Threshold find_threshold(const Params& p, const float* weights, Weights sum, int own_begin,
+                                           int diagonal, int lane) {
+  if (!(sum.total >= sum.largest && sum.largest > 0)) return p.keep_all_if_short ? keep_all() : keep_none();
+  const auto at_least = [](float weight) { return Threshold{__float_as_uint(weight), ~0U, 0}; };
+  switch (p.keep) {
+    case KeepRule::all: return keep_all();
+    case KeepRule::top_p: return find_top_p(p.top_p, weights, sum, own_begin, lane);
+    case KeepRule::threshold: {
+      const Threshold absolute = at_least(p.threshold * sum.total);
+      if (p.floor_top_p == 0) return absolute;
+      Threshold both = find_top_p(p.floor_top_p, weights, sum, own_begin, lane);
+      both.above = min(both.above, absolute.above);
+      return both;
+    }
+    case KeepRule::relative: return at_least(p.threshold * sum.largest);
+    case KeepRule::top_k:
+    case KeepRule::density: {
+      const int kept = kept_count(p, own_begin, diagonal);
+      if (kept == 0) return keep_none();
+      return find_highest<true>(weights, static_cast<float>(kept), 0.0F, sum.largest, own_begin, lane);
+    }
+  }
+  return keep_all();
+}
+
 // Writes the row's list, ascending, and returns its length.
-__device__ inline int write_list(const float* weights, Threshold threshold, int own_begin, int diagonal, int sink,
-                                 std::int32_t* list, int lane) {
+__device__ inline int write_list(const Params& p, const float* weights, Threshold threshold, int own_begin,
+                                 int diagonal, int sink, std::int32_t* list, int lane) {
   const unsigned lanes_below = (1U << lane) - 1;
   int length = 0;
   int ties = 0;  // seen so far
@@ -181,9 +246,10 @@ __device__ inline int write_list(const float* weights, Threshold threshold, int 
     const unsigned weight = scored && threshold.above > 0 ? __float_as_uint(weights[block]) : 0;
     const bool tie = scored && weight >= threshold.least && weight < threshold.above;
     const unsigned tie_lanes = __ballot_sync(~0U, tie);
-    const bool kept = scored ? weight >= threshold.above || block == sink ||
-                                   (tie && ties + __popc(tie_lanes & lanes_below) < threshold.ties)
-                             : block <= diagonal;
+    const bool forced = block == sink || block < p.sink_blocks || block > diagonal - p.local_blocks;
+    const bool kept =
+        scored ? weight >= threshold.above || forced || (tie && ties + __popc(tie_lanes & lanes_below) < threshold.ties)
+               : block <= diagonal;
     const unsigned kept_lanes = __ballot_sync(~0U, kept);
     if (kept) list[length + __popc(kept_lanes & lanes_below)] = block;
     length += __popc(kept_lanes);
@@ -207,7 +273,7 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
   };
 
   wait_for_earlier_kernels();
-  if (first_row < p.first_dense_row)
+  if (first_row < p.first_dense_row && p.given_scores == nullptr)
     score_rows<T, head_dim>(p, static_cast<const T*>(p.pooled_q) + head * p.rows * head_dim,
                             static_cast<const T*>(p.pooled_k) + order_head * p.key_blocks * head_dim, first_row,
                             own_begin(last_row), scores);
@@ -217,10 +283,16 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
     float* row_scores = scores + (row - first_row) * p.score_stride;
     const int prunable = own_begin(row);
     const bool dense = row >= p.first_dense_row || prunable == 0;
-    const Threshold threshold = dense ? keep_all() : find_threshold(p, row_scores, prunable, lane);
-    __syncwarp();
     const std::int64_t start = head * p.causal_blocks + row * p.first_row + row * (row + 1) / 2;
-    const int length = write_list(row_scores, threshold, prunable, static_cast<int>(p.first_row + row),
+    Threshold threshold = keep_all();
+    if (!dense) {
+      const Weights sum = p.given_scores == nullptr ? exponentiate(row_scores, prunable, lane)
+                                                    : take(p.given_scores + start, row_scores, prunable, lane);
+      __syncwarp();
+      threshold = find_threshold(p, row_scores, sum, prunable, static_cast<int>(p.first_row + row), lane);
+    }
+    __syncwarp();
+    const int length = write_list(p, row_scores, threshold, prunable, static_cast<int>(p.first_row + row),
                                   prunable > 0 ? p.sink_block[order_head] : 0, p.block + start, lane);
     if (lane == 0) {
       p.row_start[head * p.rows + row] = start;
@@ -237,6 +309,19 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
   const std::int64_t columns = g.own_begin(rows - 1);
   // Eight words more than a multiple of 32 put the rows of a product's float2 writes in different banks.
   const std::int64_t stride = ceil_div(columns, 32) * 32 + 8;
+  const bool per_query = args.score == BlockScore::per_query;
+  const bool keep_all = args.keep == KeepRule::top_p && args.top_p == 1.0F;
+  if (per_query && !keep_all) {
+    const cudaError_t error = score_per_query({.geometry = g,
+                                               .order_heads = args.order_heads,
+                                               .scale = args.scale,
+                                               .dense_last_rows = args.dense_last_rows,
+                                               .pooled_k = args.pooled_k,
+                                               .q = args.q,
+                                               .scores = reinterpret_cast<float*>(args.block)},
+                                              stream);
+    if (error != cudaSuccess) return error;
+  }
   constexpr std::int64_t smallest_share = 16 * 1024;
   const std::int64_t row_bytes = stride * sizeof(float);
   const int rows_at_once = static_cast<int>(std::clamp<std::int64_t>(max_shared_bytes / row_bytes, 1, mma_rows));
@@ -249,7 +334,7 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .block = args.block,
                  .rows = rows,
                  .first_row = g.first_row(),
-                 .first_dense_row = args.top_p == 1.0F ? 0 : std::max<std::int64_t>(rows - args.dense_last_rows, 0),
+                 .first_dense_row = keep_all ? 0 : std::max<std::int64_t>(rows - args.dense_last_rows, 0),
                  .causal_blocks = g.causal_blocks_per_head(),
                  .key_blocks = permuted_blocks(g),
                  .q_heads = static_cast<int>(g.shape.q_heads),
@@ -259,7 +344,15 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .rows_at_once = rows_at_once,
                  .score_stride = static_cast<int>(stride),
                  .scale_log2 = static_cast<float>(args.scale / std::log(2.0)),
+                 .keep = args.keep,
                  .top_p = args.top_p,
+                 .threshold = args.threshold,
+                 .floor_top_p = args.floor_top_p,
+                 .density = args.density,
+                 .top_k = args.top_k,
+                 .sink_blocks = args.sink_blocks,
+                 .local_blocks = args.local_blocks,
+                 .given_scores = per_query ? reinterpret_cast<const float*>(args.block) : nullptr,
                  .keep_all_if_short = args.rules == Rules::paper};
   return dispatch(args.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_at_once)),

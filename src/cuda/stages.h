@@ -50,12 +50,21 @@ struct SelectArgs {
   Geometry geometry;
   std::int64_t order_heads = 0;  // heads of pooled_k and sink_block
   DType dtype = DType::bf16;
+  BlockScore score = BlockScore::mean_pool;
+  KeepRule keep = KeepRule::top_p;
   Rules rules = Rules::reference_code;
   float scale = 0;
-  float top_p = 0;  // in (0, 1]
+  float top_p = 0;        // in (0, 1]
+  float threshold = 0;    // in (0, 1], of KeepRule::threshold and relative
+  float floor_top_p = 0;  // in [0, 1), of KeepRule::threshold
+  int top_k = 0;          // of KeepRule::top_k
+  float density = 0;      // in [0, 1), of KeepRule::density
+  int sink_blocks = 0;
+  int local_blocks = 0;
   std::int64_t dense_last_rows = 0;
   const void* pooled_k = nullptr;
-  const void* pooled_q = nullptr;
+  const void* pooled_q = nullptr;  // of BlockScore::mean_pool
+  ConstView q = {};                // of BlockScore::per_query
   const std::int32_t* sink_block = nullptr;
   // Lists of tile [batch][q_head][row], as attend() reads them. Rows keep room for all their causal blocks, so a list's
   // place is known beforehand and no pass over the counts is needed.
@@ -64,5 +73,18 @@ struct SelectArgs {
   std::int32_t* block = nullptr;      // [batch * q_heads * causal_blocks_per_head()]
 };
 cudaError_t select(const SelectArgs& args, cudaStream_t stream);
+
+// BlockScore::per_query of the rows that select() doesn't list as dense, a part of it: score b of a tile at the place
+// of entry b of its list, [batch * q_heads * causal_blocks_per_head()]. NaN where a query's softmax has no value.
+struct ScoreArgs {
+  Geometry geometry;
+  std::int64_t order_heads = 0;
+  float scale = 0;
+  std::int64_t dense_last_rows = 0;
+  const void* pooled_k = nullptr;
+  ConstView q;
+  float* scores = nullptr;
+};
+cudaError_t score_per_query(const ScoreArgs& args, cudaStream_t stream);
 
 }  // namespace pbsattn::cuda

@@ -80,10 +80,6 @@ void check_limits(const detail::PlanSpec& spec) {
   if (spec.options.segment > max_segment)
     refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
                        max_segment));
-  if (spec.options.score == BlockScore::per_query)
-    refuse("block score per_query: the CUDA backend has mean_pool; use that, or Device::cpu()");
-  if (spec.options.keep == KeepRule::threshold)
-    refuse("keep rule threshold: the CUDA backend has all and top_p; use one of them, or Device::cpu()");
   if (spec.options.precision == Precision::f32)
     refuse("precision f32: the CUDA backend multiplies f16 and bf16 as they come; use automatic, or Device::cpu()");
   if (g.blocks() > max_blocks)

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "core/keep_rule.h"
 #include "cuda/attend.h"
 #include "cuda/stages.h"
 
@@ -52,8 +53,7 @@ std::size_t workspace_bytes(const detail::PlanSpec& spec, bool sparse, const Ext
 bool is_sparse(const detail::PlanSpec& spec) {
   const Geometry& g = spec.geometry;
   const std::int64_t last_row = g.rows() - 1 - spec.options.dense_last_rows;
-  return spec.options.keep == KeepRule::top_p && spec.options.top_p < 1.0F && last_row >= 0 &&
-         g.own_begin(last_row) > 0;
+  return !keeps_every_block(spec.options) && last_row >= 0 && g.own_begin(last_row) > 0;
 }
 
 // Everything, then whole KV heads of one batch entry, then query heads of one KV head, which share no order.

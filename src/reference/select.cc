@@ -12,30 +12,55 @@
 namespace pbsattn::reference {
 namespace {
 
-// keep[b] for the highest scores up to and including the one that brings their sum to `mass`.
-std::vector<bool> top_p(double mass, Rules rules, std::span<const double> scores) {
-  std::vector<std::int64_t> descending(scores.size());
-  std::iota(descending.begin(), descending.end(), std::int64_t{0});
-  std::ranges::stable_sort(descending, [&](std::int64_t a, std::int64_t b) { return scores[a] > scores[b]; });
-
-  std::vector<bool> keep(scores.size(), false);
-  double sum = 0;
-  for (const std::int64_t b : descending) {
-    keep[b] = true;
-    sum += scores[b];
-    if (sum >= mass) return keep;
-  }
-  // Never reached: scores that NaN made 0 are the only way to get here.
-  std::fill(keep.begin(), keep.end(), rules == Rules::paper);
-  return keep;
+std::vector<std::int64_t> by_descending_score(std::span<const double> scores) {
+  std::vector<std::int64_t> blocks(scores.size());
+  std::iota(blocks.begin(), blocks.end(), std::int64_t{0});
+  std::ranges::stable_sort(blocks, [&](std::int64_t a, std::int64_t b) { return scores[a] > scores[b]; });
+  return blocks;
 }
 
-std::vector<bool> apply_rule(const Options& options, std::span<const double> scores) {
-  if (options.keep == KeepRule::top_p) return top_p(static_cast<double>(options.top_p), options.rules, scores);
-  std::vector<bool> keep(scores.size(), false);
-  if (options.floor_top_p > 0) keep = top_p(static_cast<double>(options.floor_top_p), options.rules, scores);
+// Marks the highest scores up to and including the one that brings their sum to `mass`.
+void keep_top_p(double mass, std::span<const double> scores, std::vector<bool>& keep) {
+  double sum = 0;
+  for (const std::int64_t b : by_descending_score(scores)) {
+    keep[b] = true;
+    sum += scores[b];
+    if (sum >= mass) return;
+  }
+}
+
+void keep_at_least(double least, std::span<const double> scores, std::vector<bool>& keep) {
   for (std::size_t b = 0; b < scores.size(); ++b)
-    if (scores[b] >= static_cast<double>(options.threshold)) keep[b] = true;
+    if (scores[b] >= least) keep[b] = true;
+}
+
+void keep_highest(std::int64_t count, std::span<const double> scores, std::vector<bool>& keep) {
+  const auto blocks = by_descending_score(scores);
+  for (std::int64_t i = 0; i < count; ++i) keep[blocks[i]] = true;
+}
+
+// keep[b] for blocks 0 .. own_begin-1.
+std::vector<bool> apply_rule(const Options& options, const Geometry& geometry, std::int64_t row,
+                             std::span<const double> scores) {
+  // Scores that NaN made 0.
+  const double highest = *std::ranges::max_element(scores);
+  if (highest == 0) return std::vector<bool>(scores.size(), options.rules == Rules::paper);
+
+  std::vector<bool> keep(scores.size(), false);
+  const auto threshold = static_cast<double>(options.threshold);
+  switch (options.keep) {
+    case KeepRule::all: break;
+    case KeepRule::top_p: keep_top_p(static_cast<double>(options.top_p), scores, keep); break;
+    case KeepRule::threshold:
+      keep_at_least(threshold, scores, keep);
+      if (options.floor_top_p > 0) keep_top_p(static_cast<double>(options.floor_top_p), scores, keep);
+      break;
+    case KeepRule::relative: keep_at_least(threshold * highest, scores, keep); break;
+    case KeepRule::top_k:
+    case KeepRule::density:
+      keep_highest(kept_count(options, geometry.own_begin(row), geometry.diagonal(row)), scores, keep);
+      break;
+  }
   return keep;
 }
 
@@ -107,14 +132,15 @@ std::vector<std::int32_t> select_blocks(const Options& options, const Geometry& 
                                         std::span<const double> scores, std::span<const std::int32_t> order) {
   const std::int64_t own_begin = geometry.own_begin(row);
   const bool dense = keeps_every_block(options) || row >= geometry.rows() - options.dense_last_rows || own_begin == 0;
-  std::vector<bool> keep = dense ? std::vector<bool>(own_begin, true) : apply_rule(options, scores);
+  std::vector<bool> keep = dense ? std::vector<bool>(own_begin, true) : apply_rule(options, geometry, row, scores);
   if (own_begin > 0) {
     const std::int64_t slot_of_token_0 = std::ranges::find(order, 0) - order.begin();
     keep[slot_of_token_0 / geometry.block] = true;
   }
   std::vector<std::int32_t> list;
   for (std::int64_t b = 0; b <= geometry.diagonal(row); ++b)
-    if (b >= own_begin || keep[b]) list.push_back(static_cast<std::int32_t>(b));
+    if (b >= own_begin || keep[b] || b < options.sink_blocks || b > geometry.diagonal(row) - options.local_blocks)
+      list.push_back(static_cast<std::int32_t>(b));
   return list;
 }
 

@@ -80,8 +80,8 @@ std::vector<double> row_scores(const Head& head, const Options& options, const G
                                const Matrix& pooled_keys);
 
 // The key blocks row attends to, ascending: what the keep rule takes of blocks 0 .. own_begin-1 (`scores`;
-// empty when options.score is none), the block of those whose slots hold token 0, and the row's own
-// segment up to its diagonal.
+// empty when options.score is none), the block of those whose slots hold token 0, sink and local blocks, and the
+// row's own segment up to its diagonal.
 std::vector<std::int32_t> select_blocks(const Options& options, const Geometry& geometry, std::int64_t row,
                                         std::span<const double> scores, std::span<const std::int32_t> order);
 

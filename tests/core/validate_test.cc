@@ -47,6 +47,10 @@ TEST(Validate, Options) {
   expect_bad_options([](Options& o) { o.threshold = 2; }, {"threshold 2", "[0, 1]"});
   expect_bad_options([](Options& o) { o.threshold = std::nanf(""); }, {"threshold nan", "[0, 1]"});
   expect_bad_options([](Options& o) { o.floor_top_p = 1.01F; }, {"floor_top_p 1.01", "[0, 1]"});
+  expect_bad_options([](Options& o) { o.top_k = -1; }, {"top_k -1"});
+  expect_bad_options([](Options& o) { o.density = 1.5F; }, {"density 1.5", "[0, 1]"});
+  expect_bad_options([](Options& o) { o.sink_blocks = -1; }, {"sink_blocks -1", "0"});
+  expect_bad_options([](Options& o) { o.local_blocks = -1; }, {"local_blocks -1", "0"});
   expect_bad_options([](Options& o) { o.block = 0; }, {"block 0", "128"});
   expect_bad_options([](Options& o) { o.block = -128; }, {"block -128"});
   expect_bad_options([](Options& o) { o.segment = 300; }, {"segment 300", "128", "256"});

@@ -131,6 +131,23 @@ std::vector<Case> options() {
          o.threshold = 0.4F;
          o.floor_top_p = 0.6F;
        })},
+      {"relative", {.shape = s}, with([](Options& o) {
+         o.keep = KeepRule::relative;
+         o.threshold = 0.6F;
+       })},
+      {"top_k", {.shape = s}, with([](Options& o) {
+         o.keep = KeepRule::top_k;
+         o.top_k = 2;
+       })},
+      {"density", {.shape = s}, with([](Options& o) {
+         o.keep = KeepRule::density;
+         o.density = 0.5F;
+       })},
+      {"sink_and_local", {.shape = s}, with([](Options& o) {
+         o.top_p = 0.3F;
+         o.sink_blocks = 2;
+         o.local_blocks = 3;
+       })},
       {"pbs_threshold", {.shape = s}, with([](Options& o) {
          o = method("pbs-threshold");
          o.threshold = 0.15F;

@@ -87,6 +87,64 @@ std::vector<Case> options() {
                      o.dense_last_rows = 100;
                    })});
   cases.push_back({"scaled", problem, pbs_with([](Options& o) { o.scale = 0.3F; })});
+  const auto per_query = [](Options& o) { o.score = BlockScore::per_query; };
+  const auto threshold = [](float value, float floor, BlockScore score) {
+    return pbs_with([=](Options& o) {
+      o.score = score;
+      o.keep = KeepRule::threshold;
+      o.threshold = value;
+      o.floor_top_p = floor;
+    });
+  };
+  cases.push_back({"per_query", problem, pbs_with(per_query)});
+  cases.push_back({"per_query_paper", problem, pbs_with([](Options& o) {
+                     o.score = BlockScore::per_query;
+                     o.rules = Rules::paper;
+                   })});
+  cases.push_back({"per_query_unpermuted", problem, pbs_with([](Options& o) {
+                     o.score = BlockScore::per_query;
+                     o.permutation = Permutation::none;
+                   })});
+  cases.push_back({"per_query_shared_order", of(shape(300, 1100, 64, 6, 2, 2)), pbs_with([](Options& o) {
+                     o.score = BlockScore::per_query;
+                     o.order_scope = OrderScope::kv_head;
+                   })});
+  for (const int segment : {128, 384, 1024})
+    cases.push_back({"per_query_segment" + std::to_string(segment), problem, pbs_with([&](Options& o) {
+                       o.score = BlockScore::per_query;
+                       o.segment = segment;
+                     })});
+  for (const std::int64_t dim : {64, 128})
+    for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
+      cases.push_back({type + std::string("_per_query_dim") + std::to_string(dim), of(shape(700, 730, dim), dtype),
+                       pbs_with(per_query)});
+  // More than one tile of 128 pooled keys, and the last one short of its second half.
+  cases.push_back({"per_query_two_tiles", of(shape(140, 21'000, 64, 1)), pbs_with(per_query)});
+  cases.push_back({"threshold", problem, threshold(0.1F, 0, BlockScore::mean_pool)});
+  cases.push_back({"threshold_floor", problem, threshold(0.4F, 0.6F, BlockScore::mean_pool)});
+  cases.push_back({"threshold_per_query", problem, threshold(0.1F, 0, BlockScore::per_query)});
+  cases.push_back({"threshold_per_query_floor", problem, threshold(0.4F, 0.6F, BlockScore::per_query)});
+  cases.push_back({"pbs_threshold", problem, method("pbs-threshold")});
+  for (const auto score : {BlockScore::mean_pool, BlockScore::per_query}) {
+    const auto with_rule = [&](KeepRule keep) {
+      return pbs_with([&](Options& o) {
+        o.score = score;
+        o.keep = keep;
+        o.threshold = 0.6F;
+        o.top_k = 3;
+        o.density = 0.5F;
+      });
+    };
+    const std::string name = score == BlockScore::mean_pool ? "mean_pool_" : "per_query_";
+    cases.push_back({name + "relative", problem, with_rule(KeepRule::relative)});
+    cases.push_back({name + "top_k", problem, with_rule(KeepRule::top_k)});
+    cases.push_back({name + "density", problem, with_rule(KeepRule::density)});
+  }
+  cases.push_back({"sink_and_local", problem, pbs_with([](Options& o) {
+                     o.top_p = 0.3F;
+                     o.sink_blocks = 2;
+                     o.local_blocks = 3;
+                   })});
   for (const float top_p : {0.01F, 0.5F, 0.9F, 0.99F, 0.999999F})
     cases.push_back({"top_p_" + std::to_string(static_cast<int>(top_p * 1e6F)), problem, pbs(top_p)});
   return cases;

@@ -128,6 +128,63 @@ TEST(SelectBlocks, TheFloorKeepsMoreWhereTheThresholdKeepsLess) {
   EXPECT_EQ(select({0, 0, 1, 0}), (List{0, 1, 2, 3, 4}));
 }
 
+TEST(SelectBlocks, RelativeIsAShareOfTheHighest) {
+  Options options = top_p_options;
+  options.keep = KeepRule::relative;
+  options.threshold = 0.5F;
+  const auto select = [&](const std::vector<double>& scores) {
+    return select_blocks(options, geometry(10, 10), 4, scores, identity(10));
+  };
+  EXPECT_EQ(select({0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select({0.0, 0.125, 0.5, 0.375}), (List{0, 2, 3, 4}));
+  EXPECT_EQ(select({0, 0, 0, 0}), (List{0, 4}));
+}
+
+TEST(SelectBlocks, TopKTakesTheHighest) {
+  Options options = top_p_options;
+  options.keep = KeepRule::top_k;
+  const auto select = [&](int top_k, const std::vector<double>& scores) {
+    options.top_k = top_k;
+    return select_blocks(options, geometry(10, 10), 4, scores, identity(10));
+  };
+  EXPECT_EQ(select(0, {0.0, 0.25, 0.5, 0.25}), (List{0, 4}));
+  EXPECT_EQ(select(1, {0.0, 0.25, 0.5, 0.25}), (List{0, 2, 4}));
+  EXPECT_EQ(select(2, {0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 4})) << "of equal scores the lower block";
+  EXPECT_EQ(select(9, {0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select(2, {0, 0, 0, 0}), (List{0, 4}));
+  options.rules = Rules::paper;
+  EXPECT_EQ(select(2, {0, 0, 0, 0}), (List{0, 1, 2, 3, 4}));
+}
+
+TEST(SelectBlocks, DensityCountsTheOwnSegment) {
+  Options options = top_p_options;
+  options.keep = KeepRule::density;
+  const std::vector<double> scores{0.0, 0.25, 0.5, 0.25};
+  const auto select = [&](float density, std::int64_t row) {
+    options.density = density;
+    return select_blocks(options, geometry(12, 12), row, scores, identity(12));
+  };
+  EXPECT_EQ(select(0.6F, 4), (List{0, 1, 2, 4}));  // three of five blocks, one of them its own; 0 is token 0's
+  EXPECT_EQ(select(0.61F, 4), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select(0.5F, 5), (List{0, 2, 4, 5}));
+  EXPECT_EQ(select(0.1F, 5), (List{0, 4, 5}));
+  EXPECT_EQ(select(1.0F, 5), (List{0, 1, 2, 3, 4, 5}));
+}
+
+TEST(SelectBlocks, SinkAndLocalBlocks) {
+  Options options = top_p_options;
+  const std::vector<double> scores{0, 0, 1, 0};
+  options.top_p = 0.5F;
+  options.sink_blocks = 2;
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, scores, identity(10)), (List{0, 1, 2, 4}));
+  options.sink_blocks = 0;
+  options.local_blocks = 2;
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, scores, identity(10)), (List{0, 2, 3, 4}));
+  EXPECT_EQ(select_blocks(options, geometry(12, 12), 5, scores, identity(12)), (List{0, 2, 4, 5}));
+  options.local_blocks = options.sink_blocks = 99;
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, scores, identity(10)), (List{0, 1, 2, 3, 4}));
+}
+
 TEST(SelectBlocks, KeepsUpToAndIncludingTheBlockThatCrosses) {
   const std::vector<double> scores{0.125, 0.0625, 0.5, 0.3125};
   EXPECT_EQ(select_row_4(0.25F, scores), (List{0, 2, 4}));  // 0 is token 0's block

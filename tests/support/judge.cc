@@ -88,10 +88,38 @@ bool follows_threshold(const Options& options, const std::vector<double>& scores
               : kept_mass >= options.floor_top_p - tolerance;
 }
 
-bool follows_rule(const Options& options, const std::vector<double>& scores, const std::vector<bool>& kept,
-                  double tolerance) {
-  return options.keep == KeepRule::top_p ? follows_top_p(scores, kept, options.top_p, tolerance)
-                                         : follows_threshold(options, scores, kept, tolerance);
+// The same of rules that keep the `count` highest scores.
+bool follows_count(const std::vector<double>& scores, const std::vector<bool>& kept, std::int64_t count,
+                   double tolerance) {
+  if (std::ranges::count(kept, true) != count) return false;
+  double lowest_kept = std::numeric_limits<double>::infinity();
+  double highest_dropped = 0;
+  for (std::size_t b = 0; b < scores.size(); ++b)
+    if (kept[b])
+      lowest_kept = std::min(lowest_kept, scores[b]);
+    else
+      highest_dropped = std::max(highest_dropped, scores[b]);
+  return lowest_kept >= highest_dropped - tolerance;
+}
+
+bool follows_rule(const Options& options, const Geometry& geometry, std::int64_t row, const std::vector<double>& scores,
+                  const std::vector<bool>& kept, double tolerance) {
+  switch (options.keep) {
+    case KeepRule::all: break;
+    case KeepRule::top_p: return follows_top_p(scores, kept, options.top_p, tolerance);
+    case KeepRule::threshold: return follows_threshold(options, scores, kept, tolerance);
+    case KeepRule::relative: {
+      Options absolute = options;
+      absolute.threshold *= static_cast<float>(*std::ranges::max_element(scores));
+      absolute.floor_top_p = 0;
+      return follows_threshold(absolute, scores, kept, tolerance);
+    }
+    case KeepRule::top_k:
+    case KeepRule::density:
+      return follows_count(scores, kept, kept_count(options, geometry.own_begin(row), geometry.diagonal(row)),
+                           tolerance);
+  }
+  return false;
 }
 
 void expect_row_list(const Options& options, const Geometry& geometry, std::int64_t row,
@@ -113,12 +141,21 @@ void expect_row_list(const Options& options, const Geometry& geometry, std::int6
 
   std::vector<bool> kept(own_begin, false);
   for (auto b = list.begin(); b != own; ++b) kept[*b] = true;
-  const auto forced = (std::ranges::find(order, 0) - order.begin()) / geometry.block;
-  ASSERT_TRUE(kept[forced]) << "token 0's block";
-  // Token 0's block may be there because the rule took it, or only because it must.
-  bool right = follows_rule(options, scores, kept, tolerance);
-  kept[forced] = false;
-  right = right || follows_rule(options, scores, kept, tolerance);
+  const auto token_0 = (std::ranges::find(order, 0) - order.begin()) / geometry.block;
+  std::vector<std::int64_t> forced;
+  for (std::int64_t b = 0; b < own_begin; ++b)
+    if (b == token_0 || b < options.sink_blocks || b > geometry.diagonal(row) - options.local_blocks)
+      forced.push_back(b);
+  double lowest_kept = std::numeric_limits<double>::infinity();
+  for (std::int64_t b = 0; b < own_begin; ++b)
+    if (kept[b] && !std::ranges::binary_search(forced, b)) lowest_kept = std::min(lowest_kept, scores[b]);
+  for (const std::int64_t b : forced) ASSERT_TRUE(kept[b]) << "block " << b << " must be there";
+  // Such blocks may be there because the rule took them, or only because they must.
+  bool right = follows_rule(options, geometry, row, scores, kept, tolerance);
+  for (const std::int64_t b : forced) kept[b] = scores[b] >= lowest_kept;
+  right = right || follows_rule(options, geometry, row, scores, kept, tolerance);
+  for (const std::int64_t b : forced) kept[b] = false;
+  right = right || follows_rule(options, geometry, row, scores, kept, tolerance);
   EXPECT_TRUE(right) << testing::PrintToString(list) << " where the reference lists " << testing::PrintToString(wanted);
 }
 

@@ -44,7 +44,7 @@ struct Names<pbsattn::BlockScore> {
 };
 template <>
 struct Names<pbsattn::KeepRule> {
-  static constexpr const char* values[] = {"all", "top_p", "threshold"};
+  static constexpr const char* values[] = {"all", "top_p", "threshold", "relative", "top_k", "density"};
 };
 template <>
 struct Names<pbsattn::Rules> {
@@ -125,9 +125,13 @@ void visit_fields(auto&& visitor, auto& options) {
   visitor.number("top_p", options.top_p);
   visitor.number("threshold", options.threshold);
   visitor.number("floor_top_p", options.floor_top_p);
+  visitor.number("top_k", options.top_k);
+  visitor.number("density", options.density);
   visitor.number("block", options.block);
   visitor.number("segment", options.segment);
   visitor.number("dense_last_rows", options.dense_last_rows);
+  visitor.number("sink_blocks", options.sink_blocks);
+  visitor.number("local_blocks", options.local_blocks);
   visitor.number("scale", options.scale);
   visitor.number("expected_density", options.expected_density);
 }
