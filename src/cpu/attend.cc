@@ -5,12 +5,17 @@
 #include <atomic>
 #include <bit>
 #include <limits>
+#include <span>
+#include <utility>
+#include <vector>
 
 #include "cpu/pool.h"
 #include "cpu/stages.h"
 
 namespace pbsattn::cpu {
 namespace {
+
+constexpr std::int64_t most_heads = 16;  // of a group that are done together
 
 struct RowState {
   StripState state;
@@ -43,7 +48,38 @@ class RowScratch {
   float* scores_ = nullptr;
 };
 
-std::int64_t attend_row(const StageContext& c, std::int64_t head, std::int64_t row, int thread) {
+// The blocks that a row sees, ascending. The last is its diagonal, which every row has.
+std::span<const std::int32_t> list_row(const StageContext& c, std::int64_t head, std::int64_t row, std::int32_t* list) {
+  const std::uint64_t* const mask = c.pass.mask + (head * c.geometry().rows() + row) * c.pass.mask_words;
+  std::size_t count = 0;
+  for (std::int64_t word = 0; word < c.pass.mask_words; ++word)
+    for (std::uint64_t bits = mask[word]; bits != 0; bits &= bits - 1)
+      list[count++] = static_cast<std::int32_t>(word * 64 + std::countr_zero(bits));
+  return {list, count};
+}
+
+// Where a row's outputs go.
+struct RowOutput {
+  std::byte* out;
+  float* lse;  // or null
+  std::int64_t row_bytes;
+
+  RowOutput(const StageContext& c, std::int64_t head, std::int64_t query) {
+    const View& view = c.outputs.out;
+    const std::int64_t size = view.dtype == DType::f32 ? 4 : 2;
+    const std::int64_t q_head = c.heads.q_begin + head;
+    out = static_cast<std::byte*>(view.data) +
+          (c.heads.batch * view.batch_stride + q_head * view.head_stride + query * view.token_stride) * size;
+    const Shape& shape = c.geometry().shape;
+    lse = c.outputs.lse == nullptr ? nullptr
+                                   : c.outputs.lse + (c.heads.batch * shape.q_heads + q_head) * shape.q_len + query;
+    row_bytes = view.token_stride * size;
+  }
+};
+
+// One row, on a path that attends a block at a time.
+void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std::span<const std::int32_t> blocks,
+                std::byte* memory) {
   const Geometry& g = c.geometry();
   const auto dim = static_cast<int>(g.shape.head_dim);
   const std::int64_t kv_head = c.kv_head(head);
@@ -51,7 +87,7 @@ std::int64_t attend_row(const StageContext& c, std::int64_t head, std::int64_t r
   const std::int64_t begin = g.row_begin(row);
   const int queries = static_cast<int>(g.row_end(row) - begin);
   const int strips = static_cast<int>(ceil_div(queries, strip));
-  RowScratch scratch(c.scratch(thread), g, c.kernels.element_size);
+  RowScratch scratch(memory, g, c.kernels.element_size);
 
   for (int i = 0; i < strips; ++i) {
     auto& [state, packed] = scratch.strip_state(i);
@@ -62,7 +98,6 @@ std::int64_t attend_row(const StageContext& c, std::int64_t head, std::int64_t r
     std::fill_n(state.out, dim * strip, 0.0F);
   }
 
-  const std::uint64_t* const mask = c.pass.mask + (head * g.rows() + row) * c.pass.mask_words;
   const std::int64_t own_begin = g.own_begin(row);
   const auto packed_at = [&](std::int64_t block) -> PackedBlock {
     const bool moved = block < own_begin && c.pass.permuted;
@@ -101,44 +136,90 @@ std::int64_t attend_row(const StageContext& c, std::int64_t head, std::int64_t r
       c.kernels.attend_block(args, state);
     }
   };
-  // A block is visited once the one after it is known.
-  std::int64_t visited = 0;
-  std::int64_t previous = -1;
-  for (std::int64_t word = 0; word < c.pass.mask_words; ++word) {
-    for (std::uint64_t bits = mask[word]; bits != 0; bits &= bits - 1) {
-      const std::int64_t block = word * 64 + std::countr_zero(bits);
-      if (previous >= 0) visit(previous, block);
-      previous = block;
-      ++visited;
-    }
-  }
-  visit(previous, previous);  // the diagonal, which every row has
+  for (std::size_t i = 0; i < blocks.size(); ++i) visit(blocks[i], blocks[std::min(i + 1, blocks.size() - 1)]);
 
-  const View& out = c.outputs.out;
-  const std::int64_t first = begin - g.q_offset();
-  const std::int64_t q_head = c.heads.q_begin + head;
-  auto* const base = static_cast<std::byte*>(out.data);
-  const std::int64_t size = out.dtype == DType::f32 ? 4 : 2;
-  for (int i = 0; i < strips; ++i) {
-    const std::int64_t query = first + i * strip;
-    const std::int64_t offset = c.heads.batch * out.batch_stride + q_head * out.head_stride + query * out.token_stride;
-    float* const lse = c.outputs.lse == nullptr
-                           ? nullptr
-                           : c.outputs.lse + (c.heads.batch * g.shape.q_heads + q_head) * g.shape.q_len + query;
+  const RowOutput output(c, head, begin - g.q_offset());
+  for (int i = 0; i < strips; ++i)
     c.kernels.finish(scratch.strip_state(i).state, std::min(strip, queries - i * strip), dim, c.scale_log2(),
-                     base + offset * size, out.dtype, out.token_stride, lse);
+                     output.out + i * strip * output.row_bytes, c.outputs.out.dtype, c.outputs.out.token_stride,
+                     output.lse == nullptr ? nullptr : output.lse + i * strip);
+}
+
+AttendRow describe_row(const StageContext& c, std::int64_t head, std::int64_t row,
+                       std::span<const std::int32_t> blocks) {
+  const Geometry& g = c.geometry();
+  const std::int64_t kv_head = c.kv_head(head);
+  const std::int64_t far_offset = c.pass.far_head(head, kv_head) * c.pass.far_blocks * c.pass.block_bytes;
+  const std::int64_t offset = kv_head * g.blocks() * c.pass.block_bytes;
+  const std::int64_t begin = g.row_begin(row);
+  const RowOutput output(c, head, begin - g.q_offset());
+  return {.queries = c.q_rows(head, begin - g.q_offset()),
+          .count = static_cast<int>(g.row_end(row) - begin),
+          .blocks = blocks.data(),
+          .block_count = static_cast<int>(blocks.size()),
+          .far_keys = c.pass.permuted ? c.pass.far_keys + far_offset : nullptr,
+          .far_values = c.pass.permuted ? c.pass.far_values + far_offset : nullptr,
+          .keys = c.pass.keys + offset,
+          .values = c.pass.values + offset,
+          .far_end = c.pass.permuted ? g.own_begin(row) : 0,
+          .diagonal = begin - g.diagonal(row) * g.block,
+          .last_finite = c.pass.values_finite[kv_head * g.blocks() + g.diagonal(row)] != 0,
+          .out = output.out,
+          .out_dtype = c.outputs.out.dtype,
+          .out_stride = c.outputs.out.token_stride,
+          .lse = output.lse};
+}
+
+// Row `row` of heads [begin, end), which share their keys and values. Returns the number of blocks visited.
+std::int64_t attend_heads(const StageContext& c, std::int64_t begin, std::int64_t end, std::int64_t row,
+                          std::byte* scratch) {
+  const Geometry& g = c.geometry();
+  auto* list = reinterpret_cast<std::int32_t*>(scratch);
+  std::byte* const memory = scratch + c.pass.lists_bytes;
+  std::int64_t visited = 0;
+  std::array<AttendRow, most_heads> rows;
+  for (std::int64_t head = begin; head < end; ++head) {
+    const auto blocks = list_row(c, head, row, list);
+    list += blocks.size();
+    visited += static_cast<std::int64_t>(blocks.size());
+    if (c.kernels.attend_rows == nullptr)
+      attend_row(c, head, row, blocks, memory);
+    else
+      rows[static_cast<std::size_t>(head - begin)] = describe_row(c, head, row, blocks);
   }
+  if (c.kernels.attend_rows != nullptr)
+    c.kernels.attend_rows(rows.data(), static_cast<int>(end - begin),
+                          {.head_dim = static_cast<int>(g.shape.head_dim),
+                           .block = g.block,
+                           .block_bytes = c.pass.block_bytes,
+                           .scale_log2 = c.scale_log2(),
+                           .scratch = memory});
   return visited;
 }
 
 }  // namespace
 
 std::int64_t attend(const StageContext& c) {
+  const Geometry& g = c.geometry();
+  // Heads of a group are done together while their keys and values are in cache, but not so many at once that
+  // threads would idle.
+  const std::int64_t rows = g.rows();
+  constexpr std::int64_t items_per_thread = 8;
+  const std::int64_t most = std::min({g.group(), c.heads.q_count, most_heads});
+  const std::int64_t together =
+      std::clamp<std::int64_t>(c.heads.q_count * rows / (items_per_thread * c.spec.threads), 1, most);
+  std::vector<std::pair<std::int64_t, std::int64_t>> parts;  // of the pass's heads, none of them across groups
+  for (std::int64_t begin = 0; begin < c.heads.q_count;) {
+    const std::int64_t group_end = (c.heads.kv_begin + c.kv_head(begin) + 1) * g.group() - c.heads.q_begin;
+    const std::int64_t end = std::min({begin + together, group_end, c.heads.q_count});
+    parts.emplace_back(begin, end);
+    begin = end;
+  }
   std::atomic<std::int64_t> visited = 0;
-  const std::int64_t heads = c.heads.q_count;
-  const std::int64_t rows = c.geometry().rows();
-  parallel_for(c.spec.threads, heads * rows, [&](std::int64_t item, int thread) {
-    visited += attend_row(c, item % heads, rows - 1 - item / heads, thread);
+  const auto count = static_cast<std::int64_t>(parts.size());
+  parallel_for(c.spec.threads, count * rows, [&](std::int64_t item, int thread) {
+    const auto [begin, end] = parts[static_cast<std::size_t>(item % count)];
+    visited += attend_heads(c, begin, end, rows - 1 - item / count, c.scratch(thread));
   });
   return visited;
 }

@@ -12,7 +12,8 @@ namespace pbsattn::cpu {
 const std::vector<const Kernels*>& runnable_kernels() {
   static const std::vector<const Kernels*> found = [] {
     std::vector<const Kernels*> list;
-    if (const Kernels* bf16 = avx512_bf16_kernels()) list.push_back(bf16);
+    for (const Kernels* bf16 : {amx_bf16_kernels(), avx512_bf16_kernels()})
+      if (bf16 != nullptr) list.push_back(bf16);
     for (const Kernels* f32 : f32_kernels()) list.push_back(f32);
     return list;
   }();

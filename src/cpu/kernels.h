@@ -70,7 +70,35 @@ struct BlockArgs {
   int next_begin, next_end;
 };
 
-// Every path has the first group of functions; the f32 paths serve the rest for all of them.
+// One row of one query head, for a path that takes whole rows.
+struct AttendRow {
+  Rows queries;
+  int count;                   // of queries, up to a block
+  const std::int32_t* blocks;  // ascending; the last is the row's diagonal, the only one masked causally
+  int block_count;
+  const std::byte* far_keys;  // packed blocks; block b lies in far_* where b < far_end
+  const std::byte* far_values;
+  const std::byte* keys;
+  const std::byte* values;
+  std::int64_t far_end;
+  std::int64_t diagonal;  // token of the row's first query minus token of the last block's first key
+  bool last_finite;       // the last block's values; if not, masked values are kept out of the sum
+  void* out;
+  DType out_dtype;
+  std::int64_t out_stride;
+  float* lse;  // [count] or null
+};
+
+struct AttendArgs {
+  int head_dim;
+  int block;
+  std::int64_t block_bytes;  // of a packed block of keys or of values
+  float scale_log2;
+  std::byte* scratch;  // attend_scratch_bytes(head_dim, block), on a cache line's border
+};
+
+// Every path has the first group of functions; the f32 paths serve the second for all of them. A path attends
+// either a block at a time (attend_block, finish) or by rows (attend_rows).
 struct Kernels {
   std::string_view name;  // "avx512_bf16"
   Precision products;     // f32 or bf16
@@ -108,6 +136,17 @@ struct Kernels {
   // sum[:] = the sum of `count` rows; and the rounding of float32 values to a dtype, in place.
   void (*sum_rows)(const Rows& rows, int count, int head_dim, float* sum);
   void (*round_row)(DType dtype, int count, float* row);
+
+  // Packed blocks hold head_dim and keys padded with zeros to multiples of these (or to the whole block).
+  int head_dim_step = 1;
+  int key_step = row_tile;
+  // Attention of rows that follow one another, with bytes of scratch.
+  void (*attend_rows)(const AttendRow* rows, int count, const AttendArgs& args) = nullptr;
+  std::int64_t (*attend_scratch_bytes)(int head_dim, int block) = nullptr;
+
+  std::int64_t packed_head_dim(std::int64_t head_dim) const {
+    return (head_dim + head_dim_step - 1) / head_dim_step * head_dim_step;
+  }
 };
 
 // The tables this processor can run, fastest first; never empty. f32 and bf16 paths are both listed.
@@ -118,6 +157,8 @@ const std::vector<const Kernels*>& runnable_kernels();
 const Kernels& choose_kernels(Precision products);
 
 std::vector<const Kernels*> f32_kernels();  // Highway's targets, best first
-const Kernels* avx512_bf16_kernels();       // null where not compiled in or not supported
+// Null where not compiled in or not supported.
+const Kernels* amx_bf16_kernels();
+const Kernels* avx512_bf16_kernels();
 
 }  // namespace pbsattn::cpu

@@ -27,8 +27,9 @@ BlockRange block_range(const Geometry& g, std::int64_t block) {
   return {first, static_cast<int>(std::min<std::int64_t>(g.block, g.shape.kv_len - first))};
 }
 
-int padded(int count) {
-  return (count + row_tile - 1) / row_tile * row_tile;
+int padded(const StageContext& c, int count) {
+  const int step = c.kernels.key_step;
+  return std::min((count + step - 1) / step * step, c.geometry().block);
 }
 
 // The mean of a far block's keys, rounded to their dtype as the method has it.
@@ -81,11 +82,11 @@ void pack_original(const StageContext& c) {
     const Rows k = c.rows_of(c.inputs.k, c.heads.kv_begin + head, first);
     const Rows v = c.rows_of(c.inputs.v, c.heads.kv_begin + head, first);
     std::byte* const keys = c.pass.keys + item * c.pass.block_bytes;
-    c.kernels.pack_keys(k, count, padded(count), dim, keys);
+    c.kernels.pack_keys(k, count, padded(c, count), dim, keys);
     if (c.pass.permuted && block < c.pass.scored_blocks) score_block(c, head, block, keys);
     if (c.pass.scored && !c.pass.permuted && block < c.pass.far_blocks) pool_keys(c, head, block, k);
     c.pass.values_finite[item] =
-        c.kernels.pack_values(v, count, padded(count), dim, c.pass.values + item * c.pass.block_bytes);
+        c.kernels.pack_values(v, count, padded(c, count), dim, c.pass.values + item * c.pass.block_bytes);
   });
 }
 

@@ -41,21 +41,25 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   shared_order = options.order_scope == OrderScope::kv_head;
   scoring_strips = ceil_div(g.scoring_queries(), strip);
   mask_words = ceil_div(blocks, 64);
-  block_bytes = g.block * dim * kernels.element_size;
+  block_bytes = g.block * kernels.packed_head_dim(dim) * kernels.element_size;
   const std::int64_t order_heads = !permuted ? 0 : shared_order ? shape.kv_heads : shape.q_heads;
   const std::int64_t far_heads = permuted ? order_heads : shape.kv_heads;
 
   scored_blocks = permuted ? g.permuted_len() / g.block : 0;
-  strip_bytes = dim * strip * kernels.element_size;
+  strip_bytes = kernels.packed_head_dim(dim) * strip * kernels.element_size;
   exps_bytes = static_cast<std::int64_t>(g.block) * strip * kernels.element_size;
   const std::int64_t scored_strips = shape.q_heads * scored_blocks * scoring_strips;
   const std::int64_t copied_heads = kernels.gathers ? 0 : order_heads;
 
-  // A thread's scratch: a row's packed queries and softmax state, then one block's scores; or, when
-  // keys are ordered, a segment's weights, ranks and tokens; or, when blocks are scored, a strip of rows' scores.
+  // A thread's scratch: the lists of a group's rows, and a row's packed queries and softmax state with one
+  // block's scores, or what the path wants; or, when keys are ordered, a segment's weights, ranks and tokens; or,
+  // when blocks are scored, a strip of rows' scores.
   const std::int64_t row_strips = g.block / strip;
-  const std::int64_t attend = row_strips * (strip_bytes + dim * strip * 4 + 2 * strip * 4) +
-                              2 * std::max<std::int64_t>(g.block, dim) * strip * 4;
+  lists_bytes = ceil_div(std::min(shape.q_heads, g.group()) * blocks * 4, alignment) * alignment;
+  const std::int64_t attend =
+      lists_bytes + (kernels.attend_rows != nullptr ? kernels.attend_scratch_bytes(static_cast<int>(dim), g.block)
+                                                    : row_strips * (strip_bytes + dim * strip * 4 + 2 * strip * 4) +
+                                                          2 * std::max<std::int64_t>(g.block, dim) * strip * 4);
   const std::int64_t pooled_rows = ceil_div(far_blocks, row_tile) * row_tile;
   const std::int64_t select = strip * dim * 8 + pooled_rows * strip * 4 + far_blocks * 16;
   const std::int64_t sort = g.segment * 12;

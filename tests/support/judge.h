@@ -12,7 +12,7 @@ struct Tolerance {
   double block_score = 1e-4;  // of attention mass: blocks this close may swap, and top_p may be missed by it
 };
 // What rounding allows: f32 products of f32 inputs; pooled values rounded to 16 bits where inputs have 16;
-// bf16 products of inputs that bf16 does not hold exactly.
+// exponentials kept in bf16 where products are bf16, and then inputs that bf16 does not hold exactly.
 Tolerance tolerance_for(const Problem& problem, Precision products);
 
 // Order: a permutation of each complete segment, identity after it, whose blocks descend in key score but

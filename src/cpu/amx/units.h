@@ -1,0 +1,140 @@
+// How a row's work is cut into units, and the slow but safe way to do them.
+#pragma once
+
+#include "cpu/amx/pipeline.h"
+
+namespace pbsattn::cpu::amx {
+namespace {
+
+constexpr int unit_keys = unit_groups * group_keys;
+
+inline int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
+
+// Tile pairs of a head_dim; the packed rows are padded with zeros up to them.
+inline int tile_pairs(int head_dim) {
+  return ceil_div(head_dim, 32);
+}
+
+inline const std::byte* keys_of(const AttendRow& row, std::int64_t block, std::int64_t block_bytes) {
+  return (block < row.far_end ? row.far_keys : row.keys) + block * block_bytes;
+}
+inline const std::byte* values_of(const AttendRow& row, std::int64_t block, std::int64_t block_bytes) {
+  return (block < row.far_end ? row.far_values : row.values) + block * block_bytes;
+}
+
+// Unit `part` of the row's i-th block for a strip; without groups where it lies wholly in the future. Other
+// masked keys cost less than an uneven pipeline.
+inline Unit make_unit(Strip& strip, const AttendArgs& args, int i, int part) {
+  const AttendRow& row = *strip.row;
+  const std::int64_t block = row.blocks[i];
+  const std::int64_t skipped = part * std::int64_t{unit_keys} * tile_pairs(args.head_dim) * tile_row_bytes;
+  Unit unit;
+  unit.keys = keys_of(row, block, args.block_bytes) + skipped;
+  unit.values = values_of(row, block, args.block_bytes) + skipped;
+  unit.strip = &strip;
+  const int left = ceil_div(args.block - part * unit_keys, group_keys);
+  unit.groups = left < unit_groups ? left : unit_groups;
+  unit.causal = i == row.block_count - 1;
+  if (unit.causal) {
+    unit.diagonal = row.diagonal + strip.first - part * unit_keys;
+    if (unit.diagonal + strip.count <= 0) unit.groups = 0;
+  }
+  return unit;
+}
+
+// What attend_with_care needs: a unit's scores, then its weights.
+constexpr int careful_bytes = unit_groups * 6 * tile_bytes;
+
+inline F32 zero_if_minus_infinity(F32 max) {
+  return max == splat(-__builtin_inff()) ? F32{} : max;
+}
+
+// O^T += V^T P over visible pairs only: a masked value may be infinite or NaN, and 0 * inf is NaN.
+inline void accumulate_visible(const Unit& unit, int pairs, const std::byte* weights, std::byte* out) {
+  const I32 lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int key = 0; key < unit.groups * group_keys; ++key) {
+    const int group = key / group_keys;
+    const int pair = key % tile_rows;
+    const int shift = key % group_keys < tile_rows ? 16 : 0;  // the bf16 at hand as the high half of a float
+    for (int half = 0; half < 2; ++half) {
+      std::int64_t blind = key - unit.diagonal - half * lanes;
+      blind = blind < 0 ? 0 : blind > lanes ? lanes : blind;
+      const I32 visible = lane >= static_cast<std::int32_t>(blind);
+      U32 bits;
+      std::memcpy(&bits, weights + (group * 2 + half) * tile_bytes + pair * tile_row_bytes, sizeof bits);
+      const F32 weight = as_f32(bits << shift & 0xFFFF0000U);
+      for (int d = 0; d < 2 * pairs * tile_rows; ++d) {
+        const int tile = d / tile_rows;
+        const int row = d % tile_rows * tile_row_bytes;
+        std::uint32_t value;
+        std::memcpy(&value, unit.values + (group * 2 * pairs + tile) * tile_bytes + row + pair * 4, sizeof value);
+        F32& o = f32_at(out + (tile * 2 + half) * tile_bytes + row);
+        o = visible ? o + weight * as_f32(U32{} + (value << shift & 0xFFFF0000U)) : o;
+      }
+    }
+  }
+}
+
+inline void attend_unit_with_care(const Unit& unit, int pairs, float scale, bool values_finite, std::byte* scratch) {
+  Strip& strip = *unit.strip;
+  std::byte* const scores = scratch;
+  std::byte* const weights = scratch + unit_groups * 4 * tile_bytes;
+  for (int group = 0; group < unit.groups; ++group) {
+    std::byte* const s = scores + group * 4 * tile_bytes;
+    multiply_group(unit.keys + group * pairs * 2 * tile_bytes, strip.queries, pairs, s, 2 * tile_bytes, tile_bytes,
+                   tile_row_bytes);
+    if (unit.causal) mask_group(s, group * group_keys - unit.diagonal);
+  }
+  for (int half = 0; half < 2; ++half) {
+    F32& max = f32_at(strip.origin + half * lanes);
+    F32& sum = f32_at(strip.sum + half * lanes);
+    const F32 old_max = max;
+    const auto score = [&](int group, int key) -> const F32& {
+      return f32_at(scores + (group * 4 + key / tile_rows * 2 + half) * tile_bytes + key % tile_rows * tile_row_bytes);
+    };
+    for (int group = 0; group < unit.groups; ++group)
+      for (int key = 0; key < group_keys; ++key) max = larger(score(group, key), max);
+    const F32 origin = zero_if_minus_infinity(max);
+    // Subtracting before scaling keeps the exponent from rounding above 0, however large the scores are.
+    const F32 factor = exp2_precise((old_max - origin) * scale);
+    sum *= factor;
+    for (int group = 0; group < unit.groups; ++group)
+      for (int key = 0; key < tile_rows; ++key) {
+        const U32 bits = cut_to_pairs(exp2_cubic((score(group, key) - origin) * scale, bf16_half_ulp),
+                                      exp2_cubic((score(group, key + tile_rows) - origin) * scale, bf16_half_ulp));
+        sum = add_pairs(sum, bits);
+        u32_at(weights + (group * 2 + half) * tile_bytes + key * tile_row_bytes) = bits;
+      }
+    for (int tile = 0; tile < 2 * pairs; ++tile)
+      for (int row = 0; row < tile_rows; ++row)
+        f32_at(strip.out + (tile * 2 + half) * tile_bytes + row * tile_row_bytes) *= factor;
+  }
+  if (unit.causal && !values_finite)
+    accumulate_visible(unit, pairs, weights, strip.out);
+  else
+    for (int tile = 0; tile < 2 * pairs; ++tile)
+      accumulate_tile(unit.values + tile * tile_bytes, weights, 2 * pairs, unit.groups, false,
+                      strip.out + tile * 2 * tile_bytes);
+}
+
+// A strip from its first block to its last with a running maximum, as a textbook has it.
+inline void attend_with_care(Strip& strip, const AttendArgs& args, std::byte* scratch) {
+  const AttendRow& row = *strip.row;
+  const int pairs = tile_pairs(args.head_dim);
+  for (int half = 0; half < 2; ++half) {
+    f32_at(strip.origin + half * lanes) = splat(-__builtin_inff());
+    f32_at(strip.sum + half * lanes) = F32{};
+  }
+  std::memset(strip.out, 0, static_cast<std::size_t>(pairs) * 4 * tile_bytes);
+  for (int i = 0; i < row.block_count; ++i)
+    for (int part = 0; part < ceil_div(args.block, unit_keys); ++part) {
+      const Unit unit = make_unit(strip, args, i, part);
+      if (unit.groups > 0) attend_unit_with_care(unit, pairs, args.scale_log2, row.last_finite, scratch);
+    }
+  for (int half = 0; half < 2; ++half) f32_at(strip.origin + half * lanes) *= args.scale_log2;
+}
+
+}  // namespace
+}  // namespace pbsattn::cpu::amx
