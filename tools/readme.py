@@ -4,13 +4,14 @@
     ./dev demo > demo.txt; ./dev bench cpu --json cpu.json; ./dev bench fidelity --json fidelity.json
     tools/readme.py --demo demo.txt --fidelity fidelity.json --summary docs/results/*.json
     tools/readme.py --page docs/cuda.md --all --results docs/results/gpu.json
-    tools/readme.py --page docs/transformers.md --models docs/results/prefill-h100.json
+    tools/readme.py --page docs/transformers.md --models docs/results/prefill-h100*.json
 """
 
 import argparse
 import json
 import pathlib
 import re
+import statistics
 
 from common import Failure, run_main
 
@@ -64,8 +65,8 @@ SUMMARY = [
     ("dense attention, {n} tokens, head_dim {head_dim}",
      {"suite": "gpu", "case": "dense", "metric": "rate", "n": (8192, 131072), "peer": "cuDNN"}, None),
     ("`pbs`, {n} tokens, density {density:.2f}", {"suite": "gpu", "case": "pbs", "metric": "time"}, None),
-    ("{model}, {n} tokens, `pbs`: first token",
-     {"suite": "prefill", "metric": "time to first token", "case": "pbs"}, "cudnn"),
+    ("{model}, {n} tokens of {text}, `pbs`: first token",
+     {"suite": "prefill", "metric": "time to first token", "case": "pbs", "n": (32768, 65536, 131072)}, "cudnn"),
     ("dense attention, {n} tokens, head_dim {head_dim}, {threads} thread(s)",
      {"suite": ("cpu", "cpu-torch"), "case": "dense", "metric": "rate", "n": 8192}, None),
     ("`pbs`, {n} tokens, head_dim {head_dim}, density {density:.2f}: time beyond the density's share of dense",
@@ -113,21 +114,26 @@ def models_table(records):
         cases = list(dict.fromkeys((r["params"]["n"], r["case"]) for r in rows))
         baselines = [b for b in ("flash", "cudnn") if any(case == b for _, case in cases)]
         first = rows[0]
+        timed = [r for r in rows if r["metric"] == "time to first token"]
+        runs, spread = ({r["runs"] for r in timed}, [r["spread"] for r in timed])
         parts.append(f"{first['params']['model']}; {first['params']['text']}. {first['device']}, commit {first['commit']}, "
-                     f"{first['date']}; medians of {max(r['runs'] for r in rows)} runs, largest spread "
-                     f"{max(r['spread'] for r in rows):.0%}:\n\n"
+                     f"{first['date']}; medians of {min(runs)} to {max(runs)} runs, spread {statistics.median(spread):.1%} in "
+                     f"the median, {max(spread):.0%} at most:\n\n"
                      "| tokens | attention | first token | in attention | "
                      + "".join(f"against {b} | " for b in baselines)
                      + "density | peak memory | perplexity | other tokens |\n"
                      + "| --- " * (8 + len(baselines)) + "|")
         for n, case in cases:
             get = lambda metric, of=case: value.get((n, of, metric))
-            ttft, dense = get("time to first token"), get("perplexity", cases[0][1])
+            base = next(of for length, of in cases if length == n)
+            ttft, dense = get("time to first token"), get("perplexity", base)
             inside = get("time in attention")
             show = lambda metric, form: "" if get(metric) is None else form.format(get(metric))
-            change = f" ({get('perplexity') / dense - 1:+.2%})" if dense and case != cases[0][1] else ""
-            parts[-1] += (f"\n| {n} | `{case}` | {ttft * 1e3:.0f} ms | {inside * 1e3:.0f} ms, {inside / ttft:.0%} | "
-                          + "".join(f"{get('time to first token', b) / ttft:.2f}x | " for b in baselines)
+            change = f" ({get('perplexity') / dense - 1:+.2%})" if dense and case != base else ""
+            peers = [get("time to first token", b) for b in baselines]
+            parts[-1] += (f"\n| {n} | `{case}` | {ttft * 1e3:.{0 if ttft >= 0.1 else 1}f} ms | "
+                          + ("| " if inside is None else f"{inside * 1e3:.0f} ms, {inside / ttft:.0%} | ")
+                          + "".join("| " if peer is None else f"{peer / ttft:.2f}x | " for peer in peers)
                           + f"{show('density', '{:.3f}')} | {get('peak memory') / 2**30:.2f} GiB | "
                           + f"{show('perplexity', '{:.3f}')}{change} | {show('differing tokens', '{:.2%}')} |")
     return "\n\n".join(parts)

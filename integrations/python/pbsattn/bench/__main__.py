@@ -25,6 +25,7 @@ def _parser():
     draw.add_argument("json", nargs="+")
     draw.add_argument("--to", required=True, metavar="BASE")
     draw.add_argument("--attn", help="only these attentions")
+    draw.add_argument("--lengths", help="only these lengths")
     command = commands.add_parser(
         "prefill", help="time to first token, attention's share, density, peak memory, perplexity, tokens that differ")
     what = command.add_mutually_exclusive_group(required=True)
@@ -66,8 +67,11 @@ def _plot(given):
     made = [each for path in given.json for each in json.loads(pathlib.Path(path).read_text(encoding="utf-8"))]
     if given.attn:
         made = [each for each in made if each["case"] in given.attn.split(",")]
+    if given.lengths:
+        made = [each for each in made if str(each["params"]["n"]) in given.lengths.split(",")]
     if not made:
-        raise ValueError(f"{', '.join(given.json)}: no measurements of {given.attn or 'anything'}")
+        raise ValueError(f"{', '.join(given.json)}: no measurements of {given.attn or 'any attention'} at "
+                         f"{given.lengths or 'any length'}")
     titles = dict.fromkeys(f"{each['params']['model']}\n{each['device']}" for each in made)
     report.plot(made, given.to, "\n".join(titles))
 

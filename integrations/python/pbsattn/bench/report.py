@@ -86,7 +86,7 @@ def plot(made, base, title):
         here = [name for name in names if (length, name, "time to first token") in value]
         for i, name in enumerate(here):
             whole = value[(length, name, "time to first token")]
-            inside = min(value[(length, name, "time in attention")], whole)
+            inside = min(value.get((length, name, "time in attention"), 0.0), whole)
             panel.bar(i, whole - inside, color="0.8")
             panel.bar(i, inside, bottom=whole - inside, color=colors[names.index(name) % 10])
             panel.text(i, whole, f"{whole:.3g} s", ha="center", va="bottom", fontsize=8)
