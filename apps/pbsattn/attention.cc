@@ -35,6 +35,8 @@ const char* name_of(BlockScore score) {
     case BlockScore::none: return "none";
     case BlockScore::mean_pool: return "mean_pool";
     case BlockScore::per_query: return "per_query";
+    case BlockScore::antidiagonal: return "antidiagonal";
+    case BlockScore::antidiagonal_causal: return "antidiagonal_causal";
   }
   return "";
 }

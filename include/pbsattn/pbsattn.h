@@ -37,7 +37,9 @@ typedef enum pbsattn_order_scope { PBSATTN_ORDER_QUERY_HEAD = 0, PBSATTN_ORDER_K
 typedef enum pbsattn_block_score {
   PBSATTN_SCORE_NONE = 0,
   PBSATTN_SCORE_MEAN_POOL = 1,
-  PBSATTN_SCORE_PER_QUERY = 2
+  PBSATTN_SCORE_PER_QUERY = 2,
+  PBSATTN_SCORE_ANTIDIAGONAL = 3,
+  PBSATTN_SCORE_ANTIDIAGONAL_CAUSAL = 4
 } pbsattn_block_score;
 typedef enum pbsattn_keep_rule {
   PBSATTN_KEEP_ALL = 0,

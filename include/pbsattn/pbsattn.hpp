@@ -95,6 +95,11 @@ enum class BlockScore : std::uint8_t {
   mean_pool,  // softmax over blocks of mean(Q block) . mean(K block) * scale (paper, section 3.3)
   per_query,  // mean over the row's queries of softmax over blocks of q . mean(K block) * scale: a pooled query
               // hides that its queries disagree
+  // XAttention's: each 8 x 8 patch of queries and keys scored by its antidiagonal's mean, softmax over the patches of a
+  // row of patches, summed over blocks and averaged over the row. Over the blocks before the row's own segment (PBS+):
+  antidiagonal,
+  // or over all causal patches, the own segment's among them; what is always kept then counts first toward top_p.
+  antidiagonal_causal,
 };
 
 // Which of the scored blocks are attended to.

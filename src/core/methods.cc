@@ -24,6 +24,11 @@ constexpr std::array table{
     MethodInfo{"pbs", "permuted block-sparse attention as published (arXiv 2510.21270)", pbs_options},
     MethodInfo{"auto", "pbs, or full attention where the sequence is too short for pbs to be faster",
                with_fallback(pbs_options)},
+    MethodInfo{
+        "pbs+", "pbs with XAttention's antidiagonal scores of the permuted keys",
+        Options{.permutation = Permutation::last_queries, .score = BlockScore::antidiagonal, .keep = KeepRule::top_p}},
+    MethodInfo{"xattention", "antidiagonal scores, stride 8, keys in their order (arXiv 2503.16428)",
+               Options{.score = BlockScore::antidiagonal_causal, .keep = KeepRule::top_p, .segment = 128}},
     MethodInfo{"pbs-unpermuted", "the same blocks chosen without moving keys: what the permutation buys",
                Options{.score = BlockScore::mean_pool, .keep = KeepRule::top_p}},
     MethodInfo{"pbs-threshold", "keys in pbs order, blocks by their mean share of each query's softmax, last row dense",

@@ -105,6 +105,10 @@ std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   if (dim % row_tile != 0 || dim > max_head_dim)
     refuse(fmt::format("head_dim {}: the CPU backend takes multiples of {} up to {}; pad, or use Device::reference()",
                        dim, row_tile, max_head_dim));
+  if (spec.options.score >= BlockScore::antidiagonal)
+    refuse(
+        "block score antidiagonal: the CPU backend has mean_pool and per_query; use one of them, or "
+        "Device::reference()");
   if (spec.options.block % strip != 0 || spec.options.block > max_block)
     refuse(fmt::format("block {}: the CPU backend takes multiples of {} up to {}; use 128, or Device::reference()",
                        spec.options.block, strip, max_block));

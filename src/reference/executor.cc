@@ -52,7 +52,7 @@ void decide_timed(const Inputs& inputs, const Options& options, const Geometry& 
 
       for (std::int64_t row = 0; row < geometry.rows(); ++row) {
         const auto list =
-            select_blocks(options, geometry, row, row_scores(head, options, geometry, row, pooled_keys), order);
+            select_blocks(options, geometry, row, row_scores(head, options, geometry, row, order, pooled_keys), order);
         trace.block.insert(trace.block.end(), list.begin(), list.end());
         trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
       }

@@ -19,10 +19,11 @@ std::vector<std::int64_t> by_descending_score(std::span<const double> scores) {
   return blocks;
 }
 
-// Marks the highest scores up to and including the one that brings their sum to `mass`.
-void keep_top_p(double mass, std::span<const double> scores, std::vector<bool>& keep) {
-  double sum = 0;
+// Marks the highest scores up to and including the one that brings their sum, which begins at `sum`, to `mass`.
+void keep_top_p(double mass, std::span<const double> scores, std::vector<bool>& keep, double sum) {
+  if (sum > 0 && sum >= mass) return;
   for (const std::int64_t b : by_descending_score(scores)) {
+    if (keep[b]) continue;
     keep[b] = true;
     sum += scores[b];
     if (sum >= mass) return;
@@ -39,38 +40,38 @@ void keep_highest(std::int64_t count, std::span<const double> scores, std::vecto
   for (std::int64_t i = 0; i < count; ++i) keep[blocks[i]] = true;
 }
 
-// keep[b] for blocks 0 .. own_begin-1.
+// keep[b] for blocks 0 .. own_begin-1. `scores` may go on to the diagonal: then what is always kept, sink_block among
+// it, counts first.
 std::vector<bool> apply_rule(const Options& options, const Geometry& geometry, std::int64_t row,
-                             std::span<const double> scores) {
+                             std::int64_t sink_block, std::span<const double> all_scores) {
+  const std::int64_t own_begin = geometry.own_begin(row);
+  const std::span<const double> scores = all_scores.first(own_begin);
+  std::vector<bool> keep(own_begin, false);
   // Scores that NaN made 0.
-  const double highest = *std::ranges::max_element(scores);
-  if (highest == 0) return std::vector<bool>(scores.size(), options.rules == Rules::paper);
+  if (*std::ranges::max_element(all_scores) == 0) return std::vector<bool>(own_begin, options.rules == Rules::paper);
 
-  std::vector<bool> keep(scores.size(), false);
   const auto threshold = static_cast<double>(options.threshold);
   switch (options.keep) {
     case KeepRule::all: break;
-    case KeepRule::top_p: keep_top_p(static_cast<double>(options.top_p), scores, keep); break;
-    case KeepRule::threshold:
+    case KeepRule::top_p: {
+      double counted = 0;
+      if (std::ssize(all_scores) > own_begin) {
+        keep[sink_block] = true;
+        counted = std::accumulate(all_scores.begin() + own_begin, all_scores.end(), scores[sink_block]);
+      }
+      keep_top_p(static_cast<double>(options.top_p), scores, keep, counted);
+      break;
+    }
+    case KeepRule::threshold: {
+      if (options.floor_top_p > 0) keep_top_p(static_cast<double>(options.floor_top_p), scores, keep, 0);
       keep_at_least(threshold, scores, keep);
-      if (options.floor_top_p > 0) keep_top_p(static_cast<double>(options.floor_top_p), scores, keep);
       break;
-    case KeepRule::relative: keep_at_least(threshold * highest, scores, keep); break;
+    }
+    case KeepRule::relative: keep_at_least(threshold * std::ranges::max(scores), scores, keep); break;
     case KeepRule::top_k:
-    case KeepRule::density:
-      keep_highest(kept_count(options, geometry.own_begin(row), geometry.diagonal(row)), scores, keep);
-      break;
+    case KeepRule::density: keep_highest(kept_count(options, own_begin, geometry.diagonal(row)), scores, keep); break;
   }
   return keep;
-}
-
-// softmax of the scores in place; NaN throughout if one of them is NaN or +inf, or all are -inf.
-void softmax(std::span<double> scores) {
-  double max = -std::numeric_limits<double>::infinity();
-  for (const double s : scores) max = std::max(max, s);
-  double sum = 0;
-  for (double& s : scores) sum += s = std::exp(s - max);
-  for (double& s : scores) s /= sum;
 }
 
 void nan_to_zero(std::span<double> scores) {
@@ -79,6 +80,14 @@ void nan_to_zero(std::span<double> scores) {
 }
 
 }  // namespace
+
+void softmax(std::span<double> scores) {
+  double max = -std::numeric_limits<double>::infinity();
+  for (const double s : scores) max = std::max(max, s);
+  double sum = 0;
+  for (double& s : scores) sum += s = std::exp(s - max);
+  for (double& s : scores) s /= sum;
+}
 
 std::vector<double> pool_query(const Head& head, const Geometry& geometry, Rules rules, std::int64_t row) {
   std::vector<double> pooled(geometry.shape.head_dim, 0.0);
@@ -117,13 +126,17 @@ std::vector<double> per_query_scores(const Head& head, const Geometry& geometry,
 }
 
 std::vector<double> row_scores(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row,
-                               const Matrix& pooled_keys) {
+                               std::span<const std::int32_t> order, const Matrix& pooled_keys) {
   switch (options.score) {
     case BlockScore::none: return {};
     case BlockScore::mean_pool:
       return block_scores(pool_query(head, geometry, options.rules, row), pooled_keys, geometry.own_begin(row),
                           options.scale);
     case BlockScore::per_query: return per_query_scores(head, geometry, row, pooled_keys, options.scale);
+    case BlockScore::antidiagonal:
+    case BlockScore::antidiagonal_causal:
+      return antidiagonal_scores(head, geometry, row, order, options.score == BlockScore::antidiagonal_causal,
+                                 options.scale);
   }
   return {};
 }
@@ -132,11 +145,10 @@ std::vector<std::int32_t> select_blocks(const Options& options, const Geometry& 
                                         std::span<const double> scores, std::span<const std::int32_t> order) {
   const std::int64_t own_begin = geometry.own_begin(row);
   const bool dense = keeps_every_block(options) || row >= geometry.rows() - options.dense_last_rows || own_begin == 0;
-  std::vector<bool> keep = dense ? std::vector<bool>(own_begin, true) : apply_rule(options, geometry, row, scores);
-  if (own_begin > 0) {
-    const std::int64_t slot_of_token_0 = std::ranges::find(order, 0) - order.begin();
-    keep[slot_of_token_0 / geometry.block] = true;
-  }
+  const std::int64_t sink_block = (std::ranges::find(order, 0) - order.begin()) / geometry.block;
+  std::vector<bool> keep =
+      dense ? std::vector<bool>(own_begin, true) : apply_rule(options, geometry, row, sink_block, scores);
+  if (own_begin > 0) keep[sink_block] = true;
   std::vector<std::int32_t> list;
   for (std::int64_t b = 0; b <= geometry.diagonal(row); ++b)
     if (b >= own_begin || keep[b] || b < options.sink_blocks || b > geometry.diagonal(row) - options.local_blocks)

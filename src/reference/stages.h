@@ -2,7 +2,7 @@
 //
 //     Head head = load_head(inputs, geometry, batch, q_head);
 //     order   = order_keys(geometry, key_scores(head, geometry, scale));        // permute
-//     scores  = row_scores(head, options, geometry, row, pool_keys(head, geometry, order));
+//     scores  = row_scores(head, options, geometry, row, order, pool_keys(head, geometry, order));
 //     list    = select_blocks(options, geometry, row, scores, order);           // select
 //     result  = attend_query(head, geometry, scale, query, order, list);        // attend
 //
@@ -75,12 +75,20 @@ std::vector<double> block_scores(std::span<const double> pooled_query, const Mat
 std::vector<double> per_query_scores(const Head& head, const Geometry& geometry, std::int64_t row,
                                      const Matrix& pooled_keys, double scale);
 
-// What options.score gives blocks 0 .. own_begin-1 of a row; empty for none.
-std::vector<double> row_scores(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row,
-                               const Matrix& pooled_keys);
+// BlockScore::antidiagonal and, if causal, antidiagonal_causal (antidiagonal.cc): [own_begin] or [diagonal + 1].
+// Patches are aligned to token 0; queries and keys of a patch that aren't there count 0. NaN becomes 0.
+std::vector<double> antidiagonal_scores(const Head& head, const Geometry& geometry, std::int64_t row,
+                                        std::span<const std::int32_t> order, bool causal, double scale);
 
-// The key blocks row attends to, ascending: what the keep rule takes of blocks 0 .. own_begin-1 (`scores`;
-// empty when options.score is none), the block of those whose slots hold token 0, sink and local blocks, and the
+// softmax in place; NaN throughout if a score is NaN or +inf, or all are -inf.
+void softmax(std::span<double> scores);
+
+// What options.score gives blocks 0 .. own_begin-1 of a row (antidiagonal_causal: 0 .. diagonal); empty for none.
+std::vector<double> row_scores(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row,
+                               std::span<const std::int32_t> order, const Matrix& pooled_keys);
+
+// The key blocks row attends to, ascending: what the keep rule takes of blocks 0 .. own_begin-1 (`scores`, from
+// row_scores()), the block of those whose slots hold token 0, sink and local blocks, and the
 // row's own segment up to its diagonal.
 std::vector<std::int32_t> select_blocks(const Options& options, const Geometry& geometry, std::int64_t row,
                                         std::span<const double> scores, std::span<const std::int32_t> order);

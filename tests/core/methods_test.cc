@@ -25,7 +25,8 @@ TEST(Methods, EveryRowIsFoundByItsNameAndPlans) {
     EXPECT_TRUE(names.insert(info.name).second) << info.name << " twice";
     EXPECT_FALSE(info.summary.empty());
     constexpr std::int64_t long_enough = 65'536;  // for every method's own options, whatever its fallback
-    const Plan plan = Plan::create(method(info.name), {.q_len = long_enough, .kv_len = long_enough, .head_dim = 64});
+    const Shape shape{.q_len = long_enough, .kv_len = long_enough, .head_dim = 64};
+    const Plan plan = Plan::create(method(info.name), shape, Device::reference());
     EXPECT_EQ(plan.options().keep, info.options.keep);
   }
 }

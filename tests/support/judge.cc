@@ -226,7 +226,7 @@ void expect_lists(const Problem& problem, const Options& options, const Trace& t
     const auto pooled_keys = reference::pool_keys(head, geometry, order);
     for (std::int64_t row = 0; row < geometry.rows(); ++row) {
       SCOPED_TRACE("row " + std::to_string(row));
-      const auto scores = reference::row_scores(head, options, geometry, row, pooled_keys);
+      const auto scores = reference::row_scores(head, options, geometry, row, order, pooled_keys);
       expect_row_list(options, geometry, row, scores, order, row_list(trace, flat, row), tolerance.block_score);
     }
   });

@@ -40,7 +40,7 @@ struct Names<pbsattn::OrderScope> {
 };
 template <>
 struct Names<pbsattn::BlockScore> {
-  static constexpr const char* values[] = {"none", "mean_pool", "per_query"};
+  static constexpr const char* values[] = {"none", "mean_pool", "per_query", "antidiagonal", "antidiagonal_causal"};
 };
 template <>
 struct Names<pbsattn::KeepRule> {
