@@ -37,6 +37,7 @@ const char* name_of(BlockScore score) {
     case BlockScore::per_query: return "per_query";
     case BlockScore::antidiagonal: return "antidiagonal";
     case BlockScore::antidiagonal_causal: return "antidiagonal_causal";
+    case BlockScore::exact: return "exact";
   }
   return "";
 }

@@ -39,7 +39,8 @@ typedef enum pbsattn_block_score {
   PBSATTN_SCORE_MEAN_POOL = 1,
   PBSATTN_SCORE_PER_QUERY = 2,
   PBSATTN_SCORE_ANTIDIAGONAL = 3,
-  PBSATTN_SCORE_ANTIDIAGONAL_CAUSAL = 4
+  PBSATTN_SCORE_ANTIDIAGONAL_CAUSAL = 4,
+  PBSATTN_SCORE_EXACT = 5
 } pbsattn_block_score;
 typedef enum pbsattn_keep_rule {
   PBSATTN_KEEP_ALL = 0,

@@ -100,6 +100,8 @@ enum class BlockScore : std::uint8_t {
   antidiagonal,
   // or over all causal patches, the own segment's among them; what is always kept then counts first toward top_p.
   antidiagonal_causal,
+  exact,  // the mean over the row's queries of their true attention mass on each block, the own segment's among them,
+          // as above: what estimates are judged by, at the cost of attention itself
 };
 
 // Which of the scored blocks are attended to.

@@ -59,7 +59,7 @@ std::size_t size_of(DType dtype) {
 void validate(const Options& options) {
   require_enum(options.permutation, Permutation::last_queries, "permutation");
   require_enum(options.order_scope, OrderScope::kv_head, "order_scope");
-  require_enum(options.score, BlockScore::antidiagonal_causal, "score");
+  require_enum(options.score, BlockScore::exact, "score");
   require_enum(options.keep, KeepRule::density, "keep");
   require_enum(options.rules, Rules::paper, "rules");
   require_enum(options.precision, Precision::bf16, "precision");
@@ -83,11 +83,9 @@ void validate(const Options& options) {
           "scale {}: not a finite, non-negative number; 0 stands for 1/sqrt(head_dim)", options.scale);
   require(options.expected_density >= 0.0F && options.expected_density <= 1.0F,
           "expected_density {}: outside [0, 1]; 0 stands for what the paper measured", options.expected_density);
-  require(options.score < BlockScore::antidiagonal || options.block % 8 == 0,
+  require((options.score != BlockScore::antidiagonal && options.score != BlockScore::antidiagonal_causal) ||
+              options.block % 8 == 0,
           "block {}: an antidiagonal score takes multiples of 8, the side of its patches; use 128", options.block);
-  require(options.score != BlockScore::antidiagonal_causal || options.keep == KeepRule::top_p,
-          "keep rule {}: score antidiagonal_causal goes with top_p; set keep to it, or score to antidiagonal",
-          name_of(options.keep));
   require(options.keep == KeepRule::all || options.score != BlockScore::none,
           "keep rule {} has no score to read; set score to mean_pool or per_query, or keep to all",
           name_of(options.keep));

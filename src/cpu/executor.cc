@@ -106,9 +106,10 @@ std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
     refuse(fmt::format("head_dim {}: the CPU backend takes multiples of {} up to {}; pad, or use Device::reference()",
                        dim, row_tile, max_head_dim));
   if (spec.options.score >= BlockScore::antidiagonal)
-    refuse(
-        "block score antidiagonal: the CPU backend has mean_pool and per_query; use one of them, or "
-        "Device::reference()");
+    refuse(fmt::format(
+        "block score {}: the reference's alone; the CPU backend has mean_pool and per_query; use one of them, or "
+        "Device::reference()",
+        spec.options.score == BlockScore::exact ? "exact" : "antidiagonal"));
   if (spec.options.block % strip != 0 || spec.options.block > max_block)
     refuse(fmt::format("block {}: the CPU backend takes multiples of {} up to {}; use 128, or Device::reference()",
                        spec.options.block, strip, max_block));

@@ -81,9 +81,10 @@ void check_limits(const detail::PlanSpec& spec) {
     refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
                        max_segment));
   if (spec.options.score >= BlockScore::antidiagonal)
-    refuse(
-        "block score antidiagonal: the CUDA backend has mean_pool and per_query; use one of them, or "
-        "Device::reference()");
+    refuse(fmt::format(
+        "block score {}: the reference's alone; the CUDA backend has mean_pool and per_query; use one of them, or "
+        "Device::reference()",
+        spec.options.score == BlockScore::exact ? "exact" : "antidiagonal"));
   if (spec.options.precision == Precision::f32)
     refuse("precision f32: the CUDA backend multiplies f16 and bf16 as they come; use automatic, or Device::cpu()");
   if (g.blocks() > max_blocks)

@@ -125,6 +125,24 @@ std::vector<double> per_query_scores(const Head& head, const Geometry& geometry,
   return mean;
 }
 
+std::vector<double> exact_scores(const Head& head, const Geometry& geometry, std::int64_t row,
+                                 std::span<const std::int32_t> order, double scale) {
+  const std::int64_t own_token = geometry.own_begin(row) * geometry.block;
+  const auto count = static_cast<double>(geometry.row_end(row) - geometry.row_begin(row));
+  std::vector<double> mean(geometry.diagonal(row) + 1, 0.0);
+  std::vector<double> share;
+  for (std::int64_t token = geometry.row_begin(row); token < geometry.row_end(row); ++token) {
+    share.resize(token + 1);
+    const auto query = head.q[token - geometry.q_offset()];
+    for (std::int64_t slot = 0; slot <= token; ++slot)
+      share[slot] = dot(query, head.k[slot < own_token ? order[slot] : slot]) * scale;
+    softmax(share);
+    for (std::int64_t slot = 0; slot <= token; ++slot) mean[slot / geometry.block] += share[slot] / count;
+  }
+  nan_to_zero(mean);
+  return mean;
+}
+
 std::vector<double> row_scores(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row,
                                std::span<const std::int32_t> order, const Matrix& pooled_keys) {
   switch (options.score) {
@@ -137,6 +155,7 @@ std::vector<double> row_scores(const Head& head, const Options& options, const G
     case BlockScore::antidiagonal_causal:
       return antidiagonal_scores(head, geometry, row, order, options.score == BlockScore::antidiagonal_causal,
                                  options.scale);
+    case BlockScore::exact: return exact_scores(head, geometry, row, order, options.scale);
   }
   return {};
 }

@@ -80,10 +80,16 @@ std::vector<double> per_query_scores(const Head& head, const Geometry& geometry,
 std::vector<double> antidiagonal_scores(const Head& head, const Geometry& geometry, std::int64_t row,
                                         std::span<const std::int32_t> order, bool causal, double scale);
 
+// BlockScore::exact, [diagonal + 1]: the mean over the row's queries of their softmax over all visible keys, summed by
+// block. NaN becomes 0.
+std::vector<double> exact_scores(const Head& head, const Geometry& geometry, std::int64_t row,
+                                 std::span<const std::int32_t> order, double scale);
+
 // softmax in place; NaN throughout if a score is NaN or +inf, or all are -inf.
 void softmax(std::span<double> scores);
 
-// What options.score gives blocks 0 .. own_begin-1 of a row (antidiagonal_causal: 0 .. diagonal); empty for none.
+// What options.score gives blocks 0 .. own_begin-1 of a row (antidiagonal_causal, exact: 0 .. diagonal); empty for
+// none.
 std::vector<double> row_scores(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row,
                                std::span<const std::int32_t> order, const Matrix& pooled_keys);
 

@@ -76,12 +76,6 @@ TEST(Validate, Options) {
         o.segment = 24;
       },
       {"block 12", "multiples of 8"});
-  expect_bad_options(
-      [](Options& o) {
-        o.score = BlockScore::antidiagonal_causal;
-        o.keep = KeepRule::threshold;
-      },
-      {"keep rule threshold", "top_p"});
   expect_bad_options([](Options& o) { o.keep = static_cast<KeepRule>(9); }, {"keep 9"});
   expect_bad_options([](Options& o) { o.permutation = static_cast<Permutation>(2); }, {"permutation 2"});
   expect_bad_options([](Options& o) { o.score = static_cast<BlockScore>(200); }, {"score 200"});
@@ -116,9 +110,9 @@ TEST(Validate, WhatOnlyTheCpuRefuses) {
   options.segment = 96;
   expect_error([&] { Plan::create(options, good_shape); }, ErrorCode::unsupported, {"block 48", "multiples of 32"});
   EXPECT_NO_THROW(Plan::create(options, good_shape, Device::reference()));
-  for (const char* name : {"pbs+", "xattention"})
+  for (const char* name : {"pbs+", "xattention", "oracle"})
     expect_error([&] { Plan::create(method(name), good_shape); }, ErrorCode::unsupported,
-                 {"antidiagonal", "mean_pool", "Device::reference()"});
+                 {"block score", "mean_pool", "Device::reference()"});
 }
 
 TEST(Validate, Devices) {

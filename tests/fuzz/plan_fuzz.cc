@@ -22,7 +22,7 @@ pbsattn_options take_options(Bytes& bytes) {
   pbsattn_method(names[bytes.take<std::uint8_t>() % 5], &options);
   options.permutation = static_cast<std::int32_t>(bytes.take_near(0, 1));
   options.order_scope = static_cast<std::int32_t>(bytes.take_near(0, 1));
-  options.score = static_cast<std::int32_t>(bytes.take_near(0, 2));
+  options.score = static_cast<std::int32_t>(bytes.take_near(0, 5));
   options.keep = static_cast<std::int32_t>(bytes.take_near(0, 5));
   options.rules = static_cast<std::int32_t>(bytes.take_near(0, 1));
   options.precision = static_cast<std::int32_t>(bytes.take_near(0, 2));

@@ -92,6 +92,18 @@ TEST(PerQueryScores, QueriesThatDisagreeAreNotAveragedAway) {
   EXPECT_NEAR(scores[3], 0.5, 1e-12);
 }
 
+TEST(ExactScores, TrueMassOfVisibleKeys) {
+  // Row 2 of six tokens, segments of two blocks: query 4 sees keys 0 .. 4, query 5 all six.
+  Head head{.q = column({9, 9, 9, 9, 0, 1}), .k = column({std::log(2), 0, 0, 0, 0, 0}), .v = column({0})};
+  const auto scores = exact_scores(head, geometry(6, 6), 2, identity(6), 1.0);
+  ASSERT_EQ(scores.size(), 3);
+  EXPECT_NEAR(scores[0], (2.0 / 5 + 3.0 / 7) / 2, 1e-15);
+  EXPECT_NEAR(scores[1], (2.0 / 5 + 2.0 / 7) / 2, 1e-15);
+  EXPECT_NEAR(scores[2], (1.0 / 5 + 2.0 / 7) / 2, 1e-15);
+  // Keys 0 and 2 change places: the heavy one is in the second block.
+  EXPECT_NEAR(exact_scores(head, geometry(6, 6), 2, List{2, 1, 0, 3, 4, 5}, 1.0)[1], (2.0 / 5 + 3.0 / 7) / 2, 1e-15);
+}
+
 TEST(PerQueryScores, NanCountsAsZero) {
   const Head head{.q = column({0, 0, 0, 0, 1, nan}), .k = column({0}), .v = column({0})};
   EXPECT_EQ(per_query_scores(head, geometry(6, 6), 2, column({1, 2}), 1.0), (std::vector<double>{0, 0}));

@@ -40,7 +40,8 @@ struct Names<pbsattn::OrderScope> {
 };
 template <>
 struct Names<pbsattn::BlockScore> {
-  static constexpr const char* values[] = {"none", "mean_pool", "per_query", "antidiagonal", "antidiagonal_causal"};
+  static constexpr const char* values[] = {"none",         "mean_pool",           "per_query",
+                                           "antidiagonal", "antidiagonal_causal", "exact"};
 };
 template <>
 struct Names<pbsattn::KeepRule> {
