@@ -1,6 +1,7 @@
 """python -m pbsattn.bench, on a small random model."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="an optional dependenc
 import tokenizers  # noqa: E402
 
 from pbsattn.bench import __main__ as program  # noqa: E402
-from pbsattn.bench import models, prefill  # noqa: E402
+from pbsattn.bench import models, op, prefill  # noqa: E402
 from pbsattn.bench.attentions import Attention  # noqa: E402
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from all the other animals in the wood " * 100
@@ -64,6 +65,37 @@ def test_prefill(folder, tmp_path, capsys):
     assert "pbs:top_p=1.0" not in (tmp_path / "again.svg").read_text()
 
 
+def test_op(tmp_path, capsys):
+    sparse = "pbs:keep=density:density=0.3"
+    made = program.main(["op", "--device", "cpu", "--lengths", "700,1500", "--head-dims", "64", "--heads", "2", "--kv-heads", "1",
+                         "--runs", "2", "--attn", f"sdpa,full,{sparse}", "--json", str(tmp_path / "op.json"), "--commit", "abc"])
+    assert json.loads((tmp_path / "op.json").read_text()) == made
+    assert [(each["case"], each["params"]["n"]) for each in made] == [
+        (case, n) for n in (700, 1500) for case in ("sdpa", "full", sparse)]
+    sdpa, full, some = made[3:]
+    assert sdpa["peer"] is None and full["ratio"] == sdpa["value"] / full["value"]
+    assert full["params"]["density"] == 1.0 and full["params"]["error"] < 1e-2
+    assert some["params"]["density"] < 0.6 and some["params"]["error"] is None
+    assert all(each["commit"] == "abc" and each["runs"] == 2 for each in made)
+    assert "GFLOP/s" in capsys.readouterr().out
+
+
+def test_op_times_nothing_that_is_wrong(monkeypatch):
+    monkeypatch.setattr(op.pbsattn, "attention", lambda q, k, v, **_: (q, types.SimpleNamespace(density=1.0)))
+    with pytest.raises(RuntimeError, match="full, 300 tokens: its first rows are off by"):
+        program.main(["op", "--device", "cpu", "--lengths", "300", "--attn", "sdpa,full"])
+
+
+def test_overhead(device, capsys):
+    made = program.main(["overhead", "--device", device, "--tokens", "64", "--attn", "sdpa,full,pbs", "--runs", "2"])
+    got = {(each["case"], each["metric"]): each["value"] for each in made}
+    assert 0 < got["full", "first call"]
+    assert got["pbs", "host time of the Python path"] == pytest.approx(
+        got["pbs", "host time of a call"] - got["pbs", "host time in the library"])
+    assert ("sdpa", "host time of a call") in got and ("sdpa", "host time in the library") not in got
+    assert "Python path" in capsys.readouterr().out
+
+
 def test_longer_than_the_model_takes_yarn(folder):
     model, tokenizer = models.load(folder, torch.device("cpu"), torch.float32)
     before = model.model.rotary_emb.inv_freq.clone()
@@ -95,6 +127,8 @@ def test_shape_has_random_weights(monkeypatch, capsys):
     ("write NAME=VALUE", ["--attn", "pbs:top_p"]),
     ("names one twice", ["--attn", "pbs,pbs"]),
     ("at least 2 tokens", ["--lengths", "1"]),
+    ("write whole numbers above 0", ["--lengths", "8k"]),
+    ("need at least 1", ["--runs", "0"]),
     ("tokens, 100000 needed", ["--lengths", "100000"]),
 ])
 def test_errors(folder, message, arguments):

@@ -6,7 +6,7 @@
     import pbsattn.transformers
     pbsattn.transformers.enable(model)                             # prefill of a transformers model
 
-`python -m pbsattn` shows the devices and methods of this installation, `python -m pbsattn.bench prefill` measures.
+`python -m pbsattn` shows the devices and methods of this installation, `python -m pbsattn.bench` measures.
 Source of the method: "Sparser Block-Sparse Attention via Token Permutation", arXiv 2510.21270.
 """
 

@@ -1,1 +1,1 @@
-"""Measurements of whole models: python -m pbsattn.bench prefill --help."""
+"""Measurements of the op and of whole models: python -m pbsattn.bench --help."""

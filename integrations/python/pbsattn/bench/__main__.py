@@ -1,4 +1,4 @@
-"""python -m pbsattn.bench prefill --model PATH_OR_GGUF: a model's prefill under several attentions."""
+"""Measurements: a model's prefill under several attentions (prefill, plot), the op by itself (op, overhead)."""
 
 import argparse
 import json
@@ -8,9 +8,7 @@ import sys
 
 import torch
 
-import pbsattn
-
-from . import models, prefill, report
+from . import models, op, prefill, report
 from .attentions import Attention
 
 
@@ -21,46 +19,100 @@ def _say(message):
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m pbsattn.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    shared.add_argument("--json", help="write the measurements to this file")
+    shared.add_argument("--commit", help="what to write there as the commit (default: that of the source tree)")
+    kinds = "sdpa, flash, cudnn, efficient, math, or a method with settings, as pbs:top_p=0.8"
+    heads = argparse.ArgumentParser(add_help=False)
+    heads.add_argument("--heads", type=int, default=12, help="query heads (default 12)")
+    heads.add_argument("--kv-heads", type=int, default=2, help="key heads (default 2)")
+    heads.add_argument("--runs", type=int, default=5, help="timed runs of each (default 5; the median counts)")
+
     draw = commands.add_parser("plot", help="draw BASE.png and BASE.svg from what prefill --json wrote")
     draw.add_argument("json", nargs="+")
     draw.add_argument("--to", required=True, metavar="BASE")
     draw.add_argument("--attn", help="only these attentions")
     draw.add_argument("--lengths", help="only these lengths")
+
     command = commands.add_parser(
-        "prefill", help="time to first token, attention's share, density, peak memory, perplexity, tokens that differ")
+        "prefill", parents=[shared],
+        help="time to first token, attention's share, density, peak memory, perplexity, tokens that differ")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a GGUF file (dequantised), or a folder that save_pretrained wrote")
     what.add_argument("--shape", help="random weights in the shape of " + ", ".join(models.SHAPES) + ": time and memory only")
     command.add_argument("--lengths", default="8192", help="tokens of the prompts (default 8192)")
-    command.add_argument("--attn", default="sdpa,pbs",
-                         help="compared in turn, the first is the baseline: sdpa, flash, cudnn, efficient, math, or a method "
-                              "with settings, as pbs:top_p=0.8 (default sdpa,pbs)")
+    command.add_argument("--attn", default="sdpa,pbs", help=f"compared in turn, the first is the baseline: {kinds} (default sdpa,pbs)")
     command.add_argument("--text", help="a text file (default: the source of Python's standard library)")
     command.add_argument("--runs", type=int, default=3, help="timed runs of each (default 3; the median counts)")
     command.add_argument("--yarn", type=float, default=4.0,
                          help="factor of YaRN for prompts beyond the model's own length (default 4)")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    command.add_argument("--json", help="write the measurements to this file")
     command.add_argument("--plot", help="write BASE.png and BASE.svg", metavar="BASE")
+
+    command = commands.add_parser("op", parents=[shared, heads],
+                                  help="the time of one attention call on random tensors, its result checked first")
+    command.add_argument("--lengths", default="4096,8192", help="tokens (default 4096,8192)")
+    command.add_argument("--head-dims", default="128", help="head_dim (default 128)")
+    command.add_argument("--attn", default="sdpa,full,pbs:keep=density:density=0.2",
+                         help=f"compared in turn, the first is the baseline: {kinds} (default sdpa, full and pbs at density 0.2)")
+    command.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+
+    command = commands.add_parser("overhead", parents=[shared, heads],
+                                  help="host time of a call beyond the library's launches, and the time of first calls")
+    command.add_argument("--tokens", type=int, default=512, help="of the calls: few, so that a GPU never falls behind (default 512)")
+    command.add_argument("--head-dim", type=int, default=128)
+    command.add_argument("--attn", default="sdpa,full,pbs", help=f"{kinds} (default sdpa,full,pbs)")
     return parser
 
 
-def _device_name(device):
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{pbsattn._core.describe_cpu().processor}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+def main(arguments=None):
+    given = _parser().parse_args(arguments)
+    if given.command == "plot":
+        return _plot(given)
+    given.device = torch.device(given.device)
+    if given.device.type == "cuda" and given.device.index is None:
+        given.device = torch.device("cuda", torch.cuda.current_device())
+    given.attn = _attentions(given.attn)
+    if given.runs < 1:
+        raise ValueError(f"--runs {given.runs}: need at least 1")
+    if given.command == "prefill":
+        return _prefill(given)
+    if given.command == "op":
+        made, table = op.rates(given.attn, given.device, getattr(torch, given.dtype), given.heads, given.kv_heads,
+                               _numbers("--lengths", given.lengths), _numbers("--head-dims", given.head_dims), given.runs, _say)
+    else:
+        made, table = op.overhead(given.attn, given.device, given.heads, given.kv_heads, given.tokens, given.head_dim, given.runs)
+    print(f"{report.device_name(given.device)}; median of {given.runs} run(s)\n\n{table}")
+    _write(given, made)
+    return made
+
+
+def _attentions(text):
+    attentions = [Attention.parse(each) for each in text.split(",")]
+    if len({each.name for each in attentions}) != len(attentions):
+        raise ValueError(f"--attn {text}: names one twice")
+    return attentions
+
+
+def _numbers(option, text):
+    numbers = [int(each) for each in text.split(",") if each.strip().isdigit()]
+    if len(numbers) != len(text.split(",")) or min(numbers) < 1:
+        raise ValueError(f"{option} {text}: write whole numbers above 0 with commas between, as 8192,32768")
+    return numbers
+
+
+def _write(given, made):
+    for each in made:
+        each.update(report.origin(given.device, given.commit))
+    if given.json:
+        report.write_json(given.json, made)
 
 
 def _prompt(model, tokenizer, text, length, device):
     if tokenizer is None:
         return torch.randint(0, model.config.vocab_size, (1, length), device=device)
     return models.tokens(tokenizer, text, length, device)
-
-
-def main(arguments=None):
-    given = _parser().parse_args(arguments)
-    return _plot(given) if given.command == "plot" else _prefill(given)
 
 
 def _plot(given):
@@ -77,15 +129,9 @@ def _plot(given):
 
 
 def _prefill(given):
-    attentions = [Attention.parse(text) for text in given.attn.split(",")]
-    lengths = [int(text) for text in given.lengths.split(",")]
-    if len({each.name for each in attentions}) != len(attentions):
-        raise ValueError(f"--attn {given.attn}: names one twice")
-    if min(lengths) < 2 or given.runs < 1:
-        raise ValueError(f"--lengths {given.lengths}, --runs {given.runs}: need at least 2 tokens and 1 run")
-    device, dtype = torch.device(given.device), getattr(torch, given.dtype)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    lengths, device, dtype = _numbers("--lengths", given.lengths), given.device, getattr(torch, given.dtype)
+    if min(lengths) < 2:
+        raise ValueError(f"--lengths {given.lengths}: need at least 2 tokens")
     tokenizer, text = None, None
     if given.shape:
         model, name, source = models.make(given.shape, device, dtype), f"{given.shape}, random weights", "random tokens"
@@ -100,20 +146,19 @@ def _prefill(given):
         if tokenizer is not None:
             models.set_yarn(model, given.yarn if length > models.native_length(model) else 1)
         ids = _prompt(model, tokenizer, text, length, device)
-        results += prefill.measure(model, ids, attentions, given.runs, tokenizer is not None, _say)
-    print(f"{name}; {source}; {_device_name(device)}; median of {given.runs} run(s), "
+        results += prefill.measure(model, ids, given.attn, given.runs, tokenizer is not None, _say)
+    print(f"{name}; {source}; {report.device_name(device)}; median of {given.runs} run(s), "
           f"largest spread {report.spread_of(results):.0%}\n")
     print(report.table(results))
-    made = report.records(results, name, source, _device_name(device))
-    if given.json:
-        report.write_json(given.json, made)
+    made = report.records(results, name, source)
+    _write(given, made)
     if given.plot:
-        report.plot(made, given.plot, f"{name}\n{_device_name(device)}")
+        report.plot(made, given.plot, f"{name}\n{report.device_name(device)}")
     return results
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
         sys.exit(f"pbsattn.bench: {error}")

@@ -6,6 +6,7 @@ import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 import pbsattn.transformers
@@ -50,6 +51,14 @@ class Attention:
         backend = SDPA[self.name]
         with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
             yield
+
+    def compute(self, q, k, v, **kwargs):
+        """The attention of q [B, Hq, S, D] over k, v [B, Hkv, S, D]."""
+        if self.method is not None:
+            return pbsattn.attention(q, k, v, method=self.method, **self.settings, **kwargs)
+        backend = SDPA[self.name]
+        with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], **kwargs)
 
     @property
     def implementation(self):

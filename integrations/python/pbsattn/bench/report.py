@@ -6,6 +6,8 @@ import pathlib
 import statistics
 import subprocess
 
+import torch
+
 import pbsattn
 
 
@@ -14,7 +16,6 @@ def table(results):
     rows = [("tokens", "attention", "first token", "speed-up", "in attention", "density", "peak memory", "perplexity",
              "other tokens")]
     for base, result in _with_baseline(results):
-        show = lambda value, form: "" if value is None else form.format(value)
         change = "" if result is base or result.perplexity is None else f" ({result.perplexity / base.perplexity - 1:+.2%})"
         memory = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.2f} GiB"
         rows.append((
@@ -22,8 +23,18 @@ def table(results):
             f"{result.attention_seconds * 1e3:.1f} ms {result.attention_seconds / result.ttft:.0%}",
             show(result.density, "{:.3f}"), memory, show(result.perplexity, "{:.4f}") + change,
             show(result.differing, "{:.2%}")))
+    return aligned(rows)
+
+
+def show(value, form):
+    return "" if value is None else form.format(value)
+
+
+def aligned(rows):
+    """A table of strings, its first row the head; the column "attention" to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) if i != 1 else cell.ljust(width)
+    name = rows[0].index("attention")
+    return "\n".join("  ".join(cell.rjust(width) if i != name else cell.ljust(width)
                                for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
@@ -33,21 +44,41 @@ def _with_baseline(results):
         yield bases.setdefault(result.tokens, result), result
 
 
-def _commit():
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{pbsattn._core.describe_cpu().processor}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
+def commit():
+    """Of the tree that this file lies in; the version where it is installed."""
     here = pathlib.Path(__file__).parent
     git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return git.stdout.strip() if git.returncode == 0 else pbsattn.__version__
 
 
-def records(results, model, text, device, commit=None):
-    """The measurements in the form of every benchmark of this project (docs/architecture.md)."""
+def record(suite, case, params, metric, value, unit, peer=None, peer_value=None, ratio=None, runs=1, spread=0.0):
+    """A measurement in the form of every benchmark of this project (docs/architecture.md), but for `origin`."""
+    return dict(suite=suite, case=case, params=params, metric=metric, value=value, unit=unit, peer=peer,
+                peer_value=peer_value if peer else None, ratio=ratio if peer else None, runs=runs, spread=spread)
+
+
+def origin(device, name):
+    """What every record also has: where and when it was measured."""
+    return dict(device=device_name(device), commit=name or commit(), date=datetime.date.today().isoformat())
+
+
+def records(results, model, text):
+    """The records of a prefill."""
     made = []
     for base, result in _with_baseline(results):
         ttft = result.ttft
         spread = (max(result.seconds) - min(result.seconds)) / ttft
-        shared = dict(suite="prefill", case=result.attention, runs=len(result.seconds), device=device,
-                      commit=commit or _commit(), date=datetime.date.today().isoformat(),
-                      params=dict(model=model, text=text, n=result.tokens, layers_taken=result.layers))
+        params = dict(model=model, text=text, n=result.tokens, layers_taken=result.layers)
         # metric, value, unit, its own and the baseline's value for the ratio (above 1 is better for the attention)
         rows = [("time to first token", ttft, "s", ttft, base.ttft),
                 ("time in attention", result.attention_seconds, "s", result.attention_seconds, base.attention_seconds),
@@ -59,9 +90,9 @@ def records(results, model, text, device, commit=None):
             if value is None:
                 continue
             against = result is not base and own is not None and other is not None
-            made.append(dict(shared, metric=metric, value=value, unit=unit, peer=base.attention if against else None,
-                             peer_value=other if against else None, ratio=other / own if against else None,
-                             spread=spread if metric == "time to first token" else 0.0))
+            made.append(record("prefill", result.attention, params, metric, value, unit, base.attention if against else None,
+                               other, other / own if against else None, len(result.seconds),
+                               spread if metric == "time to first token" else 0.0))
     return made
 
 
