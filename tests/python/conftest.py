@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 import pbsattn
 
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from all the other animals in the wood " * 100
+
 
 def has_gpu():
     return pbsattn._core.has_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -19,6 +21,25 @@ def device(request):
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model and a tokenizer, as save_pretrained writes them, and a text."""
+    import tokenizers
+    import transformers
+
+    path = tmp_path_factory.mktemp("model")
+    words = {word: i for i, word in enumerate(sorted(set(TEXT.split())) + ["<unk>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=1000)).save_pretrained(path)
+    (path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return path
 
 
 def qkv(device, q_len=700, kv_len=None, batch=1, q_heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16):

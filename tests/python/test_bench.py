@@ -8,29 +8,11 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-import tokenizers  # noqa: E402
-
 from pbsattn.bench import __main__ as program  # noqa: E402
 from pbsattn.bench import models, op, prefill  # noqa: E402
 from pbsattn.bench.attentions import Attention  # noqa: E402
 
-TEXT = "the quick brown fox jumps over the lazy dog and runs away from all the other animals in the wood " * 100
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model and a tokenizer, as save_pretrained writes them, and a text."""
-    path = tmp_path_factory.mktemp("model")
-    words = {word: i for i, word in enumerate(sorted(set(TEXT.split())) + ["<unk>"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=1000)).save_pretrained(path)
-    (path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return path
+from conftest import TEXT  # noqa: E402
 
 
 def run(folder, *arguments):

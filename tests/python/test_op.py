@@ -192,3 +192,15 @@ def test_workspace_cap(device):
     assert torch.equal(*outs)
     with pytest.raises(MemoryError, match="cap"):
         pbsattn.plan(workspace_cap=1000, **shape)
+
+
+def test_trace_tells_what_was_decided(device):
+    q, k, v = qkv(device, q_len=300, kv_len=1000, q_heads=4, kv_heads=2)
+    out, trace = pbsattn.trace(q, k, v, top_p=0.5)
+    assert torch.equal(out, pbsattn.attention(q, k, v, top_p=0.5))
+    assert trace.first_row == 5 and trace.kept.shape == (1, 4, 3, 8) and trace.order.shape == (1, 4, 1000)
+    assert int(trace.kept.sum()) == trace.stats.visited_blocks
+    assert all(sorted(order) == list(range(1000)) for order in trace.order[0].tolist())
+    assert torch.equal(trace.order // 256, (torch.arange(1000) // 256).expand(1, 4, 1000)), "keys stay in their segments"
+    _, whole = pbsattn.trace(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), method="full", layout="bshd")
+    assert torch.equal(whole.kept, torch.ones(3, 8, dtype=torch.bool).tril(5).expand(1, 4, 3, 8))

@@ -1,4 +1,6 @@
-"""python -m pbsattn: what this installation computes on, and the methods it knows."""
+"""python -m pbsattn: what this installation computes on, and the methods it knows. python -m pbsattn eval: evaluations."""
+
+import sys
 
 import torch
 
@@ -30,12 +32,23 @@ def _print_table(title, rows):
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[-1])
 
 
-def main():
+def _list():
     print(f"pbsattn {__version__}, PyTorch {torch.__version__}\n")
     _print_table("devices", _devices())
     print()
     _print_table("methods", METHODS.items())
 
 
+def main(arguments):
+    command, *rest = arguments or [""]
+    if command == "":
+        return _list()
+    if command == "eval":
+        from .eval import program
+
+        return program.run_main(rest)
+    return f'pbsattn: command "{command}": no such command; there is eval, and without a command the devices and methods'
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,7 @@
 """The pbsattn library: options, plans and tables. Tensors are addresses and strides."""
 
+import numpy
+
 has_cuda: bool
 
 # (address, dtype, batch stride, head stride, token stride)
@@ -34,6 +36,19 @@ class Stats:
     @property
     def seconds(self) -> float: ...
 
+class Trace:
+    """What one run decided: see pbsattn::Trace."""
+
+    first_row: int
+    rows: int
+    blocks: int
+    @property
+    def order(self) -> numpy.ndarray: ...
+    @property
+    def row_start(self) -> numpy.ndarray: ...
+    @property
+    def block(self) -> numpy.ndarray: ...
+
 class Plan:
     def __init__(self, options: Options, device: str, index: int, threads: int,
                  shape: tuple[int, int, int, int, int, int], workspace_cap: int | None = None) -> None: ...
@@ -45,3 +60,5 @@ class Plan:
     def options(self) -> Options: ...
     def run(self, q: _View, k: _View, v: _View, out: _View, lse: int, workspace: int, workspace_size: int, stream: int,
             stats: bool) -> Stats | None: ...
+    def trace(self, q: _View, k: _View, v: _View, out: _View, lse: int, workspace: int, workspace_size: int,
+              stream: int) -> tuple[Stats, Trace]: ...

@@ -1,12 +1,13 @@
 """The op pbsattn::attention: registered with PyTorch, so that compilers and graphs see one node."""
 
 import ast
+import dataclasses
 import threading
 
 import torch
 
 from . import _core
-from ._plan import check_tensor, plan_of, run
+from ._plan import check_inputs, check_tensor, plan_of, run
 
 _library = torch.library.Library("pbsattn", "DEF")
 # `settings` are the options that replace the method's own, written as "name=value,name=value": a schema can't be added to
@@ -32,8 +33,8 @@ def _read_settings(settings):
     return options
 
 
-def _compute(q, k, v, method, settings, layout, return_lse, stats):
-    """Output, log-sum-exp or None, and Stats or None."""
+def _compute(q, k, v, method, settings, layout, return_lse, stats, trace=False):
+    """Output, log-sum-exp or None, and what run() gives."""
     index = q.get_device()
     key = (method, settings, layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, index, k.get_device(),
            v.get_device(), torch.get_num_threads() if index < 0 else 0)
@@ -44,7 +45,7 @@ def _compute(q, k, v, method, settings, layout, return_lse, stats):
         workspace = _cpu_workspace(plan.workspace_size)
     else:
         workspace = q.new_empty(-(-plan.workspace_size // q.element_size()))  # bytes, in elements of q
-    ran = run(plan, q, k, v, out, lse, workspace, layout, stats)
+    ran = run(plan, q, k, v, out, lse, workspace, layout, stats, trace)
     return out, lse, ran
 
 
@@ -131,3 +132,29 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str 
     out, lse = torch.ops.pbsattn.attention.default(q, k, v, method=method, settings=settings, layout=layout,
                                                    return_lse=return_lse)
     return (out, lse) if return_lse else out
+
+
+@dataclasses.dataclass
+class Trace:
+    """What one call decided. Row r holds the queries of token block first_row + r; tensors are on the CPU."""
+
+    first_row: int
+    order: torch.Tensor  # int32 [B, Hq, Skv]: the token whose key stands at each slot of the permuted sequence
+    kept: torch.Tensor  # bool [B, Hq, rows, key blocks]: what each row attends to; blocks of the row's own segment mean
+    # tokens in their original order, any other slots of the permuted sequence
+    stats: _core.Stats
+
+
+def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", layout: str = "bhsd",
+          **options: float | int | str | None) -> tuple[torch.Tensor, Trace]:
+    """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`."""
+    check_inputs(q, k, v, layout)
+    with torch.no_grad():
+        out, _, (stats, raw) = _compute(q, k, v, method, _write_settings(options), layout, False, True, trace=True)
+    batch, heads = q.shape[0], q.shape[1 if layout == "bhsd" else 2]
+    starts, blocks = torch.from_numpy(raw.row_start), torch.from_numpy(raw.block).long()
+    rows = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+    kept = torch.zeros(batch * heads * raw.rows, raw.blocks, dtype=torch.bool)
+    kept[rows, blocks] = True
+    order = torch.from_numpy(raw.order).clone().view(batch, heads, -1)
+    return out, Trace(raw.first_row, order, kept.view(batch, heads, raw.rows, raw.blocks), stats)

@@ -107,16 +107,17 @@ def current_stream(index):
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", current_stream)
 
 
-def run(plan, q, k, v, out, lse, workspace, layout, stats=False):
-    """Runs a plan on tensors that go with it."""
+def run(plan, q, k, v, out, lse, workspace, layout, stats=False, trace=False):
+    """Runs a plan on tensors that go with it. Returns Stats or None, with `trace` Stats and Trace."""
     q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
     if q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1:
         for name, tensor, stride in (("q", q, q_stride), ("k", k, k_stride), ("v", v, v_stride)):
             check_stride(name, tensor, stride)
     index = q.get_device()
-    return plan.run(_view(q, q_stride, layout), _view(k, k_stride, layout), _view(v, v_stride, layout),
-                    _view(out, out.stride(), layout), 0 if lse is None else lse.data_ptr(), workspace.data_ptr(),
-                    workspace.nbytes, current_stream(index) if index >= 0 else 0, stats)
+    given = (_view(q, q_stride, layout), _view(k, k_stride, layout), _view(v, v_stride, layout),
+             _view(out, out.stride(), layout), 0 if lse is None else lse.data_ptr(), workspace.data_ptr(),
+             workspace.nbytes, current_stream(index) if index >= 0 else 0)
+    return plan.trace(*given) if trace else plan.run(*given, stats)
 
 
 class Plan:

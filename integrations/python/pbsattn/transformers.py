@@ -271,8 +271,8 @@ def enable(model, *, method="pbs", min_tokens=None, layers=None, stats=False, **
         raise TypeError(f"model: a {type(model).__name__}; pass a transformers PreTrainedModel")
     if model.config._attn_implementation == NAME:
         raise RuntimeError(f"{type(model).__name__}: pbsattn is enabled already; disable it first, to change its settings")
-    # Checks the options now, not in the middle of a prefill.
-    _core.Plan(_core.options(method, **options), "cpu", 0, 1, (1, 1, 1, 1, 1, 64))
+    # Checks the options now, not in the middle of a prefill; the reference takes whatever one of the devices takes.
+    _core.Plan(_core.options(method, **options), "reference", 0, 1, (1, 1, 1, 1, 1, 64))
     modules = _attention_modules(model)
     if not modules or not model._can_set_attn_implementation():
         raise ValueError(f"{type(model).__name__}: has no causal attention that goes through transformers' AttentionInterface")

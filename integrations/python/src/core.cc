@@ -3,6 +3,7 @@
 // It knows no framework. Tensors arrive as addresses and strides and the stream as a handle, so the module
 // depends on no version of PyTorch; pbsattn/_op.py takes tensors apart.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -196,18 +197,39 @@ View to_view(const ViewTuple& v) {
           .token_stride = std::get<4>(v)};
 }
 
-std::optional<pbsattn::Stats> run(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
-                                  const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace,
-                                  std::size_t workspace_size, std::uintptr_t stream, bool want_stats) {
+void run_plan(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
+              const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace, std::size_t workspace_size,
+              std::uintptr_t stream, pbsattn::Stats* stats, pbsattn::Trace* trace) {
   const nb::gil_scoped_release unlocked;
-  std::optional<pbsattn::Stats> stats;
-  if (want_stats) stats.emplace();
   plan.run(
       {.q = to_view<pbsattn::ConstView>(q), .k = to_view<pbsattn::ConstView>(k), .v = to_view<pbsattn::ConstView>(v)},
       {.out = to_view<pbsattn::View>(out), .lse = reinterpret_cast<float*>(lse)},
       {reinterpret_cast<std::byte*>(workspace), workspace_size}, pbsattn::Stream{reinterpret_cast<void*>(stream)},
-      want_stats ? &*stats : nullptr);
+      stats, trace);
+}
+
+std::optional<pbsattn::Stats> run(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
+                                  const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace,
+                                  std::size_t workspace_size, std::uintptr_t stream, bool want_stats) {
+  std::optional<pbsattn::Stats> stats;
+  if (want_stats) stats.emplace();
+  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, want_stats ? &*stats : nullptr, nullptr);
   return stats;
+}
+
+std::tuple<pbsattn::Stats, pbsattn::Trace> trace(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k,
+                                                 const ViewTuple& v, const ViewTuple& out, std::uintptr_t lse,
+                                                 std::uintptr_t workspace, std::size_t workspace_size,
+                                                 std::uintptr_t stream) {
+  std::tuple<pbsattn::Stats, pbsattn::Trace> made;
+  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, &std::get<0>(made), &std::get<1>(made));
+  return made;
+}
+
+// A vector of an object as an array that keeps the object alive.
+template <class T>
+auto array_of(std::vector<T>& values) {
+  return nb::ndarray<nb::numpy, T, nb::ndim<1>>(values.data(), {values.size()}, nb::handle());
 }
 
 void translate(const std::exception_ptr& thrown, void* /*unused*/) {
@@ -273,12 +295,25 @@ NB_MODULE(_core, module) {
                ")";
       });
 
+  nb::class_<pbsattn::Trace>(module, "Trace", "What one run decided; see pbsattn::Trace.")
+      .def_ro("first_row", &pbsattn::Trace::first_row)
+      .def_ro("rows", &pbsattn::Trace::rows)
+      .def_ro("blocks", &pbsattn::Trace::blocks)
+      .def_prop_ro(
+          "order", [](pbsattn::Trace& trace) { return array_of(trace.order); }, nb::rv_policy::reference_internal)
+      .def_prop_ro(
+          "row_start", [](pbsattn::Trace& trace) { return array_of(trace.row_start); },
+          nb::rv_policy::reference_internal)
+      .def_prop_ro(
+          "block", [](pbsattn::Trace& trace) { return array_of(trace.block); }, nb::rv_policy::reference_internal);
+
   nb::class_<pbsattn::Plan>(module, "Plan", "A checked configuration; see pbsattn::Plan.")
       .def(nb::new_(&make_plan), "options"_a, "device"_a, "index"_a, "threads"_a, "shape"_a,
            "workspace_cap"_a = nb::none())
       .def_prop_ro("workspace_size", &pbsattn::Plan::workspace_size)
       .def_prop_ro("path", [](const pbsattn::Plan& plan) { return std::string(plan.path()); })
       .def_prop_ro("options", [](const pbsattn::Plan& plan) { return plan.options(); })
-      .def("run", &run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a,
-           "stats"_a);
+      .def("run", &run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a, "stats"_a)
+      .def("trace", &trace, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a,
+           "A run that waits for its work and tells what it did and decided.");
 }

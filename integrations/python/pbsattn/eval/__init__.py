@@ -1,0 +1,1 @@
+"""Evaluations of methods on a model: python -m pbsattn eval --help, docs/eval.md."""

@@ -1,0 +1,205 @@
+"""What runs the models. An engine turns text into tokens, scores a text, and answers a prompt, under an attention."""
+
+import dataclasses
+import time
+import warnings
+
+import torch
+
+import pbsattn
+import pbsattn.transformers
+from pbsattn.bench import models
+from pbsattn.bench.attentions import Attention
+
+from . import kind
+
+_HEAD_ROWS = 1024  # positions that go through the output layer at a time: 152K logits each are 0.6 GB
+
+
+def options_of(attention):
+    """Every option of a method with its value, so that a run's folder says what a name stood for; {} for PyTorch's own."""
+    if attention.method is None:
+        return {}
+    settings = {k: v for k, v in attention.settings.items() if k not in ("min_tokens", "layers")}
+    return {**attention.settings, **pbsattn._core.options(attention.method, **settings).as_dict()}
+
+
+def versions():
+    import transformers
+
+    return {"pbsattn": pbsattn.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def device_name(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return pbsattn._core.describe_cpu().processor
+
+
+def fill_in(given):
+    """Puts in the defaults that depend on the machine."""
+    if given.device is None:
+        given.device = "cuda" if given.engine == "transformers" and torch.cuda.is_available() else "cpu"
+    if given.dtype is None:
+        given.dtype = "float32" if torch.device(given.device).type == "cpu" else "bfloat16"
+
+
+def make(given, say):
+    if given.engine == "llama":
+        from .llama import LlamaEngine
+
+        return LlamaEngine(given.model, given.program)
+    say(f"loading {given.model}")
+    model, tokenizer = models.load(given.model, torch.device(given.device), getattr(torch, given.dtype))
+    return Engine(model, tokenizer, given.yarn)
+
+
+@dataclasses.dataclass
+class Prefill:
+    """What one prefill under an attention did."""
+
+    hidden: torch.Tensor  # [tokens, width]: what goes into the output layer
+    density: float
+    layers: list[float]  # density of each layer
+    seconds: float
+
+
+@dataclasses.dataclass
+class Answer:
+    text: str
+    tokens: list[int]
+    density: float
+    seconds: float  # of prefill and decoding
+
+
+class Engine:
+    """A transformers model, on the CPU or a GPU.
+
+    A prompt goes in whole under the attention given, however short; what is decoded then goes through PyTorch's SDPA.
+    """
+
+    name = "transformers"
+    FULL = Attention.parse("full")
+
+    def __init__(self, model, tokenizer, yarn=4.0):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.yarn = yarn
+        self.device = next(model.parameters()).device
+
+    # --------------------------------------------------------------------------------------------- text
+
+    def encode(self, text) -> list[int]:
+        return self.tokenizer(text, verbose=False).input_ids
+
+    def tensor(self, ids):
+        return torch.tensor(ids, device=self.device)
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def chat(self, prompt) -> list[int]:
+        """A user's message as the model's chat template has it, up to where the answer begins; as it is without one."""
+        if not self.tokenizer.chat_template:
+            return self.encode(prompt)
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                                  add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    # ------------------------------------------------------------------------------------------- prefill
+
+    def attend(self, attention):
+        """The model under an attention, for a `with` block. Short prompts are pbsattn's here, too."""
+        if attention.method is None:
+            return attention.on(self.model)
+        settings = {"min_tokens": 2, **attention.settings}
+        return Attention(attention.name, attention.method, settings).on(self.model, stats=True)
+
+    def stretch(self, tokens):
+        """Positions by YaRN where a prompt is longer than the model's own length, and as trained where it isn't."""
+        models.set_yarn(self.model, self.yarn if tokens > models.native_length(self.model) else 1)
+
+    def densities(self, attention):
+        """Density of each layer of the last prefill, under attend(). Raises Unsupported where a layer fell back."""
+        if attention.method is None:
+            return [1.0] * self.model.config.num_hidden_layers
+        stats = pbsattn.transformers.stats(self.model)
+        left = next((each for each in stats if each.left), None)
+        if left is not None:
+            raise kind.Unsupported(f"layer {left.layer} went to SDPA: {left.reason}")
+        return [each.density for each in stats]
+
+    @torch.no_grad()
+    def prefill(self, ids, attention) -> Prefill:
+        """Runs a prompt, a list of tokens, through the model."""
+        self.stretch(len(ids))
+        ids = self.tensor([ids])
+        with self.attend(attention), _quiet():
+            start = time.perf_counter()
+            hidden = self.model.model(ids, use_cache=False).last_hidden_state[0]
+            self._wait()
+            seconds = time.perf_counter() - start
+            layers = self.densities(attention)
+        return Prefill(hidden, sum(layers) / len(layers), layers, seconds)
+
+    def logits(self, hidden):
+        """Of each position of `hidden`, [positions, vocabulary], float32."""
+        config = self.model.config
+        if getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_scaling", 1) != 1:
+            raise kind.Unsupported(f"{type(self.model).__name__} changes its logits after the output layer")
+        return self.model.get_output_embeddings()(hidden).float()
+
+    @torch.no_grad()
+    def losses(self, hidden, targets, reference=None):
+        """Of each position: -log of the target's probability; with another run's `reference` hidden states also
+        KL(reference || run) in nats and whether the most likely tokens are the same. float32 [positions], on the CPU.
+
+        The logits of both are made some rows at a time, because those of all positions would fill a GPU.
+        """
+        nll, divergence, same = [], [], []
+        for at in range(0, len(targets), _HEAD_ROWS):
+            rows = slice(at, at + _HEAD_ROWS)
+            log_q = self.logits(hidden[rows]).log_softmax(-1)
+            nll.append(-log_q.gather(1, targets[rows, None])[:, 0])
+            if reference is not None:
+                log_p = self.logits(reference[rows]).log_softmax(-1)
+                same.append(log_p.argmax(-1) == log_q.argmax(-1))
+                divergence.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_(min=0))
+        join = lambda parts: torch.cat(parts).float().cpu() if parts else None
+        return join(nll), join(divergence), join(same)
+
+    @torch.no_grad()
+    def answer(self, ids, attention, max_new_tokens) -> Answer:
+        """Continues a prompt greedily, until the model ends its turn."""
+        import transformers
+
+        limits = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._ends(), pad_token_id=self._ends()[0])
+        self.stretch(len(ids) + max_new_tokens)
+        prompt = self.tensor([ids])
+        with self.attend(attention), _quiet():
+            start = time.perf_counter()
+            out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=limits)
+            tokens = out[0, len(ids):].tolist()
+            seconds = time.perf_counter() - start
+            layers = self.densities(attention)
+        return Answer(self.decode(tokens), tokens, sum(layers) / len(layers), seconds)
+
+    def _ends(self):
+        """Tokens that end an answer."""
+        configured = self.model.generation_config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        ends = [end for end in (*ends, self.tokenizer.eos_token_id) if end is not None]
+        return list(dict.fromkeys(ends)) or [0]
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _quiet(warnings.catch_warnings):
+    """Without warnings of what goes to SDPA: densities() tells it."""
+
+    def __enter__(self):
+        super().__enter__()
+        warnings.simplefilter("ignore", pbsattn.transformers.FallbackWarning)

@@ -1,0 +1,118 @@
+"""eval ppl: what an attention costs in likelihood on long texts."""
+
+import hashlib
+import pathlib
+
+from . import kind
+
+BLOCK = 256  # tokens whose mean is one unit of the intervals: neighbouring tokens' losses hang together
+
+
+def text_identity(path):
+    """A text as run.json holds it."""
+    data = pathlib.Path(path).read_bytes()
+    return {"name": pathlib.Path(path).name, "sha256": hashlib.sha256(data).hexdigest()[:16]}
+
+
+def read_text(path):
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"text {path}: no such file; name one in UTF-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {path}: not UTF-8 at byte {error.start}; convert it") from None
+
+
+def document(engine, path, tokens):
+    """The first tokens of a text. ValueError if it has fewer."""
+    text = read_text(path)
+    ids = engine.encode(text[:8 * tokens])  # characters: more than any text needs, and tokenizing a long one takes its time
+    if len(ids) < tokens:
+        ids = engine.encode(text)
+    if len(ids) < tokens:
+        raise ValueError(f"text {path}: {len(ids)} tokens, {tokens} needed; pass a longer text or smaller --lengths")
+    return ids[:tokens]
+
+
+def add_documents(parser, lengths):
+    """The options that name the documents of a run."""
+    parser.add_argument("--text", action="append", required=True, metavar="FILE", help="a text in UTF-8; may be repeated")
+    parser.add_argument("--lengths", default=lengths, metavar="N,N,...",
+                        help=f"tokens of each text from its beginning (default {lengths})")
+
+
+def documents(given):
+    """(name, path, tokens) of every document."""
+    try:
+        lengths = [int(each) for each in given.lengths.split(",")]
+    except ValueError:
+        raise ValueError(f"--lengths {given.lengths}: not numbers with commas between") from None
+    if min(lengths) < 2 * BLOCK:
+        raise ValueError(f"--lengths {given.lengths}: {min(lengths)} is under {2 * BLOCK} tokens")
+    names = [pathlib.Path(path).stem for path in given.text]
+    if len(set(names)) != len(names):
+        raise ValueError(f"--text {' '.join(given.text)}: two texts of one name; rename one")
+    return [(name, path, n) for name, path in zip(names, given.text) for n in lengths]
+
+
+class Kind(kind.KindBase):
+    engines = ("transformers",)
+    metrics = (
+        kind.Metric("nll", "nats"),
+        kind.Metric("kl", "nats", change=False),
+        kind.Metric("top1", "", "{:.3f}", change=False),
+    )
+
+    def add_arguments(self, parser):
+        add_documents(parser, "8192")
+        parser.add_argument("--judge", default="half", metavar="N",
+                            help="tokens at the end of each document whose likelihood counts: a number, half (default) or all; "
+                                 "early ones see few blocks, so that nothing can be left out")
+
+    def check(self, given):
+        for name, path, tokens in documents(given):
+            read_text(path)
+            if self._judged(given, tokens) < BLOCK:
+                raise ValueError(f"--judge {given.judge}: under {BLOCK} tokens, the least that a mean is taken over")
+
+    def identity(self, name, value):
+        return [text_identity(path) for path in value] if name == "text" else value
+
+    def items(self, given, engine):
+        made = []
+        for name, path, tokens in documents(given):
+            params = dict(text=name, tokens=tokens, judged=self._judged(given, tokens))
+            made.append(kind.Item(f"{name}-{tokens}", f"{name} {tokens}", params, document(engine, path, tokens)))
+        return made
+
+    @staticmethod
+    def _judged(given, tokens):
+        """How many tokens count: whole blocks, and never the first token, which nothing predicts."""
+        if given.judge in ("half", "all"):
+            count = tokens // 2 if given.judge == "half" else tokens - 1
+        else:
+            try:
+                count = int(given.judge)
+            except ValueError:
+                raise ValueError(f"--judge {given.judge}: neither a number nor half nor all") from None
+        return min(count, tokens - 1) // BLOCK * BLOCK
+
+    def prepare(self, engine, item, attentions):
+        """Full attention's last hidden states: its logits are made of them again where they are needed."""
+        full = engine.prefill(item.data, engine.FULL)
+        return {"hidden": self._end(full.hidden, item), "full": full}
+
+    @staticmethod
+    def _end(hidden, item):
+        """The positions that predict the judged tokens."""
+        return hidden[-item.params["judged"] - 1:-1]
+
+    def measure(self, engine, item, attention, state):
+        run = state["full"] if attention == engine.FULL else engine.prefill(item.data, attention)
+        targets = engine.tensor(item.data[-item.params["judged"]:])
+        nll, kl, same = engine.losses(self._end(run.hidden, item), targets, state["hidden"])
+        blocks = {name: [round(float(mean), 6) for mean in values.view(-1, BLOCK).mean(1)]
+                  for name, values in (("nll", nll), ("kl", kl), ("top1", same))}
+        return {"metrics": {name: sum(means) / len(means) for name, means in blocks.items()}, "units": blocks,
+                "density": run.density, "layers": run.layers, "seconds": run.seconds}

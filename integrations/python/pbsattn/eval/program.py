@@ -1,0 +1,190 @@
+"""python -m pbsattn eval KIND: methods on a model, item by item, and a table of how they compare with full attention."""
+
+import argparse
+import datetime
+import json
+import pathlib
+import platform
+import shlex
+import sys
+
+from . import folder, kind, summary
+
+
+def _say(message):
+    print(message, file=sys.stderr, flush=True)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m pbsattn eval", description=__doc__)
+    commands = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for name, text in kind.KINDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        _add_shared(command)
+        kind.load(name).add_arguments(command.add_argument_group("of " + name))
+    again = commands.add_parser("table", help="print the table of a run's folder again")
+    again.add_argument("folder")
+    again.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
+    return parser
+
+
+def _add_shared(command):
+    command.add_argument("--model", required=True,
+                         help="a GGUF file (dequantised by transformers), or a folder that save_pretrained wrote")
+    command.add_argument("--methods", default="pbs", metavar="SPEC,SPEC,...",
+                         help="methods with settings, as pbs:top_p=0.8:dense_last_rows=1; NAME=A/B/C is one method for each "
+                              "number; full always runs and comes first (default pbs)")
+    command.add_argument("--out", metavar="FOLDER", help="of the run (default eval-runs/KIND-MODEL); a run that was stopped "
+                                                         "goes on where it was")
+    command.add_argument("--engine", default="transformers", choices=["transformers", "llama"])
+    command.add_argument("--program", default="pbsattn", help="of the engine llama (default pbsattn, on PATH)")
+    command.add_argument("--device", help="cpu or cuda (default cuda where there is one)")
+    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
+                         help="of the model (default bfloat16 on cuda, float32 on the CPU)")
+    command.add_argument("--yarn", type=float, default=4.0,
+                         help="factor of YaRN for what is longer than the model's own length (default 4)")
+    command.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
+
+
+_SHARED = {"kind", "model", "methods", "out", "engine", "program", "device", "dtype", "yarn", "json"}
+
+
+def expand(text):
+    """Method specs of a list, NAME=A/B/C taken apart; full first."""
+    specs = []
+    for spec in text.split(","):
+        made = [""]
+        for part in spec.strip().split(":"):
+            name, equals, values = part.partition("=")
+            several = values.split("/") if equals and all(map(_is_number, values.split("/"))) else [values]
+            made = [f"{head}{':' if head else ''}{name}{equals}{value}" for head in made for value in several]
+        specs += made
+    if "" in specs:
+        raise ValueError(f'--methods "{text}": names an empty method; write, say, pbs:top_p=0.8/0.9,pbs-threshold')
+    return list(dict.fromkeys([summary.BASELINE, *specs]))
+
+
+def _is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _header(given, the_kind, attentions, argv):
+    from . import engines
+
+    path = pathlib.Path(given.model)
+    own = {name: the_kind.identity(name, value) for name, value in sorted(vars(given).items()) if name not in _SHARED}
+    return {
+        "kind": given.kind,
+        "command": shlex.join(["python", "-m", "pbsattn", "eval", *argv]),
+        "date": datetime.date.today().isoformat(),
+        "model": {"name": path.name, "bytes": path.stat().st_size if path.is_file() else None},
+        "engine": given.engine,
+        "options": {"dtype": given.dtype, "yarn": given.yarn, **own},
+        "methods": {each.name: engines.options_of(each) for each in attentions},
+        "versions": {**engines.versions(), "python": platform.python_version()},
+        "device": engines.device_name(given.device),
+    }
+
+
+def _run(given, argv):
+    from . import engines  # PyTorch comes in here
+
+    the_kind = kind.load(given.kind)
+    if given.engine not in the_kind.engines:
+        raise ValueError(f"--engine {given.engine}: {given.kind} runs on {', '.join(the_kind.engines)} only")
+    engines.fill_in(given)
+    attentions = [engines.Attention.parse(spec) for spec in expand(given.methods)]
+    the_kind.check(given)
+    out = given.out or pathlib.Path("eval-runs", f"{given.kind}-{pathlib.Path(given.model).stem}")
+    header = _header(given, the_kind, attentions, argv)
+    with folder.RunFolder(out, header) as run:
+        if run.done:
+            _say(f"{out}: goes on; {len(run.done)} record(s) are there")
+        try:
+            engine = engines.make(given, _say)
+            items = the_kind.items(given, engine)
+            _measure(run, given.kind, the_kind, engine, items, attentions)
+        except KeyboardInterrupt:
+            _say(f"\npbsattn eval: interrupted; {len(run.done)} record(s) are kept in {out}: run the same command to go on")
+            return 130
+        wanted = {(item.id, each.name) for item in items for each in attentions}
+        records = [run.done[item.id, each.name] for item in items for each in attentions]
+        if extra := set(run.done) - wanted:
+            raise ValueError(f"{out}: holds {len(extra)} record(s) that this run has no items for; pass another --out")
+    return _finish(pathlib.Path(out), folder.read_header(out), the_kind, records, given.json)
+
+
+def _measure(run, name, the_kind, engine, items, attentions):
+    import tqdm
+
+    total = len(items) * len(attentions)
+    with tqdm.tqdm(total=total, initial=len(run.done), unit="", file=sys.stderr, dynamic_ncols=True) as bar:
+        for item in items:
+            left = [each for each in attentions if (item.id, each.name) not in run.done]
+            if not left:
+                continue
+            bar.set_description_str(item.id)
+            state, failure = None, None
+            try:
+                state = the_kind.prepare(engine, item, left)
+            except kind.Unsupported as reason:
+                failure = str(reason)
+            for attention in left:
+                bar.set_postfix_str(attention.name)
+                record = {"kind": name, "item": item.id, "group": item.group, "method": attention.name,
+                          "params": item.params}
+                if failure is None:
+                    try:
+                        record.update(the_kind.measure(engine, item, attention, state))
+                    except (kind.Unsupported, NotImplementedError) as reason:
+                        record["error"] = str(reason)
+                else:
+                    record["error"] = failure
+                run.add(record)
+                bar.update()
+
+
+def _finish(out, header, the_kind, records, to_json):
+    rows = summary.rows(records, the_kind.metrics, list(header["methods"]))
+    made = summary.as_json(rows, header)
+    folder.write_whole(out / "summary.json", json.dumps(made, indent=1) + "\n")
+    text = "\n".join([f"{header['model']['name']}, {header['engine']}, {header['device']}; {header['kind']} in {out}", "",
+                      summary.table(rows, the_kind.metrics), the_kind.report(records), *summary.errors(records)])
+    if to_json == "-":
+        print(json.dumps(made, indent=1))
+    else:
+        print(text.rstrip())
+        if to_json:
+            folder.write_whole(to_json, json.dumps(made, indent=1) + "\n")
+    return 0
+
+
+def _again(given):
+    header = folder.read_header(given.folder)
+    if header["kind"] not in kind.KINDS:
+        raise ValueError(f"{given.folder}: kind \"{header['kind']}\" is none of {', '.join(kind.KINDS)}")
+    path = pathlib.Path(given.folder)
+    records = list(folder.read_items(path / "items.jsonl"))
+    return _finish(path, header, kind.load(header["kind"]), records, given.json)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    given = _parser().parse_args(argv)
+    return _again(given) if given.kind == "table" else _run(given, argv)
+
+
+def run_main(argv=None):
+    """main(), with what may go wrong told in one line."""
+    try:
+        return main(argv)
+    except (ValueError, OSError, NotImplementedError, RuntimeError, MemoryError) as error:
+        _say(f"pbsattn eval: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _say("pbsattn eval: interrupted; nothing had begun")
+        return 130

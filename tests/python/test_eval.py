@@ -1,0 +1,230 @@
+"""python -m pbsattn eval, on a small random model: what it measures, and that nothing finished is ever lost."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import pbsattn
+
+transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
+
+from pbsattn.eval import folder as folders  # noqa: E402
+from pbsattn.eval import kind, ppl, program, summary  # noqa: E402
+
+
+def ppl_arguments(folder, out, *arguments):
+    return ["ppl", "--model", str(folder), "--text", str(folder / "text.txt"), "--lengths", "800", "--judge", "all", "--methods",
+            "pbs:top_p=0.1/1.0", "--device", "cpu", "--out", str(out), *arguments]
+
+
+def items_of(out):
+    lines = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("run")
+    assert program.main(ppl_arguments(folder, out)) == 0
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ ppl
+
+
+def test_ppl_measures_likelihood_and_divergence(finished, folder):
+    full, sparse, whole = items_of(finished)
+    assert [full["method"], sparse["method"], whole["method"]] == ["full", "pbs:top_p=0.1", "pbs:top_p=1.0"]
+    assert full["density"] == 1.0 and full["metrics"]["kl"] == 0 and full["metrics"]["top1"] == 1
+    assert sparse["density"] < 1 and sparse["metrics"]["kl"] > 0 and len(sparse["units"]["nll"]) == 3
+    assert whole["density"] == 1.0 and whole["metrics"]["kl"] < 1e-6
+    assert whole["metrics"]["nll"] == pytest.approx(full["metrics"]["nll"], abs=1e-5)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer((folder / "text.txt").read_text()).input_ids[:800]])
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    assert full["metrics"]["nll"] == pytest.approx(float(losses[-768:].mean()), abs=1e-4)
+
+
+def test_ppl_prints_a_table_and_writes_it_as_json(finished, capsys, tmp_path):
+    assert program.main(["table", str(finished), "--json", str(tmp_path / "rows.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "pbs:top_p=0.1" in printed and "nll (nats)" in printed and "text 800" in printed
+    made = json.loads((tmp_path / "rows.json").read_text())
+    assert made == json.loads((finished / "summary.json").read_text())
+    keys = {"suite", "case", "params", "metric", "value", "unit", "peer", "peer_value", "ratio", "runs", "spread",
+            "device", "commit", "date"}
+    assert all(keys <= set(each) for each in made)
+    [change] = [each for each in made if each["case"] == "pbs:top_p=0.1" and each["metric"] == "nll"]
+    assert change["peer"] == "full" and change["low"] <= change["change"] <= change["high"]
+
+
+def test_losses_are_made_in_parts(folder, monkeypatch):
+    from pbsattn.eval import engines
+
+    engine = engines.Engine(*engines.models.load(folder, torch.device("cpu"), torch.float32))
+    hidden, other = torch.randn(2, 300, 128)
+    targets = torch.randint(0, 10, (300,))
+    whole = engine.losses(hidden, targets, other)
+    monkeypatch.setattr(engines, "_HEAD_ROWS", 128)
+    for part, expected in zip(engine.losses(hidden, targets, other), whole):
+        torch.testing.assert_close(part, expected)
+    assert engine.losses(hidden, targets)[1] is None
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+@pytest.mark.parametrize("lines, torn", [(0, ""), (1, ""), (2, '{"kind": "ppl", "it')])
+def test_a_stopped_run_goes_on_to_the_same_end(finished, folder, tmp_path, lines, torn):
+    kept = (finished / "items.jsonl").read_text().splitlines(keepends=True)[:lines]
+    (tmp_path / "run.json").write_text((finished / "run.json").read_text())
+    (tmp_path / "items.jsonl").write_text("".join(kept) + torn)
+    assert program.main(ppl_arguments(folder, tmp_path)) == 0
+    assert items_of(tmp_path) == items_of(finished)
+    assert (tmp_path / "items.jsonl").read_text().startswith("".join(kept))
+
+
+def test_ctrl_c_keeps_what_is_done(folder, tmp_path, monkeypatch, capsys):
+    measure = ppl.Kind.measure
+
+    def interrupted(self, engine, item, attention, state):
+        if attention.name == "pbs:top_p=1.0":
+            raise KeyboardInterrupt
+        return measure(self, engine, item, attention, state)
+
+    monkeypatch.setattr(ppl.Kind, "measure", interrupted)
+    assert program.run_main(ppl_arguments(folder, tmp_path)) == 130
+    assert "interrupted; 2 record(s) are kept" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert program.run_main(ppl_arguments(folder, tmp_path)) == 0
+    assert len(items_of(tmp_path)) == 3
+
+
+def test_another_run_in_the_folder_is_named(finished, folder, capsys):
+    assert program.run_main(ppl_arguments(folder, finished, "--judge", "256")) == 1
+    assert 'options.judge is "all" there and "256" here' in capsys.readouterr().err
+    assert len(items_of(finished)) == 3
+
+
+HEADER = {"kind": "ppl", "date": "today"}
+RECORD = {"kind": "ppl", "item": "a", "group": "g", "method": "full", "params": {}, "metrics": {"nll": 1.0}}
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with folders.RunFolder(tmp_path, HEADER):
+        with pytest.raises(ValueError, match=rf"another run \(process {os.getpid()}\) is writing"):
+            folders.RunFolder(tmp_path, HEADER)
+    with folders.RunFolder(tmp_path, {**HEADER, "date": "tomorrow"}):
+        pass
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    with folders.RunFolder(tmp_path, HEADER) as run:
+        run.add(RECORD)
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+        with pytest.raises(OSError, match="the 1 finished records are kept; free some space"):
+            run.add({**RECORD, "item": "b"})
+        monkeypatch.undo()
+        assert len(items_of(tmp_path)) == 1
+        run.add({**RECORD, "item": "b"})
+    assert [each["item"] for each in items_of(tmp_path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{nonsense", "line 2: is not JSON"),
+    ("[1]", "line 2: is not a JSON object"),
+    (json.dumps({**RECORD, "method": 7}), 'line 2: field "method" is 7; it has to be of type str'),
+    (json.dumps({k: v for k, v in RECORD.items() if k != "metrics"}), 'line 2: field "metrics" is missing'),
+])
+def test_damaged_items_are_named(tmp_path, line, message):
+    (tmp_path / "run.json").write_text(json.dumps({"format": 1, **HEADER}))
+    (tmp_path / "items.jsonl").write_text(json.dumps(RECORD) + "\n" + line + "\n" + json.dumps(RECORD) + "\n")
+    with pytest.raises(ValueError, match=message):
+        folders.RunFolder(tmp_path, HEADER)
+
+
+def test_items_of_nobody(tmp_path):
+    (tmp_path / "items.jsonl").write_text(json.dumps(RECORD) + "\n")
+    with pytest.raises(ValueError, match="no run.json"):
+        folders.RunFolder(tmp_path, HEADER)
+    with pytest.raises(ValueError, match="no such file"):
+        folders.read_header(tmp_path / "nowhere")
+
+
+# -------------------------------------------------------------------------------------------------- methods
+
+
+def test_a_method_that_the_device_lacks_is_told_and_not_counted(folder, tmp_path, monkeypatch, capsys):
+    def attention(*tensors, method, **settings):
+        if method == "pbs-threshold":
+            raise NotImplementedError("score per_query: not on this device")
+        return pbsattn.attention(*tensors, method=method, **settings)
+
+    monkeypatch.setattr(pbsattn.transformers, "attention", attention)
+    assert program.main([*ppl_arguments(folder, tmp_path), "--methods", "pbs-threshold,pbs"]) == 0
+    records = {each["method"]: each for each in items_of(tmp_path)}
+    assert records["pbs-threshold"]["error"] == "layer 0 went to SDPA: score per_query: not on this device"
+    assert "metrics" in records["pbs"]
+    assert "pbs-threshold: 1 item(s) not counted, the first text-800" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, specs", [
+    ("pbs", ["full", "pbs"]),
+    ("full,pbs:top_p=.5/.9:segment=512", ["full", "pbs:top_p=.5:segment=512", "pbs:top_p=.9:segment=512"]),
+    ("a:x=1/2:y=3/4", ["full", "a:x=1:y=3", "a:x=1:y=4", "a:x=2:y=3", "a:x=2:y=4"]),
+    ("pbs:file=a/b.json", ["full", "pbs:file=a/b.json"]),
+])
+def test_sweeps(text, specs):
+    assert program.expand(text) == specs
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--methods", "pbs,,full"], "names an empty method"),
+    (["--methods", "pbss"], "no such attention"),
+    (["--methods", "pbs:top_p=2"], "top_p"),
+    (["--lengths", "100"], "under 512 tokens"),
+    (["--lengths", "many"], "not numbers"),
+    (["--lengths", "100000"], "tokens, 100000 needed"),
+    (["--judge", "10"], "under 256 tokens"),
+    (["--judge", "most"], "neither a number nor half nor all"),
+    (["--text", "nowhere.txt"], "nowhere.txt: no such file"),
+    (["--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
+])
+def test_bad_input(folder, tmp_path, capsys, arguments, message):
+    assert program.run_main([*ppl_arguments(folder, tmp_path / "run"), *arguments]) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("pbsattn eval: ") and message in told
+
+
+# -------------------------------------------------------------------------------------------------- summary
+
+
+def test_changes_are_paired_by_unit():
+    base = torch.randn(400).double()
+    records = [
+        {"item": "a", "group": "g", "method": "full", "params": {}, "metrics": {"nll": 0}, "units": {"nll": base.tolist()}},
+        {"item": "a", "group": "g", "method": "pbs", "params": {}, "density": 0.5, "metrics": {"nll": 0},
+         "units": {"nll": (base + 0.1 + 0.01 * torch.randn(400)).tolist()}},
+        {"item": "b", "group": "g", "method": "pbs", "params": {}, "error": "no"},
+    ]
+    full, pbs = summary.rows(records, [kind.Metric("nll")], ["full", "pbs"])
+    assert full.change is None and pbs.items == 1 and pbs.errors == 1 and pbs.density == 0.5
+    assert pbs.change == pytest.approx(0.1, abs=0.003)
+    assert pbs.standard_error == pytest.approx(0.01 / 20, rel=0.2)
+    assert pbs.low < pbs.change < pbs.high and pbs.high - pbs.low == pytest.approx(4 * pbs.standard_error, rel=0.2)
+
+
+def test_several_groups_have_a_common_row():
+    records = [{"item": g, "group": g, "method": "full", "params": {}, "metrics": {"score": x}} for g, x in (("a", 1), ("b", 0))]
+    made = summary.rows(records, [kind.Metric("score")], ["full"])
+    assert [(row.group, row.mean) for row in made] == [("a", 1.0), ("b", 0.0), ("all", 0.5)]
+    assert "all" in summary.table(made, [kind.Metric("score")])
