@@ -23,12 +23,12 @@ struct Attention {
 
 // The options of the command line that shape an attention; the method's own value stands where one isn't given.
 struct AttentionFlags {
-  float top_p = 0.9F;
+  std::optional<float> top_p;
   std::optional<float> threshold;
   std::optional<float> floor_top_p;
   std::optional<int> top_k;
   std::optional<float> density;
-  int segment = 256;
+  std::optional<int> segment;
   std::optional<int> dense_last_rows;
   std::string precision = "bf16";
 

@@ -40,7 +40,13 @@ typedef enum pbsattn_block_score {
   PBSATTN_SCORE_PER_QUERY = 2,
   PBSATTN_SCORE_ANTIDIAGONAL = 3,
   PBSATTN_SCORE_ANTIDIAGONAL_CAUSAL = 4,
-  PBSATTN_SCORE_EXACT = 5
+  PBSATTN_SCORE_EXACT = 5,
+  PBSATTN_SCORE_MEAN_POOL_CAUSAL = 6,
+  PBSATTN_SCORE_SAMPLED = 7,
+  PBSATTN_SCORE_ENERGY = 8,
+  PBSATTN_SCORE_DUAL_BAND = 9,
+  PBSATTN_SCORE_VERTICAL_SLASH = 10,
+  PBSATTN_SCORE_FLEXIBLE = 11
 } pbsattn_block_score;
 typedef enum pbsattn_keep_rule {
   PBSATTN_KEEP_ALL = 0,
@@ -48,8 +54,12 @@ typedef enum pbsattn_keep_rule {
   PBSATTN_KEEP_THRESHOLD = 2,
   PBSATTN_KEEP_RELATIVE = 3,
   PBSATTN_KEEP_TOP_K = 4,
-  PBSATTN_KEEP_DENSITY = 5
+  PBSATTN_KEEP_DENSITY = 5,
+  PBSATTN_KEEP_NONE = 6,
+  PBSATTN_KEEP_VERTICAL_SLASH = 7,
+  PBSATTN_KEEP_COVERAGE = 8
 } pbsattn_keep_rule;
+typedef enum pbsattn_correction { PBSATTN_CORRECTION_NONE = 0, PBSATTN_CORRECTION_MEAN = 1 } pbsattn_correction;
 typedef enum pbsattn_rules { PBSATTN_RULES_REFERENCE_CODE = 0, PBSATTN_RULES_PAPER = 1 } pbsattn_rules;
 typedef enum pbsattn_precision {
   PBSATTN_PRECISION_AUTOMATIC = 0,
@@ -74,6 +84,7 @@ typedef struct pbsattn_options {
   int32_t order_scope; /* pbsattn_order_scope */
   int32_t score;       /* pbsattn_block_score */
   int32_t keep;        /* pbsattn_keep_rule */
+  int32_t correction;  /* pbsattn_correction */
   int32_t rules;       /* pbsattn_rules */
   int32_t precision;   /* pbsattn_precision */
   int32_t fallback;    /* pbsattn_fallback */
@@ -82,6 +93,10 @@ typedef struct pbsattn_options {
   float floor_top_p;
   int32_t top_k;
   float density;
+  int32_t vertical;
+  int32_t slash;
+  float tau;
+  int32_t min_budget;
   int32_t block;
   int32_t segment;
   int32_t dense_last_rows;
@@ -123,6 +138,9 @@ PBSATTN_API const char* pbsattn_method_name(size_t index);
 
 /* Fills *options with a named method. */
 PBSATTN_API pbsattn_status pbsattn_method(const char* name, pbsattn_options* options);
+
+/* Sets one option by its name in pbsattn::Options, from text: "top_p" and "0.8", "keep" and "top_k". */
+PBSATTN_API pbsattn_status pbsattn_set_option(pbsattn_options* options, const char* name, const char* value);
 
 /* Checks and plans; SIZE_MAX as workspace_cap means no cap. *plan is NULL on failure. */
 PBSATTN_API pbsattn_status pbsattn_plan_create(const pbsattn_options* options, const pbsattn_shape* shape,

@@ -102,6 +102,16 @@ enum class BlockScore : std::uint8_t {
   antidiagonal_causal,
   exact,  // the mean over the row's queries of their true attention mass on each block, the own segment's among them,
           // as above: what estimates are judged by, at the cost of attention itself
+  mean_pool_causal,  // mean_pool over all causal blocks, which compete alike
+  sampled,           // the mean of per_query and of exact by 8 of the row's queries, evenly spaced, the last among them
+  // FlashPrefill's softmax energy: the sum over the row's queries of exp(q . mean(K block) * scale), not normalised by
+  // query, over the causal blocks that the row sees whole.
+  energy,
+  dual_band,  // Prism's two scores, mean_pool_causal of RoPE's fast and of its slow frequencies, whose temperatures
+              // follow from what pooling left of them; a block is kept that either score keeps
+  vertical_slash,  // MInference's: of a head's last 64 queries the mass on each key (column) and on each distance
+  flexible,  // FlexPrefill's, for each head one of two: pooled attention of all rows, or columns and distances of the
+             // last block of queries, where these aren't what pooling predicts
 };
 
 // Which of the scored blocks are attended to.
@@ -112,6 +122,16 @@ enum class KeepRule : std::uint8_t {
   relative,   // every score of at least `threshold` times the row's highest (FlashPrefill)
   top_k,      // the `top_k` highest scores
   density,    // the highest scores, as many as bring the row to `density` of its causal blocks with its own segment
+  none,       // none: what is always kept has to do (StreamingLLM, MInference's A-shape)
+  vertical_slash,  // of BlockScore::vertical_slash: blocks that hold one of the head's `vertical` heaviest columns or
+                   // meet one of its `slash` heaviest diagonals
+  coverage,        // of BlockScore::flexible: for each head as many as `top_p` of its attention takes
+};
+
+// What stands for the blocks that a row doesn't attend to.
+enum class Correction : std::uint8_t {
+  none,
+  mean,  // each of them is one more key, its mean, with its mean value and the weight of all its keys (FlashPrefill V2)
 };
 
 // Two rules on which the paper and its reference code differ.
@@ -143,14 +163,20 @@ struct Options {
   OrderScope order_scope = OrderScope::query_head;
   BlockScore score = BlockScore::none;
   KeepRule keep = KeepRule::all;
+  Correction correction = Correction::none;
   Rules rules = Rules::reference_code;
   Precision precision = Precision::automatic;
   Fallback fallback = Fallback::never;
-  float top_p = 0.9F;       // of KeepRule::top_p, in (0, 1]; 1 keeps every block
+  float top_p = 0.9F;       // of KeepRule::top_p and coverage, in (0, 1]; 1 keeps every block
   float threshold = 2e-3F;  // of KeepRule::threshold and relative, in [0, 1]; 0 keeps every block
   float floor_top_p = 0;    // of KeepRule::threshold, in [0, 1]; 0 turns it off, 1 keeps every block
   int top_k = 64;           // of KeepRule::top_k, 0 and up
   float density = 0.2F;     // of KeepRule::density, in [0, 1]; 1 keeps every block
+  int vertical = 1000;      // of KeepRule::vertical_slash: columns that a head keeps, the first 30 always among them
+  int slash = 6096;         // of KeepRule::vertical_slash: diagonals that a head keeps, the last 100 always among them
+  float tau = 0.1F;  // of KeepRule::coverage, in [0, 1]: the distance of two distributions from which on a head goes
+                     // by columns and distances
+  int min_budget = 1024;    // of KeepRule::coverage: tokens of columns, and of distances, that a head keeps at least
   int block = 128;          // tokens of a query block and of a key block
   int segment = 256;        // tokens of a segment: a multiple of `block`
   int dense_last_rows = 0;  // the call's last query blocks that attend to every key block

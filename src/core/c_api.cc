@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/validate.h"
+#include "pbsattn/options.hpp"
 #include "pbsattn/pbsattn.h"
 #include "pbsattn/pbsattn.hpp"
 
@@ -66,6 +67,7 @@ pbsattn::Options to_cpp(const pbsattn_options& o) {
           .order_scope = to_enum<pbsattn::OrderScope>(o.order_scope),
           .score = to_enum<pbsattn::BlockScore>(o.score),
           .keep = to_enum<pbsattn::KeepRule>(o.keep),
+          .correction = to_enum<pbsattn::Correction>(o.correction),
           .rules = to_enum<pbsattn::Rules>(o.rules),
           .precision = to_enum<pbsattn::Precision>(o.precision),
           .fallback = to_enum<pbsattn::Fallback>(o.fallback),
@@ -74,6 +76,10 @@ pbsattn::Options to_cpp(const pbsattn_options& o) {
           .floor_top_p = o.floor_top_p,
           .top_k = o.top_k,
           .density = o.density,
+          .vertical = o.vertical,
+          .slash = o.slash,
+          .tau = o.tau,
+          .min_budget = o.min_budget,
           .block = o.block,
           .segment = o.segment,
           .dense_last_rows = o.dense_last_rows,
@@ -88,6 +94,7 @@ pbsattn_options to_c(const pbsattn::Options& o) {
           static_cast<std::int32_t>(o.order_scope),
           static_cast<std::int32_t>(o.score),
           static_cast<std::int32_t>(o.keep),
+          static_cast<std::int32_t>(o.correction),
           static_cast<std::int32_t>(o.rules),
           static_cast<std::int32_t>(o.precision),
           static_cast<std::int32_t>(o.fallback),
@@ -96,6 +103,10 @@ pbsattn_options to_c(const pbsattn::Options& o) {
           o.floor_top_p,
           o.top_k,
           o.density,
+          o.vertical,
+          o.slash,
+          o.tau,
+          o.min_budget,
           o.block,
           o.segment,
           o.dense_last_rows,
@@ -129,6 +140,17 @@ pbsattn_status pbsattn_method(const char* name, pbsattn_options* options) {
     require_pointer(name, "name");
     require_pointer(options, "options");
     *options = to_c(pbsattn::method(name));
+  });
+}
+
+pbsattn_status pbsattn_set_option(pbsattn_options* options, const char* name, const char* value) {
+  return guarded([&] {
+    require_pointer(options, "options");
+    require_pointer(name, "name");
+    require_pointer(value, "value");
+    pbsattn::Options changed = to_cpp(*options);
+    pbsattn::set_option(changed, name, value);
+    *options = to_c(changed);
   });
 }
 

@@ -18,8 +18,16 @@ inline bool keeps_every_block(const Options& options) {
     case KeepRule::relative: return options.threshold == 0.0F;
     case KeepRule::top_k: return false;
     case KeepRule::density: return options.density == 1.0F;
+    case KeepRule::none:
+    case KeepRule::vertical_slash: return false;
+    case KeepRule::coverage: return options.top_p == 1.0F;
   }
   return false;
+}
+
+// Whether what the rule keeps depends on scores.
+inline bool reads_scores(const Options& options) {
+  return options.keep != KeepRule::none && !keeps_every_block(options);
 }
 
 // How many of blocks 0 .. own_begin-1 a rule that counts (top_k, density) keeps of the row on this diagonal.

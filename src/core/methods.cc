@@ -29,6 +29,8 @@ constexpr std::array table{
         Options{.permutation = Permutation::last_queries, .score = BlockScore::antidiagonal, .keep = KeepRule::top_p}},
     MethodInfo{"xattention", "antidiagonal scores, stride 8, keys in their order (arXiv 2503.16428)",
                Options{.score = BlockScore::antidiagonal_causal, .keep = KeepRule::top_p, .segment = 128}},
+    MethodInfo{"streaming", "the first block and the last eight: StreamingLLM, MInference's A-shape",
+               Options{.keep = KeepRule::none, .segment = 128, .sink_blocks = 1, .local_blocks = 8}},
     MethodInfo{"oracle", "blocks by their true attention mass, keys in pbs order: the bound that estimates are held to",
                Options{.permutation = Permutation::last_queries, .score = BlockScore::exact, .keep = KeepRule::top_p}},
     MethodInfo{"pbs-unpermuted", "the same blocks chosen without moving keys: what the permutation buys",

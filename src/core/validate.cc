@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "pbsattn/options.hpp"
+
 namespace pbsattn {
 namespace {
 
@@ -13,21 +15,9 @@ void require(bool holds, fmt::format_string<Args...> message, Args&&... args) {
 }
 
 template <class Enum>
-void require_enum(Enum value, Enum last, const char* name) {
-  require(static_cast<int>(value) >= 0 && value <= last, "{} {}: no such value; the last one is {}", name,
-          static_cast<int>(value), static_cast<int>(last));
-}
-
-const char* name_of(KeepRule keep) {
-  switch (keep) {
-    case KeepRule::all: return "all";
-    case KeepRule::top_p: return "top_p";
-    case KeepRule::threshold: return "threshold";
-    case KeepRule::relative: return "relative";
-    case KeepRule::top_k: return "top_k";
-    case KeepRule::density: return "density";
-  }
-  return "";
+void require_enum(Enum value, const char* name) {
+  require(!name_of(value).empty(), "{} {}: no such value; the last one is {}", name, static_cast<int>(value),
+          Names<Enum>::values.size() - 1);
 }
 
 template <class V>
@@ -35,7 +25,8 @@ void validate_view(const V& view, const char* name, std::int64_t batch, std::int
                    std::int64_t head_dim, bool written) {
   require(view.data != nullptr, "{}: null pointer; pass {} x {} x {} x {} elements", name, batch, heads, tokens,
           head_dim);
-  require_enum(view.dtype, DType::bf16, "dtype");
+  require(view.dtype <= DType::bf16, "dtype {}: no such value; the last one is {}", static_cast<int>(view.dtype),
+          static_cast<int>(DType::bf16));
   require(reinterpret_cast<std::uintptr_t>(view.data) % size_of(view.dtype) == 0,
           "{}: pointer not aligned to its element of {} bytes; pass an aligned tensor", name, size_of(view.dtype));
   // Axes of one element may have any stride. Inputs may repeat (stride 0); outputs may not overlap.
@@ -57,13 +48,14 @@ std::size_t size_of(DType dtype) {
 }
 
 void validate(const Options& options) {
-  require_enum(options.permutation, Permutation::last_queries, "permutation");
-  require_enum(options.order_scope, OrderScope::kv_head, "order_scope");
-  require_enum(options.score, BlockScore::exact, "score");
-  require_enum(options.keep, KeepRule::density, "keep");
-  require_enum(options.rules, Rules::paper, "rules");
-  require_enum(options.precision, Precision::bf16, "precision");
-  require_enum(options.fallback, Fallback::when_faster, "fallback");
+  require_enum(options.permutation, "permutation");
+  require_enum(options.order_scope, "order_scope");
+  require_enum(options.score, "score");
+  require_enum(options.keep, "keep");
+  require_enum(options.correction, "correction");
+  require_enum(options.rules, "rules");
+  require_enum(options.precision, "precision");
+  require_enum(options.fallback, "fallback");
   require(options.top_p > 0.0F && options.top_p <= 1.0F,
           "top_p {}: outside (0, 1]; 1 keeps every block, 0.9 is the paper's setting", options.top_p);
   require(options.threshold >= 0.0F && options.threshold <= 1.0F,
@@ -73,6 +65,11 @@ void validate(const Options& options) {
   require(options.top_k >= 0, "top_k {}: negative; it is a number of blocks", options.top_k);
   require(options.density >= 0.0F && options.density <= 1.0F,
           "density {}: outside [0, 1]; it is a share of a row's causal blocks", options.density);
+  require(options.vertical >= 0, "vertical {}: negative; it is a number of columns", options.vertical);
+  require(options.slash >= 0, "slash {}: negative; it is a number of diagonals", options.slash);
+  require(options.tau >= 0.0F && options.tau <= 1.0F,
+          "tau {}: outside [0, 1]; it is a distance of two distributions, 0.1 is FlexPrefill's setting", options.tau);
+  require(options.min_budget >= 0, "min_budget {}: negative; it is a number of tokens", options.min_budget);
   require(options.sink_blocks >= 0, "sink_blocks {}: negative; 0 turns them off", options.sink_blocks);
   require(options.local_blocks >= 0, "local_blocks {}: negative; 0 turns them off", options.local_blocks);
   require(options.block >= 1, "block {}: not positive; the paper's setting is 128", options.block);
@@ -86,9 +83,20 @@ void validate(const Options& options) {
   require((options.score != BlockScore::antidiagonal && options.score != BlockScore::antidiagonal_causal) ||
               options.block % 8 == 0,
           "block {}: an antidiagonal score takes multiples of 8, the side of its patches; use 128", options.block);
-  require(options.keep == KeepRule::all || options.score != BlockScore::none,
+  if (options.keep == KeepRule::all || options.keep == KeepRule::none) return;
+  require(options.score != BlockScore::none,
           "keep rule {} has no score to read; set score to mean_pool or per_query, or keep to all",
           name_of(options.keep));
+  const auto belong_together = [&](BlockScore score, KeepRule keep) {
+    require((options.score == score) == (options.keep == keep),
+            "score {} with keep rule {}: {} goes with {} alone; set both, or neither", name_of(options.score),
+            name_of(options.keep), name_of(score), name_of(keep));
+    require(options.score != score || options.permutation == Permutation::none,
+            "score {} with permutation {}: it scores distances, which moved keys don't keep; set permutation to none",
+            name_of(options.score), name_of(options.permutation));
+  };
+  belong_together(BlockScore::vertical_slash, KeepRule::vertical_slash);
+  belong_together(BlockScore::flexible, KeepRule::coverage);
 }
 
 void validate(const Shape& s) {

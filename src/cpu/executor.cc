@@ -7,6 +7,7 @@
 #include "core/fallback.h"
 #include "core/stopwatch.h"
 #include "cpu/stages.h"
+#include "pbsattn/options.hpp"
 
 namespace pbsattn::cpu {
 namespace {
@@ -105,11 +106,16 @@ std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   if (dim % row_tile != 0 || dim > max_head_dim)
     refuse(fmt::format("head_dim {}: the CPU backend takes multiples of {} up to {}; pad, or use Device::reference()",
                        dim, row_tile, max_head_dim));
-  if (spec.options.score >= BlockScore::antidiagonal)
-    refuse(fmt::format(
-        "block score {}: the reference's alone; the CPU backend has mean_pool and per_query; use one of them, or "
-        "Device::reference()",
-        spec.options.score == BlockScore::exact ? "exact" : "antidiagonal"));
+  const Options& options = spec.options;
+  if (options.score != BlockScore::none && options.score != BlockScore::mean_pool &&
+      options.score != BlockScore::per_query)
+    refuse(
+        fmt::format("block score {}: the CPU backend has mean_pool and per_query; use one of them, or "
+                    "Device::reference()",
+                    name_of(options.score)));
+  if (options.correction != Correction::none)
+    refuse(fmt::format("correction {}: the CPU backend has none; set correction to none, or use Device::reference()",
+                       name_of(options.correction)));
   if (spec.options.block % strip != 0 || spec.options.block > max_block)
     refuse(fmt::format("block {}: the CPU backend takes multiples of {} up to {}; use 128, or Device::reference()",
                        spec.options.block, strip, max_block));

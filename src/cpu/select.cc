@@ -92,7 +92,10 @@ void keep_by_rule(const StageContext& c, std::int64_t row, double total, std::sp
   }
   const auto threshold = static_cast<double>(options.threshold);
   switch (options.keep) {
-    case KeepRule::all: break;
+    case KeepRule::all:
+    case KeepRule::none:
+    case KeepRule::vertical_slash:
+    case KeepRule::coverage: break;
     case KeepRule::top_p: keep_top_p(options.top_p, total, blocks, mask); break;
     case KeepRule::threshold:
       keep_at_least(threshold * total, blocks, mask);
@@ -187,7 +190,7 @@ void select(const StageContext& c) {
   const Geometry& g = c.geometry();
   const Options& options = c.spec.options;
   const std::int64_t rows = g.rows();
-  const bool keep_all = !c.pass.scored;
+  const bool keep_all = keeps_every_block(options);
   const std::int64_t strips = ceil_div(rows, strip);
   parallel_for(c.spec.threads, c.heads.q_count * strips, [&](std::int64_t item, int thread) {
     const std::int64_t head = item / strips;
@@ -196,7 +199,7 @@ void select(const StageContext& c) {
     const std::int64_t sink = c.pass.permuted ? c.pass.sink_block[c.pass.far_head(head, c.kv_head(head))] : 0;
     std::uint64_t* const masks = c.pass.mask + head * rows * c.pass.mask_words;
     std::fill(masks + begin * c.pass.mask_words, masks + end * c.pass.mask_words, 0);
-    if (!keep_all) select_strip(c, head, begin, thread);
+    if (c.pass.scored) select_strip(c, head, begin, thread);
     for (std::int64_t row = begin; row < end; ++row) {
       std::uint64_t* const mask = masks + row * c.pass.mask_words;
       const bool dense = keep_all || row >= rows - options.dense_last_rows;

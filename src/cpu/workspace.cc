@@ -37,7 +37,7 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   const std::int64_t blocks = g.blocks();
   far_blocks = g.own_begin(g.rows() - 1);
   permuted = options.permutation != Permutation::none && g.permuted_len() > 0;
-  scored = !keeps_every_block(options) && far_blocks > 0;
+  scored = reads_scores(options) && far_blocks > 0;
   shared_order = options.order_scope == OrderScope::kv_head;
   scoring_strips = ceil_div(g.scoring_queries(), strip);
   mask_words = ceil_div(blocks, 64);

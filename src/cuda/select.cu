@@ -305,17 +305,18 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
 
 cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
+  const Options& options = args.options;
   const std::int64_t rows = g.rows();
   const std::int64_t columns = g.own_begin(rows - 1);
   // Eight words more than a multiple of 32 put the rows of a product's float2 writes in different banks.
   const std::int64_t stride = ceil_div(columns, 32) * 32 + 8;
-  const bool per_query = args.score == BlockScore::per_query;
-  const bool keep_all = args.keep == KeepRule::top_p && args.top_p == 1.0F;
+  const bool per_query = options.score == BlockScore::per_query;
+  const bool keep_all = options.keep == KeepRule::top_p && options.top_p == 1.0F;
   if (per_query && !keep_all) {
     const cudaError_t error = score_per_query({.geometry = g,
                                                .order_heads = args.order_heads,
-                                               .scale = args.scale,
-                                               .dense_last_rows = args.dense_last_rows,
+                                               .scale = options.scale,
+                                               .dense_last_rows = options.dense_last_rows,
                                                .pooled_k = args.pooled_k,
                                                .q = args.q,
                                                .scores = reinterpret_cast<float*>(args.block)},
@@ -334,7 +335,7 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .block = args.block,
                  .rows = rows,
                  .first_row = g.first_row(),
-                 .first_dense_row = keep_all ? 0 : std::max<std::int64_t>(rows - args.dense_last_rows, 0),
+                 .first_dense_row = keep_all ? 0 : std::max<std::int64_t>(rows - options.dense_last_rows, 0),
                  .causal_blocks = g.causal_blocks_per_head(),
                  .key_blocks = permuted_blocks(g),
                  .q_heads = static_cast<int>(g.shape.q_heads),
@@ -343,17 +344,17 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .blocks_per_segment = g.segment / g.block,
                  .rows_at_once = rows_at_once,
                  .score_stride = static_cast<int>(stride),
-                 .scale_log2 = static_cast<float>(args.scale / std::log(2.0)),
-                 .keep = args.keep,
-                 .top_p = args.top_p,
-                 .threshold = args.threshold,
-                 .floor_top_p = args.floor_top_p,
-                 .density = args.density,
-                 .top_k = args.top_k,
-                 .sink_blocks = args.sink_blocks,
-                 .local_blocks = args.local_blocks,
+                 .scale_log2 = static_cast<float>(options.scale / std::log(2.0)),
+                 .keep = options.keep,
+                 .top_p = options.top_p,
+                 .threshold = options.threshold,
+                 .floor_top_p = options.floor_top_p,
+                 .density = options.density,
+                 .top_k = options.top_k,
+                 .sink_blocks = options.sink_blocks,
+                 .local_blocks = options.local_blocks,
                  .given_scores = per_query ? reinterpret_cast<const float*>(args.block) : nullptr,
-                 .keep_all_if_short = args.rules == Rules::paper};
+                 .keep_all_if_short = options.rules == Rules::paper};
   return dispatch(args.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_at_once)),
                     static_cast<unsigned>(g.shape.batch * g.shape.q_heads));

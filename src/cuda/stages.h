@@ -50,18 +50,7 @@ struct SelectArgs {
   Geometry geometry;
   std::int64_t order_heads = 0;  // heads of pooled_k and sink_block
   DType dtype = DType::bf16;
-  BlockScore score = BlockScore::mean_pool;
-  KeepRule keep = KeepRule::top_p;
-  Rules rules = Rules::reference_code;
-  float scale = 0;
-  float top_p = 0;        // in (0, 1]
-  float threshold = 0;    // in (0, 1], of KeepRule::threshold and relative
-  float floor_top_p = 0;  // in [0, 1), of KeepRule::threshold
-  int top_k = 0;          // of KeepRule::top_k
-  float density = 0;      // in [0, 1), of KeepRule::density
-  int sink_blocks = 0;
-  int local_blocks = 0;
-  std::int64_t dense_last_rows = 0;
+  Options options;  // as Plan::options() gives them
   const void* pooled_k = nullptr;
   const void* pooled_q = nullptr;  // of BlockScore::mean_pool
   ConstView q = {};                // of BlockScore::per_query

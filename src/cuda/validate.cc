@@ -7,6 +7,7 @@
 #include "cuda/runtime.h"
 #include "cuda/stages.h"
 #include "cuda/workspace.h"
+#include "pbsattn/options.hpp"
 
 namespace pbsattn::cuda {
 namespace {
@@ -80,11 +81,21 @@ void check_limits(const detail::PlanSpec& spec) {
   if (spec.options.segment > max_segment)
     refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
                        max_segment));
-  if (spec.options.score >= BlockScore::antidiagonal)
-    refuse(fmt::format(
-        "block score {}: the reference's alone; the CUDA backend has mean_pool and per_query; use one of them, or "
-        "Device::reference()",
-        spec.options.score == BlockScore::exact ? "exact" : "antidiagonal"));
+  const Options& options = spec.options;
+  if (options.score != BlockScore::none && options.score != BlockScore::mean_pool &&
+      options.score != BlockScore::per_query)
+    refuse(
+        fmt::format("block score {}: the CUDA backend has mean_pool and per_query; use one of them, or "
+                    "Device::reference()",
+                    name_of(options.score)));
+  if (options.keep > KeepRule::density)
+    refuse(
+        fmt::format("keep rule {}: the CUDA backend has all, top_p, threshold, relative, top_k and density; use one "
+                    "of them, or Device::cpu()",
+                    name_of(options.keep)));
+  if (options.correction != Correction::none)
+    refuse(fmt::format("correction {}: the CUDA backend has none; set correction to none, or use Device::reference()",
+                       name_of(options.correction)));
   if (spec.options.precision == Precision::f32)
     refuse("precision f32: the CUDA backend multiplies f16 and bf16 as they come; use automatic, or Device::cpu()");
   if (g.blocks() > max_blocks)

@@ -1,9 +1,12 @@
 // The stages in their order, head by head.
 #include "core/executor.h"
 
+#include <fmt/format.h>
+
 #include <utility>
 
 #include "core/stopwatch.h"
+#include "pbsattn/options.hpp"
 #include "reference/numbers.h"
 #include "reference/stages.h"
 
@@ -128,6 +131,12 @@ void attend(const Inputs& inputs, const Options& options, const Geometry& geomet
 }
 
 std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
+  const Options& options = spec.options;
+  if (options.score > BlockScore::exact || options.correction != Correction::none)
+    throw Error(ErrorCode::unsupported,
+                fmt::format("block score {}, correction {}: the reference doesn't have them; use "
+                            "another score, and no correction",
+                            name_of(options.score), name_of(options.correction)));
   detail::PlanSpec resolved = spec;
   resolved.options.fallback = Fallback::never;  // nobody runs it for speed
   return std::make_unique<ReferenceExecutor>(resolved);

@@ -47,12 +47,16 @@ std::vector<bool> apply_rule(const Options& options, const Geometry& geometry, s
   const std::int64_t own_begin = geometry.own_begin(row);
   const std::span<const double> scores = all_scores.first(own_begin);
   std::vector<bool> keep(own_begin, false);
+  if (options.keep == KeepRule::none) return keep;
   // Scores that NaN made 0.
   if (*std::ranges::max_element(all_scores) == 0) return std::vector<bool>(own_begin, options.rules == Rules::paper);
 
   const auto threshold = static_cast<double>(options.threshold);
   switch (options.keep) {
-    case KeepRule::all: break;
+    case KeepRule::all:
+    case KeepRule::none:
+    case KeepRule::vertical_slash:
+    case KeepRule::coverage: break;
     case KeepRule::top_p: {
       double counted = 0;
       if (std::ssize(all_scores) > own_begin) {
@@ -156,6 +160,12 @@ std::vector<double> row_scores(const Head& head, const Options& options, const G
       return antidiagonal_scores(head, geometry, row, order, options.score == BlockScore::antidiagonal_causal,
                                  options.scale);
     case BlockScore::exact: return exact_scores(head, geometry, row, order, options.scale);
+    case BlockScore::mean_pool_causal:
+    case BlockScore::sampled:
+    case BlockScore::energy:
+    case BlockScore::dual_band:
+    case BlockScore::vertical_slash:
+    case BlockScore::flexible: break;
   }
   return {};
 }

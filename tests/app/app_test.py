@@ -117,6 +117,7 @@ class CommandLine(Case):
     def test_options_of_a_method(self):
         for spec, says in (("pbs:top_p=1.5", ["top_p 1.5", "(0, 1]"]), ("pbs:top_p=much", ['top_p "much"', "not a number"]),
                            ("pbs:top_p", ['"top_p"', "OPTION=VALUE"]), ("pbs:p=1", ['"p"', "top_p, threshold"]),
+                           ("pbs:keep=most", ['"most"', "relative, top_k"]), ("pbs:score=none", ["no score"]),
                            ("pbs:segment=100", ["segment 100"]), ("pbs:rules=mine", ['"mine"', "reference_code, paper"]),
                            ("ggml:top_p=1", ["ggml:top_p=1", "no options"])):
             self.usage("--compare", spec, says=says)

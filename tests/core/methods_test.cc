@@ -3,6 +3,7 @@
 #include <set>
 #include <string>
 
+#include "pbsattn/options.hpp"
 #include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn {
@@ -51,6 +52,46 @@ TEST(Methods, Threshold) {
   EXPECT_EQ(options.keep, KeepRule::threshold);
   EXPECT_EQ(options.dense_last_rows, 1);
   EXPECT_EQ(options.floor_top_p, 0.0F);
+}
+
+TEST(Methods, OptionsAreSetByName) {
+  Options options = method("pbs");
+  for (const auto& [name, value] : {std::pair{"keep", "top_k"},
+                                    {"score", "per_query"},
+                                    {"top_k", "20"},
+                                    {"threshold", "1e-3"},
+                                    {"correction", "mean"},
+                                    {"order_scope", "kv_head"}})
+    set_option(options, name, value);
+  EXPECT_EQ(options.keep, KeepRule::top_k);
+  EXPECT_EQ(options.score, BlockScore::per_query);
+  EXPECT_EQ(options.top_k, 20);
+  EXPECT_EQ(options.threshold, 1e-3F);
+  EXPECT_EQ(options.correction, Correction::mean);
+  EXPECT_EQ(options.order_scope, OrderScope::kv_head);
+
+  const auto refusal = [&](std::string_view name, std::string_view value) -> std::string {
+    try {
+      set_option(options, name, value);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::invalid_argument);
+      return error.what();
+    }
+    return "none";
+  };
+  EXPECT_NE(refusal("keep", "most").find("keep \"most\": no such value; there are all, top_p"), std::string::npos);
+  EXPECT_NE(refusal("top_k", "2.5").find("not a whole number"), std::string::npos);
+  EXPECT_NE(refusal("top_p", "much").find("top_p \"much\": not a number"), std::string::npos);
+  EXPECT_NE(refusal("top_p", "").find("not a number"), std::string::npos);
+  EXPECT_NE(refusal("p", "1").find("\"p\": no such option of a method; there are permutation, "), std::string::npos);
+  EXPECT_LT(refusal(std::string(1 << 20, 'x'), std::string(1 << 20, 'x')).size(), 600U) << "what is long is cut";
+}
+
+TEST(Methods, EveryEnumeratorHasAName) {
+  EXPECT_EQ(name_of(BlockScore::flexible), "flexible");
+  EXPECT_EQ(name_of(KeepRule::coverage), "coverage");
+  EXPECT_EQ(name_of(Precision::bf16), "bf16");
+  EXPECT_EQ(name_of(static_cast<KeepRule>(200)), "");
 }
 
 TEST(Methods, UnknownNamesSuggestTheNearest) {

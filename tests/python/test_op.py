@@ -173,8 +173,8 @@ def test_every_method_by_name(method):
     out, stats = pbsattn.attention(q, k, v, method=method, return_stats=True)
     assert error(out, dense(q, k, v)[0]) < 0.5 and 0 < stats.density <= 1
     options = pbsattn.plan(q_heads=4, kv_heads=2, q_len=9, kv_len=9, head_dim=64, method=method).options
-    named = ("permutation", "order_scope", "score", "keep", "rules", "precision", "fallback")
-    assert all(isinstance(options[name], str) for name in named)  # core.cc knows every enumerator
+    named = ("permutation", "order_scope", "score", "keep", "correction", "rules", "precision", "fallback")
+    assert all(isinstance(options[name], str) for name in named)
     assert pbsattn.plan(q_heads=4, kv_heads=2, q_len=9, kv_len=9, head_dim=64, method=method, **options).options == options
 
 

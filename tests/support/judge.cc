@@ -105,7 +105,10 @@ bool follows_count(const std::vector<double>& scores, const std::vector<bool>& k
 bool follows_rule(const Options& options, const Geometry& geometry, std::int64_t row, const std::vector<double>& scores,
                   const std::vector<bool>& kept, double tolerance) {
   switch (options.keep) {
-    case KeepRule::all: break;
+    case KeepRule::all:
+    case KeepRule::vertical_slash:
+    case KeepRule::coverage: break;
+    case KeepRule::none: return std::ranges::count(kept, true) == 0;
     case KeepRule::top_p: return follows_top_p(scores, kept, options.top_p, tolerance);
     case KeepRule::threshold: return follows_threshold(options, scores, kept, tolerance);
     case KeepRule::relative: {

@@ -14,9 +14,11 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "pbsattn/options.hpp"
 #include "pbsattn/pbsattn.hpp"
 
 namespace nb = nanobind;
@@ -28,127 +30,60 @@ using pbsattn::Options;
 
 // ------------------------------------------------------------------------------------------------ options
 
-template <class Enum>
-struct Names;  // of an enum's values, in their order
-
-template <>
-struct Names<pbsattn::Permutation> {
-  static constexpr const char* values[] = {"none", "last_queries"};
-};
-template <>
-struct Names<pbsattn::OrderScope> {
-  static constexpr const char* values[] = {"query_head", "kv_head"};
-};
-template <>
-struct Names<pbsattn::BlockScore> {
-  static constexpr const char* values[] = {"none",         "mean_pool",           "per_query",
-                                           "antidiagonal", "antidiagonal_causal", "exact"};
-};
-template <>
-struct Names<pbsattn::KeepRule> {
-  static constexpr const char* values[] = {"all", "top_p", "threshold", "relative", "top_k", "density"};
-};
-template <>
-struct Names<pbsattn::Rules> {
-  static constexpr const char* values[] = {"reference_code", "paper"};
-};
-template <>
-struct Names<pbsattn::Fallback> {
-  static constexpr const char* values[] = {"never", "when_faster"};
-};
-template <>
-struct Names<pbsattn::Precision> {
-  static constexpr const char* values[] = {"automatic", "f32", "bf16"};
-};
-
-// Reads or writes one field. Both directions of all fields are in one list: visit_fields().
+// Sets the fields that a dict names and gives a value other than None.
 struct Setter {
   nb::dict overrides;
-  std::size_t taken = 0;
-
-  nb::object find(const char* name) {
-    if (!overrides.contains(name)) return nb::none();
-    ++taken;
-    return overrides[name];
-  }
+  std::size_t known = 0;  // of the overrides
 
   template <class T>
-  void number(const char* name, T& field) {
-    const nb::object given = find(name);
+  void operator()(std::string_view name, T& field) {
+    const nb::str key(name.data(), name.size());
+    if (!overrides.contains(key)) return;
+    ++known;
+    const nb::object given = overrides[key];
     if (given.is_none()) return;
-    if (!nb::try_cast(given, field))
+    if constexpr (std::is_enum_v<T>) {
+      set_choice(name, given, field);
+    } else if (!nb::try_cast(given, field)) {
       throw nb::type_error((std::string(name) + " " + nb::repr(given).c_str() + ": not " +
                             (std::is_integral_v<T> ? "an int of 32 bits" : "a float"))
                                .c_str());
+    }
   }
 
   template <class Enum>
-  void choice(const char* name, Enum& field) {
-    const nb::object given = find(name);
-    if (given.is_none()) return;
-    std::string known;
-    for (std::size_t i = 0; i < std::size(Names<Enum>::values); ++i) {
-      if (nb::isinstance<nb::str>(given) && std::string_view(nb::cast<const char*>(given)) == Names<Enum>::values[i]) {
+  static void set_choice(std::string_view name, const nb::object& given, Enum& field) {
+    std::string choices;
+    for (std::size_t i = 0; i < pbsattn::Names<Enum>::values.size(); ++i) {
+      const std::string_view choice = pbsattn::Names<Enum>::values[i];
+      if (nb::isinstance<nb::str>(given) && nb::cast<std::string_view>(given) == choice) {
         field = static_cast<Enum>(i);
         return;
       }
-      known += std::string(i == 0 ? "" : ", ") + "\"" + Names<Enum>::values[i] + "\"";
+      choices += (i == 0 ? "\"" : ", \"") + std::string(choice) + "\"";
     }
     throw nb::value_error(
-        (std::string(name) + " " + nb::repr(given).c_str() + ": no such value; there are " + known).c_str());
+        (std::string(name) + " " + nb::repr(given).c_str() + ": no such value; there are " + choices).c_str());
   }
 };
-
-struct Getter {
-  nb::dict fields;
-
-  template <class T>
-  void number(const char* name, const T& field) {
-    fields[name] = field;
-  }
-  template <class Enum>
-  void choice(const char* name, const Enum& field) {
-    const auto value = static_cast<std::size_t>(field);
-    if (value < std::size(Names<Enum>::values))
-      fields[name] = Names<Enum>::values[value];
-    else
-      fields[name] = value;  // an enumerator that Names lacks; a test looks for them
-  }
-};
-
-void visit_fields(auto&& visitor, auto& options) {
-  visitor.choice("permutation", options.permutation);
-  visitor.choice("order_scope", options.order_scope);
-  visitor.choice("score", options.score);
-  visitor.choice("keep", options.keep);
-  visitor.choice("rules", options.rules);
-  visitor.choice("precision", options.precision);
-  visitor.choice("fallback", options.fallback);
-  visitor.number("top_p", options.top_p);
-  visitor.number("threshold", options.threshold);
-  visitor.number("floor_top_p", options.floor_top_p);
-  visitor.number("top_k", options.top_k);
-  visitor.number("density", options.density);
-  visitor.number("block", options.block);
-  visitor.number("segment", options.segment);
-  visitor.number("dense_last_rows", options.dense_last_rows);
-  visitor.number("sink_blocks", options.sink_blocks);
-  visitor.number("local_blocks", options.local_blocks);
-  visitor.number("scale", options.scale);
-  visitor.number("expected_density", options.expected_density);
-}
 
 nb::dict to_dict(const Options& options) {
-  Getter getter;
-  visit_fields(getter, options);
-  return getter.fields;
+  nb::dict fields;
+  pbsattn::visit_options(options, [&](std::string_view name, auto field) {
+    const nb::str key(name.data(), name.size());
+    if constexpr (std::is_enum_v<decltype(field)>)
+      fields[key] = pbsattn::name_of(field);
+    else
+      fields[key] = field;
+  });
+  return fields;
 }
 
 Options make_options(std::string_view method, const nb::kwargs& overrides) {
   Options options = pbsattn::method(method);
   Setter setter{nb::borrow<nb::dict>(overrides)};
-  visit_fields(setter, options);
-  if (setter.taken != nb::len(setter.overrides)) {
+  pbsattn::visit_options(options, setter);
+  if (setter.known != nb::len(setter.overrides)) {
     const nb::dict known = to_dict(options);
     for (const auto& [name, value] : overrides)
       if (!known.contains(name))

@@ -1,0 +1,55 @@
+#include "pbsattn/options.hpp"
+
+#include <fmt/format.h>
+
+#include <charconv>
+#include <string>
+#include <type_traits>
+
+namespace pbsattn {
+namespace {
+
+constexpr std::size_t longest_shown = 64;  // of what the caller sends, in a message
+
+template <class... Args>
+[[noreturn]] void refuse(fmt::format_string<Args...> message, Args&&... args) {
+  throw Error(ErrorCode::invalid_argument, fmt::format(message, std::forward<Args>(args)...));
+}
+
+template <class Field>
+void read(Field& field, std::string_view name, std::string_view value) {
+  if constexpr (std::is_enum_v<Field>) {
+    std::string known;
+    for (const std::string_view& one : Names<Field>::values) {
+      if (one == value) {
+        field = static_cast<Field>(&one - Names<Field>::values.data());
+        return;
+      }
+      known += fmt::format("{}{}", known.empty() ? "" : ", ", one);
+    }
+    refuse("{} \"{}\": no such value; there are {}", name, value.substr(0, longest_shown), known);
+  } else {
+    Field number{};
+    const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
+    if (error != std::errc() || end != value.data() + value.size())
+      refuse("{} \"{}\": not a{} number", name, value.substr(0, longest_shown),
+             std::is_integral_v<Field> ? " whole" : "");
+    field = number;
+  }
+}
+
+}  // namespace
+
+void set_option(Options& options, std::string_view name, std::string_view value) {
+  bool found = false;
+  std::string known;
+  visit_options(options, [&](std::string_view field_name, auto& field) {
+    known += fmt::format("{}{}", known.empty() ? "" : ", ", field_name);
+    if (found || field_name != name) return;
+    found = true;
+    read(field, name, value);
+  });
+  if (!found) refuse("option \"{}\": no such option of a method; there are {}", name.substr(0, longest_shown), known);
+}
+
+}  // namespace pbsattn
