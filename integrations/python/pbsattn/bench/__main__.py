@@ -42,7 +42,8 @@ def _parser():
     what.add_argument("--model", help="a GGUF file (dequantised), or a folder that save_pretrained wrote")
     what.add_argument("--shape", help="random weights in the shape of " + ", ".join(models.SHAPES) + ": time and memory only")
     command.add_argument("--lengths", default="8192", help="tokens of the prompts (default 8192)")
-    command.add_argument("--attn", default="sdpa,pbs", help=f"compared in turn, the first is the baseline: {kinds} (default sdpa,pbs)")
+    command.add_argument("--attn", default="sdpa,pbs",
+                         help=f"compared in turn, the first is the baseline: {kinds} (default sdpa,pbs)")
     command.add_argument("--text", help="a text file (default: the source of Python's standard library)")
     command.add_argument("--runs", type=int, default=3, help="timed runs of each (default 3; the median counts)")
     command.add_argument("--yarn", type=float, default=4.0,
@@ -60,7 +61,8 @@ def _parser():
 
     command = commands.add_parser("overhead", parents=[shared, heads],
                                   help="host time of a call beyond the library's launches, and the time of first calls")
-    command.add_argument("--tokens", type=int, default=512, help="of the calls: few, so that a GPU never falls behind (default 512)")
+    command.add_argument("--tokens", type=int, default=512,
+                         help="of the calls: few, so that a GPU never falls behind (default 512)")
     command.add_argument("--head-dim", type=int, default=128)
     command.add_argument("--attn", default="sdpa,full,pbs", help=f"{kinds} (default sdpa,full,pbs)")
     return parser
@@ -82,7 +84,8 @@ def main(arguments=None):
         made, table = op.rates(given.attn, given.device, getattr(torch, given.dtype), given.heads, given.kv_heads,
                                _numbers("--lengths", given.lengths), _numbers("--head-dims", given.head_dims), given.runs, _say)
     else:
-        made, table = op.overhead(given.attn, given.device, given.heads, given.kv_heads, given.tokens, given.head_dim, given.runs)
+        made, table = op.overhead(given.attn, given.device, given.heads, given.kv_heads, given.tokens, given.head_dim,
+                                  given.runs)
     print(f"{report.device_name(given.device)}; median of {given.runs} run(s)\n\n{table}")
     _write(given, made)
     return made

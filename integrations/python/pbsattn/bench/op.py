@@ -73,8 +73,8 @@ def _check(attention, q, k, v, allowed):
     for rows, error in errors.items():
         limit = 2 * allowed.setdefault(rows, error) + 1e-6
         if not error <= limit:
-            raise RuntimeError(f"{attention.name}, {tokens} tokens: its {rows} rows are off by {error:.2g}, and {limit:.2g}, twice "
-                               "SDPA's error, is allowed; its time would mean nothing")
+            raise RuntimeError(f"{attention.name}, {tokens} tokens: its {rows} rows are off by {error:.2g}, and {limit:.2g}, "
+                               "twice SDPA's error, is allowed; its time would mean nothing")
     return density, errors.get("last")
 
 
