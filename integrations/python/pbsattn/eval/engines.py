@@ -69,7 +69,7 @@ class Answer:
     text: str
     tokens: list[int]
     density: float
-    seconds: float  # of prefill and decoding
+    seconds: float  # of the prefill
 
 
 class Engine:
@@ -98,13 +98,14 @@ class Engine:
     def decode(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def chat(self, prompt) -> list[int]:
-        """A user's message as the model's chat template has it, up to where the answer begins; as it is without one."""
+    def chat(self, prompt, begun="") -> list[int]:
+        """A user's message as the model's chat template has it, up to where the answer begins, or goes on behind `begun`;
+        without a template the message as it is."""
         if not self.tokenizer.chat_template:
-            return self.encode(prompt)
+            return self.encode(f"{prompt}\n{begun}" if begun else prompt)
         text = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                                   add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return self.tokenizer(text + begun, add_special_tokens=False, verbose=False).input_ids
 
     # ------------------------------------------------------------------------------------------- prefill
 
@@ -169,21 +170,47 @@ class Engine:
         return join(nll), join(divergence), join(same)
 
     @torch.no_grad()
-    def answer(self, ids, attention, max_new_tokens) -> Answer:
-        """Continues a prompt greedily, until the model ends its turn."""
-        import transformers
+    def answers(self, ids, attentions, max_new_tokens) -> dict:
+        """Continues a prompt greedily until the model ends its turn: {attention's name: Answer, or Unsupported}.
 
-        limits = transformers.GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self._ends(), pad_token_id=self._ends()[0])
+        The prompt goes through the model once for each attention. What is decoded goes through SDPA, for all attentions as one
+        batch, since a step of a few sequences takes hardly longer than that of one.
+        """
         self.stretch(len(ids) + max_new_tokens)
         prompt = self.tensor([ids])
-        with self.attend(attention), _quiet():
+        made, caches, first = {}, [], []
+        for attention in attentions:
             start = time.perf_counter()
-            out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=limits)
-            tokens = out[0, len(ids):].tolist()
-            seconds = time.perf_counter() - start
-            layers = self.densities(attention)
-        return Answer(self.decode(tokens), tokens, sum(layers) / len(layers), seconds)
+            try:
+                with self.attend(attention), _quiet():
+                    out = self.model(prompt, use_cache=True, logits_to_keep=1)
+                    token = out.logits[0, -1].argmax()
+                    self._wait()
+                    seconds = time.perf_counter() - start
+                    layers = self.densities(attention)
+            except (kind.Unsupported, NotImplementedError) as reason:
+                made[attention.name] = kind.Unsupported(str(reason))
+                continue
+            made[attention.name] = Answer("", [], sum(layers) / len(layers), seconds)
+            caches.append(out.past_key_values)
+            first.append(token)
+            del out
+        answered = [each for each in made.values() if isinstance(each, Answer)]
+        if answered:
+            for answer, tokens in zip(answered, self._decode(_joined(caches), torch.stack(first), max_new_tokens)):
+                answer.text, answer.tokens = self.decode(tokens), tokens
+        return made
+
+    def _decode(self, cache, first, most):
+        """Tokens of each sequence of a cache from its first new one on, up to one that ends an answer."""
+        ends = self.tensor(self._ends())
+        steps, ended = [first], torch.isin(first, ends)
+        while len(steps) < most and not bool(ended.all()):
+            steps.append(self.model(steps[-1][:, None], past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1))
+            ended |= torch.isin(steps[-1], ends)
+        end = set(ends.tolist())
+        for tokens in torch.stack(steps, 1).tolist():
+            yield tokens[:next((i for i, token in enumerate(tokens) if token in end), most)]
 
     def _ends(self):
         """Tokens that end an answer."""
@@ -195,6 +222,17 @@ class Engine:
     def _wait(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _joined(caches):
+    """The first of several equally long caches, with the sequences of all; the others are spent."""
+    first, *others = caches
+    for i, layer in enumerate(first.layers):
+        layer.keys = torch.cat([layer.keys, *(other.layers[i].keys for other in others)])
+        layer.values = torch.cat([layer.values, *(other.layers[i].values for other in others)])
+        for other in others:  # layer by layer, so that no two copies of everything are in memory
+            other.layers[i].keys = other.layers[i].values = None
+    return first
 
 
 class _quiet(warnings.catch_warnings):

@@ -6,6 +6,9 @@ import importlib
 # Name: the module of this package that holds its class `Kind`, and what it is.
 KINDS = {
     "ppl": "likelihood of long texts, and divergence from full attention, token by token",
+    "needle": "codes hidden in long texts, one of which is asked for, by depth and length",
+    "ruler": "RULER's 13 task types: needles, variable tracking, common and frequent words, questions on documents",
+    "tasks": "questions on long documents, from files in the format of L-Eval or LongBench",
 }
 
 
@@ -31,6 +34,15 @@ class Item:
 
 class Unsupported(Exception):
     """An item can't be measured under an attention, or not with this model: recorded with the reason, and not counted."""
+
+
+def answered(answer):
+    """An answer of engine.answers, where the model gave one; else raises Unsupported."""
+    if isinstance(answer, Unsupported):
+        raise answer
+    if not answer.text.strip():
+        raise Unsupported("the model ended its turn without an answer")
+    return answer
 
 
 class KindBase:
