@@ -5,6 +5,7 @@ import time
 import warnings
 
 import torch
+from transformers import AttentionInterface
 
 import pbsattn
 import pbsattn.transformers
@@ -123,7 +124,7 @@ class Engine:
     def densities(self, attention):
         """Density of each layer of the last prefill, under attend(). Raises Unsupported where a layer fell back."""
         if attention.method is None:
-            return [1.0] * self.model.config.num_hidden_layers
+            return [1.0] * self.layers
         stats = pbsattn.transformers.stats(self.model)
         left = next((each for each in stats if each.left), None)
         if left is not None:
@@ -138,10 +139,34 @@ class Engine:
         with self.attend(attention), _quiet():
             start = time.perf_counter()
             hidden = self.model.model(ids, use_cache=False).last_hidden_state[0]
-            self._wait()
+            self.wait()
             seconds = time.perf_counter() - start
             layers = self.densities(attention)
         return Prefill(hidden, sum(layers) / len(layers), layers, seconds)
+
+    @property
+    def layers(self):
+        return self.model.config.num_hidden_layers
+
+    @torch.no_grad()
+    def capture(self, ids, layers):
+        """Queries, keys, values [1, heads, tokens, head_dim] and scale of some layers' attention, {layer: (q, k, v, scale)}."""
+        captured = {}
+        sdpa = AttentionInterface._global_mapping["sdpa"]
+
+        def keep(module, query, key, value, *args, scaling=None, **kwargs):
+            if module.layer_idx in layers:
+                captured[module.layer_idx] = (query, key, value, scaling or query.shape[-1] ** -0.5)
+            return sdpa(module, query, key, value, *args, scaling=scaling, **kwargs)
+
+        self.stretch(len(ids))
+        AttentionInterface.register("sdpa", keep)
+        try:
+            with Attention.parse("sdpa").on(self.model):
+                self.model.model(self.tensor([ids]), use_cache=False)
+        finally:
+            AttentionInterface.register("sdpa", sdpa)
+        return captured
 
     def logits(self, hidden):
         """Of each position of `hidden`, [positions, vocabulary], float32."""
@@ -219,7 +244,7 @@ class Engine:
         ends = [end for end in (*ends, self.tokenizer.eos_token_id) if end is not None]
         return list(dict.fromkeys(ends)) or [0]
 
-    def _wait(self):
+    def wait(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

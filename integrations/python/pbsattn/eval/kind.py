@@ -5,6 +5,7 @@ import importlib
 
 # Name: the module of this package that holds its class `Kind`, and what it is.
 KINDS = {
+    "recall": "attention mass that a method's blocks hold and error of its output, by layer and head; the oracle as the bound",
     "ppl": "likelihood of long texts, and divergence from full attention, token by token",
     "needle": "codes hidden in long texts, one of which is asked for, by depth and length",
     "ruler": "RULER's 13 task types: needles, variable tracking, common and frequent words, questions on documents",
@@ -76,8 +77,8 @@ class KindBase:
         """
         raise NotImplementedError
 
-    def report(self, records):
-        """Text to print below the table; "" for none."""
+    def report(self, records, methods):
+        """Text to print below the table; "" for none. `methods`: those of run.json, with every option's value."""
         return ""
 
 

@@ -153,7 +153,7 @@ def _finish(out, header, the_kind, records, to_json):
     made = summary.as_json(rows, header)
     folder.write_whole(out / "summary.json", json.dumps(made, indent=1) + "\n")
     text = "\n".join([f"{header['model']['name']}, {header['engine']}, {header['device']}; {header['kind']} in {out}", "",
-                      summary.table(rows, the_kind.metrics), the_kind.report(records), *summary.errors(records)])
+                      summary.table(rows, the_kind.metrics), the_kind.report(records, header["methods"]), *summary.errors(records)])
     if to_json == "-":
         print(json.dumps(made, indent=1))
     else:
