@@ -15,7 +15,7 @@ from pbsattn.eval import kind, ppl, program, summary  # noqa: E402
 
 
 def ppl_arguments(folder, out, *arguments):
-    return ["ppl", "--model", str(folder), "--text", str(folder / "text.txt"), "--lengths", "800", "--judge", "all", "--methods",
+    return ["ppl", "--model", str(folder), "--text", f"words={folder / 'text.txt'}", "--lengths", "800", "--judge", "all", "--methods",
             "pbs:top_p=0.1/1.0", "--device", "cpu", "--out", str(out), *arguments]
 
 
@@ -56,7 +56,7 @@ def test_ppl_measures_likelihood_and_divergence(finished, folder):
 def test_ppl_prints_a_table_and_writes_it_as_json(finished, capsys, tmp_path):
     assert program.main(["table", str(finished), "--json", str(tmp_path / "rows.json")]) == 0
     printed = capsys.readouterr().out
-    assert "pbs:top_p=0.1" in printed and "nll (nats)" in printed and "text 800" in printed
+    assert "pbs:top_p=0.1" in printed and "nll (nats)" in printed and "words 800" in printed
     made = json.loads((tmp_path / "rows.json").read_text())
     assert made == json.loads((finished / "summary.json").read_text())
     keys = {"suite", "case", "params", "metric", "value", "unit", "peer", "peer_value", "ratio", "runs", "spread",
@@ -197,6 +197,7 @@ def test_sweeps(text, specs):
     (["--judge", "10"], "under 256 tokens"),
     (["--judge", "most"], "neither a number nor half nor all"),
     (["--text", "nowhere.txt"], "nowhere.txt: no such file"),
+    (["--text", "a=text.txt", "--text", "b=text.txt"], "two files of one name"),
     (["--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
 ])
 def test_bad_input(folder, tmp_path, capsys, arguments, message):
@@ -306,3 +307,36 @@ def test_where_a_curve_crosses():
     assert curves.crossing([0.1, 0.4], [0.3, 0.1], 0.5) is None
     assert curves.families({"pbs:top_p=.5:segment=512": {"keep": "top_p"}, "pbs:top_p=.9:segment=512": {"keep": "top_p"},
                             "full": {"keep": "all"}}) == {"pbs:segment=512": ["pbs:top_p=.5:segment=512", "pbs:top_p=.9:segment=512"]}
+
+
+# --------------------------------------------------------------------------------------------------- a page
+
+
+def test_a_page_of_results(finished, tmp_path, capsys):
+    base = tmp_path / "methods"
+    assert not program.main(["page", str(finished), "--to", str(base)])
+    page = (tmp_path / "methods.md").read_text()
+    name = finished.name
+    assert f"<!-- run {name} -->" in page and "`pbs:top_p=0.1`" in page and f"(methods-{name}.svg)" in page
+    assert "<svg" in (tmp_path / f"methods-{name}.svg").read_text()
+    assert len(json.loads((tmp_path / "methods.json").read_text())) == 9
+    (tmp_path / "methods.md").write_text("before\n" + page.replace("`pbs:top_p=0.1`", "stale") + "after\n")
+    program.main(["page", str(finished), "--to", str(base)])
+    again = (tmp_path / "methods.md").read_text()
+    assert again == "before\n" + page + "after\n", "what people wrote stays, tables are new"
+
+
+def test_changes_at_equal_density():
+    from pbsattn.eval import curves
+
+    def record(item, method, density, *nll):
+        return {"item": item, "group": "g", "method": method, "params": {}, "density": density, "metrics": {"nll": 0},
+                "units": {"nll": list(nll)}}
+
+    methods = {"full": {"keep": "all"}, "pbs:top_p=.1": {"keep": "top_p"}, "pbs:top_p=.9": {"keep": "top_p"}}
+    records = [record("a", "full", 1.0, 1, 2), record("a", "pbs:top_p=.1", 0.06, 2, 3), record("a", "pbs:top_p=.9", 0.24, 1, 2),
+               record("b", "full", 1.0, 5), record("b", "pbs:top_p=.1", 0.12, 6), record("b", "pbs:top_p=.9", 0.2, 5)]
+    [(group, name, cells)] = curves.by_density(records, methods, "nll")
+    assert (group, name) == ("g", "pbs")
+    assert cells[0] is None and cells[3] is None, "b has no such density"
+    assert cells[1][0] == pytest.approx((0.5 + 0.5 + 1) / 3) and cells[1][1] == pytest.approx(0.5 / 3)

@@ -180,7 +180,7 @@ def test_the_report_counts_what_full_finds():
     finds = (("full", (100, 100, 100, 0)), ("pbs", (100, 0, 100, 100)))
     made = [dict(item=str(i), group="end 1", method=method, params=dict(depth=i / 3), metrics=dict(found=found))
             for method, all_found in finds for i, found in enumerate(all_found)]
-    text = needle.Kind().report(made)
+    text = needle.Kind().report(made, {})
     assert "full: 3 of 3 (100.0%)" in text and "pbs: 2 of 3 (66.7%)" in text
     assert "end 1  full  ***0" in text and "end 1  pbs   *0**" in text
 

@@ -5,14 +5,16 @@ import math
 
 import numpy as np
 
-# The option that a keep rule is set by. Specs that differ in it alone are one family.
-SETTING = {"top_p": "top_p", "threshold": "threshold", "relative": "threshold", "top_k": "top_k", "density": "density"}
+# The options that a keep rule is set by. Specs that differ in them alone are one family.
+SETTINGS = {"top_p": ("top_p",), "coverage": ("top_p",), "threshold": ("threshold",), "relative": ("threshold",),
+            "top_k": ("top_k",), "density": ("density",), "vertical_slash": ("vertical", "slash")}
+DENSITIES = (0.08, 0.12, 0.18, 0.27)  # at which families are compared
 
 
 def family(spec, options):
     """A method's spec without its keep rule's number: the curve that it is a point of."""
-    swept = SETTING.get(options.get("keep"))
-    return ":".join(part for part in spec.split(":") if part.partition("=")[0] != swept)
+    swept = SETTINGS.get(options.get("keep"), ())
+    return ":".join(part for part in spec.split(":") if part.partition("=")[0] not in swept)
 
 
 def families(methods):
@@ -59,9 +61,43 @@ def crossing(densities, values, wanted):
     return found if points[-1][1] <= wanted else None
 
 
-def plain_table(header, lines):
-    """Rows of cells as text: the first column to the left, the others to the right."""
-    lines = [header, *lines]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-                     .rstrip() for line in lines)
+def by_density(records, methods, metric):
+    """Changes against full at equal density, [(group, family, [None or (change, standard error), ...])] for DENSITIES.
+
+    Each item is interpolated unit by unit, so that pairs stay pairs; a density counts that all items of a group reach.
+    """
+    groups = {}
+    for record in records:
+        if "error" not in record:
+            groups.setdefault(record["group"], {}).setdefault(record["item"], {})[record["method"]] = record
+    made = []
+    for group, items in groups.items():
+        for name, specs in families(methods).items():
+            cells = [_change(items.values(), specs, metric, wanted) for wanted in DENSITIES]
+            if any(cells):
+                made.append((group, name, cells))
+    return made
+
+
+def _change(items, specs, metric, wanted):
+    differences = []
+    for by_method in items:
+        points = [by_method[spec] for spec in specs if spec in by_method]
+        place = at([point["density"] for point in points], wanted) if len(points) > 1 and "full" in by_method else None
+        if place is None:
+            return None
+        full = np.asarray(units(by_method["full"], metric), float)
+        differences.append(place.of([units(point, metric) for point in points]) - full)
+    values = np.concatenate(differences)
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def units(record, metric):
+    """What a metric of a record is the mean of."""
+    if "error" in record:
+        return []
+    parts = record.get("units", {}).get(metric)
+    if parts is not None:
+        return parts
+    value = record["metrics"].get(metric)
+    return [] if value is None else [value]

@@ -210,7 +210,7 @@ class Engine:
                 with self.attend(attention), _quiet():
                     out = self.model(prompt, use_cache=True, logits_to_keep=1)
                     token = out.logits[0, -1].argmax()
-                    self._wait()
+                    self.wait()
                     seconds = time.perf_counter() - start
                     layers = self.densities(attention)
             except (kind.Unsupported, NotImplementedError) as reason:

@@ -8,7 +8,7 @@ import pathlib
 
 FORMAT = 1
 # Of run.json: what may differ when a run goes on.
-FREE = ("command", "date")
+FREE = ("command", "commit", "date")
 REQUIRED = {"kind": str, "item": str, "group": str, "method": str, "params": dict}
 
 

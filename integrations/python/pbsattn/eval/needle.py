@@ -119,7 +119,7 @@ class Kind(kind.KindBase):
         return {"metrics": {"found": 100.0 * (code in answer.text)}, "density": answer.density, "seconds": answer.seconds,
                 "answer": answer.text, "expected": code}
 
-    def report(self, records):
+    def report(self, records, methods):
         """A line of depths for each group and method, and how much of what full finds each method finds."""
         scored = [r for r in records if "error" not in r]
         full = {r["item"] for r in scored if r["method"] == "full" and r["metrics"]["found"]}

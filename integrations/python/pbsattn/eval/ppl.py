@@ -3,15 +3,22 @@
 import hashlib
 import pathlib
 
-from . import kind
+from . import curves, kind, summary
 
 BLOCK = 256  # tokens whose mean is one unit of the intervals: neighbouring tokens' losses hang together
 
 
-def text_identity(path):
+def _named(text):
+    """Label and path of LABEL=FILE or FILE."""
+    label, equals, path = text.partition("=")
+    path = pathlib.Path(path if equals else label)
+    return (label if equals else path.stem), path
+
+
+def text_identity(text):
     """A text as run.json holds it."""
-    data = pathlib.Path(path).read_bytes()
-    return {"name": pathlib.Path(path).name, "sha256": hashlib.sha256(data).hexdigest()[:16]}
+    label, path = _named(text)
+    return {"label": label, "name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
 
 
 def read_text(path):
@@ -37,23 +44,24 @@ def document(engine, path, tokens):
 
 def add_documents(parser, lengths):
     """The options that name the documents of a run."""
-    parser.add_argument("--text", action="append", required=True, metavar="FILE", help="a text in UTF-8; may be repeated")
+    parser.add_argument("--text", action="append", required=True, metavar="[LABEL=]FILE",
+                        help="a text in UTF-8; may be repeated. Texts of one label are one group of the table")
     parser.add_argument("--lengths", default=lengths, metavar="N,N,...",
                         help=f"tokens of each text from its beginning (default {lengths})")
 
 
 def documents(given):
-    """(name, path, tokens) of every document."""
+    """(label, path, tokens) of every document."""
     try:
         lengths = [int(each) for each in given.lengths.split(",")]
     except ValueError:
         raise ValueError(f"--lengths {given.lengths}: not numbers with commas between") from None
     if min(lengths) < 2 * BLOCK:
         raise ValueError(f"--lengths {given.lengths}: {min(lengths)} is under {2 * BLOCK} tokens")
-    names = [pathlib.Path(path).stem for path in given.text]
-    if len(set(names)) != len(names):
-        raise ValueError(f"--text {' '.join(given.text)}: two texts of one name; rename one")
-    return [(name, path, n) for name, path in zip(names, given.text) for n in lengths]
+    texts = [_named(text) for text in given.text]
+    if len({path.stem for _, path in texts}) != len(texts):
+        raise ValueError(f"--text {' '.join(given.text)}: two files of one name; rename one")
+    return [(label, path, n) for label, path in texts for n in lengths]
 
 
 class Kind(kind.KindBase):
@@ -71,7 +79,7 @@ class Kind(kind.KindBase):
                                  "early ones see few blocks, so that nothing can be left out")
 
     def check(self, given):
-        for name, path, tokens in documents(given):
+        for _, path, tokens in documents(given):
             read_text(path)
             if self._judged(given, tokens) < BLOCK:
                 raise ValueError(f"--judge {given.judge}: under {BLOCK} tokens, the least that a mean is taken over")
@@ -81,9 +89,9 @@ class Kind(kind.KindBase):
 
     def items(self, given, engine):
         made = []
-        for name, path, tokens in documents(given):
-            params = dict(text=name, tokens=tokens, judged=self._judged(given, tokens))
-            made.append(kind.Item(f"{name}-{tokens}", f"{name} {tokens}", params, document(engine, path, tokens)))
+        for label, path, tokens in documents(given):
+            params = dict(text=path.stem, tokens=tokens, judged=self._judged(given, tokens))
+            made.append(kind.Item(f"{path.stem}-{tokens}", f"{label} {tokens}", params, document(engine, path, tokens)))
         return made
 
     @staticmethod
@@ -116,3 +124,12 @@ class Kind(kind.KindBase):
                   for name, values in (("nll", nll), ("kl", kl), ("top1", same))}
         return {"metrics": {name: sum(means) / len(means) for name, means in blocks.items()}, "units": blocks,
                 "density": run.density, "layers": run.layers, "seconds": run.seconds}
+
+    def report(self, records, methods):
+        """Change of the mean loss at equal density."""
+        lines = [[group, name, *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)]
+                 for group, name, cells in curves.by_density(records, methods, "nll")]
+        if not lines:
+            return ""
+        header = ["group", "method", *(f"at density {d:g}" for d in curves.DENSITIES)]
+        return "\nchange of nll (± standard error) at equal density:\n" + summary.plain([header, *lines]) + "\n"

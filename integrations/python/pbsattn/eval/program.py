@@ -24,6 +24,9 @@ def _parser():
         kind.load(name).add_arguments(command.add_argument_group("of " + name))
     again = commands.add_parser("table", help="print the table of a run's folder again")
     again.add_argument("folder")
+    page = commands.add_parser("page", help="put the tables and plots of runs into a page of results")
+    page.add_argument("folder", nargs="+")
+    page.add_argument("--to", required=True, metavar="BASE", help="writes BASE.md, BASE.json and BASE-RUN.svg")
     again.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
     return parser
 
@@ -44,9 +47,10 @@ def _add_shared(command):
     command.add_argument("--yarn", type=float, default=4.0,
                          help="factor of YaRN for what is longer than the model's own length (default 4)")
     command.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
+    command.add_argument("--commit", help="what to write as the commit (default: that of the source tree)")
 
 
-_SHARED = {"kind", "model", "methods", "out", "engine", "program", "device", "dtype", "yarn", "json"}
+_SHARED = {"kind", "model", "methods", "out", "engine", "program", "device", "dtype", "yarn", "json", "commit"}
 
 
 def expand(text):
@@ -73,6 +77,8 @@ def _is_number(text):
 
 
 def _header(given, the_kind, attentions, argv):
+    from pbsattn.bench import report
+
     from . import engines
 
     path = pathlib.Path(given.model)
@@ -80,6 +86,7 @@ def _header(given, the_kind, attentions, argv):
     return {
         "kind": given.kind,
         "command": shlex.join(["python", "-m", "pbsattn", "eval", *argv]),
+        "commit": given.commit or report.commit(),
         "date": datetime.date.today().isoformat(),
         "model": {"name": path.name, "bytes": path.stat().st_size if path.is_file() else None},
         "engine": given.engine,
@@ -175,7 +182,13 @@ def _again(given):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     given = _parser().parse_args(argv)
-    return _again(given) if given.kind == "table" else _run(given, argv)
+    if given.kind == "table":
+        return _again(given)
+    if given.kind == "page":
+        from . import page
+
+        return page.write(given.folder, given.to)
+    return _run(given, argv)
 
 
 def run_main(argv=None):

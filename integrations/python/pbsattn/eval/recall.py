@@ -5,9 +5,7 @@ import time
 
 import numpy as np
 
-from . import curves, kind, ppl
-
-DENSITIES = (0.08, 0.12, 0.18, 0.27)
+from . import curves, kind, ppl, summary
 
 
 class Kind(kind.KindBase):
@@ -42,11 +40,11 @@ class Kind(kind.KindBase):
         layers = _layers(given.layers, engine.layers)
         self._picture = None if given.picture == "none" else int(given.picture)
         made = []
-        for name, path, tokens in ppl.documents(given):
+        for label, path, tokens in ppl.documents(given):
             ids = ppl.document(engine, path, tokens)
             for layer in layers:
-                params = dict(text=name, tokens=tokens, layer=layer)
-                made.append(kind.Item(f"{name}-{tokens}-L{layer}", f"{name} {tokens}", params, (ids, layers)))
+                params = dict(text=path.stem, tokens=tokens, layer=layer)
+                made.append(kind.Item(f"{path.stem}-{tokens}-L{layer}", f"{label} {tokens}", params, (ids, layers)))
         return made
 
     def prepare(self, engine, item, attentions):
@@ -129,10 +127,10 @@ class Kind(kind.KindBase):
                     lines.append([group, name, *_family_row([by_method[spec] for spec in specs])])
         if not lines:
             return ""
-        wanted = [f"{d:g}" for d in DENSITIES]
+        wanted = [f"{d:g}" for d in curves.DENSITIES]
         header = ["group", "method", *(f"error at {d}" for d in wanted), *(f"recall at {d}" for d in wanted),
                   "density for error 5%", "10%", "for recall 95%"]
-        return "\nat equal density, and the density needed:\n" + curves.plain_table(header, lines) + "\n"
+        return "\nat equal density, and the density needed:\n" + summary.plain([header, *lines]) + "\n"
 
 
 def _mean(records, name):
@@ -146,7 +144,7 @@ def _family_row(settings):
     recall = [_mean(records, "recall") for records in settings]
     show = lambda value: "" if value is None else f"{float(value):.3f}"
     for values in (error, recall):
-        for wanted in DENSITIES:
+        for wanted in curves.DENSITIES:
             place = curves.at(density, wanted)
             yield show(place and place.of(values))
     yield show(curves.crossing(density, error, 0.05))

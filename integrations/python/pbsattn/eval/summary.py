@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from . import curves
+
 BASELINE = "full"
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -39,17 +41,6 @@ def interval(differences, seed=0):
     return float(low), float(high), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def _units(record, metric):
-    """What a metric of a record is the mean of."""
-    if "error" in record:
-        return []
-    parts = record.get("units", {}).get(metric)
-    if parts is not None:
-        return parts
-    value = record["metrics"].get(metric)
-    return [] if value is None else [value]
-
-
 def _mean(records, name):
     values = [r[name] for r in records if "error" not in r and r.get(name) is not None]
     return float(np.mean(values)) if values else None
@@ -75,14 +66,14 @@ def rows(records, metrics, methods):
 
 
 def _row(group, method, own, base, metric):
-    units = [u for record in own for u in _units(record, metric.name)]
+    units = [u for record in own for u in curves.units(record, metric.name)]
     errors = sum("error" in record for record in own)
     if not units:
         return None
     change = low = high = error = None
     if method != BASELINE and metric.change:
         pairs = [(u, b) for record in own if record["item"] in base
-                 for u, b in zip(_units(record, metric.name), _units(base[record["item"]], metric.name))]
+                 for u, b in zip(curves.units(record, metric.name), curves.units(base[record["item"]], metric.name))]
         if pairs:
             differences = [u - b for u, b in pairs]
             change = float(np.mean(differences))
@@ -112,8 +103,13 @@ def table(made, metrics):
             if metric.change:
                 line.append("" if row is None else _change(row, metric))
         lines.append(line)
+    return plain(lines)
+
+
+def plain(lines, names=2):
+    """Rows of cells as text: the first columns, of names, to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    pad = lambda i, cell: cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i])
+    pad = lambda i, cell: cell.ljust(widths[i]) if i < names else cell.rjust(widths[i])
     return "\n".join("  ".join(pad(i, cell) for i, cell in enumerate(line)).rstrip() for line in lines)
 
 
@@ -138,7 +134,7 @@ def errors(records):
 
 def as_json(made, header):
     """In the form of every benchmark of this project (docs/architecture.md), with the interval beside."""
-    device, commit, date = header["device"], header["versions"]["pbsattn"], header["date"]
+    device, commit, date = header["device"], header.get("commit"), header["date"]
     return [dict(suite=f"eval-{header['kind']}", case=row.method,
                  params=dict(model=header["model"]["name"], group=row.group, items=row.items, errors=row.errors,
                              density=row.density, seconds=row.seconds),

@@ -1,0 +1,110 @@
+"""A results page of finished runs: tables between marks of a Markdown file, a plot, and the numbers as JSON."""
+
+import json
+import pathlib
+import re
+
+from . import curves, folder, kind, summary
+
+
+def write(runs, base):
+    """Puts the tables of every run folder into BASE.md, its curves into BASE-NAME.svg, and all rows into BASE.json.
+
+    A run's place in the page is between <!-- run NAME --> and <!-- /run -->, NAME its folder's; what isn't there yet is added
+    at the end. The rest of the page, which people write, stays as it is.
+    """
+    page = pathlib.Path(f"{base}.md")
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Methods compared\n"
+    rows = []
+    for run in map(pathlib.Path, runs):
+        header = folder.read_header(run)
+        records = list(folder.read_items(run / "items.jsonl"))
+        the_kind = kind.load(header["kind"])
+        made = summary.rows(records, the_kind.metrics, list(header["methods"]))
+        rows += [dict(run=run.name, **row) for row in summary.as_json(made, header)]
+        block = _block(header, records, made, the_kind)
+        if header["kind"] == "ppl" and plot(records, header, f"{base}-{run.name}.svg"):
+            block += f"\n![Change of loss by density]({page.stem}-{run.name}.svg)\n"
+        mark = f"<!-- run {run.name} -->\n{block}<!-- /run -->"
+        found = re.compile(rf"<!-- run {re.escape(run.name)} -->\n.*?<!-- /run -->", re.DOTALL)
+        text = found.sub(lambda _: mark, text) if found.search(text) else f"{text.rstrip()}\n\n{mark}\n"
+    folder.write_whole(page, text)
+    folder.write_whole(f"{base}.json", json.dumps(rows, indent=1) + "\n")
+
+
+def markdown(header, lines):
+    cells = lambda line: "| " + " | ".join(line) + " |\n"
+    return cells(header) + cells(["---"] * len(header)) + "".join(map(cells, lines))
+
+
+def _block(header, records, made, the_kind):
+    device = f"{header['model']['name']}; {header['device']}, torch {header['versions']['torch']}; commit {header['commit']}, {header['date']}"
+    parts = [f"{device}.\n"]
+    equal = curves.by_density(records, header["methods"], the_kind.metrics[0].name) if header["kind"] == "ppl" else []
+    if equal:
+        lines = [[group, f"`{name}`", *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)] for group, name, cells in equal]
+        parts.append("Change of the loss (nats a token, ± standard error) at equal density:\n\n" + markdown(
+            ["texts", "method", *(f"{d:g}" for d in curves.DENSITIES)], lines))
+    parts.append("Every setting:\n\n" + markdown(*_settings(made, the_kind.metrics)))
+    return "\n".join(parts)
+
+
+def _settings(made, metrics):
+    """Header and lines of the table of settings."""
+    keyed = {}
+    for row in made:
+        keyed.setdefault((row.group, row.method), {})[row.metric] = row
+    lines = []
+    for (group, method), by_metric in keyed.items():
+        first = next(iter(by_metric.values()))
+        line = [group, f"`{method}`", "" if first.density is None else f"{first.density:.3f}"]
+        for metric in metrics:
+            row = by_metric.get(metric.name)
+            line.append("" if row is None else metric.form.format(row.mean))
+            if metric.change:
+                line.append("" if row is None or row.change is None else f"{row.change:+.4f} ±{row.standard_error or 0:.4f}")
+        lines.append(line)
+    header = ["texts", "method", "density"]
+    for metric in metrics:
+        header += [metric.name, "change"] if metric.change else [metric.name]
+    return header, lines
+
+
+def plot(records, header, path):
+    """Change of the mean loss against density, a panel for each group, a line for each family. False for no families."""
+    families = curves.families(header["methods"])
+    rows = summary.rows(records, [kind.Metric("nll")], list(header["methods"]))
+    groups = [group for group in dict.fromkeys(row.group for row in rows) if group != "all"]
+    if not families or not groups:
+        return False
+    import matplotlib
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "pbsattn"
+    from matplotlib import pyplot
+
+    value = {(row.group, row.method): row for row in rows if row.change is not None}
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(5.2 * len(groups) + 2.6, 4.4), squeeze=False)
+    marks = "os^Dv<>PX*"
+    for panel, group in zip(panels[0], groups):
+        for i, (name, specs) in enumerate(families.items()):
+            points = sorted((value[group, spec] for spec in specs if (group, spec) in value), key=lambda row: row.density)
+            if points:
+                panel.errorbar([p.density for p in points], [p.change for p in points],
+                               yerr=[p.standard_error or 0 for p in points], label=name, marker=marks[i % len(marks)],
+                               markersize=4, linewidth=1.2, color=pyplot.get_cmap("tab20").colors[i % 20])
+        panel.axhline(0, color="0.6", linewidth=0.8)
+        panel.set_xscale("log")
+        ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7]
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()
+        panel.set_yscale("symlog", linthresh=0.02)
+        panel.set_title(f"{group} tokens", fontsize=10)
+        panel.set_xlabel("density")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("change of loss against full, nats a token")
+    panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(f"{header['model']['name']}, {header['device']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return True
