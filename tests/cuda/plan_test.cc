@@ -59,12 +59,6 @@ TEST(CudaPlan, RefusesWhatItCannotDo) {
   options = pbs();
   options.segment = 16'384;
   EXPECT_NE(create(options, small).find("segment 16384"), std::string::npos);
-  options = pbs();
-  options.score = BlockScore::per_query;
-  EXPECT_NE(create(options, small).find("per_query"), std::string::npos);
-  options = pbs();
-  options.keep = KeepRule::threshold;
-  EXPECT_NE(create(options, small).find("threshold"), std::string::npos);
   Shape many = small;
   many.batch = 20'000;
   EXPECT_NE(create(pbs(), many).find("split the batch"), std::string::npos);

@@ -48,11 +48,13 @@ TEST_P(CudaSelect, ListsAreTheReferences) {
   device_sink.upload(&sink);
   const DeviceMemory start(g.rows() * sizeof(std::int64_t)), count(g.rows() * sizeof(std::int32_t)),
       block(g.causal_blocks_per_head() * sizeof(std::int32_t));
+  Options options = method("pbs");
+  options.scale = 0.125F;
+  options.top_p = test.top_p;
   expect_success(cuda::select({.geometry = g,
                                .order_heads = 1,
                                .dtype = DType::bf16,
-                               .scale = 0.125F,
-                               .top_p = test.top_p,
+                               .options = options,
                                .pooled_k = device_k.data(),
                                .pooled_q = device_q.data(),
                                .sink_block = reinterpret_cast<std::int32_t*>(device_sink.data()),
@@ -70,8 +72,6 @@ TEST_P(CudaSelect, ListsAreTheReferences) {
   std::vector<std::int32_t> order(g.shape.kv_len);  // token 0 in block `sink`
   std::iota(order.begin(), order.end(), 0);
   std::swap(order[0], order[128]);
-  Options options = method("pbs");
-  options.top_p = test.top_p;
   for (std::int64_t row = 0; row < g.rows(); ++row) {
     const auto scores = reference::block_scores(q.matrix[row], k.matrix, g.own_begin(row), 0.125);
     const auto wanted = reference::select_blocks(options, g, row, scores, order);
