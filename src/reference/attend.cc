@@ -28,26 +28,39 @@ std::vector<std::int32_t> visible_tokens(const Geometry& geometry, std::int64_t 
   return tokens;
 }
 
+struct Key {
+  double score;
+  double count;  // that it stands for
+  std::span<const double> value;
+};
+
 }  // namespace
 
 QueryResult attend_query(const Head& head, const Geometry& geometry, double scale, std::int64_t query,
-                         std::span<const std::int32_t> order, std::span<const std::int32_t> list) {
+                         std::span<const std::int32_t> order, std::span<const std::int32_t> list,
+                         const PooledBlocks* pooled) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
-  const std::vector<std::int32_t> tokens = visible_tokens(geometry, query, order, list);
-
-  std::vector<double> weight;
-  weight.reserve(tokens.size());
-  for (const std::int32_t n : tokens) weight.push_back(dot(head.q[query], head.k[n]) * scale);
+  std::vector<Key> keys;
+  for (const std::int32_t n : visible_tokens(geometry, query, order, list))
+    keys.push_back({dot(head.q[query], head.k[n]) * scale, 1, head.v[n]});
+  if (pooled != nullptr) {
+    const std::int64_t row = (geometry.q_offset() + query) / geometry.block - geometry.first_row();
+    for (std::int64_t b = 0; b < geometry.own_begin(row); ++b)
+      if (!std::ranges::binary_search(list, b))
+        keys.push_back(
+            {dot(head.q[query], pooled->keys[b]) * scale, static_cast<double>(geometry.block), pooled->values[b]});
+  }
 
   QueryResult result{std::vector<double>(head.v.columns, 0.0), -infinity};
-  if (std::ranges::all_of(weight, [](double s) { return s == -infinity; })) return result;
+  if (std::ranges::all_of(keys, [](const Key& key) { return key.score == -infinity; })) return result;
 
   double max = -infinity;
-  for (const double s : weight) max = std::max(max, s);
+  for (const Key& key : keys) max = std::max(max, key.score);
   double sum = 0;
-  for (double& w : weight) sum += w = std::exp(w - max);
-  for (std::size_t i = 0; i < tokens.size(); ++i)
-    for (std::int64_t d = 0; d < head.v.columns; ++d) result.out[d] += weight[i] / sum * head.v[tokens[i]][d];
+  for (const Key& key : keys) sum += key.count * std::exp(key.score - max);
+  for (const Key& key : keys)
+    for (std::int64_t d = 0; d < head.v.columns; ++d)
+      result.out[d] += key.count * std::exp(key.score - max) / sum * key.value[d];
   result.lse = max + std::log(sum);
   return result;
 }

@@ -1,12 +1,10 @@
 // The stages in their order, head by head.
 #include "core/executor.h"
 
-#include <fmt/format.h>
-
+#include <optional>
 #include <utility>
 
 #include "core/stopwatch.h"
-#include "pbsattn/options.hpp"
 #include "reference/numbers.h"
 #include "reference/stages.h"
 
@@ -50,12 +48,12 @@ void decide_timed(const Inputs& inputs, const Options& options, const Geometry& 
     for (std::int64_t h = 0; h < geometry.shape.q_heads; ++h) {
       const Head head = load_head(inputs, geometry, batch, h);
       const auto order = permute(inputs, head, options, geometry, batch, h);
-      const Matrix pooled_keys = pool_keys(head, geometry, order);
       stats.permute_seconds += watch.lap();
 
+      const Scoring scoring = prepare_scores(head, options, geometry, order);
       for (std::int64_t row = 0; row < geometry.rows(); ++row) {
         const auto list =
-            select_blocks(options, geometry, row, row_scores(head, options, geometry, row, order, pooled_keys), order);
+            select_blocks(options, geometry, row, row_scores(head, options, geometry, row, order, scoring), order);
         trace.block.insert(trace.block.end(), list.begin(), list.end());
         trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
       }
@@ -97,7 +95,8 @@ Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batc
           .k = load_matrix(inputs.k, batch, kv_head, shape.kv_len, shape.head_dim),
           .v = load_matrix(inputs.v, batch, kv_head, shape.kv_len, shape.head_dim),
           .q_dtype = inputs.q.dtype,
-          .k_dtype = inputs.k.dtype};
+          .k_dtype = inputs.k.dtype,
+          .v_dtype = inputs.v.dtype};
 }
 
 Trace decide(const Inputs& inputs, const Options& options, const Geometry& geometry) {
@@ -116,12 +115,16 @@ void attend(const Inputs& inputs, const Options& options, const Geometry& geomet
     const std::int64_t h = flat % shape.q_heads;
     const Head head = load_head(inputs, geometry, batch, h);
     const auto order = std::span(trace.order).subspan(flat * shape.kv_len, shape.kv_len);
+    std::optional<PooledBlocks> pooled;
+    if (options.correction == Correction::mean)
+      pooled = {pool_keys(head, geometry, order), pool_values(head, geometry, order)};
     for (std::int64_t query = 0; query < shape.q_len; ++query) {
       const std::int64_t row = (geometry.q_offset() + query) / geometry.block - geometry.first_row();
       const std::int64_t begin = trace.row_start[flat * geometry.rows() + row];
       const std::int64_t end = trace.row_start[flat * geometry.rows() + row + 1];
       const auto list = std::span(trace.block).subspan(begin, end - begin);
-      const QueryResult result = attend_query(head, geometry, options.scale, query, order, list);
+      const QueryResult result =
+          attend_query(head, geometry, options.scale, query, order, list, pooled ? &*pooled : nullptr);
       for (std::int64_t d = 0; d < shape.head_dim; ++d)
         store(out.dtype, out.data, batch * out.batch_stride + h * out.head_stride + query * out.token_stride + d,
               result.out[d]);
@@ -131,12 +134,6 @@ void attend(const Inputs& inputs, const Options& options, const Geometry& geomet
 }
 
 std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
-  const Options& options = spec.options;
-  if (options.score > BlockScore::exact || options.correction != Correction::none)
-    throw Error(ErrorCode::unsupported,
-                fmt::format("block score {}, correction {}: the reference doesn't have them; use "
-                            "another score, and no correction",
-                            name_of(options.score), name_of(options.correction)));
   detail::PlanSpec resolved = spec;
   resolved.options.fallback = Fallback::never;  // nobody runs it for speed
   return std::make_unique<ReferenceExecutor>(resolved);

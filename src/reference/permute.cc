@@ -44,12 +44,40 @@ std::vector<std::int32_t> order_keys(const Geometry& geometry, std::span<const d
   return order;
 }
 
+namespace {
+
+// Means of `blocks` blocks of rows, each rounded to a dtype.
+Matrix pool(const Matrix& rows, DType dtype, std::int64_t blocks, std::int64_t block,
+            std::span<const std::int32_t> order) {
+  Matrix pooled(blocks, rows.columns);
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    for (std::int64_t slot = b * block; slot < std::min((b + 1) * block, rows.rows); ++slot)
+      for (std::int64_t d = 0; d < rows.columns; ++d) pooled[b][d] += rows[order.empty() ? slot : order[slot]][d];
+    for (double& x : pooled[b]) x = round_to(dtype, x / static_cast<double>(block));
+  }
+  return pooled;
+}
+
+}  // namespace
+
 Matrix pool_keys(const Head& head, const Geometry& geometry, std::span<const std::int32_t> order) {
-  Matrix pooled(geometry.permuted_len() / geometry.block, geometry.shape.head_dim);
-  for (std::int64_t b = 0; b < pooled.rows; ++b) {
-    for (std::int64_t slot = b * geometry.block; slot < (b + 1) * geometry.block; ++slot)
-      for (std::int64_t d = 0; d < pooled.columns; ++d) pooled[b][d] += head.k[order[slot]][d];
-    for (double& x : pooled[b]) x = round_to(head.k_dtype, x / geometry.block);
+  return pool(head.k, head.k_dtype, geometry.permuted_len() / geometry.block, geometry.block, order);
+}
+
+Matrix pool_values(const Head& head, const Geometry& geometry, std::span<const std::int32_t> order) {
+  return pool(head.v, head.v_dtype, geometry.permuted_len() / geometry.block, geometry.block, order);
+}
+
+Matrix pool_original_keys(const Head& head, const Geometry& geometry, Rules rules) {
+  const std::int64_t last = geometry.blocks() - 1;
+  const std::int64_t tail = geometry.shape.kv_len - last * geometry.block;
+  Matrix pooled = pool(head.k, head.k_dtype, geometry.blocks(), geometry.block, {});
+  if (rules == Rules::paper) {
+    for (std::int64_t d = 0; d < pooled.columns; ++d) {
+      double sum = 0;
+      for (std::int64_t i = 0; i < tail; ++i) sum += head.k[last * geometry.block + i][d];
+      pooled[last][d] = round_to(head.k_dtype, sum / static_cast<double>(tail));
+    }
   }
   return pooled;
 }

@@ -74,7 +74,7 @@ TEST_P(CudaSelect, ListsAreTheReferences) {
   std::swap(order[0], order[128]);
   for (std::int64_t row = 0; row < g.rows(); ++row) {
     const auto scores = reference::block_scores(q.matrix[row], k.matrix, g.own_begin(row), 0.125);
-    const auto wanted = reference::select_blocks(options, g, row, scores, order);
+    const auto wanted = reference::select_blocks(options, g, row, {scores}, order);
     const std::vector<std::int32_t> got(blocks.begin() + starts[row], blocks.begin() + starts[row] + counts[row]);
     // Rounding may move the last block or two of thousands in or out.
     std::vector<std::int32_t> differing;

@@ -66,7 +66,7 @@ TEST(Antidiagonal, WhatIsAlwaysKeptCountsFirst) {
   const Options options{
       .score = BlockScore::antidiagonal_causal, .keep = KeepRule::top_p, .top_p = 0.5F, .block = 8, .segment = 8};
   const auto select = [&](const std::vector<double>& scores) {
-    return select_blocks(options, geometry(40, 40), 4, scores, identity(40));
+    return select_blocks(options, geometry(40, 40), 4, {scores}, identity(40));
   };
   EXPECT_EQ(select({0.25, 0.125, 0.125, 0.25, 0.25}), (List{0, 4})) << "they reach it alone";
   EXPECT_EQ(select({0.125, 0.125, 0.125, 0.5, 0.125}), (List{0, 3, 4}));

@@ -106,5 +106,27 @@ TEST(AttendQuery, NanSpoilsThoseWhoSeeIt) {
   EXPECT_TRUE(std::isnan(attend_query(head, geometry(6), 1.0, 1, in_order, List{0}).out[0]));
 }
 
+TEST(AttendQuery, PrunedBlocksAnswerAsTheirMeans) {
+  // Blocks of 2, segments of 2: query 5 lists blocks 0 and 2, so block 1 is two keys of its mean score log 3 and
+  // value 7.
+  Head head{.q = Matrix(6, 1), .k = Matrix(6, 1), .v = Matrix(6, 1)};
+  head.q[5][0] = 1;
+  head.k[2][0] = std::log(9);
+  head.v[2][0] = 10;
+  head.v[3][0] = 4;
+  head.v[0][0] = 1;
+  const Geometry g{.shape = {.q_len = 6, .kv_len = 6, .head_dim = 1}, .block = 2, .segment = 2};
+  const std::vector<std::int32_t> order{0, 1, 2, 3, 4, 5};
+  const PooledBlocks pooled{pool_keys(head, g, order), pool_values(head, g, order)};
+  const std::vector<std::int32_t> list{0, 2};
+  const QueryResult result = attend_query(head, g, 1.0, 5, order, list, &pooled);
+  EXPECT_NEAR(result.out[0], (1 + 2 * 3 * 7) / (4 + 2 * 3.0), 1e-7);
+  EXPECT_NEAR(result.lse, std::log(10), 1e-7);
+  // What is listed isn't counted again, and a mean of its keys alone is exact where they are alike.
+  EXPECT_NEAR(attend_query(head, g, 1.0, 5, order, std::vector<std::int32_t>{0, 1, 2}, &pooled).lse,
+              attend_query(head, g, 1.0, 5, order, std::vector<std::int32_t>{0, 1, 2}).lse, 0);
+  EXPECT_NEAR(attend_query(head, g, 1.0, 3, order, std::vector<std::int32_t>{1}, &pooled).lse, std::log(4), 1e-7);
+}
+
 }  // namespace
 }  // namespace pbsattn::reference

@@ -34,7 +34,7 @@ List identity(std::int64_t count) {
 List select_row_4(float top_p, const std::vector<double>& scores, const List& order = identity(10)) {
   Options options = top_p_options;
   options.top_p = top_p;
-  return select_blocks(options, geometry(10, 10), 4, scores, order);
+  return select_blocks(options, geometry(10, 10), 4, {scores}, order);
 }
 
 TEST(PoolQuery, FullRowsAreMeans) {
@@ -114,7 +114,7 @@ TEST(SelectBlocks, ThresholdKeepsScoresThatReachIt) {
   options.keep = KeepRule::threshold;
   options.threshold = 0.25F;
   const auto select = [&](const std::vector<double>& scores) {
-    return select_blocks(options, geometry(10, 10), 4, scores, identity(10));
+    return select_blocks(options, geometry(10, 10), 4, {scores}, identity(10));
   };
   EXPECT_EQ(select({0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
   EXPECT_EQ(select({0.0, 0.24, 0.5, 0.26}), (List{0, 2, 3, 4}));
@@ -131,7 +131,7 @@ TEST(SelectBlocks, TheFloorKeepsMoreWhereTheThresholdKeepsLess) {
   options.threshold = 0.3F;
   options.floor_top_p = 0.7F;
   const auto select = [&](const std::vector<double>& scores) {
-    return select_blocks(options, geometry(10, 10), 4, scores, identity(10));
+    return select_blocks(options, geometry(10, 10), 4, {scores}, identity(10));
   };
   EXPECT_EQ(select({0.0, 0.125, 0.5, 0.25}), (List{0, 2, 3, 4}));          // the floor takes block 3
   EXPECT_EQ(select({0.375, 0.25, 0.375, 0.0}), (List{0, 2, 4}));           // both agree
@@ -145,7 +145,7 @@ TEST(SelectBlocks, RelativeIsAShareOfTheHighest) {
   options.keep = KeepRule::relative;
   options.threshold = 0.5F;
   const auto select = [&](const std::vector<double>& scores) {
-    return select_blocks(options, geometry(10, 10), 4, scores, identity(10));
+    return select_blocks(options, geometry(10, 10), 4, {scores}, identity(10));
   };
   EXPECT_EQ(select({0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
   EXPECT_EQ(select({0.0, 0.125, 0.5, 0.375}), (List{0, 2, 3, 4}));
@@ -157,7 +157,7 @@ TEST(SelectBlocks, TopKTakesTheHighest) {
   options.keep = KeepRule::top_k;
   const auto select = [&](int top_k, const std::vector<double>& scores) {
     options.top_k = top_k;
-    return select_blocks(options, geometry(10, 10), 4, scores, identity(10));
+    return select_blocks(options, geometry(10, 10), 4, {scores}, identity(10));
   };
   EXPECT_EQ(select(0, {0.0, 0.25, 0.5, 0.25}), (List{0, 4}));
   EXPECT_EQ(select(1, {0.0, 0.25, 0.5, 0.25}), (List{0, 2, 4}));
@@ -174,7 +174,7 @@ TEST(SelectBlocks, DensityCountsTheOwnSegment) {
   const std::vector<double> scores{0.0, 0.25, 0.5, 0.25};
   const auto select = [&](float density, std::int64_t row) {
     options.density = density;
-    return select_blocks(options, geometry(12, 12), row, scores, identity(12));
+    return select_blocks(options, geometry(12, 12), row, {scores}, identity(12));
   };
   EXPECT_EQ(select(0.6F, 4), (List{0, 1, 2, 4}));  // three of five blocks, one of them its own; 0 is token 0's
   EXPECT_EQ(select(0.61F, 4), (List{0, 1, 2, 3, 4}));
@@ -188,13 +188,13 @@ TEST(SelectBlocks, SinkAndLocalBlocks) {
   const std::vector<double> scores{0, 0, 1, 0};
   options.top_p = 0.5F;
   options.sink_blocks = 2;
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, scores, identity(10)), (List{0, 1, 2, 4}));
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {scores}, identity(10)), (List{0, 1, 2, 4}));
   options.sink_blocks = 0;
   options.local_blocks = 2;
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, scores, identity(10)), (List{0, 2, 3, 4}));
-  EXPECT_EQ(select_blocks(options, geometry(12, 12), 5, scores, identity(12)), (List{0, 2, 4, 5}));
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {scores}, identity(10)), (List{0, 2, 3, 4}));
+  EXPECT_EQ(select_blocks(options, geometry(12, 12), 5, {scores}, identity(12)), (List{0, 2, 4, 5}));
   options.local_blocks = options.sink_blocks = 99;
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, scores, identity(10)), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {scores}, identity(10)), (List{0, 1, 2, 3, 4}));
 }
 
 TEST(SelectBlocks, KeepsUpToAndIncludingTheBlockThatCrosses) {
@@ -223,16 +223,16 @@ TEST(SelectBlocks, OwnSegmentUpToTheDiagonal) {
   const Geometry g = geometry(12, 12);
   EXPECT_EQ(select_blocks(top_p_options, g, 0, {}, identity(12)), (List{0}));
   EXPECT_EQ(select_blocks(top_p_options, g, 1, {}, identity(12)), (List{0, 1}));
-  EXPECT_EQ(select_blocks(top_p_options, g, 3, std::vector<double>{0, 1}, identity(12)), (List{0, 1, 2, 3}));
-  EXPECT_EQ(select_blocks(top_p_options, g, 5, std::vector<double>{1, 0, 0, 0}, identity(12)), (List{0, 4, 5}));
+  EXPECT_EQ(select_blocks(top_p_options, g, 3, {std::vector<double>{0, 1}}, identity(12)), (List{0, 1, 2, 3}));
+  EXPECT_EQ(select_blocks(top_p_options, g, 5, {std::vector<double>{1, 0, 0, 0}}, identity(12)), (List{0, 4, 5}));
 }
 
 TEST(SelectBlocks, RulesDifferWhereScoresNeverReachTopP) {
   Options options = top_p_options;
   const std::vector<double> nothing{0, 0, 0, 0};
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, nothing, identity(10)), (List{0, 4}));
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {nothing}, identity(10)), (List{0, 4}));
   options.rules = Rules::paper;
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, nothing, identity(10)), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {nothing}, identity(10)), (List{0, 1, 2, 3, 4}));
 }
 
 TEST(SelectBlocks, DenseLastRowsListEverything) {
@@ -240,10 +240,10 @@ TEST(SelectBlocks, DenseLastRowsListEverything) {
   options.dense_last_rows = 1;
   const std::vector<double> scores{1, 0, 0, 0};
   const Geometry g = geometry(12, 12);
-  EXPECT_EQ(select_blocks(options, g, 4, scores, identity(12)), (List{0, 4}));
-  EXPECT_EQ(select_blocks(options, g, 5, scores, identity(12)), (List{0, 1, 2, 3, 4, 5}));
+  EXPECT_EQ(select_blocks(options, g, 4, {scores}, identity(12)), (List{0, 4}));
+  EXPECT_EQ(select_blocks(options, g, 5, {scores}, identity(12)), (List{0, 1, 2, 3, 4, 5}));
   options.dense_last_rows = 100;  // more than there are: all
-  EXPECT_EQ(select_blocks(options, g, 4, scores, identity(12)), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select_blocks(options, g, 4, {scores}, identity(12)), (List{0, 1, 2, 3, 4}));
 }
 
 TEST(SelectBlocks, KeepAllListsEverything) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "reference/numbers.h"
 #include "reference/stages.h"
@@ -33,9 +34,10 @@ struct Visible {
   }
 };
 
+// Keys of index `many` and up count for `block` keys each.
 void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
                         std::int64_t dim, float scale, Precision products, const std::vector<std::int64_t>& keys,
-                        std::vector<float>& out, float& lse) {
+                        std::int64_t many, int block, std::vector<float>& out, float& lse) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> weight;
   float max = -infinity;
@@ -53,7 +55,8 @@ void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k
   if (products == Precision::bf16) max += 0.3F;
   float sum = 0;
   for (std::size_t i = 0; i < keys.size(); ++i) {
-    const float p = to_operand(products, std::exp(weight[i] - max));
+    const float p =
+        to_operand(products, std::exp(weight[i] - max)) * (keys[i] < many ? 1.0F : static_cast<float>(block));
     sum += p;
     for (std::int64_t d = 0; d < dim; ++d) out[d] += p * v[keys[i] * dim + d];
   }
@@ -74,18 +77,27 @@ void for_each_query(const Problem& problem, const Options& options, const Trace&
   }
 }
 
+std::optional<reference::PooledBlocks> pooled_blocks(const Options& options, const reference::Head& head,
+                                                     const Geometry& geometry, const std::vector<std::int32_t>& order) {
+  if (options.correction == Correction::none) return std::nullopt;
+  return reference::PooledBlocks{reference::pool_keys(head, geometry, order),
+                                 reference::pool_values(head, geometry, order)};
+}
+
 }  // namespace
 
 Values attend_exact(const Problem& problem, const Options& options, const Trace& trace) {
   Values values;
-  for_each_query(
-      problem, options, trace, [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {
-        for (std::int64_t query = 0; query < problem.shape.q_len; ++query) {
-          const auto result = reference::attend_query(head, geometry, options.scale, query, order, list(query));
-          values.out.insert(values.out.end(), result.out.begin(), result.out.end());
-          values.lse.push_back(result.lse);
-        }
-      });
+  for_each_query(problem, options, trace,
+                 [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {
+                   const auto pooled = pooled_blocks(options, head, geometry, order);
+                   for (std::int64_t query = 0; query < problem.shape.q_len; ++query) {
+                     const auto result = reference::attend_query(head, geometry, options.scale, query, order,
+                                                                 list(query), pooled ? &*pooled : nullptr);
+                     values.out.insert(values.out.end(), result.out.begin(), result.out.end());
+                     values.lse.push_back(result.lse);
+                   }
+                 });
   return values;
 }
 
@@ -94,19 +106,28 @@ Values attend_plain(const Problem& problem, const Options& options, const Trace&
   for_each_query(
       problem, options, trace, [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {
         const auto q = operands(head.q, products);
-        const auto k = operands(head.k, products);
-        const auto v = operands(head.v, products);
+        auto k = operands(head.k, products);
+        auto v = operands(head.v, products);
+        if (const auto pooled = pooled_blocks(options, head, geometry, order)) {
+          for (const float x : operands(pooled->keys, products)) k.push_back(x);
+          for (const float x : operands(pooled->values, products)) v.push_back(x);
+        }
         const std::int64_t dim = problem.shape.head_dim;
+        const std::int64_t many = problem.shape.kv_len;
         std::vector<float> out;
         float lse = 0;
         for (std::int64_t query = 0; query < problem.shape.q_len; ++query) {
           const Visible visible{geometry, order, geometry.q_offset() + query};
           std::vector<std::int64_t> keys;
-          for (const std::int32_t b : list(query))
+          const auto blocks = list(query);
+          for (const std::int32_t b : blocks)
             for (std::int64_t slot = std::int64_t{b} * geometry.block; slot < (b + 1LL) * geometry.block; ++slot)
               if (slot <= visible.token) keys.push_back(visible.key(b, slot));
+          const std::int64_t far = visible.token / geometry.segment * geometry.segment / geometry.block;
+          for (std::int64_t b = 0; b < far && options.correction == Correction::mean; ++b)
+            if (!std::ranges::binary_search(blocks, b)) keys.push_back(many + b);
           attend_plain_query({q.begin() + query * dim, q.begin() + (query + 1) * dim}, k, v, dim, options.scale,
-                             products, keys, out, lse);
+                             products, keys, many, geometry.block, out, lse);
           for (const float x : out) values.out.push_back(reference::round_to(problem.out.dtype, x));
           values.lse.push_back(lse);
         }

@@ -1,0 +1,69 @@
+// BlockScore::dual_band (Prism, arXiv 2602.08426): the mean of a block's rotated keys keeps little of RoPE's fast
+// frequencies, which turn several times within a block, and their say is lost beside the slow ones'. So each band gets
+// a softmax of its own, at a temperature that makes up for what pooling took.
+#include <algorithm>
+#include <cmath>
+
+#include "reference/stages.h"
+
+namespace pbsattn::reference {
+namespace {
+
+// Columns of head_dim that rotate with frequency indices [begin, end), of pairs (i, i + head_dim / 2), fastest first.
+std::vector<std::int64_t> columns(std::int64_t head_dim, std::int64_t begin, std::int64_t end) {
+  std::vector<std::int64_t> result;
+  for (std::int64_t i = begin; i < end; ++i) {
+    result.push_back(i);
+    result.push_back(i + head_dim / 2);
+  }
+  return result;
+}
+
+double root_mean_square(const Matrix& m, std::span<const std::int64_t> of) {
+  double squares = 0;
+  for (std::int64_t r = 0; r < m.rows; ++r)
+    for (const std::int64_t d : of) squares += m[r][d] * m[r][d];
+  return std::sqrt(squares / static_cast<double>(m.rows * std::ssize(of)));
+}
+
+}  // namespace
+
+std::vector<Band> calibrate_bands(const Head& head, const Options& options, const Geometry& geometry,
+                                  const Matrix& pooled_keys) {
+  const std::int64_t dim = geometry.shape.head_dim;
+  const std::int64_t pairs = dim / 2;
+  Matrix pooled_queries(geometry.rows(), dim);
+  for (std::int64_t row = 0; row < geometry.rows(); ++row)
+    std::ranges::copy(pool_query(head, geometry, options.rules, row), pooled_queries[row].begin());
+
+  const auto all = columns(dim, 0, pairs);
+  constexpr double least = 1e-6;
+  const double queries = std::max(root_mean_square(pooled_queries, all), least);
+  const double keys = std::max(root_mean_square(pooled_keys, all), least);
+  std::vector<Band> bands;
+  for (const auto& of : {columns(dim, 0, pairs / 2), columns(dim, pairs - pairs * 3 / 4, pairs)}) {
+    const auto width = static_cast<double>(of.size());
+    // What the band's logits would be divided by, relative to those of all columns: once for having fewer columns, and
+    // once for what pooling left of their squares.
+    const double share = width / static_cast<double>(dim) * root_mean_square(pooled_queries, of) / queries *
+                         root_mean_square(pooled_keys, of) / keys;
+    bands.push_back({of, options.scale / share});
+  }
+  return bands;
+}
+
+RowScores dual_band_scores(std::span<const double> pooled_query, const Matrix& causal_keys,
+                           std::span<const Band> bands) {
+  RowScores scores;
+  for (const Band& band : bands) {
+    std::vector<double> query;
+    for (const std::int64_t d : band.columns) query.push_back(pooled_query[d]);
+    Matrix keys(causal_keys.rows, std::ssize(band.columns));
+    for (std::int64_t b = 0; b < keys.rows; ++b)
+      for (std::int64_t d = 0; d < keys.columns; ++d) keys[b][d] = causal_keys[b][band.columns[d]];
+    scores.push_back(block_scores(query, keys, keys.rows, band.scale));
+  }
+  return scores;
+}
+
+}  // namespace pbsattn::reference

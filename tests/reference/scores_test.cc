@@ -1,0 +1,180 @@
+// Block scores of all causal blocks, on blocks of 2 and one dimension (or four, for bands): worked out by hand.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+
+#include "reference/stages.h"
+
+namespace pbsattn::reference {
+namespace {
+
+using List = std::vector<std::int32_t>;
+
+const double nan = std::nan("");
+
+Matrix column(std::vector<double> values) {
+  Matrix matrix(static_cast<std::int64_t>(values.size()), 1);
+  matrix.values = std::move(values);
+  return matrix;
+}
+
+Geometry geometry(std::int64_t q_len, std::int64_t kv_len, int segment = 2, std::int64_t head_dim = 1) {
+  return {.shape = {.q_len = q_len, .kv_len = kv_len, .head_dim = head_dim}, .block = 2, .segment = segment};
+}
+
+List identity(std::int64_t count) {
+  List order(count);
+  std::iota(order.begin(), order.end(), 0);
+  return order;
+}
+
+Options options_of(BlockScore score, Rules rules = Rules::reference_code) {
+  return {.score = score, .keep = KeepRule::top_p, .rules = rules, .block = 2, .segment = 2, .scale = 1};
+}
+
+RowScores scores_of(const Options& options, const Head& head, const Geometry& g, std::int64_t row,
+                    const List& order = {}) {
+  const List whole = order.empty() ? identity(g.shape.kv_len) : order;
+  return row_scores(head, options, g, row, whole, prepare_scores(head, options, g, whole));
+}
+
+void expect_near(const std::vector<double>& values, const std::vector<double>& wanted) {
+  ASSERT_EQ(values.size(), wanted.size());
+  for (std::size_t i = 0; i < values.size(); ++i)
+    EXPECT_NEAR(values[i], wanted[i], 1e-7) << i;  // pooled values are rounded to float32
+}
+
+TEST(MeanPoolCausal, TheOwnBlockCompetes) {
+  const Head head{.q = column({0, 0, 0, 0, 1, 1}),
+                  .k = column({std::log(1), 0, std::log(9), 0, std::log(4), std::log(4)}),
+                  .v = column({0})};
+  const auto scores = scores_of(options_of(BlockScore::mean_pool_causal), head, geometry(6, 6), 2);
+  ASSERT_EQ(scores.size(), 1);
+  expect_near(scores[0], {1.0 / 8, 3.0 / 8, 4.0 / 8});
+  Options half = options_of(BlockScore::mean_pool_causal);
+  half.top_p = 0.49F;  // the own block alone has it, and block 0 is always kept
+  EXPECT_EQ(select_blocks(half, geometry(6, 6), 2, scores, identity(6)), (List{0, 2}));
+  half.top_p = 0.6F;
+  EXPECT_EQ(select_blocks(half, geometry(6, 6), 2, scores, identity(6)), (List{0, 1, 2}));
+}
+
+TEST(MeanPoolCausal, TheOwnSegmentIsReadInItsOrder) {
+  // Segments of 4, permuted: block 0 holds tokens 2 and 3. Row 3 (tokens 6 and 7) sees its own segment's blocks 2 and 3
+  // as they were, whatever the order says.
+  const Head head{.q = column({0, 0, 0, 0, 0, 0, 1, 1}),
+                  .k = column({0, 0, std::log(2), std::log(2), std::log(3), std::log(3), std::log(4), std::log(4)}),
+                  .v = column({0})};
+  const auto scores =
+      scores_of(options_of(BlockScore::mean_pool_causal), head, geometry(8, 8, 4), 3, {2, 3, 0, 1, 6, 7, 4, 5});
+  expect_near(scores[0], {0.2, 0.1, 0.3, 0.4});
+}
+
+TEST(MeanPoolCausal, RulesDifferOnTheLastBlock) {
+  const Head head{.q = column({0, 0, 1}), .k = column({0, 0, 2 * std::log(3)}), .v = column({0})};
+  const Geometry g = geometry(3, 3);
+  const auto code = scores_of(options_of(BlockScore::mean_pool_causal), head, g, 1);
+  const double logit = 0.5 * std::log(3);  // query and key halved by the block's missing half
+  expect_near(code[0], {1 / (1 + std::exp(logit)), std::exp(logit) / (1 + std::exp(logit))});
+  const auto paper = scores_of(options_of(BlockScore::mean_pool_causal, Rules::paper), head, g, 1);
+  expect_near(paper[0], {0.1, 0.9});
+}
+
+TEST(Energy, QueriesAreNotNormalisedOneByOne) {
+  // Query 4 gives the blocks 1, 2, 1, query 5 gives them 1, 8, 1: their softmaxes would count alike.
+  const Head head{
+      .q = column({0, 0, 0, 0, 1, 3}), .k = column({0, 0, std::log(2), std::log(2), 0, 0}), .v = column({0})};
+  const auto scores = scores_of(options_of(BlockScore::energy), head, geometry(6, 6), 2);
+  expect_near(scores[0], {2.0 / 14, 10.0 / 14, 2.0 / 14});
+}
+
+TEST(Energy, ABlockThatIsNotWholeHasNone) {
+  const Head head{.q = column({0, 0, 0, 0, 1}), .k = column({0, 0, std::log(3), std::log(3), 50}), .v = column({0})};
+  expect_near(scores_of(options_of(BlockScore::energy), head, geometry(5, 5), 2)[0], {0.25, 0.75, 0});
+  const Head first{.q = column({1}), .k = column({7}), .v = column({0})};
+  EXPECT_EQ(scores_of(options_of(BlockScore::energy), first, geometry(1, 1), 0)[0], (std::vector<double>{0}));
+}
+
+TEST(Energy, RelativeToTheHighestOfAllBlocks) {
+  Options options = options_of(BlockScore::energy);
+  options.keep = KeepRule::relative;
+  options.threshold = 0.25F;
+  EXPECT_EQ(select_blocks(options, geometry(8, 8), 3, {{{0.0, 0.1, 0.2, 0.7}}}, identity(8)), (List{0, 2, 3}));
+}
+
+TEST(Sampled, EvenlySpacedTheLastAmongThem) {
+  EXPECT_EQ(sampled_queries(3), 3);
+  EXPECT_EQ(sampled_queries(128), 8);
+  EXPECT_EQ(sampled_query(128, 0), 15);
+  EXPECT_EQ(sampled_query(128, 7), 127);
+  EXPECT_EQ(sampled_query(3, 0), 0);
+  EXPECT_EQ(sampled_query(3, 2), 2);
+  EXPECT_EQ(sampled_query(100, 7), 99);
+}
+
+TEST(Sampled, MeanOfExactAndPerQuery) {
+  // Two queries: both are sampled. Without preferences each key has the same share, each block before the own half.
+  const Head head{.q = column(std::vector<double>(6, 0.0)), .k = column(std::vector<double>(6, 1.0)), .v = column({0})};
+  const double exact = (2.0 / 5 + 2.0 / 6) / 2;
+  expect_near(scores_of(options_of(BlockScore::sampled), head, geometry(6, 6), 2)[0],
+              {(exact + 0.5) / 2, (exact + 0.5) / 2, (1.0 / 5 + 2.0 / 6) / 4});
+}
+
+TEST(Sampled, OfMoreThanEightQueriesOnlyEight) {
+  Head head{.q = Matrix(32, 1), .k = Matrix(32, 1), .v = Matrix(32, 1)};
+  const Geometry g{.shape = {.q_len = 32, .kv_len = 32, .head_dim = 1}, .block = 16, .segment = 16};
+  Options options = options_of(BlockScore::sampled);
+  const auto even = scores_of(options, head, g, 1)[0];
+  head.q[16][0] = 50;  // not sampled: tokens 17, 19 .. 31 are. per_query has one block, hence no say.
+  head.k[0][0] = 1;
+  EXPECT_EQ(scores_of(options, head, g, 1)[0], even);
+  head.q[17][0] = 50;
+  EXPECT_GT(scores_of(options, head, g, 1)[0][0], even[0] + 0.005);
+}
+
+TEST(NewScores, NanCountsAsZero) {
+  for (const BlockScore score : {BlockScore::mean_pool_causal, BlockScore::energy, BlockScore::sampled}) {
+    const Head head{.q = column({0, 0, 0, 0, nan, 1}), .k = column({0, 0, 1, 1, 2, 2}), .v = column({0})};
+    EXPECT_EQ(scores_of(options_of(score), head, geometry(6, 6), 2)[0], (std::vector<double>{0, 0, 0}));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- dual_band
+
+// Four columns: pairs (0, 2), fast, and (1, 3), slow. The fast band has pair 0, the slow one pair 1 (three quarters of
+// two pairs is one).
+Head four_columns() {
+  Head head{.q = Matrix(6, 4), .k = Matrix(6, 4), .v = Matrix(6, 4)};
+  for (std::int64_t n = 0; n < 6; ++n) head.q[n][0] = head.q[n][1] = 1;
+  for (std::int64_t n = 2; n < 4; ++n) head.k[n][0] = 2;  // block 1 in the fast band
+  for (std::int64_t n = 0; n < 2; ++n) head.k[n][1] = 2;  // block 0 in the slow one
+  return head;
+}
+
+TEST(DualBand, EachBandScoresByItself) {
+  const auto scores = scores_of(options_of(BlockScore::dual_band), four_columns(), geometry(6, 6, 2, 4), 2);
+  ASSERT_EQ(scores.size(), 2);
+  // Each band has half the squares of queries and of keys: its factor is 1 / (2/4 * sqrt(1/2 * 4/2) ...) = 2.
+  const double e = std::exp(4.0);
+  expect_near(scores[0], {1 / (2 + e), e / (2 + e), 1 / (2 + e)});
+  expect_near(scores[1], {e / (2 + e), 1 / (2 + e), 1 / (2 + e)});
+}
+
+TEST(DualBand, ABlockIsKeptThatEitherKeeps) {
+  Options options = options_of(BlockScore::dual_band);
+  options.top_p = 0.5F;
+  const RowScores scores{{0, 0.6, 0, 0.4, 0}, {0, 0, 0.6, 0.4, 0}};
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, scores, identity(10)), (List{0, 1, 2, 4}));
+  options.keep = KeepRule::top_k;  // counts by the higher of the two
+  options.top_k = 1;
+  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, scores, identity(10)), (List{0, 1, 4}));
+}
+
+TEST(DualBand, NothingToCalibrateByScoresNothing) {
+  const Head head{.q = Matrix(6, 4), .k = Matrix(6, 4), .v = Matrix(6, 4)};
+  for (const auto& scores : scores_of(options_of(BlockScore::dual_band), head, geometry(6, 6, 2, 4), 2))
+    EXPECT_EQ(scores, (std::vector<double>{0, 0, 0}));
+}
+
+}  // namespace
+}  // namespace pbsattn::reference
