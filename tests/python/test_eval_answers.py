@@ -109,7 +109,7 @@ def test_prompts_are_as_long_as_asked():
     pieces = [f"{'word ' * (i % 7)}end" for i in range(5000)]
     for tokens in (100, 101, 102, 3000):
         ids, n = haystack.fit(lambda n: f"five words around the text {' '.join(pieces[:n])}", tokens, str.split)
-        assert tokens - 8 <= len(ids) <= tokens and n > 10
+        assert tokens - max(15, tokens // 100) <= len(ids) <= tokens and n > 10
     with pytest.raises(ValueError, match="3 tokens: the question alone takes 4"):
         haystack.fit(lambda n: "more than is asked", 3, str.split)
 
@@ -121,7 +121,7 @@ def test_needles_lie_where_asked(place):
     assert len(items) == 6 and len({each.id for each in items}) == 6
     for item in items:
         code, ids, begun = a_kind.prompt(Words(), item)
-        assert 0 <= item.params["tokens"] - len(ids) < 40
+        assert 0 <= item.params["tokens"] - len(ids) <= 40
         text = " ".join(ids)
         assert text.count("The code of the ") == 5 and text.count(code) == 1 and text.endswith(begun)
         ask, at = ids.index("What"), next(i for i, word in enumerate(ids) if word.startswith(code))

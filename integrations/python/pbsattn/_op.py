@@ -39,7 +39,7 @@ def _compute(q, k, v, method, settings, layout, return_lse, stats, trace=False):
     key = (method, settings, layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, index, k.get_device(),
            v.get_device(), torch.get_num_threads() if index < 0 else 0)
     plan = plan_of(key, lambda: _core.options(method, **_read_settings(settings)), q, k, v, layout)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q) if q.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = _empty_lse(q, layout) if return_lse else None
     if index < 0:
         workspace = _cpu_workspace(plan.workspace_size)
@@ -82,9 +82,9 @@ _library.impl("attention", _attention, "CompositeExplicitAutograd")
 torch.library.register_fake("pbsattn::attention", _attention_fake, lib=_library)
 
 
-def _nobody_watches(q, k, v):
+def _nobody_watches():
     """Whether a call is plain eager code, which need not pay 10 microseconds for the way through PyTorch's dispatcher."""
-    return (type(q) is type(k) is type(v) is torch.Tensor and _modes() == 0 and _transforms() is None)
+    return not torch.compiler.is_compiling() and _modes() == 0 and _transforms() is None
 
 
 # Dispatch modes (fake tensors, tracers) and functorch's transforms; where PyTorch doesn't tell, every call is dispatched.
@@ -115,18 +115,23 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str 
     Forward only. Works under torch.compile and, without return_stats, in CUDA graphs.
     Raises TypeError, ValueError, NotImplementedError (this device doesn't take it) or MemoryError.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            check_tensor(name, tensor)
+    plain = type(q) is type(k) is type(v) is torch.Tensor
+    if not plain:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(tensor, torch.Tensor):
+                check_tensor(name, tensor)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise NotImplementedError("pbsattn.attention computes no gradient, and an input requires one; "
                                   "call it under torch.no_grad(), or detach the inputs")
-    settings = _write_settings(dict(top_p=top_p, threshold=threshold, dense_last_rows=dense_last_rows, scale=scale,
-                                    **options))
+    if options or not (top_p is threshold is dense_last_rows is scale is None):
+        settings = _write_settings(dict(top_p=top_p, threshold=threshold, dense_last_rows=dense_last_rows, scale=scale,
+                                        **options))
+    else:
+        settings = ""
     if return_stats:
         out, lse, stats = _compute(q, k, v, method, settings, layout, return_lse, True)
         return (out, lse, stats) if return_lse else (out, stats)
-    if not torch.compiler.is_compiling() and _nobody_watches(q, k, v):
+    if plain and _nobody_watches():
         out, lse, _ = _compute(q, k, v, method, settings, layout, return_lse, False)
         return (out, lse) if return_lse else out
     out, lse = torch.ops.pbsattn.attention.default(q, k, v, method=method, settings=settings, layout=layout,

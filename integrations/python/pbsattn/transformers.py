@@ -175,9 +175,18 @@ def _sdpa(module, query, key, value, mask, **kwargs):
     return eager(module, query, key, value, mask, **kwargs)
 
 
-def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+def _forward(module, query, key, value, attention_mask, **kwargs):
     """The function behind AttentionInterface: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D] -> [B, Sq, Hq, D]."""
     state = _state_of(getattr(module, "config", None))
+    # Short prompts wait for the host, so the plainest calls go to SDPA before anything else is asked.
+    if (state is not None and query.shape[2] < state.min_tokens and query.shape[2] == key.shape[2]
+            and kwargs.get("softcap") is None and kwargs.get("s_aux") is None):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _pick(state, module, query, key, value, attention_mask, **kwargs)
+
+
+def _pick(state, module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    """A call of any kind: computed by pbsattn, or why not by SDPA."""
     if state is not None and attention_mask is None and not torch.compiler.is_compiling():
         if unused := getattr(state.forward, "unused_keys", 0):
             key, value = key[:, :, :-unused], value[:, :, :-unused]

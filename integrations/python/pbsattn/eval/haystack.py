@@ -97,7 +97,7 @@ def hide(pieces, hidden):
 def fit(build, tokens, encode, guess=16):
     """build(n), encoded, for about as many pieces n as `tokens` tokens hold, and never more; and n.
 
-    Fewer than two pieces' tokens are left over. ValueError if build(0) is too long already.
+    Two pieces' tokens or a hundredth are left over at most. ValueError if build(0) is too long already.
     """
     empty = len(encode(build(0)))
     if empty > tokens:
@@ -111,7 +111,7 @@ def fit(build, tokens, encode, guess=16):
             too_many = n
         else:
             best, fits = ids, n
-            if tokens - len(ids) < 2 * each:
+            if tokens - len(ids) < max(2 * each, tokens / 100):
                 break
         n = max(n + int((tokens - len(ids)) / each) - (len(ids) > tokens), fits + 1)
         n = n if too_many is None else min(n, too_many - 1)

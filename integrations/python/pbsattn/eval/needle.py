@@ -4,7 +4,7 @@ from . import haystack, kind, ppl
 
 PLACES = ("end", "start", "long")
 LONG_QUESTION = 500  # tokens
-ANSWER_TOKENS = 12  # of a number of seven digits, and room for a word before it
+ANSWER_TOKENS = 10  # of a number of seven digits, and room for a word before it
 
 
 def numbers(option, text, least, most):
