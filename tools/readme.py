@@ -5,6 +5,7 @@
     tools/readme.py --demo demo.txt --fidelity fidelity.json --summary docs/results/*.json
     tools/readme.py --page docs/cuda.md --all --results docs/results/gpu.json
     tools/readme.py --page docs/transformers.md --models docs/results/prefill-h100*.json
+    tools/readme.py --page docs/python.md --op docs/results/python-*.json
 """
 
 import argparse
@@ -160,6 +161,40 @@ def fidelity_table(records):
             f"{records[0]['params']['positions']} positions:\n\n" + "\n".join(lines))
 
 
+def stamp(record):
+    return f"{record['device']}, commit {record['commit']}, {record['date']}"
+
+
+def op_table(records):
+    """What `python -m pbsattn.bench op` and `overhead` measured: a table for each, and each machine."""
+    parts = []
+    times = [r for r in records if r["suite"] == "op"]
+    for where in dict.fromkeys(map(stamp, times)):
+        rows = [r for r in times if stamp(r) == where]
+        base = rows[0]["case"]
+        parts.append(f"`python -m pbsattn.bench op` on {where}; medians of {rows[0]['runs']} runs, "
+                     f"{rows[0]['params']['heads']} heads, {rows[0]['params']['dtype']}:\n\n"
+                     f"| tokens | head_dim | attention | time | against `{base}` | density | error of the last rows |\n"
+                     "| --- | --- | --- | --- | --- | --- | --- |")
+        for row in rows:
+            params, show = row["params"], lambda value, form: "" if value is None else form.format(value)
+            parts[-1] += (f"\n| {params['n']} | {params['head_dim']} | `{row['case']}` | {row['value'] * 1e3:.1f} ms | "
+                          f"{show(row['ratio'], '{:.2f}x')} | {show(params['density'], '{:.3f}')} | "
+                          f"{show(params['error'], '{:.1e}')} |")
+    calls = [r for r in records if r["suite"] == "overhead"]
+    for where in dict.fromkeys(map(stamp, calls)):
+        rows = [r for r in calls if stamp(r) == where]
+        value = {(r["case"], r["metric"]): r["value"] for r in rows}
+        micro = lambda *key: f"{value[key] * 1e6:.1f} us" if key in value else ""
+        parts.append(f"`python -m pbsattn.bench overhead` on {where}; medians of {max(r['runs'] for r in rows)} runs of 50 calls:\n\n"
+                     "| attention | first call | a call on the host | of it the library | path through Python |\n"
+                     "| --- | --- | --- | --- | --- |")
+        for case in dict.fromkeys(r["case"] for r in rows):
+            parts[-1] += (f"\n| `{case}` | {value[case, 'first call'] * 1e3:.1f} ms | {micro(case, 'host time of a call')} | "
+                          f"{micro(case, 'host time in the library')} | {micro(case, 'host time of the Python path')} |")
+    return "\n\n".join(parts)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=pathlib.Path, help="what ./dev demo printed")
@@ -169,6 +204,8 @@ def main():
     parser.add_argument("--summary", type=pathlib.Path, nargs="+", help="every file of results, for the first page's table")
     parser.add_argument("--models", type=pathlib.Path, nargs="+",
                         help="files that python -m pbsattn.bench prefill wrote with --json, on a GPU")
+    parser.add_argument("--op", type=pathlib.Path, nargs="+",
+                        help="files that python -m pbsattn.bench op and overhead wrote with --json")
     parser.add_argument("--page", type=pathlib.Path, default=README, help="the page to change, README.md if not given")
     parser.add_argument("--all", action="store_true", help="every measurement, not only the largest length's")
     arguments = parser.parse_args()
@@ -178,6 +215,7 @@ def main():
     tables = (("results", arguments.results, lambda records: table(records, list if arguments.all else headline)),
               ("summary", arguments.summary, summary_table),
               ("models", arguments.models, models_table),
+              ("op", arguments.op, op_table),
               ("fidelity", arguments.fidelity, fidelity_table))
     for marker, paths, make in tables:
         if paths:
