@@ -52,14 +52,17 @@ FidelityJudge::FidelityJudge(std::span<const llama_token> prompt, std::span<cons
 
 Fidelity FidelityJudge::judge(const std::function<std::span<const float>(int)>& logits) {
   const bool first = reference_.empty();
-  std::vector<double> nll;
+  Each each;
   Divergence divergence;
   for (std::size_t i = 0; i < positions_.size(); ++i) {
     const int position = positions_[i];
     const std::span<const float> row = logits(position);
     const double log_sum = log_sum_exp(row);
     const bool last = position + 1 == static_cast<int>(prompt_.size());
-    if (!last) nll.push_back(log_sum - row[static_cast<std::size_t>(prompt_[static_cast<std::size_t>(position) + 1])]);
+    if (!last) {
+      each.position.push_back(position);
+      each.nll.push_back(log_sum - row[static_cast<std::size_t>(prompt_[static_cast<std::size_t>(position) + 1])]);
+    }
     if (first) {
       auto& kept = reference_.emplace_back(row.begin(), row.end());
       for (float& value : kept) value = static_cast<float>(value - log_sum);
@@ -68,16 +71,21 @@ Fidelity FidelityJudge::judge(const std::function<std::span<const float>(int)>& 
     const std::span<const float> log_p = reference_[i];
     divergence.kl_last = kl_divergence(log_p, row, log_sum);
     divergence.top1_last = most_likely(log_p) == most_likely(row);
+    if (!last) {
+      each.kl.push_back(divergence.kl_last);
+      each.same_top1.push_back(divergence.top1_last);
+    }
     divergence.kl_mean += divergence.kl_last / static_cast<double>(positions_.size());
     divergence.top1_mean += (divergence.top1_last ? 1.0 : 0.0) / static_cast<double>(positions_.size());
   }
-  Fidelity result{.perplexity = std::exp(estimate(nll).mean), .divergence = {}};
+  Fidelity result{.perplexity = std::exp(estimate(each.nll).mean), .divergence = {}, .each = std::move(each)};
   if (first) {
-    reference_nll_ = std::move(nll);
+    reference_nll_ = result.each.nll;
     return result;
   }
-  std::ranges::transform(nll, reference_nll_, nll.begin(), std::minus{});
-  divergence.nll_change = estimate(nll);
+  std::vector<double> change(reference_nll_.size());
+  std::ranges::transform(result.each.nll, reference_nll_, change.begin(), std::minus{});
+  divergence.nll_change = estimate(change);
   result.divergence = divergence;
   return result;
 }

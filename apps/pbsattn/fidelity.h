@@ -29,9 +29,18 @@ struct Divergence {
                           // takes out how hard a token is, by far the larger part of what a perplexity wanders
 };
 
+// What the means are over: one number for each sampled position but the prompt's last, which has no next token.
+struct Each {
+  std::vector<int> position;
+  std::vector<double> nll;      // of the next token
+  std::vector<double> kl;       // KL(reference || run); empty for the reference, as the next
+  std::vector<bool> same_top1;  // whether both have the same most likely token
+};
+
 struct Fidelity {
   double perplexity = 0;  // of the prompt's next tokens at the sampled positions
   std::optional<Divergence> divergence;
+  Each each;
 };
 
 // Keeps one copy of the reference run's distributions; other runs stream past it.

@@ -8,6 +8,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,8 @@ struct PrefillOptions {
   int generate = 32;
   int threads = 0;
   std::string positions = "256";
+  bool token_ids = false;
+  bool each = false;
   std::string json;  // a file, or "-" for the standard output
   bool verbose = false;
 };
@@ -68,6 +71,23 @@ std::vector<Attention> attentions(const PrefillOptions& options) {
   return list;
 }
 
+// Tokens by their numbers, with white space between.
+std::vector<llama_token> read_token_ids(const std::string& text, const PrefillOptions& options, int vocabulary) {
+  std::vector<llama_token> tokens;
+  std::istringstream words(text);
+  std::string word;
+  while (words >> word) {
+    llama_token token = -1;
+    const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), token);
+    if (error != std::errc() || end != word.data() + word.size() || token < 0 || token >= vocabulary) {
+      throw Failure(fmt::format("prompt file {}: \"{}\" is no token; --token-ids takes numbers from 0 to {}",
+                                options.prompt_file, word.substr(0, 32), vocabulary - 1));
+    }
+    tokens.push_back(token);
+  }
+  return tokens;
+}
+
 // The prompt's tokens, checked against segment and context.
 std::vector<llama_token> prompt_tokens(const Session& session, const std::string& text, const PrefillOptions& options) {
   const ModelInfo& model = session.info();
@@ -75,7 +95,8 @@ std::vector<llama_token> prompt_tokens(const Session& session, const std::string
     throw UsageError(fmt::format("--context {}: the model was trained on {} tokens; pass at most that", options.context,
                                  model.context));
   }
-  std::vector<llama_token> tokens = session.tokenize(text);
+  std::vector<llama_token> tokens =
+      options.token_ids ? read_token_ids(text, options, model.vocabulary) : session.tokenize(text);
   const int found = static_cast<int>(tokens.size());
   if (options.tokens > found) {
     throw Failure(fmt::format("--tokens {}: {} holds {} tokens; pass a longer text or fewer tokens", options.tokens,
@@ -178,7 +199,8 @@ void prefill(const PrefillOptions& options) {
                        .prompt_tokens = length,
                        .context = options.context != 0 ? options.context : length + options.generate,
                        .threads = options.threads != 0 ? options.threads : pbsattn::describe_cpu().threads,
-                       .positions = static_cast<int>(positions.size())};
+                       .positions = static_cast<int>(positions.size()),
+                       .each_position = options.each};
   session.open({.prompt = length,
                 .generate = options.generate,
                 .context = report.context,
@@ -212,6 +234,8 @@ void add_prefill(CLI::App& program) {
   auto options = std::make_shared<PrefillOptions>();
   command->add_option("--model", options->model, "a model in GGUF format")->required();
   command->add_option("--prompt-file", options->prompt_file, "a long text in UTF-8")->required();
+  command->add_flag("--token-ids", options->token_ids,
+                    "the prompt file holds the numbers of tokens, as a tokenizer gave them, instead of a text");
   command->add_option("--tokens", options->tokens, "read only the text's first N tokens; 0: all")
       ->capture_default_str();
   command->add_option("--context", options->context, "tokens the KV cache holds; 0: as many as needed")
@@ -230,6 +254,7 @@ void add_prefill(CLI::App& program) {
   command->add_option("--threads", options->threads, "threads; 0: one for each processor")->capture_default_str();
   command->add_option("--positions", options->positions, "positions at which fidelity is measured: a number, or all")
       ->capture_default_str();
+  command->add_flag("--each", options->each, "write the likelihood at every one of these positions into the JSON");
   command->add_option("--json", options->json, "write JSON to a file; without a file, print it instead of the table")
       ->expected(0, 1)
       ->default_str("-");

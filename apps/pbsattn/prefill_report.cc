@@ -119,6 +119,10 @@ nlohmann::json run_json(const Run& run, const PrefillReport& report) {
     json["top1_mean"] = divergence->top1_mean;
     json["top1_last"] = divergence->top1_last;
   }
+  if (report.each_position) {
+    const Each& each = run.fidelity.each;
+    json["each"] = {{"position", each.position}, {"nll", each.nll}, {"kl", each.kl}, {"same_top1", each.same_top1}};
+  }
   return json;
 }
 

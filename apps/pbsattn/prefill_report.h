@@ -33,6 +33,7 @@ struct PrefillReport {
   int positions = 0;              // sampled for fidelity
   std::string reference = {};     // the run that fidelity is measured against
   std::string left_to_ggml = {};  // why pbsattn could not take some layers; "" if it took all
+  bool each_position = false;     // whether JSON has every position's losses, not their means alone
   std::vector<Run> runs = {};     // the first is the baseline of speed-ups
 
   // The first run's speed-up if its attention took no time.

@@ -66,6 +66,19 @@ class Prefill:
 
 
 @dataclasses.dataclass
+class Score:
+    """How well one prefill predicted the judged tokens at a document's end."""
+
+    at: list[int]  # which of them, ascending: all, or evenly spaced ones
+    nll: list[float]  # of each
+    kl: list[float]  # KL(full || run) in nats, where each was predicted
+    same: list[float]  # 1 where the most likely token is full attention's, else 0
+    density: float
+    layers: list[float]
+    seconds: float
+
+
+@dataclasses.dataclass
 class Answer:
     text: str
     tokens: list[int]
@@ -73,7 +86,26 @@ class Answer:
     seconds: float  # of the prefill
 
 
-class Engine:
+class Texts:
+    """What engines have in common: text to tokens and back, by the model's tokenizer."""
+
+    def encode(self, text) -> list[int]:
+        return self.tokenizer(text, verbose=False).input_ids
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def chat(self, prompt, begun="") -> list[int]:
+        """A user's message as the model's chat template has it, up to where the answer begins, or goes on behind `begun`;
+        without a template the message as it is."""
+        if not self.tokenizer.chat_template:
+            return self.encode(f"{prompt}\n{begun}" if begun else prompt)
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                                  add_generation_prompt=True)
+        return self.tokenizer(text + begun, add_special_tokens=False, verbose=False).input_ids
+
+
+class Engine(Texts):
     """A transformers model, on the CPU or a GPU.
 
     A prompt goes in whole under the attention given, however short; what is decoded then goes through PyTorch's SDPA.
@@ -88,27 +120,8 @@ class Engine:
         self.yarn = yarn
         self.device = next(model.parameters()).device
 
-    # --------------------------------------------------------------------------------------------- text
-
-    def encode(self, text) -> list[int]:
-        return self.tokenizer(text, verbose=False).input_ids
-
     def tensor(self, ids):
         return torch.tensor(ids, device=self.device)
-
-    def decode(self, ids) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def chat(self, prompt, begun="") -> list[int]:
-        """A user's message as the model's chat template has it, up to where the answer begins, or goes on behind `begun`;
-        without a template the message as it is."""
-        if not self.tokenizer.chat_template:
-            return self.encode(f"{prompt}\n{begun}" if begun else prompt)
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                                  add_generation_prompt=True)
-        return self.tokenizer(text + begun, add_special_tokens=False, verbose=False).input_ids
-
-    # ------------------------------------------------------------------------------------------- prefill
 
     def attend(self, attention):
         """The model under an attention, for a `with` block. Short prompts are pbsattn's here, too."""
@@ -193,6 +206,23 @@ class Engine:
                 divergence.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_(min=0))
         join = lambda parts: torch.cat(parts).float().cpu() if parts else None
         return join(nll), join(divergence), join(same)
+
+    def scorer(self, ids, judged, attentions):
+        """A function from an attention to its Score of a document's last `judged` tokens.
+
+        It keeps full attention's last hidden states, of which its logits are made again where they are needed.
+        """
+        targets = self.tensor(ids[-judged:])
+        predict = slice(-judged - 1, -1)
+        full = self.prefill(ids, self.FULL)
+        reference = full.hidden[predict].clone()
+
+        def score(attention):
+            run = full if attention == self.FULL else self.prefill(ids, attention)
+            parts = self.losses(run.hidden[predict], targets, reference)
+            return Score(list(range(judged)), *(part.tolist() for part in parts), run.density, run.layers, run.seconds)
+
+        return score
 
     @torch.no_grad()
     def answers(self, ids, attentions, max_new_tokens) -> dict:

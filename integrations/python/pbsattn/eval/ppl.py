@@ -64,8 +64,15 @@ def documents(given):
     return [(label, path, n) for label, path in texts for n in lengths]
 
 
+def _means(at, values):
+    """The mean over each block of tokens; `at` says which token a value is of."""
+    blocks = {}
+    for token, value in zip(at, values):
+        blocks.setdefault(token // BLOCK, []).append(value)
+    return [round(sum(block) / len(block), 6) for block in blocks.values()]
+
+
 class Kind(kind.KindBase):
-    engines = ("transformers",)
     metrics = (
         kind.Metric("nll", "nats"),
         kind.Metric("kl", "nats", change=False),
@@ -107,23 +114,13 @@ class Kind(kind.KindBase):
         return min(count, tokens - 1) // BLOCK * BLOCK
 
     def prepare(self, engine, item, attentions):
-        """Full attention's last hidden states: its logits are made of them again where they are needed."""
-        full = engine.prefill(item.data, engine.FULL)
-        return {"hidden": self._end(full.hidden, item), "full": full}
-
-    @staticmethod
-    def _end(hidden, item):
-        """The positions that predict the judged tokens."""
-        return hidden[-item.params["judged"] - 1:-1]
+        return engine.scorer(item.data, item.params["judged"], attentions)
 
     def measure(self, engine, item, attention, state):
-        run = state["full"] if attention == engine.FULL else engine.prefill(item.data, attention)
-        targets = engine.tensor(item.data[-item.params["judged"]:])
-        nll, kl, same = engine.losses(self._end(run.hidden, item), targets, state["hidden"])
-        blocks = {name: [round(float(mean), 6) for mean in values.view(-1, BLOCK).mean(1)]
-                  for name, values in (("nll", nll), ("kl", kl), ("top1", same))}
+        score = state(attention)
+        blocks = {"nll": _means(score.at, score.nll), "kl": _means(score.at, score.kl), "top1": _means(score.at, score.same)}
         return {"metrics": {name: sum(means) / len(means) for name, means in blocks.items()}, "units": blocks,
-                "density": run.density, "layers": run.layers, "seconds": run.seconds}
+                "density": score.density, "layers": score.layers, "seconds": score.seconds}
 
     def report(self, records, methods):
         """Change of the mean loss at equal density."""
