@@ -97,7 +97,6 @@ def plot(records, header, path):
         ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7]
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.minorticks_off()
-        panel.set_yscale("symlog", linthresh=0.02)
         panel.set_title(f"{group} tokens", fontsize=10)
         panel.set_xlabel("density")
         panel.spines[["top", "right"]].set_visible(False)

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 
-from . import folder, kind, summary
+from . import folder, kind, page, summary
 
 
 def _say(message):
@@ -36,7 +36,7 @@ def _add_shared(command):
                          help="a GGUF file (dequantised by transformers), or a folder that save_pretrained wrote")
     command.add_argument("--methods", default="pbs", metavar="SPEC,SPEC,...",
                          help="methods with settings, as pbs:top_p=0.8:dense_last_rows=1; NAME=A/B/C is one method for each "
-                              "number; full always runs and comes first (default pbs)")
+                              "number; every: a sweep of each method; full always runs and comes first (default pbs)")
     command.add_argument("--out", metavar="FOLDER", help="of the run (default eval-runs/KIND-MODEL); a run that was stopped "
                                                          "goes on where it was")
     command.add_argument("--engine", default="transformers", choices=["transformers", "llama"])
@@ -47,16 +47,38 @@ def _add_shared(command):
     command.add_argument("--yarn", type=float, default=4.0,
                          help="factor of YaRN for what is longer than the model's own length (default 4)")
     command.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
+    command.add_argument("--page", metavar="BASE", help="put the run into a page of results, as `eval page --to BASE` does")
     command.add_argument("--commit", help="what to write as the commit (default: that of the source tree)")
 
 
-_SHARED = {"kind", "model", "methods", "out", "engine", "program", "device", "dtype", "yarn", "json", "commit"}
+# What `--methods every` stands for: every method that a GPU runs, each at densities from about .07 to .4 at 32K tokens.
+EVERY = (
+    "pbs:top_p=0.45/0.6/0.75/0.9",
+    "pbs:order_scope=kv_head:top_p=0.45/0.6/0.75/0.9",
+    "pbs:segment=512:top_p=0.45/0.6/0.75/0.9",
+    "pbs-unpermuted:top_p=0.35/0.55/0.75/0.9",
+    "pbs+:top_p=0.45/0.6/0.75/0.9",
+    "xattention:top_p=0.6/0.75/0.85/0.9",
+    "mean-pool:top_p=0.6/0.75/0.85/0.9",
+    "flashprefill:threshold=0.03/0.07/0.15/0.3",
+    "flashprefill:correction=none:threshold=0.03/0.07/0.15/0.3",
+    "prism:top_p=0.6/0.75/0.85/0.95",
+    "streaming:local_blocks=16/32/64/128",
+    "pbs-threshold:threshold=0.0007/0.0012/0.0025/0.005",
+    "pbs-threshold:permutation=none:threshold=0.0007/0.0012/0.0025/0.005",
+    "pbs-sampled:threshold=0.0007/0.0012/0.0025/0.005",
+    "pbs-sampled:permutation=none:threshold=0.0007/0.0012/0.0025/0.005",
+    "oracle:top_p=0.7/0.8/0.9/0.95",
+    "oracle:keep=threshold:threshold=0.0015/0.003/0.006/0.012",
+)
+
+_SHARED = {"kind", "model", "methods", "out", "engine", "program", "device", "dtype", "yarn", "json", "page", "commit"}
 
 
 def expand(text):
     """Method specs of a list, NAME=A/B/C taken apart; full first."""
     specs = []
-    for spec in text.split(","):
+    for spec in (one for each in text.split(",") for one in (EVERY if each.strip() == "every" else [each])):
         made = [""]
         for part in spec.strip().split(":"):
             name, equals, values = part.partition("=")
@@ -122,7 +144,10 @@ def _run(given, argv):
         records = [run.done[item.id, each.name] for item in items for each in attentions]
         if extra := set(run.done) - wanted:
             raise ValueError(f"{out}: holds {len(extra)} record(s) that this run has no items for; pass another --out")
-    return _finish(pathlib.Path(out), folder.read_header(out), the_kind, records, given.json)
+    status = _finish(pathlib.Path(out), folder.read_header(out), the_kind, records, given.json)
+    if given.page:
+        page.write([out], given.page)
+    return status
 
 
 def _measure(run, name, the_kind, engine, items, attentions):
@@ -185,8 +210,6 @@ def main(argv=None):
     if given.kind == "table":
         return _again(given)
     if given.kind == "page":
-        from . import page
-
         return page.write(given.folder, given.to)
     return _run(given, argv)
 
