@@ -19,12 +19,12 @@ namespace {
 // CLI11 would say only that a command is missing.
 void check_command(CLI::App& program, int argc, char** argv) {
   if (argc < 2 || argv[1][0] == '-') return;
-  const std::string_view command = argv[1];
-  if (command == "eval" || command == "report") {
+  const std::string_view given = argv[1];
+  if (given == "eval" || given == "report") {
     throw app::UsageError(
         fmt::format("{0}: is in the Python package: `python -m pbsattn {0}` once it is installed (pip install "
                     "'.[bench]'), or `./dev {0}` in a checkout; docs/eval.md",
-                    command));
+                    given));
   }
   std::vector<std::string> names;
   for (const CLI::App* command : program.get_subcommands({})) names.push_back(command->get_name());

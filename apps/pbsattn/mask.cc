@@ -141,7 +141,7 @@ void mask(const MaskOptions& options) {
   capture_head(session, capture, prompt, full);
   const std::string title =
       fmt::format("{}, layer {}, head {}, {} tokens, top-p {}", std::filesystem::path(options.model).stem().string(),
-                  options.layer, options.head, length, options.attention.top_p);
+                  options.layer, options.head, length, after.options.top_p);
   const std::vector<MaskPanel> panels = {panel("Keys where they stand", before, capture, threads),
                                          panel("Keys permuted inside segments", after, capture, threads)};
   file.commit(mask_svg(title, panels));

@@ -88,8 +88,9 @@ std::vector<llama_token> read_token_ids(const std::string& text, const PrefillOp
   return tokens;
 }
 
-// The prompt's tokens, checked against segment and context.
-std::vector<llama_token> prompt_tokens(const Session& session, const std::string& text, const PrefillOptions& options) {
+// The prompt's tokens, checked against the segment of the method under test and the context.
+std::vector<llama_token> prompt_tokens(const Session& session, const std::string& text, const PrefillOptions& options,
+                                       int segment) {
   const ModelInfo& model = session.info();
   if (options.context > model.context) {
     throw UsageError(fmt::format("--context {}: the model was trained on {} tokens; pass at most that", options.context,
@@ -104,12 +105,12 @@ std::vector<llama_token> prompt_tokens(const Session& session, const std::string
   }
   if (options.tokens != 0) tokens.resize(static_cast<std::size_t>(options.tokens));
   const int count = static_cast<int>(tokens.size());
-  const int least = std::max(options.attention.segment + 1, GGML_PBSATTN_MIN_TOKENS_FLOOR);
+  const int least = std::max(segment + 1, GGML_PBSATTN_MIN_TOKENS_FLOOR);
   if (count < least) {
     throw Failure(
         fmt::format("prompt of {} tokens: sparse attention needs more than a segment of {}, at least {} tokens; "
                     "pass a longer text",
-                    count, options.attention.segment, least));
+                    count, segment, least));
   }
   const int room = options.context != 0 ? options.context : model.context;
   if (count + options.generate > room) {
@@ -189,7 +190,7 @@ void prefill(const PrefillOptions& options) {
   if (!options.json.empty() && options.json != "-") json_file.emplace(options.json);
 
   Session session(options.model, options.verbose);
-  const std::vector<llama_token> prompt = prompt_tokens(session, text, options);
+  const std::vector<llama_token> prompt = prompt_tokens(session, text, options, list.back().options.segment);
   const int length = static_cast<int>(prompt.size());
   const std::vector<int> positions = sample_positions(length, wanted_positions);
   check_logits_fit(positions.size(), session.info());

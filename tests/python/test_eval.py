@@ -187,6 +187,15 @@ def test_sweeps(text, specs):
     assert program.expand(text) == specs
 
 
+def test_every_method_can_be_swept():
+    from pbsattn.eval import curves, engines
+
+    attentions = [engines.Attention.parse(spec) for spec in program.expand("every")]
+    families = curves.families({each.name: engines.options_of(each) for each in attentions})
+    assert all(len(specs) >= 4 for specs in families.values())
+    assert {each.method for each in attentions} == set(pbsattn.METHODS) - {"auto"}
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--methods", "pbs,,full"], "names an empty method"),
     (["--methods", "pbss"], "no such attention"),

@@ -100,7 +100,7 @@ def oracle_choice(masses, order, options):
     elif rule == "threshold":
         chosen = value >= options["threshold"]
     elif rule == "relative":
-        chosen = value >= options["threshold"] * value[..., :1]
+        chosen = value >= options["threshold"] * masses.amax(-1, keepdim=True)
     elif rule == "top_k":
         chosen = (block < options["top_k"]).expand_as(value)
     elif rule == "density":

@@ -51,7 +51,7 @@ def _add_shared(command):
     command.add_argument("--commit", help="what to write as the commit (default: that of the source tree)")
 
 
-# What `--methods every` stands for: every method that a GPU runs, each at densities from about .07 to .4 at 32K tokens.
+# What `--methods every` stands for: every method, each at densities from about .07 to .4 at 32K tokens.
 EVERY = (
     "pbs:top_p=0.45/0.6/0.75/0.9",
     "pbs:order_scope=kv_head:top_p=0.45/0.6/0.75/0.9",
@@ -63,6 +63,8 @@ EVERY = (
     "flashprefill:threshold=0.03/0.07/0.15/0.3",
     "flashprefill:correction=none:threshold=0.03/0.07/0.15/0.3",
     "prism:top_p=0.6/0.75/0.85/0.95",
+    "flexprefill:top_p=0.7/0.8/0.9/0.95",
+    "minference:vertical=100:slash=800/1600/3200/6400",
     "streaming:local_blocks=16/32/64/128",
     "pbs-threshold:threshold=0.0007/0.0012/0.0025/0.005",
     "pbs-threshold:permutation=none:threshold=0.0007/0.0012/0.0025/0.005",
