@@ -33,7 +33,6 @@ def filler_identity(name, value):
 
 
 class Kind(kind.KindBase):
-    engines = ("transformers",)
     metrics = (kind.Metric("found", "%", "{:.1f}"),)
 
     def __init__(self):

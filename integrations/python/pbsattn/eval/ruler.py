@@ -6,7 +6,6 @@ from .ruler_tasks import TASKS
 
 
 class Kind(kind.KindBase):
-    engines = ("transformers",)
     metrics = (kind.Metric("score", "%", "{:.1f}"),)
 
     def __init__(self):

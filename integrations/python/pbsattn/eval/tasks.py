@@ -103,7 +103,6 @@ def read(path):
 
 
 class Kind(kind.KindBase):
-    engines = ("transformers",)
     metrics = (kind.Metric("score", "%", "{:.1f}"),)
 
     def add_arguments(self, parser):
