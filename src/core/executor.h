@@ -11,10 +11,16 @@ namespace pbsattn::detail {
 // What a backend is made from: checked, with defaults resolved.
 struct PlanSpec {
   Options options;
+  // Of each query head, where they differ: in keep and its numbers, and in what is always kept.
+  std::vector<Options> heads = {};
   Geometry geometry;
   int threads = 1;
   int device_index = 0;
   std::size_t workspace_cap = Plan::no_cap;
+
+  const Options& options_of(std::int64_t q_head) const {
+    return heads.empty() ? options : heads[static_cast<std::size_t>(q_head)];
+  }
 };
 
 // A trace that heads' orders and lists are appended to.

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "pbsattn/pbsattn.hpp"
+#include "core/executor.h"
 
 namespace pbsattn {
 
@@ -28,6 +28,12 @@ inline bool keeps_every_block(const Options& options) {
 // Whether what the rule keeps depends on scores.
 inline bool reads_scores(const Options& options) {
   return options.keep != KeepRule::none && !keeps_every_block(options);
+}
+
+// The same of any of a plan's heads.
+inline bool reads_scores(const detail::PlanSpec& spec) {
+  return spec.heads.empty() ? reads_scores(spec.options)
+                            : std::ranges::any_of(spec.heads, [](const Options& o) { return reads_scores(o); });
 }
 
 // Of a score of all causal blocks: whether what is always kept counts first toward top_p, because the score shares out

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/correction.h"
 #include "cpu/pool.h"
 #include "cpu/stages.h"
 
@@ -34,9 +35,11 @@ class RowScratch {
       memory += dim * strip * element_size;
     }
     scores_ = reinterpret_cast<float*>(memory);
+    scores_floats_ = 2 * std::max<std::int64_t>(g.block, dim) * strip;
   }
   RowState& strip_state(int i) { return strips_[static_cast<std::size_t>(i)]; }
   float* scores() { return scores_; }
+  std::byte* rest() { return reinterpret_cast<std::byte*>(scores_ + scores_floats_); }
 
  private:
   static float* take(std::byte*& memory, int floats) {
@@ -46,6 +49,7 @@ class RowScratch {
   }
   std::array<RowState, max_block / strip> strips_{};
   float* scores_ = nullptr;
+  std::int64_t scores_floats_ = 0;
 };
 
 // The blocks that a row sees, ascending. The last is its diagonal, which every row has.
@@ -96,6 +100,8 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
     std::fill_n(state.max, strip, -std::numeric_limits<float>::infinity());
     std::fill_n(state.sum, strip, 0.0F);
     std::fill_n(state.out, dim * strip, 0.0F);
+    if (c.pass.corrected)
+      correct_strip(c, head, row, begin - g.q_offset() + i * strip, count, blocks, state, scratch.rest());
   }
 
   const std::int64_t own_begin = g.own_begin(row);

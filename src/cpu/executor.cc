@@ -7,7 +7,6 @@
 #include "core/fallback.h"
 #include "core/stopwatch.h"
 #include "cpu/stages.h"
-#include "pbsattn/options.hpp"
 
 namespace pbsattn::cpu {
 namespace {
@@ -20,8 +19,8 @@ class CpuExecutor final : public detail::Executor {
  public:
   explicit CpuExecutor(const detail::PlanSpec& plan_spec)
       : Executor(plan_spec),
-        automatic_(&choose_kernels(spec.options.precision == Precision::bf16 ? Precision::bf16 : Precision::f32)),
-        all_bf16_(spec.options.precision == Precision::f32 ? automatic_ : &choose_kernels(Precision::bf16)),
+        automatic_(&kernels_for(spec.options.precision == Precision::bf16 ? Precision::bf16 : Precision::f32)),
+        all_bf16_(spec.options.precision == Precision::f32 ? automatic_ : &kernels_for(Precision::bf16)),
         f32_(&choose_f32_kernels()),
         pass_(choose_pass(spec, *automatic_)),
         workspace_size_(Pass(spec, *automatic_, pass_, nullptr).bytes) {}
@@ -57,6 +56,15 @@ class CpuExecutor final : public detail::Executor {
   }
 
  private:
+  const Kernels& kernels_for(Precision products) const {
+    const Kernels& chosen = choose_kernels(products);
+    // A correction begins a row's softmax, so it takes a path that attends block by block.
+    if (spec.options.correction == Correction::none || chosen.attend_rows == nullptr) return chosen;
+    for (const Kernels* other : runnable_kernels())
+      if (other->products == chosen.products && other->attend_rows == nullptr) return *other;
+    return choose_f32_kernels();
+  }
+
   static const Kernels& choose_f32_kernels() {
     const Kernels& chosen = choose_kernels(Precision::f32);
     if (chosen.products == Precision::f32) return chosen;
@@ -106,16 +114,6 @@ std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   if (dim % row_tile != 0 || dim > max_head_dim)
     refuse(fmt::format("head_dim {}: the CPU backend takes multiples of {} up to {}; pad, or use Device::reference()",
                        dim, row_tile, max_head_dim));
-  const Options& options = spec.options;
-  if (options.score != BlockScore::none && options.score != BlockScore::mean_pool &&
-      options.score != BlockScore::per_query)
-    refuse(
-        fmt::format("block score {}: the CPU backend has mean_pool and per_query; use one of them, or "
-                    "Device::reference()",
-                    name_of(options.score)));
-  if (options.correction != Correction::none)
-    refuse(fmt::format("correction {}: the CPU backend has none; set correction to none, or use Device::reference()",
-                       name_of(options.correction)));
   if (spec.options.block % strip != 0 || spec.options.block > max_block)
     refuse(fmt::format("block {}: the CPU backend takes multiples of {} up to {}; use 128, or Device::reference()",
                        spec.options.block, strip, max_block));

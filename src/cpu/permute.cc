@@ -11,7 +11,7 @@
 #include <span>
 
 #include "cpu/pool.h"
-#include "cpu/stages.h"
+#include "cpu/scores.h"
 
 namespace pbsattn::cpu {
 namespace {
@@ -32,15 +32,30 @@ int padded(const StageContext& c, int count) {
   return std::min((count + step - 1) / step * step, c.geometry().block);
 }
 
-// The mean of a far block's keys, rounded to their dtype as the method has it.
-void pool_keys(const StageContext& c, std::int64_t far_head, std::int64_t block, const Rows& keys) {
+// The mean of a block's rows, over `divisor` of them, rounded to their dtype as the method has it.
+void pool(const StageContext& c, const Rows& rows, int count, int divisor, float* mean) {
+  const auto dim = static_cast<int>(c.geometry().shape.head_dim);
+  c.f32_kernels.sum_rows(rows, count, dim, mean);
+  for (int d = 0; d < dim; ++d) mean[d] /= static_cast<float>(divisor);
+  c.f32_kernels.round_row(rows.dtype, dim, mean);
+}
+
+// The means of a far block.
+void pool_far(const StageContext& c, std::int64_t far_head, std::int64_t block, const Rows& keys, const Rows& values) {
   const Geometry& g = c.geometry();
-  const auto dim = static_cast<int>(g.shape.head_dim);
   const std::int64_t pooled_rows = ceil_div(c.pass.far_blocks, row_tile) * row_tile;
-  float* const mean = c.pass.pooled_keys + (far_head * pooled_rows + block) * dim;
-  c.f32_kernels.sum_rows(keys, g.block, dim, mean);
-  for (int d = 0; d < dim; ++d) mean[d] /= static_cast<float>(g.block);
-  c.f32_kernels.round_row(keys.dtype, dim, mean);
+  const std::int64_t place = (far_head * pooled_rows + block) * g.shape.head_dim;
+  if (c.pass.scored || c.pass.corrected) pool(c, keys, g.block, g.block, c.pass.pooled_keys + place);
+  if (c.pass.corrected) pool(c, values, g.block, g.block, c.pass.pooled_values + place);
+}
+
+// The mean of a block's keys in their original order; the last block's follows the rules.
+void pool_original(const StageContext& c, std::int64_t kv_head, std::int64_t block, const Rows& keys, int count) {
+  const Geometry& g = c.geometry();
+  if (!c.pass.scored || !pools_originals(c.spec.options.score)) return;
+  const bool mean = c.spec.options.rules == Rules::paper || c.spec.options.score == BlockScore::flexible;
+  const std::int64_t stored = ceil_div(g.blocks(), row_tile) * row_tile;
+  pool(c, keys, count, mean ? count : g.block, c.pass.original_pooled + (kv_head * stored + block) * g.shape.head_dim);
 }
 
 void pack_scoring_queries(const StageContext& c) {
@@ -84,7 +99,8 @@ void pack_original(const StageContext& c) {
     std::byte* const keys = c.pass.keys + item * c.pass.block_bytes;
     c.kernels.pack_keys(k, count, padded(c, count), dim, keys);
     if (c.pass.permuted && block < c.pass.scored_blocks) score_block(c, head, block, keys);
-    if (c.pass.scored && !c.pass.permuted && block < c.pass.far_blocks) pool_keys(c, head, block, k);
+    if (!c.pass.permuted && block < c.pass.far_blocks) pool_far(c, head, block, k, v);
+    pool_original(c, head, block, k, count);
     c.pass.values_finite[item] =
         c.kernels.pack_values(v, count, padded(c, count), dim, c.pass.values + item * c.pass.block_bytes);
   });
@@ -176,7 +192,7 @@ void order_segments(const StageContext& c) {
       Rows k = c.rows_of(c.inputs.k, kv_head, 0);
       Rows v = c.rows_of(c.inputs.v, kv_head, 0);
       k.index = v.index = c.pass.order + head * g.permuted_len() + block * g.block;
-      if (c.pass.scored) pool_keys(c, head, block, k);
+      pool_far(c, head, block, k, v);
       if (c.kernels.gathers) continue;
       const std::int64_t place = (head * c.pass.far_blocks + block) * c.pass.block_bytes;
       c.kernels.pack_keys(k, g.block, g.block, dim, c.pass.far_keys + place);

@@ -5,6 +5,8 @@
 #include <algorithm>
 
 #include "core/keep_rule.h"
+#include "cpu/correction.h"
+#include "cpu/scores.h"
 
 namespace pbsattn::cpu {
 namespace {
@@ -37,7 +39,8 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   const std::int64_t blocks = g.blocks();
   far_blocks = g.own_begin(g.rows() - 1);
   permuted = options.permutation != Permutation::none && g.permuted_len() > 0;
-  scored = reads_scores(options) && far_blocks > 0;
+  scored = reads_scores(spec) && far_blocks > 0;
+  corrected = options.correction == Correction::mean && far_blocks > 0;
   shared_order = options.order_scope == OrderScope::kv_head;
   scoring_strips = ceil_div(g.scoring_queries(), strip);
   mask_words = ceil_div(blocks, 64);
@@ -59,9 +62,10 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   const std::int64_t attend =
       lists_bytes + (kernels.attend_rows != nullptr ? kernels.attend_scratch_bytes(static_cast<int>(dim), g.block)
                                                     : row_strips * (strip_bytes + dim * strip * 4 + 2 * strip * 4) +
-                                                          2 * std::max<std::int64_t>(g.block, dim) * strip * 4);
+                                                          2 * std::max<std::int64_t>(g.block, dim) * strip * 4 +
+                                                          (corrected ? correction_bytes(g, far_blocks) : 0));
   const std::int64_t pooled_rows = ceil_div(far_blocks, row_tile) * row_tile;
-  const std::int64_t select = strip * dim * 8 + pooled_rows * strip * 4 + far_blocks * 16;
+  const std::int64_t select = SelectScratch::bytes(spec, far_blocks);
   const std::int64_t sort = g.segment * 12;
   scratch_bytes = ceil_div(std::max({attend, select, sort}), alignment) * alignment;
 
@@ -71,7 +75,12 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   arena.take(values_finite, shape.kv_heads * blocks);
   arena.take(far_keys, copied_heads * far_blocks * block_bytes);
   arena.take(far_values, copied_heads * far_blocks * block_bytes);
-  arena.take(pooled_keys, scored ? far_heads * pooled_rows * dim : 0);
+  arena.take(pooled_keys, scored || corrected ? far_heads * pooled_rows * dim : 0);
+  arena.take(pooled_values, corrected ? far_heads * pooled_rows * dim : 0);
+  arena.take(original_pooled, scored && pools_originals(options.score)
+                                  ? shape.kv_heads * ceil_div(blocks, row_tile) * row_tile * dim
+                                  : 0);
+  arena.take(band_factors, scored && options.score == BlockScore::dual_band ? 2 * shape.q_heads : 0);
   arena.take(scoring_queries, permuted ? shape.q_heads * scoring_strips * strip_bytes : 0);
   arena.take(exps, scored_strips * exps_bytes);
   arena.take(score_sums, scored_strips * strip);

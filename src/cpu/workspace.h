@@ -35,6 +35,9 @@ struct Pass {
                                           // where the path gathers
   std::byte* far_values = nullptr;        // the same
   float* pooled_keys = nullptr;           // [far_heads][far_blocks up to a row_tile][head_dim]
+  float* pooled_values = nullptr;         // the same of values, where what is pruned is corrected for
+  float* original_pooled = nullptr;       // [kv_heads][blocks up to a row_tile][head_dim], in the original order
+  float* band_factors = nullptr;          // [q_heads][2]
   std::byte* scoring_queries = nullptr;   // [q_heads][scoring_strips][strip_bytes] packed: they score the keys
   std::byte* exps = nullptr;              // [q_heads][scored_blocks][scoring_strips][block][strip] of element_size
   float* score_sums = nullptr;            // [q_heads][scored_blocks][scoring_strips][strip]
@@ -47,6 +50,7 @@ struct Pass {
 
   bool permuted = false;
   bool scored = false;
+  bool corrected = false;
   bool shared_order = false;    // one order for each KV head
   std::int64_t far_blocks = 0;  // blocks before the last row's own segment
   std::int64_t scoring_strips = 0;

@@ -76,6 +76,20 @@ TEST(Validate, Options) {
         o.segment = 24;
       },
       {"block 12", "multiples of 8"});
+  expect_bad_options([](Options& o) { o.vertical = -1; }, {"vertical -1"});
+  expect_bad_options([](Options& o) { o.slash = -1; }, {"slash -1"});
+  expect_bad_options([](Options& o) { o.tau = 1.5F; }, {"tau 1.5", "[0, 1]"});
+  expect_bad_options([](Options& o) { o.tau = std::nanf(""); }, {"tau nan"});
+  expect_bad_options([](Options& o) { o.min_budget = -1; }, {"min_budget -1"});
+  expect_bad_options([](Options& o) { o.score = BlockScore::vertical_slash; }, {"vertical_slash", "top_p", "alone"});
+  expect_bad_options([](Options& o) { o.keep = KeepRule::coverage; }, {"coverage", "mean_pool", "flexible"});
+  expect_bad_options(
+      [](Options& o) {
+        o = method("minference");
+        o.permutation = Permutation::last_queries;
+      },
+      {"vertical_slash", "last_queries", "none"});
+  expect_bad_options([](Options& o) { o.correction = static_cast<Correction>(2); }, {"correction 2"});
   expect_bad_options([](Options& o) { o.keep = static_cast<KeepRule>(9); }, {"keep 9"});
   expect_bad_options([](Options& o) { o.permutation = static_cast<Permutation>(2); }, {"permutation 2"});
   expect_bad_options([](Options& o) { o.score = static_cast<BlockScore>(200); }, {"score 200"});
@@ -110,9 +124,6 @@ TEST(Validate, WhatOnlyTheCpuRefuses) {
   options.segment = 96;
   expect_error([&] { Plan::create(options, good_shape); }, ErrorCode::unsupported, {"block 48", "multiples of 32"});
   EXPECT_NO_THROW(Plan::create(options, good_shape, Device::reference()));
-  for (const char* name : {"pbs+", "xattention", "oracle"})
-    expect_error([&] { Plan::create(method(name), good_shape); }, ErrorCode::unsupported,
-                 {"block score", "mean_pool", "Device::reference()"});
 }
 
 TEST(Validate, Devices) {

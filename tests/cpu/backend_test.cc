@@ -1,7 +1,10 @@
 // The CPU backend against the reference, on every path and over everything that Options and Shape allow.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "cpu/path.h"
+#include "pbsattn/options.hpp"
 #include "support/judge.h"
 
 namespace pbsattn::test {
@@ -158,6 +161,66 @@ std::vector<Case> options() {
   };
 }
 
+// Every score on whole calls, on chunks that begin and end inside a block, and on permuted keys of grouped heads.
+std::vector<Case> scores() {
+  std::vector<Case> cases;
+  for (const BlockScore score :
+       {BlockScore::antidiagonal, BlockScore::antidiagonal_causal, BlockScore::exact, BlockScore::mean_pool_causal,
+        BlockScore::sampled, BlockScore::energy, BlockScore::dual_band}) {
+    Options options = pbs(0.7F);
+    options.score = score;
+    const std::string name(name_of(score));
+    cases.push_back({name, {.shape = shape(600, 600, 64, 4, 2)}, options});
+    options.permutation = Permutation::none;
+    options.segment = 128;
+    cases.push_back({name + "_chunk", {.shape = shape(333, 777)}, options});
+    options.keep = KeepRule::density;
+    options.density = 0.6F;
+    options.rules = Rules::paper;
+    cases.push_back({name + "_bf16",
+                     of_dtypes(shape(520, 520, 64, 2), DType::bf16, DType::bf16, DType::bf16, DType::bf16), options});
+    options.block = options.segment = 32;
+    options.keep = KeepRule::relative;
+    options.threshold = 0.5F;
+    cases.push_back({name + "_block32", {.shape = shape(300, 300)}, options});
+  }
+  return cases;
+}
+
+std::vector<Case> named_methods() {
+  std::vector<Case> cases;
+  for (const char* name : {"pbs+", "xattention", "mean-pool", "flashprefill", "prism", "minference", "flexprefill",
+                           "streaming", "oracle", "pbs-sampled"}) {
+    Options options = method(name);
+    options.dense_last_rows = std::min(options.dense_last_rows, 1);
+    options.sink_blocks = std::min(options.sink_blocks, 1);
+    options.local_blocks = std::min(options.local_blocks, 2);
+    options.vertical = 40;
+    options.slash = 120;
+    options.min_budget = 1;
+    std::string label(name);
+    std::ranges::replace_if(
+        label, [](char c) { return c == '-' || c == '+'; }, '_');
+    cases.push_back({"method_" + label, {.shape = shape(1100, 1100)}, options});
+    cases.push_back({"method_" + label + "_chunk", {.shape = shape(300, 1000, 64, 4, 2)}, options});
+    cases.push_back({"method_" + label + "_short", {.shape = shape(100, 100)}, options});
+  }
+  Options pooled = method("flexprefill");
+  pooled.tau = 1;
+  pooled.min_budget = 1;
+  cases.push_back({"flexprefill_by_pooling", {.shape = shape(1100, 1100)}, pooled});
+  for (const bool permuted : {false, true}) {
+    Options corrected = permuted ? pbs(0.5F) : method("flashprefill");
+    corrected.correction = Correction::mean;
+    corrected.dense_last_rows = 0;
+    const std::string name = std::string("corrected") + (permuted ? "_permuted" : "");
+    cases.push_back({name, {.shape = shape(900, 900, 64, 4, 2)}, corrected});
+    cases.push_back(
+        {name + "_bf16", of_dtypes(shape(300, 777), DType::bf16, DType::bf16, DType::bf16, DType::bf16), corrected});
+  }
+  return cases;
+}
+
 std::vector<Case> joined(std::vector<Case> a, const std::vector<Case>& b) {
   a.insert(a.end(), b.begin(), b.end());
   return a;
@@ -181,7 +244,7 @@ TEST_P(Backend, AgreesWithTheReference) {
   expect_right(problem, result, products_of(path));
 }
 
-std::string name_of(const testing::TestParamInfo<std::tuple<std::string, Case>>& test) {
+std::string test_name(const testing::TestParamInfo<std::tuple<std::string, Case>>& test) {
   return std::get<0>(test.param) + "_" + std::get<1>(test.param).name;
 }
 
@@ -189,12 +252,13 @@ std::string name_of(const testing::TestParamInfo<std::tuple<std::string, Case>>&
 INSTANTIATE_TEST_SUITE_P(AllPaths, Backend,
                          testing::Combine(testing::ValuesIn(describe_cpu().paths),
                                           testing::ValuesIn(joined(heads(), dtypes_and_layouts()))),
-                         name_of);
+                         test_name);
 // What code shared by all paths decides.
 INSTANTIATE_TEST_SUITE_P(ChosenPaths, Backend,
                          testing::Combine(testing::ValuesIn(chosen_paths()),
-                                          testing::ValuesIn(joined(lengths_and_chunks(), options()))),
-                         name_of);
+                                          testing::ValuesIn(joined(joined(lengths_and_chunks(), options()),
+                                                                   joined(scores(), named_methods())))),
+                         test_name);
 
 TEST(Backend, SparseCasesAreSparse) {
   Problem problem({.shape = shape(1000, 1000)});
