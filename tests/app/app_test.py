@@ -254,6 +254,22 @@ class Prefill(Case):
         report = json.loads(result.stdout)
         self.assertEqual([run["name"] for run in report["runs"]], ["ggml"])
         self.assertEqual(report["positions"], 300)
+        self.assertNotIn("each", report["runs"][0])
+
+    def test_tokens_by_number_and_every_position(self):
+        ids = self.file("prompt.ids", " ".join(str(100 + i % 90) for i in range(600)).encode())
+        result = pbsattn("prefill", "--model", MODEL, "--prompt-file", ids, "--token-ids", "--generate", 0, "--compare", "full",
+                         "--method", "pbs:top_p=0.3", "--positions", "all", "--each", "--json")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        full, pbs = json.loads(result.stdout)["runs"]
+        self.assertEqual(full["each"]["position"], list(range(599)))
+        self.assertEqual((full["each"]["kl"], len(pbs["each"]["kl"]), len(pbs["each"]["same_top1"])), ([], 599, 599))
+        self.assertAlmostEqual(math.exp(sum(pbs["each"]["nll"]) / 599), pbs["perplexity"], 6)
+        change = sum(a - b for a, b in zip(pbs["each"]["nll"], full["each"]["nll"])) / 599
+        self.assertAlmostEqual(change, pbs["nll_change"]["mean"], 6)
+        for word in ("x", "-1", "10000000"):
+            ids = self.file("prompt.ids", f"5 {word} 7".encode())
+            self.refused(1, "prefill", "--model", MODEL, "--prompt-file", ids, "--token-ids", says=[f'"{word}" is no token'])
 
     def test_top_p_one_is_dense(self):
         result = pbsattn("prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 700, "--generate", 0,

@@ -349,3 +349,16 @@ def test_changes_at_equal_density():
     assert (group, name) == ("g", "pbs")
     assert cells[0] is None and cells[3] is None, "b has no such density"
     assert cells[1][0] == pytest.approx((0.5 + 0.5 + 1) / 3) and cells[1][1] == pytest.approx(0.5 / 3)
+
+
+def test_settings_against_the_published_one():
+    from pbsattn.eval import page
+
+    def record(item, method, density, *nll):
+        return {"item": item, "method": method, "density": density, "metrics": {"nll": 0}, "units": {"nll": list(nll)}}
+
+    records = [record("a", page.PUBLISHED, 0.4, 1, 2), record("a", "sparser", 0.2, 1.5, 2.5), record("a", "denser", 0.5, 1, 2),
+               record("b", page.PUBLISHED, 0.4, 1, 2), record("b", "sparser", 0.1, 1, 3), record("b", "denser", 0.3, 1, 2)]
+    header, lines = page._against(records, [page.PUBLISHED, "sparser", "denser"])
+    assert header == ["method", "a", "b"]
+    assert lines == [["`sparser`", "+0.5000 ±0.0000, 0.50x", "+0.5000 ±0.5000, 0.25x"]]

@@ -4,7 +4,11 @@ import json
 import pathlib
 import re
 
+import numpy as np
+
 from . import curves, folder, kind, summary
+
+PUBLISHED = "pbs:top_p=0.9"  # what other settings have to beat
 
 
 def write(runs, base):
@@ -45,8 +49,32 @@ def _block(header, records, made, the_kind):
         lines = [[group, f"`{name}`", *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)] for group, name, cells in equal]
         parts.append("Change of the loss (nats a token, ± standard error) at equal density:\n\n" + markdown(
             ["texts", "method", *(f"{d:g}" for d in curves.DENSITIES)], lines))
+    if header["kind"] == "ppl" and PUBLISHED in header["methods"]:
+        parts.append(f"Sparser settings against `{PUBLISHED}`, text by text: change of the loss ± standard error, and density as a "
+                     "share of its:\n\n" + markdown(*_against(records, list(header["methods"]))))
     parts.append("Every setting:\n\n" + markdown(*_settings(made, the_kind.metrics)))
     return "\n".join(parts)
+
+
+def _against(records, methods):
+    """Header and lines of the table of settings that are sparser than the published one on every text."""
+    by_item = {}
+    for record in records:
+        if "error" not in record:
+            by_item.setdefault(record["item"], {})[record["method"]] = record
+    lines = []
+    for method in methods:
+        cells = []
+        for by_method in by_item.values():
+            own, other = by_method.get(method), by_method.get(PUBLISHED)
+            if own is None or other is None or own["density"] >= other["density"]:
+                break
+            change = np.subtract(curves.units(own, "nll"), curves.units(other, "nll"))
+            error = change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else 0.0
+            cells.append(f"{change.mean():+.4f} ±{error:.4f}, {own['density'] / other['density']:.2f}x")
+        if len(cells) == len(by_item):
+            lines.append([f"`{method}`", *cells])
+    return ["method", *by_item], lines
 
 
 def _settings(made, metrics):
