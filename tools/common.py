@@ -4,12 +4,15 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
+
+import pip_resume
 
 
 class Failure(Exception):
@@ -72,17 +75,38 @@ def require_space(size):
                       "free some space, or set XDG_CACHE_HOME to a larger disk, and run it again")
 
 
-def _pip():
-    """The command that runs pip: this Python's own, else one in a virtual environment in the cache."""
-    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0:
-        return [sys.executable, "-m", "pip"]
+def _python_with_pip():
+    """This Python if it has pip, else that of a virtual environment in the cache."""
+    if importlib.util.find_spec("pip"):
+        return sys.executable
     venv = cache_dir() / "venv"
     if not (venv / "bin/pip").exists():
         made = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True)
         if made.returncode != 0:
             shutil.rmtree(venv, ignore_errors=True)
             raise Failure("python3: has neither pip nor venv; install python3-pip or python3-venv")
-    return [str(venv / "bin/python"), "-m", "pip"]
+    return str(venv / "bin/python")
+
+
+def _no_space(folder):
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def _resume(python, requirement, target, sha256, source):
+    """Downloads by pip_resume.py, which goes on where it stopped. False: it can't here, pip itself must do it."""
+    command = [python, str(pathlib.Path(__file__).with_name("pip_resume.py")), requirement, str(target)]
+    command += ["--sha256", sha256] if sha256 else []
+    command += ["--source"] if source else []
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True,
+                         stderr=None if sys.stderr.isatty() else subprocess.DEVNULL)
+    said = run.stdout.strip()
+    if run.returncode == pip_resume.BROKEN:
+        raise Failure(f"{requirement}: download failed, {said}; check the network and run it again to go on from there")
+    if run.returncode == pip_resume.DAMAGED:
+        raise Failure(f"{requirement}: download failed, {said}; the index or something on the way changed it, run it again")
+    if run.returncode == pip_resume.FULL:
+        raise _no_space(target.parent)
+    return run.returncode == 0
 
 
 def pip_download(requirement, target, sha256=None, source=False):
@@ -90,21 +114,24 @@ def pip_download(requirement, target, sha256=None, source=False):
 
     `source` asks for the source package. `sha256` pins the file.
     """
+    python = _python_with_pip()
+    if _resume(python, requirement, target, sha256, source):
+        return
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
         pinned = pathlib.Path(folder) / "requirements.txt"
         pinned.write_text(requirement + (f" --hash=sha256:{sha256}" if sha256 else "") + "\n")
         name = requirement.split("==")[0]
-        command = _pip() + ["download", "--disable-pip-version-check", "--no-deps", "--dest", folder, "-r", str(pinned)]
-        command += ["--no-binary", name] if source else ["--only-binary", ":all:"]
-        # pip's progress bar is for people; its errors are told in one line of ours.
-        pip = subprocess.run(command, stdout=None if sys.stderr.isatty() else subprocess.DEVNULL,
+        command = [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", folder,
+                   "-r", str(pinned), *(["--no-binary", name] if source else ["--only-binary", ":all:"])]
+        # pip's progress bar is for people, and stdout is for what the tools print; pip's errors become one line of ours.
+        pip = subprocess.run(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
                              stderr=subprocess.PIPE, text=True)
         files = [path for path in pathlib.Path(folder).iterdir() if path != pinned]
         if pip.returncode != 0 or len(files) != 1:
             if pip.returncode == 130 or "KeyboardInterrupt" in pip.stderr:
                 raise KeyboardInterrupt
             if "No space left" in pip.stderr:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
+                raise _no_space(target.parent)
             said = [line.strip() for line in pip.stderr.splitlines() if line.strip()]
             said = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "nothing")
             raise Failure(f"{requirement}: download failed, pip said \"{said[:200]}\"; "

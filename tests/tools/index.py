@@ -1,5 +1,6 @@
 """A package index on this machine that pip downloads from, and that misbehaves when it is told to."""
 
+import hashlib
 import http.server
 import io
 import threading
@@ -19,31 +20,53 @@ def wheel(name, payload):
 
 
 class Index:
-    """Serves `wheels`, a dictionary of name to bytes. Names in `cut` break off half way through their file."""
+    """Serves `wheels`, a dictionary of name to bytes.
+
+    Names in `cut` break off half way through what they were asked for. Without `ranges` every answer is a whole file;
+    without `hashes` the index doesn't tell what SHA-256 its files have.
+    """
 
     def __init__(self, wheels):
         self.wheels = wheels
         self.cut = set()
-        self.downloads = []  # names, in the order in which their files were asked for
+        self.ranges = True
+        self.hashes = True
+        self.downloads = []  # (name, first byte asked for), in order
         index = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                name = self.path.strip("/").split("/")[-1]
-                if self.path.startswith("/simple/") and name in index.wheels:
-                    self.answer("text/html", f'<a href="/files/{name}-1.0-py3-none-any.whl">{name}</a>'.encode())
-                elif self.path.startswith("/files/"):
-                    index.downloads.append(name.split("-")[0])
-                    self.answer("application/zip", index.wheels[name.split("-")[0]], name.split("-")[0] in index.cut)
-                else:
+                name = self.path.strip("/").split("/")[-1].split("-")[0]
+                if name not in index.wheels:
                     self.send_error(404)
+                elif self.path.startswith("/simple/"):
+                    link = f"/files/{name}-1.0-py3-none-any.whl"
+                    if index.hashes:
+                        link += f"#sha256={hashlib.sha256(index.wheels[name]).hexdigest()}"
+                    self.answer(200, "text/html", f'<a href="{link}">{name}-1.0-py3-none-any.whl</a>'.encode())
+                else:
+                    self.file(name, index.wheels[name])
 
-            def answer(self, kind, body, cut=False):
-                self.send_response(200)
+            def file(self, name, whole):
+                asked = self.headers.get("Range")
+                first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and index.ranges else 0
+                index.downloads.append((name, first))
+                if first >= len(whole):
+                    self.send_error(416)
+                    return
+                body = whole[first:]
+                sent = body[:len(body) // 2] if name in index.cut else body
+                self.answer(206 if first else 200, "application/zip", sent, len(body),
+                            {"Content-Range": f"bytes {first}-{len(whole) - 1}/{len(whole)}"} if first else {})
+
+            def answer(self, status, kind, body, length=None, more={}):
+                self.send_response(status)
                 self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", str(len(body) if length is None else length))
+                for header, value in more.items():
+                    self.send_header(header, value)
                 self.end_headers()
-                self.wfile.write(body[:len(body) // 2] if cut else body)
+                self.wfile.write(body)
 
             def log_message(self, *_):
                 pass
