@@ -1,8 +1,16 @@
 # Every third-party dependency, with the version we build against. docs/dependencies.md says why each.
 find_package(PkgConfig REQUIRED)
 find_package(Threads REQUIRED)
-find_package(fmt 9 REQUIRED)                                       # library: messages
+find_package(fmt 9 REQUIRED)                                       # library, programs: messages
 pkg_check_modules(highway REQUIRED IMPORTED_TARGET libhwy>=1.0.3)  # library: SIMD with run-time dispatch
+
+# Programs link fmt. The library carries what it uses of it, so that nothing is asked of where it goes; but not under
+# sanitizers, which would instrument the whole of it in each file.
+if(PBSATTN_SANITIZE)
+  set(PBSATTN_LIBRARY_FMT fmt::fmt)
+else()
+  set(PBSATTN_LIBRARY_FMT fmt::fmt-header-only)
+endif()
 
 if(PBSATTN_LLAMA_SOURCE OR PBSATTN_BUILD_BENCH)
   find_package(CLI11 2.1 REQUIRED)           # program, bench: command line
