@@ -1,4 +1,5 @@
-"""python -m pbsattn: what this installation computes on, and the methods it knows. python -m pbsattn eval: evaluations."""
+"""python -m pbsattn: what this installation computes on, and the methods it knows. python -m pbsattn eval: evaluations;
+python -m pbsattn report: a page of theirs."""
 
 import sys
 
@@ -43,11 +44,11 @@ def main(arguments):
     command, *rest = arguments or [""]
     if command == "":
         return _list()
-    if command == "eval":
+    if command in ("eval", "report"):
         from .eval import program
 
-        return program.run_main(rest)
-    return f'pbsattn: command "{command}": no such command; there is eval, and without a command the devices and methods'
+        return program.run_main(rest if command == "eval" else ["report", *rest])
+    return f'pbsattn: command "{command}": no such command; there are eval and report, and without a command the devices and methods'
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ def _parser():
     page.add_argument("folder", nargs="+")
     page.add_argument("--to", required=True, metavar="BASE", help="writes BASE.md, BASE.json and BASE-RUN.svg")
     again.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
+    report = commands.add_parser("report", help="make one HTML page, with figures, of runs")
+    report.add_argument("folder", nargs="+", help="of a run, which may still go on")
+    report.add_argument("--to", metavar="FILE", help="the page (default FOLDER/report.html, of the first folder)")
     return parser
 
 
@@ -213,6 +216,10 @@ def main(argv=None):
         return _again(given)
     if given.kind == "page":
         return page.write(given.folder, given.to)
+    if given.kind == "report":
+        from . import report
+
+        return report.write(given.folder, given.to)
     return _run(given, argv)
 
 
