@@ -58,9 +58,10 @@ QueryResult attend_query(const Head& head, const Geometry& geometry, double scal
   for (const Key& key : keys) max = std::max(max, key.score);
   double sum = 0;
   for (const Key& key : keys) sum += key.count * std::exp(key.score - max);
-  for (const Key& key : keys)
-    for (std::int64_t d = 0; d < head.v.columns; ++d)
-      result.out[d] += key.count * std::exp(key.score - max) / sum * key.value[d];
+  for (const Key& key : keys) {
+    const double share = key.count * std::exp(key.score - max) / sum;
+    for (std::int64_t d = 0; d < head.v.columns; ++d) result.out[d] += share * key.value[d];
+  }
   result.lse = max + std::log(sum);
   return result;
 }
