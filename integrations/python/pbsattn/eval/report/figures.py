@@ -243,7 +243,7 @@ def _mask(run, record):
     table = []
     for part in np.array_split(np.arange(rows), min(8, rows)):
         share = kept[part].sum() / visible[part].sum()
-        table.append([f"{part[0]} to {part[-1]}", f"{share:.3f}", f"{(mass * kept)[part].sum() / len(part):.4f}"])
+        table.append([f"{part[0]} to {part[-1]}", f"{share:.3f}", f"{(mass * kept)[part].sum() / len(part):.2f}"])
     return Figure(title, draw.mask(title, kept, level), ["rows", "blocks computed", "attention that they hold"], table)
 
 
