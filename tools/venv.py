@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Makes the virtual environment of the Python tests, once, in the user's cache folder.
+"""Makes a virtual environment, once, in the user's cache folder.
 
-    tools/venv.py       prints the path of its Python
+    tools/venv.py tests     prints the path of its Python: what the tests of the package and evaluations run with
+    tools/venv.py lint      the same, with clang-tidy beside it
 
-It holds what tests/python/requirements.txt names; other requirements, or another Python, make another one.
+It holds what a file of requirements names; other requirements, or another Python, make another one.
 """
 
+import argparse
+import dataclasses
 import hashlib
 import pathlib
 import shutil
@@ -14,37 +17,59 @@ import sys
 
 from common import Failure, cache_dir, locked, require_space, run_main, say
 
-REQUIREMENTS = pathlib.Path(__file__).parent.parent / "tests/python/requirements.txt"
-SIZE = 6_000_000_000  # bytes: 3.7 GB installed, and the downloads while pip unpacks them
+ROOT = pathlib.Path(__file__).parent.parent
 
 
-def make(folder):
-    require_space(SIZE)
-    say(f"{folder}: getting PyTorch and transformers (2.3 GB, once; a few minutes)")
+@dataclasses.dataclass
+class Environment:
+    requirements: pathlib.Path
+    size: int       # bytes needed: what is installed, and the downloads while pip unpacks them
+    what: str       # for people
+    pythons: tuple  # the first and last version that all the packages are for
+
+
+ENVIRONMENTS = {
+    "tests": Environment(ROOT / "tests/python/requirements.txt", 6_000_000_000,
+                         "PyTorch and transformers (2.3 GB, once; a few minutes)", ((3, 11), (3, 13))),
+    "lint": Environment(ROOT / "tools/lint_requirements.txt", 400_000_000, "clang-tidy (46 MB, once)", ((3, 9), (3, 99))),
+}
+
+
+def make(folder, environment):
+    require_space(environment.size)
+    say(f"{folder}: getting {environment.what}")
     shutil.rmtree(folder, ignore_errors=True)
     commands = [
         [sys.executable, "-m", "venv", str(folder)],
         [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir",
-         "--no-compile", "--no-deps", "--only-binary=:all:", "-r", str(REQUIREMENTS)],
+         "--no-compile", "--no-deps", "--only-binary=:all:", "-r", str(environment.requirements)],
     ]
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             said = (done.stderr or done.stdout).strip().splitlines()
             raise Failure(f"{' '.join(command[:4])} ...: failed, it said \"{said[-1][:200] if said else 'nothing'}\"; "
-                          "check the network and the Python (3.11 to 3.13), and run it again")
+                          f"check the network and the Python ({versions(environment)}), and run it again")
     (folder / "complete").touch()
 
 
+def versions(environment):
+    first, last = (".".join(map(str, version)) for version in environment.pythons)
+    return f"{first} to {last}"
+
+
 def main():
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        raise Failure(f"python3 is {sys.version.split()[0]}: the pinned packages are for 3.11 to 3.13; "
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("environment", choices=list(ENVIRONMENTS))
+    environment = ENVIRONMENTS[parser.parse_args().environment]
+    if not environment.pythons[0] <= sys.version_info[:2] <= environment.pythons[1]:
+        raise Failure(f"python3 is {sys.version.split()[0]}: the pinned packages are for {versions(environment)}; "
                       "put such a python3 first in PATH")
-    digest = hashlib.sha256(REQUIREMENTS.read_bytes() + sys.version.encode()).hexdigest()[:10]
+    digest = hashlib.sha256(environment.requirements.read_bytes() + sys.version.encode()).hexdigest()[:10]
     folder = cache_dir() / f"venv-{digest}"
     with locked("venv"):
         if not (folder / "complete").exists():
-            make(folder)
+            make(folder, environment)
     print(folder / "bin/python")
     return 0
 
