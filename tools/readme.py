@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
 """Puts measured results into README.md or another page, between its markers, so that no number there is typed by hand.
 
-    ./dev demo > demo.txt; ./dev bench cpu --json cpu.json; ./dev bench fidelity --json fidelity.json
-    tools/readme.py --demo demo.txt --fidelity fidelity.json --summary docs/results/*.json
+    ./dev demo | tee build/demo.txt && tools/readme.py --demo build/demo.txt
     tools/readme.py --page docs/cuda.md --all --results docs/results/gpu.json
     tools/readme.py --page docs/transformers.md --models docs/results/prefill-h100*.json
     tools/readme.py --page docs/python.md --op docs/results/python-*.json
 """
 
 import argparse
+import datetime
 import json
 import pathlib
 import re
 import statistics
+import subprocess
 
 from common import Failure, run_main
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
+RESULTS = README.parent / "docs/results"
 
 
 def replace_between(page, text, marker, content):
@@ -195,13 +197,24 @@ def op_table(records):
     return "\n\n".join(parts)
 
 
+def demo_block(path):
+    """What the demo printed, and where: its second line names the machine."""
+    text = path.read_text().strip()
+    lines = text.splitlines()
+    if len(lines) < 4 or not any(line.startswith("pbs ") for line in lines):
+        raise Failure(f"{path}: not what ./dev demo prints; write it with ./dev demo > {path}")
+    commit = subprocess.run(["git", "-C", README.parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    stamp = f"`./dev demo` on {lines[1].strip()}, commit {commit.stdout.strip() or 'unknown'}, {datetime.date.today()}"
+    return f"```text\n{text}\n```\n\n{stamp}."
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=pathlib.Path, help="what ./dev demo printed")
+    parser.add_argument("--demo", type=pathlib.Path, help="what ./dev demo printed, at the commit that is checked out")
     parser.add_argument("--fidelity", type=pathlib.Path, nargs="+",
-                        help="files that ./dev bench fidelity wrote with --json")
+                        help="files that ./dev bench fidelity wrote with --json (README.md: docs/results/fidelity.json)")
     parser.add_argument("--results", type=pathlib.Path, nargs="+", help="files that ./dev bench wrote with --json")
-    parser.add_argument("--summary", type=pathlib.Path, nargs="+", help="every file of results, for the first page's table")
+    parser.add_argument("--summary", type=pathlib.Path, nargs="+", help="every file of results, for the first page's table (README.md: all of docs/results)")
     parser.add_argument("--models", type=pathlib.Path, nargs="+",
                         help="files that python -m pbsattn.bench prefill wrote with --json, on a GPU")
     parser.add_argument("--op", type=pathlib.Path, nargs="+",
@@ -211,7 +224,10 @@ def main():
     arguments = parser.parse_args()
     text = arguments.page.read_text()
     if arguments.demo:
-        text = replace_between(arguments.page, text, "demo", "```text\n" + arguments.demo.read_text().strip() + "\n```")
+        text = replace_between(arguments.page, text, "demo", demo_block(arguments.demo))
+    if arguments.page == README:  # whose other tables always follow what is in docs/results
+        arguments.fidelity = arguments.fidelity or [RESULTS / "fidelity.json"]
+        arguments.summary = arguments.summary or sorted(RESULTS.glob("*.json"))
     tables = (("results", arguments.results, lambda records: table(records, list if arguments.all else headline)),
               ("summary", arguments.summary, summary_table),
               ("models", arguments.models, models_table),
