@@ -83,81 +83,49 @@ std::vector<Case> dtypes_and_layouts() {
   return cases;
 }
 
+using Settings = std::initializer_list<std::pair<std::string_view, std::string_view>>;
+
+Options with(Settings settings, Options base = pbs()) {
+  for (const auto& [name, value] : settings) set_option(base, name, value);
+  return base;
+}
+
 std::vector<Case> options() {
-  const auto with = [](auto&& change) {
-    Options changed = pbs();
-    change(changed);
-    return changed;
-  };
-  const auto sized = [&](int block, int segment) {
-    return with([&](Options& o) {
-      o.block = block;
-      o.segment = segment;
-    });
-  };
   const Shape s = shape(700, 700);
+  const Shape chunk = shape(333, 777);
   const Shape grouped = shape(600, 600, 64, 6, 2);
+  const Settings per_query{{"score", "per_query"}};
+  const Settings shared_per_query{{"score", "per_query"}, {"order_scope", "kv_head"}};
   return {
-      {"top_p_03", {.shape = s}, pbs(0.3F)},
-      {"top_p_099", {.shape = s}, pbs(0.99F)},
-      {"top_p_1", {.shape = s}, pbs(1.0F)},
-      {"unpermuted", {.shape = s}, with([](Options& o) { o.permutation = Permutation::none; })},
-      {"permuted_dense", {.shape = s}, with([](Options& o) {
-         o.keep = KeepRule::all;
-         o.score = BlockScore::none;
-       })},
-      {"shared_order", {.shape = grouped}, with([](Options& o) { o.order_scope = OrderScope::kv_head; })},
-      {"paper_rules", {.shape = s}, with([](Options& o) { o.rules = Rules::paper; })},
-      {"paper_rules_chunk", {.shape = shape(333, 777)}, with([](Options& o) { o.rules = Rules::paper; })},
-      {"dense_last_row", {.shape = s}, with([](Options& o) { o.dense_last_rows = 1; })},
-      {"dense_last_rows", {.shape = s}, with([](Options& o) { o.dense_last_rows = 100; })},
-      {"scale", {.shape = s}, with([](Options& o) { o.scale = 0.05F; })},
-      {"block32_segment64", {.shape = shape(500, 500)}, sized(32, 64)},
-      {"block64_segment256", {.shape = s}, sized(64, 256)},
-      {"block96_segment192", {.shape = s}, sized(96, 192)},
-      {"per_query", {.shape = s}, with([](Options& o) { o.score = BlockScore::per_query; })},
-      {"per_query_chunk", {.shape = shape(333, 777)}, with([](Options& o) { o.score = BlockScore::per_query; })},
-      {"per_query_bf16", of_dtypes(grouped, DType::bf16, DType::bf16, DType::bf16, DType::bf16), with([](Options& o) {
-         o.score = BlockScore::per_query;
-         o.order_scope = OrderScope::kv_head;
-       })},
-      {"threshold", {.shape = s}, with([](Options& o) {
-         o.keep = KeepRule::threshold;
-         o.threshold = 0.15F;
-       })},
-      {"threshold_0", {.shape = s}, with([](Options& o) {
-         o.keep = KeepRule::threshold;
-         o.threshold = 0;
-       })},
-      {"threshold_floor", {.shape = s}, with([](Options& o) {
-         o.keep = KeepRule::threshold;
-         o.threshold = 0.4F;
-         o.floor_top_p = 0.6F;
-       })},
-      {"relative", {.shape = s}, with([](Options& o) {
-         o.keep = KeepRule::relative;
-         o.threshold = 0.6F;
-       })},
-      {"top_k", {.shape = s}, with([](Options& o) {
-         o.keep = KeepRule::top_k;
-         o.top_k = 2;
-       })},
-      {"density", {.shape = s}, with([](Options& o) {
-         o.keep = KeepRule::density;
-         o.density = 0.5F;
-       })},
-      {"sink_and_local", {.shape = s}, with([](Options& o) {
-         o.top_p = 0.3F;
-         o.sink_blocks = 2;
-         o.local_blocks = 3;
-       })},
-      {"pbs_threshold", {.shape = s}, with([](Options& o) {
-         o = method("pbs-threshold");
-         o.threshold = 0.15F;
-       })},
-      {"block128_segment128", {.shape = s}, sized(128, 128)},
-      {"block128_segment384", {.shape = s}, sized(128, 384)},
-      {"block256_segment256", {.shape = s}, sized(256, 256)},
+      {"top_p_03", {.shape = s}, with({{"top_p", "0.3"}})},
+      {"top_p_099", {.shape = s}, with({{"top_p", "0.99"}})},
+      {"top_p_1", {.shape = s}, with({{"top_p", "1"}})},
+      {"unpermuted", {.shape = s}, with({{"permutation", "none"}})},
+      {"permuted_dense", {.shape = s}, with({{"keep", "all"}, {"score", "none"}})},
+      {"shared_order", {.shape = grouped}, with({{"order_scope", "kv_head"}})},
+      {"paper_rules", {.shape = s}, with({{"rules", "paper"}})},
+      {"paper_rules_chunk", {.shape = chunk}, with({{"rules", "paper"}})},
+      {"dense_last_row", {.shape = s}, with({{"dense_last_rows", "1"}})},
+      {"dense_last_rows", {.shape = s}, with({{"dense_last_rows", "100"}})},
+      {"scale", {.shape = s}, with({{"scale", "0.05"}})},
+      {"block32_segment64", {.shape = shape(500, 500)}, with({{"block", "32"}, {"segment", "64"}})},
+      {"block64_segment256", {.shape = s}, with({{"block", "64"}, {"segment", "256"}})},
+      {"block96_segment192", {.shape = s}, with({{"block", "96"}, {"segment", "192"}})},
+      {"block128_segment128", {.shape = s}, with({{"block", "128"}, {"segment", "128"}})},
+      {"block128_segment384", {.shape = s}, with({{"block", "128"}, {"segment", "384"}})},
+      {"block256_segment256", {.shape = s}, with({{"block", "256"}, {"segment", "256"}})},
+      {"per_query", {.shape = s}, with(per_query)},
+      {"per_query_chunk", {.shape = chunk}, with(per_query)},
+      {"per_query_bf16", of_dtypes(grouped, DType::bf16, DType::bf16, DType::bf16, DType::bf16),
+       with(shared_per_query)},
+      {"threshold", {.shape = s}, with({{"keep", "threshold"}, {"threshold", "0.15"}})},
+      {"threshold_0", {.shape = s}, with({{"keep", "threshold"}, {"threshold", "0"}})},
+      {"threshold_floor", {.shape = s}, with({{"keep", "threshold"}, {"threshold", "0.4"}, {"floor_top_p", "0.6"}})},
+      {"relative", {.shape = s}, with({{"keep", "relative"}, {"threshold", "0.6"}})},
+      {"top_k", {.shape = s}, with({{"keep", "top_k"}, {"top_k", "2"}})},
+      {"density", {.shape = s}, with({{"keep", "density"}, {"density", "0.5"}})},
+      {"sink_and_local", {.shape = s}, with({{"top_p", "0.3"}, {"sink_blocks", "2"}, {"local_blocks", "3"}})},
+      {"pbs_threshold", {.shape = s}, with({{"threshold", "0.15"}}, method("pbs-threshold"))},
   };
 }
 
