@@ -153,8 +153,10 @@ void mark_pooled(const StageContext& c, std::int64_t head, const SelectScratch& 
   std::sort(sorted, sorted + count, std::greater<>());
   const double most = static_cast<double>(c.options(head).top_p) * static_cast<double>(g.rows());
   std::int64_t kept = 0;
-  for (double sum = 0; kept < count; ++kept)
-    if ((sum += static_cast<double>(sorted[kept])) > most) break;
+  for (double sum = 0; kept < count; ++kept) {
+    sum += static_cast<double>(sorted[kept]);
+    if (sum > most) break;
+  }
   if (kept == 0) return;
   const float least = sorted[kept - 1];
   std::int64_t ties = kept - (std::lower_bound(sorted, sorted + kept, least, std::greater<>()) - sorted);
@@ -169,7 +171,8 @@ std::int64_t blocks_of(std::span<const float> masses, double share, std::int64_t
   std::int64_t tokens = 1;
   double sum = 0;
   for (const std::int32_t i : rank(masses, memory)) {
-    if ((sum += static_cast<double>(masses[i])) > share) break;
+    sum += static_cast<double>(masses[i]);
+    if (sum > share) break;
     ++tokens;
   }
   return tokens / block + 1;

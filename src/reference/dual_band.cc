@@ -57,6 +57,7 @@ RowScores dual_band_scores(std::span<const double> pooled_query, const Matrix& c
   RowScores scores;
   for (const Band& band : bands) {
     std::vector<double> query;
+    query.reserve(band.columns.size());
     for (const std::int64_t d : band.columns) query.push_back(pooled_query[d]);
     Matrix keys(causal_keys.rows, std::ssize(band.columns));
     for (std::int64_t b = 0; b < keys.rows; ++b)

@@ -92,6 +92,7 @@ std::vector<double> sampled_scores(const Head& head, const Geometry& geometry, s
                                    std::span<const std::int32_t> order, const Matrix& pooled_keys, double scale) {
   const std::int64_t queries = geometry.row_end(row) - geometry.row_begin(row);
   std::vector<std::int64_t> tokens;
+  tokens.reserve(sampled_queries(queries));
   for (std::int64_t i = 0; i < sampled_queries(queries); ++i)
     tokens.push_back(geometry.row_begin(row) + sampled_query(queries, i));
   auto scores = masses(head, geometry, row, order, scale, tokens);

@@ -72,7 +72,8 @@ std::int64_t blocks_of(std::span<const double> masses, double share, std::int64_
   std::int64_t tokens = 1;
   double sum = 0;
   for (const std::int64_t i : descending(masses)) {
-    if ((sum += masses[i]) > share) break;
+    sum += masses[i];
+    if (sum > share) break;
     ++tokens;
   }
   return tokens / block + 1;
@@ -100,7 +101,8 @@ void keep_pooled(const Head& head, const Options& options, const Geometry& geome
   std::ranges::stable_sort(cells, [](const Cell& a, const Cell& b) { return a.score > b.score; });
   double sum = 0;
   for (const Cell& cell : cells) {
-    if ((sum += cell.score) > static_cast<double>(options.top_p) * static_cast<double>(geometry.rows())) break;
+    sum += cell.score;
+    if (sum > static_cast<double>(options.top_p) * static_cast<double>(geometry.rows())) break;
     pattern[cell.row][cell.block] = true;
   }
 }
