@@ -162,7 +162,7 @@ void calibrate_bands(const StageContext& c, std::int64_t head, const SelectScrat
   // (reference/dual_band.cc).
   const auto factor = [&](double queries_left, double keys_left, std::int64_t pairs) {
     const auto width = static_cast<double>(2 * pairs);
-    const auto whole = static_cast<double>(dim / 2 * 2);
+    const auto whole = static_cast<double>(dim - dim % 2);
     constexpr double least = 1e-6;
     const auto ratio = [&](double part, double all, std::int64_t rows) {
       return std::sqrt(part / (static_cast<double>(rows) * width)) /
