@@ -50,15 +50,15 @@ def test_prefill(folder, tmp_path, capsys):
 def test_op(tmp_path, capsys):
     sparse = "pbs:keep=density:density=0.3"
     made = program.main(["op", "--device", "cpu", "--lengths", "700,1500", "--head-dims", "64", "--heads", "2", "--kv-heads", "1",
-                         "--runs", "2", "--attn", f"sdpa,full,{sparse}", "--json", str(tmp_path / "op.json"), "--commit", "abc"])
+                         "--runs", "1", "--attn", f"sdpa,full,{sparse}", "--json", str(tmp_path / "op.json"), "--commit", "abc"])
     assert json.loads((tmp_path / "op.json").read_text()) == made
     assert [(each["case"], each["params"]["n"]) for each in made] == [
         (case, n) for n in (700, 1500) for case in ("sdpa", "full", sparse)]
     sdpa, full, some = made[3:]
-    assert sdpa["peer"] is None and full["ratio"] == sdpa["value"] / full["value"]
+    assert sdpa["peer"] is None and full["ratio"] == pytest.approx(sdpa["value"] / full["value"])
     assert full["params"]["density"] == 1.0 and full["params"]["error"] < 1e-2
     assert some["params"]["density"] < 0.6 and some["params"]["error"] is None
-    assert all(each["commit"] == "abc" and each["runs"] == 2 for each in made)
+    assert all(each["commit"] == "abc" and each["runs"] == 1 for each in made)
     assert "GFLOP/s" in capsys.readouterr().out
 
 

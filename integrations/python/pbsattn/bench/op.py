@@ -96,13 +96,14 @@ def rates(attentions, device, dtype, heads, kv_heads, lengths, head_dims, runs, 
         base = statistics.median(seconds[attentions[0].name])
         for each in attentions:
             median, (density, error) = statistics.median(seconds[each.name]), found[each.name]
+            speed_up = statistics.median(a / b for a, b in zip(seconds[attentions[0].name], seconds[each.name]))  # of each turn
             rate = 2e-9 * heads * head_dim * tokens * (tokens + 1) * (density or 1.0) / median
             against = None if each is attentions[0] else attentions[0].name
             params = dict(n=tokens, head_dim=head_dim, heads=heads, kv_heads=kv_heads, dtype=report.dtype_name(dtype),
                           threads=torch.get_num_threads() if device.type == "cpu" else None, density=density, error=error)
-            made.append(report.record("op", each.name, params, "time", median, "s", against, base, base / median, runs,
+            made.append(report.record("op", each.name, params, "time", median, "s", against, base, speed_up, runs,
                                       _spread(seconds[each.name])))
-            rows.append((str(tokens), str(head_dim), each.name, f"{median * 1e3:.2f} ms", f"{rate:.0f}", f"{base / median:.2f}x",
+            rows.append((str(tokens), str(head_dim), each.name, f"{median * 1e3:.2f} ms", f"{rate:.0f}", f"{speed_up:.2f}x",
                          report.show(density, "{:.3f}"), report.show(error, "{:.2e}")))
     return made, report.aligned(rows)
 

@@ -32,6 +32,10 @@ class Result:
     def ttft(self):
         return statistics.median(self.seconds)
 
+    def speed_up(self, base):
+        """How many times faster than another's: the median over runs that took turns, since a host's speed drifts."""
+        return statistics.median(theirs / own for own, theirs in zip(self.seconds, base.seconds))
+
 
 def _first_token(model, ids):
     out = model(ids, use_cache=True, logits_to_keep=1)

@@ -19,7 +19,7 @@ def table(results):
         change = "" if result is base or result.perplexity is None else f" ({result.perplexity / base.perplexity - 1:+.2%})"
         memory = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.2f} GiB"
         rows.append((
-            str(result.tokens), result.attention, f"{result.ttft * 1e3:.1f} ms", f"{base.ttft / result.ttft:.2f}x",
+            str(result.tokens), result.attention, f"{result.ttft * 1e3:.1f} ms", f"{result.speed_up(base):.2f}x",
             f"{result.attention_seconds * 1e3:.1f} ms {result.attention_seconds / result.ttft:.0%}",
             show(result.density, "{:.3f}"), memory, show(result.perplexity, "{:.4f}") + change,
             show(result.differing, "{:.2%}")))
@@ -90,8 +90,9 @@ def records(results, model, text):
             if value is None:
                 continue
             against = result is not base and own is not None and other is not None
+            ratio = result.speed_up(base) if metric == "time to first token" else other / own if against else None
             made.append(record("prefill", result.attention, params, metric, value, unit, base.attention if against else None,
-                               other, other / own if against else None, len(result.seconds),
+                               other, ratio, len(result.seconds),
                                spread if metric == "time to first token" else 0.0))
     return made
 
