@@ -53,6 +53,8 @@ def _block(header, records, made, the_kind):
         parts.append(f"Sparser settings against `{PUBLISHED}`, text by text: change of the loss ± standard error, and density as a "
                      "share of its:\n\n" + markdown(*_against(records, list(header["methods"]))))
     parts.append("Every setting:\n\n" + markdown(*_settings(made, the_kind.metrics)))
+    if header["kind"] != "ppl" and (told := the_kind.report(records, header["methods"]))):
+        parts.append(f"```text\n{told}\n```\n")
     return "\n".join(parts)
 
 
@@ -90,7 +92,9 @@ def _settings(made, metrics):
             row = by_metric.get(metric.name)
             line.append("" if row is None else metric.form.format(row.mean))
             if metric.change:
-                line.append("" if row is None or row.change is None else f"{row.change:+.4f} ±{row.standard_error or 0:.4f}")
+                signed = metric.form.replace("{:", "{:+")
+                line.append("" if row is None or row.change is None else
+                            f"{signed.format(row.change)} ±{metric.form.format(row.standard_error or 0)}")
         lines.append(line)
     header = ["texts", "method", "density"]
     for metric in metrics:
