@@ -53,7 +53,7 @@ def _block(header, records, made, the_kind):
         parts.append(f"Sparser settings against `{PUBLISHED}`, text by text: change of the loss ± standard error, and density as a "
                      "share of its:\n\n" + markdown(*_against(records, list(header["methods"]))))
     parts.append("Every setting:\n\n" + markdown(*_settings(made, the_kind.metrics)))
-    if header["kind"] != "ppl" and (told := the_kind.report(records, header["methods"]))):
+    if header["kind"] != "ppl" and (told := the_kind.report(records, header["methods"])):
         parts.append(f"```text\n{told}\n```\n")
     return "\n".join(parts)
 
