@@ -4,6 +4,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cuda/ring.cuh"
 #include "cuda/sm90_ptx.cuh"
 #include "cuda/sm90_wgmma.cuh"
 
@@ -125,19 +126,6 @@ struct Shared {
     for (Barrier& barrier : k_free) barrier.init(consumer_warps);
     for (Barrier& barrier : v_free) barrier.init(consumer_warps);
     fence_barrier_init();
-  }
-};
-
-// A place in a ring of n, and the parity of its turn.
-template <int n>
-struct Ring {
-  unsigned at = 0;
-  std::uint32_t parity = 0;
-
-  __device__ void next(unsigned steps = 1) {
-    at += steps;
-    parity ^= at / n & 1;
-    at %= n;
   }
 };
 

@@ -15,6 +15,7 @@
 #include <cmath>
 
 #include "cuda/permute_common.cuh"
+#include "cuda/ring.cuh"
 #include "cuda/tensor_map.h"
 
 namespace pbsattn::cuda {
@@ -80,18 +81,6 @@ struct Item {
   int head;   // of all batch entries
   int block;  // token block of the first row
   int tiles;  // of keys that some row sees
-};
-
-// A place in a ring of n, and the parity of its turn.
-template <int n>
-struct Ring {
-  int at = 0;
-  std::uint32_t parity = 0;
-  __device__ void next() {
-    if (++at < n) return;
-    at = 0;
-    parity ^= 1;
-  }
 };
 
 template <int head_dim>
