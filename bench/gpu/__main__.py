@@ -99,14 +99,16 @@ class Bench:
             torch.cuda.empty_cache()
 
     def whole(self):
-        """The method `pbs` on inputs as sparse as the paper's; and what goes before attend."""
+        """Methods on inputs of which `pbs` visits as much as in the paper; and what goes before attend."""
         for n, target in PAPER_DENSITY.items():
-            self.whole_op("pbs", n, [with_density(self.library, target, n, HEADS, KV_HEADS, 128, seed=11)])
+            sets = [with_density(self.library, target, n, HEADS, KV_HEADS, 128, seed=11)]
+            self.whole_op("pbs", "pbs", n, sets, self.reference)
+            self.whole_op("pbs-threshold", "pbs-threshold", n, sets)
 
-    def whole_op(self, case, n, sets):
+    def whole_op(self, case, method, n, sets, reference=None):
         q, k, v = sets[0]
         out = torch.empty_like(q)
-        plan = self.library.plan("pbs", q, k)
+        plan = self.library.plan(method, q, k)
         stats = []
         for _ in range(2 * self.runs + 1):
             keep_busy()
@@ -114,19 +116,19 @@ class Bench:
         del stats[0]
         params = {"n": n, "head_dim": q.shape[3], "density": round(stats[0].density, 4)}
         functions = {"ours": self.with_output(plan, sets), "cuDNN": peers.cudnn}
-        if self.reference:
-            functions["reference PBS-Attn"] = self.reference
-        times = self.times(functions, sets, n) if not self.reference else milliseconds(
+        if reference:
+            functions["reference PBS-Attn"] = reference
+        times = self.times(functions, sets, n) if not reference else milliseconds(
             {name: self.rotating(f, sets) for name, f in functions.items()}, self.runs)
         self.report.add_times(case, params, times["ours"], {p: t for p, t in times.items() if p != "ours"})
         before = [(s.permute_seconds + s.select_seconds) * 1e3 for s in stats]
         self.report.add(case, params, "permute + select", before, "ms", "cuDNN, whole", times["cuDNN"])
         for stage in ("permute", "select", "attend"):
             self.report.add(case, params, stage, [getattr(s, f"{stage}_seconds") * 1e3 for s in stats], "ms")
-        if self.reference:
+        if reference:
             group = q.shape[1] // k.shape[1]
             repeated = [(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
-            alone = milliseconds({"it": self.rotating(self.reference.on_repeated, repeated)}, self.runs)["it"]
+            alone = milliseconds({"it": self.rotating(reference.on_repeated, repeated)}, self.runs)["it"]
             self.report.add(case, params, "time", times["ours"], "ms", "reference, K and V repeated before", alone,
                             statistics.median(alone) / statistics.median(times["ours"]))
 
@@ -178,7 +180,7 @@ class Bench:
 
     def file(self, path):
         sets = [from_file(path)]
-        self.whole_op("file", sets[0][0].shape[2], sets)
+        self.whole_op("file", "pbs", sets[0][0].shape[2], sets, self.reference)
 
 
 CASES = ("ceilings", "dense", "density", "whole", "auto", "workspace", "million", "repeatable")
