@@ -1,4 +1,5 @@
-// What both reorder kernels share: scores of keys from products, and the rank of each key in its segment.
+// What both reorder kernels share: scores of keys from products, the rank of each key in its segment, and the means of
+// blocks.
 //
 // Scores are not divided by the number of queries or heads: that would not change their order.
 #pragma once
@@ -53,6 +54,30 @@ __device__ void rank_keys(const int* score, int segment, int thread, int* from) 
 #pragma unroll 4
     for (int other = warp_begin + 32; other < segment; other += 4) rank += count_at_least(score + other, mine + 1);
     from[rank] = key;
+  }
+}
+
+// The mean of a block's keys, from each thread's sum over some of its rows of 8 columns: those of 16-byte chunk
+// `thread` modulo the number of chunks. All threads call it and meet once, at `meet`; calls take turns with two `sums`.
+template <class T, int warps, int head_dim, class Meet>
+__device__ void write_block_mean(float (&sum)[8], float (&sums)[warps][head_dim], int thread, Meet&& meet,
+                                 std::uint32_t* mean) {
+  constexpr int chunks = Tile<head_dim>::chunks;
+  add_across_lanes<chunks>(sum);
+  if (thread % 32 < chunks) {
+    float4* mine = reinterpret_cast<float4*>(sums[thread / 32] + thread % chunks * 8);
+    mine[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    mine[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+  }
+  meet();
+  if (thread < head_dim / 2) {
+    float2 total = {};
+    for (const auto& of_warp : sums) {
+      const float2 part = *reinterpret_cast<const float2*>(of_warp + thread * 2);
+      total.x += part.x;
+      total.y += part.y;
+    }
+    mean[thread] = pack<T>(total.x / block_tokens, total.y / block_tokens);
   }
 }
 

@@ -14,18 +14,24 @@
 namespace pbsattn::cuda {
 namespace {
 
-constexpr int max_units = 16;  // parts of a log-sum-exp
-constexpr int min_unit_keys = 1024;
-
 // How keys are cut for score_statistics: by the sequence's length alone, so that the same input gives the same bits
-// however heads are grouped.
+// however heads are grouped. Few units of all heads fill the device, and a unit's start costs something; but a pass may
+// have only one KV head, and should fill it too.
+constexpr int few_units = 16;
+constexpr int max_units = 64;
+constexpr int min_unit_keys = 1024;
+constexpr int max_unit_keys = 2048;  // unless max_units were exceeded
+
 struct Units {
   std::int64_t keys;  // of one unit: whole tiles
   int count;
 };
 Units units_of(const Geometry& g) {
-  const std::int64_t even = ceil_div(ceil_div(g.permuted_len(), max_units), tile_tokens) * tile_tokens;
-  const std::int64_t keys = std::max<std::int64_t>(even, min_unit_keys);
+  const auto part = [&](std::int64_t count) {
+    return ceil_div(ceil_div(g.permuted_len(), count), tile_tokens) * tile_tokens;
+  };
+  const std::int64_t keys =
+      std::max(std::clamp<std::int64_t>(part(few_units), min_unit_keys, max_unit_keys), part(max_units));
   return {keys, static_cast<int>(ceil_div(g.permuted_len(), keys))};
 }
 

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
   unsigned char* keys = base + Shared::keys;
   unsigned char* queries = base + Shared::queries;
   LogSum* log_sums = reinterpret_cast<LogSum*>(base + Shared::log_sums);
-  float* block_sums = reinterpret_cast<float*>(base + Shared::block_sums);
+  auto& block_sums = *reinterpret_cast<float(*)[2][reorder_warps][head_dim]>(base + Shared::block_sums);
   int* score = reinterpret_cast<int*>(base + Shared::score);  // bits of floats until the last head adds its own
   int* from = score + p.segment;                              // slot -> key, both within the segment
 
@@ -136,25 +136,9 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
       for (int i = 0; i < rows_of_thread; ++i)
         __stcs(static_cast<uint4*>(p.permuted_v) + (out_token + first_slot + i * rows_at_once) * Layout::chunks + chunk,
                v_chunk[i]);
-      add_across_lanes<Layout::chunks>(sum);
-      float* sums = block_sums + parity * reorder_warps * head_dim;
-      if (lane < Layout::chunks) {
-        float4* mine = reinterpret_cast<float4*>(sums + thread / 32 * head_dim + chunk * 8);
-        mine[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-        mine[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
-      }
-      // One barrier a block: the other half of block_sums is written next.
-      __syncthreads();
-      if (thread < head_dim / 2) {
-        float2 total = {};
-        for (int i = 0; i < reorder_warps; ++i) {
-          const float2 part = *reinterpret_cast<const float2*>(sums + i * head_dim + thread * 2);
-          total.x += part.x;
-          total.y += part.y;
-        }
-        const std::int64_t out = (out_token / block_tokens + block) * (head_dim / 2) + thread;
-        static_cast<std::uint32_t*>(p.pooled_k)[out] = pack<T>(total.x / block_tokens, total.y / block_tokens);
-      }
+      write_block_mean<T>(
+          sum, block_sums[parity], thread, [] { __syncthreads(); },
+          static_cast<std::uint32_t*>(p.pooled_k) + (out_token / block_tokens + block) * (head_dim / 2));
       parity ^= 1;
     }
   }

@@ -8,12 +8,26 @@
 #pragma once
 
 #include "cuda/key_order.cuh"
+#include "cuda/ring.cuh"
 
 namespace pbsattn::cuda {
 
 constexpr int resident_tiles = 2;  // the longest segment that this kernel takes
 constexpr int resident_scorers = 256;
 constexpr int resident_writers = 256;
+
+// What guards the two places of an order in shared memory: scorers fill one while writers read the other. A named
+// barrier would do for the kernel, but not for its tests: synccheck wants all threads to meet at one place in the code,
+// and racecheck doesn't know what such a barrier orders.
+struct Orders {
+  static constexpr int places = 2;
+  sm90::Barrier full[places], free[places];
+
+  __device__ void init() {
+    for (sm90::Barrier& barrier : full) barrier.init(resident_scorers);
+    for (sm90::Barrier& barrier : free) barrier.init(resident_writers);
+  }
+};
 
 // The dynamic shared memory of reorder_resident(), from an address aligned to 1024 bytes.
 template <int head_dim>
@@ -23,19 +37,19 @@ struct ResidentShared {
   static constexpr int writer_warps = resident_writers / 32;
   static constexpr int keys = 0;
   static constexpr int values = keys + resident_tiles * tile;
-  static constexpr int queries = values + resident_tiles * tile;  // of two heads
-  static constexpr int log_sums = queries + 2 * tile;             // LogSum[2][128]
-  static constexpr int score = log_sums + 2 * 128 * 8;            // int[segment]
-  static constexpr int from = score + segment * 4;                // int[2][segment]
-  static constexpr int block_sums = from + 2 * segment * 4;       // float[2][writer_warps][head_dim]
-  static constexpr int bytes = 1024 + block_sums + 2 * writer_warps * head_dim * 4;
+  static constexpr int queries = values + resident_tiles * tile;               // of two heads
+  static constexpr int log_sums = queries + 2 * tile;                          // LogSum[2][128]
+  static constexpr int score = log_sums + 2 * 128 * 8;                         // int[segment]
+  static constexpr int from = score + segment * 4;                             // int[2][segment]
+  static constexpr int block_sums = from + 2 * segment * 4;                    // float[2][writer_warps][head_dim]
+  static constexpr int orders = block_sums + 2 * writer_warps * head_dim * 4;  // Orders
+  static constexpr int bytes = 1024 + orders + sizeof(Orders);
 };
 
 namespace resident {
 
-// Named barriers. Everyone meets at `handover` when an order is there and the one before it is written: its place in
-// shared memory is free again.
-enum Barrier : int { scorers = 1, writers = 2, handover = 3 };
+// Named barriers, of one role each.
+enum Meeting : int { scorers = 1, writers = 2 };
 constexpr int everyone = resident_scorers + resident_writers;
 
 template <class T, int head_dim>
@@ -67,7 +81,8 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
   wait_for_earlier_kernels();
   load_log_sums(0);
   commit_copies();
-  int orders = 0;  // given so far
+  auto& orders = *reinterpret_cast<Orders*>(base + Shared::orders);
+  Ring<Orders::places> place;
   for (int head = 0; head < p.group; ++head) {
     if (head + 1 < p.group) {
       load_queries(head + 1);
@@ -107,11 +122,11 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
     }
     sm90::named_wait(scorers, resident_scorers);
     if (!ranks) continue;
-    const int place = orders % 2;
+    orders.free[place.at].wait(place.parity ^ 1);
     rank_keys<resident_scorers>(score, p.segment, thread,
-                                reinterpret_cast<int*>(base + Shared::from) + place * Shared::segment);
-    sm90::named_wait(handover, everyone);
-    ++orders;
+                                reinterpret_cast<int*>(base + Shared::from) + place.at * Shared::segment);
+    orders.full[place.at].arrive();
+    place.next();
   }
 }
 
@@ -120,10 +135,9 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
   using Layout = Tile<head_dim>;
   using Shared = ResidentShared<head_dim>;
   const int thread = threadIdx.x - resident_scorers;
-  const int lane = thread % 32;
   const unsigned char* keys = base + Shared::keys;
   unsigned char* values = base + Shared::values;
-  float* block_sums = reinterpret_cast<float*>(base + Shared::block_sums);
+  auto& block_sums = *reinterpret_cast<float(*)[2][Shared::writer_warps][head_dim]>(base + Shared::block_sums);
   const int tiles = p.segment / tile_tokens;
   const T* source = p.v.head<T>(batch, kv_head) + first_token * p.v.token_stride;
   for (int i = 0; i < tiles; ++i)
@@ -133,16 +147,17 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
   wait_copies<0>();
   sm90::named_wait(writers, resident_writers);
 
-  const int orders = p.shared_order ? 1 : p.group;
+  auto& orders = *reinterpret_cast<Orders*>(base + Shared::orders);
+  const int order_count = p.shared_order ? 1 : p.group;
   const int chunk = thread % Layout::chunks;
   int parity = 0;
-  for (int i = 0; i < orders; ++i) {
-    const int place = i % 2;
-    const int* from = reinterpret_cast<const int*>(base + Shared::from) + place * Shared::segment;
+  Ring<Orders::places> place;
+  for (int i = 0; i < order_count; ++i, place.next()) {
+    const int* from = reinterpret_cast<const int*>(base + Shared::from) + place.at * Shared::segment;
     const std::int64_t out_head = p.shared_order ? static_cast<std::int64_t>(batch) * p.kv_heads + kv_head
                                                  : static_cast<std::int64_t>(batch) * p.q_heads + kv_head * p.group + i;
     const std::int64_t out_token = out_head * p.permuted_len + first_token;
-    sm90::named_wait(handover, everyone);
+    orders.full[place.at].wait(place.parity);
     if (thread < p.segment) {
       p.order[out_token + thread] = static_cast<std::int32_t>(first_token) + from[thread];
       if (first_token == 0 && from[thread] == 0) p.sink_block[out_head] = thread / block_tokens;
@@ -163,27 +178,12 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
         __stcs(static_cast<uint4*>(p.permuted_v) + out, v_chunk);
         add_to<T>(sum, k_chunk);
       }
-      add_across_lanes<Layout::chunks>(sum);
-      float* sums = block_sums + parity * Shared::writer_warps * head_dim;
-      if (lane < Layout::chunks) {
-        float4* mine = reinterpret_cast<float4*>(sums + thread / 32 * head_dim + chunk * 8);
-        mine[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-        mine[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
-      }
-      // One barrier a block: the other half of block_sums is written next.
-      sm90::named_wait(writers, resident_writers);
-      if (thread < head_dim / 2) {
-        float2 total = {};
-        for (int warp = 0; warp < Shared::writer_warps; ++warp) {
-          const float2 part = *reinterpret_cast<const float2*>(sums + warp * head_dim + thread * 2);
-          total.x += part.x;
-          total.y += part.y;
-        }
-        const std::int64_t out = (out_token / block_tokens + block) * (head_dim / 2) + thread;
-        static_cast<std::uint32_t*>(p.pooled_k)[out] = pack<T>(total.x / block_tokens, total.y / block_tokens);
-      }
+      write_block_mean<T>(
+          sum, block_sums[parity], thread, [] { sm90::named_wait(writers, resident_writers); },
+          static_cast<std::uint32_t*>(p.pooled_k) + (out_token / block_tokens + block) * (head_dim / 2));
       parity ^= 1;
     }
+    orders.free[place.at].arrive();
   }
 }
 
@@ -196,6 +196,8 @@ __global__ void __launch_bounds__(resident::everyone, 1) reorder_resident(const 
   // Backwards: the keys that score_statistics read last may still be in L2.
   const std::int64_t first_token = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.segment;
   const int kv_head = gridDim.y - 1 - blockIdx.y;
+  if (threadIdx.x == 0) reinterpret_cast<Orders*>(base + ResidentShared<head_dim>::orders)->init();
+  __syncthreads();
   let_next_kernel_start();
   if (threadIdx.x < resident_scorers) {
     sm90::take_registers<168>();
