@@ -145,6 +145,10 @@ PBSATTN_API pbsattn_status pbsattn_set_option(pbsattn_options* options, const ch
 /* Checks and plans; SIZE_MAX as workspace_cap means no cap. *plan is NULL on failure. */
 PBSATTN_API pbsattn_status pbsattn_plan_create(const pbsattn_options* options, const pbsattn_shape* shape,
                                                const pbsattn_device* device, size_t workspace_cap, pbsattn_plan** plan);
+/* The same with options of each of the shape's q_heads query heads, which may differ as pbsattn::Plan::create says. */
+PBSATTN_API pbsattn_status pbsattn_plan_create_by_head(const pbsattn_options* heads, const pbsattn_shape* shape,
+                                                       const pbsattn_device* device, size_t workspace_cap,
+                                                       pbsattn_plan** plan);
 PBSATTN_API void pbsattn_plan_destroy(pbsattn_plan* plan); /* NULL is fine */
 
 PBSATTN_API size_t pbsattn_plan_workspace_size(const pbsattn_plan* plan); /* bytes; 0 for NULL */

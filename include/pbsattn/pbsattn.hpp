@@ -288,6 +288,12 @@ class Plan {
   static Plan create(const Options& options, const Shape& shape, const Device& device = Device::cpu(),
                      std::size_t workspace_cap = no_cap);
 
+  // The same with options of each query head, which all batch entries share. Heads may differ in the keep rule and its
+  // numbers (top_p to min_budget) and in what is always kept (dense_last_rows, sink_blocks, local_blocks). options()
+  // gives the first head's.
+  static Plan create(std::span<const Options> heads, const Shape& shape, const Device& device = Device::cpu(),
+                     std::size_t workspace_cap = no_cap);
+
   Plan(Plan&&) noexcept;
   Plan& operator=(Plan&&) noexcept;
   ~Plan();

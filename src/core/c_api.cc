@@ -3,7 +3,9 @@
 #include <cstddef>
 #include <new>
 #include <optional>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "core/validate.h"
 #include "pbsattn/options.hpp"
@@ -121,6 +123,27 @@ pbsattn::BasicView<Void> to_cpp(const pbsattn_view& v) {
   return {v.data, to_enum<pbsattn::DType>(v.dtype), v.batch_stride, v.head_stride, v.token_stride};
 }
 
+// Checks the pointers, translates shape and device, and makes the plan.
+template <class Create>
+pbsattn_status make_plan(const pbsattn_options* options, const char* name, const pbsattn_shape* shape,
+                         const pbsattn_device* device, pbsattn_plan** plan, Create&& create) {
+  if (plan != nullptr) *plan = nullptr;
+  return guarded([&] {
+    require_pointer(options, name);
+    require_pointer(shape, "shape");
+    require_pointer(device, "device");
+    require_pointer(plan, "plan");
+    const pbsattn::Shape cpp_shape{.batch = shape->batch,
+                                   .q_heads = shape->q_heads,
+                                   .kv_heads = shape->kv_heads,
+                                   .q_len = shape->q_len,
+                                   .kv_len = shape->kv_len,
+                                   .head_dim = shape->head_dim};
+    const pbsattn::Device cpp_device{to_enum<pbsattn::Device::Kind>(device->kind), device->threads, device->index};
+    *plan = new pbsattn_plan{create(cpp_shape, cpp_device)};
+  });
+}
+
 }  // namespace
 
 const char* pbsattn_version(void) {
@@ -156,20 +179,18 @@ pbsattn_status pbsattn_set_option(pbsattn_options* options, const char* name, co
 
 pbsattn_status pbsattn_plan_create(const pbsattn_options* options, const pbsattn_shape* shape,
                                    const pbsattn_device* device, size_t workspace_cap, pbsattn_plan** plan) {
-  if (plan != nullptr) *plan = nullptr;
-  return guarded([&] {
-    require_pointer(options, "options");
-    require_pointer(shape, "shape");
-    require_pointer(device, "device");
-    require_pointer(plan, "plan");
-    const pbsattn::Shape cpp_shape{.batch = shape->batch,
-                                   .q_heads = shape->q_heads,
-                                   .kv_heads = shape->kv_heads,
-                                   .q_len = shape->q_len,
-                                   .kv_len = shape->kv_len,
-                                   .head_dim = shape->head_dim};
-    const pbsattn::Device cpp_device{to_enum<pbsattn::Device::Kind>(device->kind), device->threads, device->index};
-    *plan = new pbsattn_plan{pbsattn::Plan::create(to_cpp(*options), cpp_shape, cpp_device, workspace_cap)};
+  return make_plan(options, "options", shape, device, plan, [&](const pbsattn::Shape& s, const pbsattn::Device& d) {
+    return pbsattn::Plan::create(to_cpp(*options), s, d, workspace_cap);
+  });
+}
+
+pbsattn_status pbsattn_plan_create_by_head(const pbsattn_options* heads, const pbsattn_shape* shape,
+                                           const pbsattn_device* device, size_t workspace_cap, pbsattn_plan** plan) {
+  return make_plan(heads, "heads", shape, device, plan, [&](const pbsattn::Shape& s, const pbsattn::Device& d) {
+    pbsattn::validate(s);  // q_heads is how many there are
+    std::vector<pbsattn::Options> options;
+    for (std::int64_t h = 0; h < s.q_heads; ++h) options.push_back(to_cpp(heads[h]));
+    return pbsattn::Plan::create(std::span<const pbsattn::Options>(options), s, d, workspace_cap);
   });
 }
 

@@ -48,6 +48,7 @@ detail::PlanSpec with_fallback_resolved(const detail::PlanSpec& spec, const Cost
     options.permutation = Permutation::none;
     options.score = BlockScore::none;
     options.keep = KeepRule::all;
+    resolved.heads.clear();
   }
   options.fallback = Fallback::never;
   return resolved;

@@ -31,6 +31,35 @@ void check_and_clear(const Plan& plan, const Inputs& inputs, const Outputs& outp
   if (trace != nullptr) *trace = {};
 }
 
+// `heads` is empty, or has the options of each query head, the first of which are `options`.
+std::unique_ptr<detail::Executor> make_executor(const Options& options, std::span<const Options> heads,
+                                                const Shape& shape, const Device& device, std::size_t workspace_cap) {
+  detail::PlanSpec spec{.options = options,
+                        .heads = {heads.begin(), heads.end()},
+                        .geometry = {.shape = shape, .block = options.block, .segment = options.segment},
+                        .threads = resolve_threads(device.threads),
+                        .device_index = device.index,
+                        .workspace_cap = workspace_cap};
+  const float scale = options.scale == 0.0F ? 1.0F / std::sqrt(static_cast<float>(shape.head_dim)) : options.scale;
+  spec.options.scale = scale;
+  for (Options& head : spec.heads) head.scale = scale;
+  switch (device.kind) {
+    case Device::Kind::cpu: return cpu::make_executor(spec);
+    case Device::Kind::reference: return reference::make_executor(spec);
+    case Device::Kind::cuda:
+#ifdef PBSATTN_CUDA
+      return cuda::make_executor(spec);
+#else
+      throw Error(
+          ErrorCode::unsupported,
+          "device cuda: this build has no CUDA backend; configure with -DPBSATTN_CUDA=ON, or use Device::cpu()");
+#endif
+  }
+  throw Error(ErrorCode::invalid_argument,
+              fmt::format("device kind {}: no such device; 0 is the CPU, 1 the reference, 2 CUDA",
+                          static_cast<int>(device.kind)));
+}
+
 }  // namespace
 
 std::string_view version() {
@@ -45,29 +74,14 @@ Plan::~Plan() = default;
 Plan Plan::create(const Options& options, const Shape& shape, const Device& device, std::size_t workspace_cap) {
   validate(options);
   validate(shape);
-  detail::PlanSpec spec{.options = options,
-                        .geometry = {.shape = shape, .block = options.block, .segment = options.segment},
-                        .threads = resolve_threads(device.threads),
-                        .device_index = device.index,
-                        .workspace_cap = workspace_cap};
-  if (spec.options.scale == 0.0F) spec.options.scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
-  switch (device.kind) {
-    case Device::Kind::cpu: return Plan(cpu::make_executor(spec));
-    case Device::Kind::reference: return Plan(reference::make_executor(spec));
-    case Device::Kind::cuda:
-#ifdef PBSATTN_CUDA
-      return Plan(cuda::make_executor(spec));
-#else
-      throw Error(
-          ErrorCode::unsupported,
-          "device cuda: this build has no CUDA backend; configure with -DPBSATTN_CUDA=ON, or use Device::cpu()");
-#endif
-  }
-  throw Error(ErrorCode::invalid_argument,
-              fmt::format("device kind {}: no such device; 0 is the CPU, 1 the reference, 2 CUDA",
-                          static_cast<int>(device.kind)));
+  return Plan(make_executor(options, {}, shape, device, workspace_cap));
 }
 
+Plan Plan::create(std::span<const Options> heads, const Shape& shape, const Device& device, std::size_t workspace_cap) {
+  validate(shape);
+  validate(heads, shape);
+  return Plan(make_executor(heads.front(), heads, shape, device, workspace_cap));
+}
 const Options& Plan::options() const noexcept {
   return executor_->spec.options;
 }

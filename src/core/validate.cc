@@ -1,8 +1,14 @@
 #include "core/validate.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "pbsattn/options.hpp"
 
@@ -109,6 +115,29 @@ void validate(const Shape& s) {
   require(s.q_len >= 1 && s.q_len <= s.kv_len,
           "q_len {}: outside 1 .. kv_len {}; the queries are the last q_len of kv_len tokens", s.q_len, s.kv_len);
   require(s.head_dim >= 1 && s.head_dim <= max_heads, "head_dim {}: outside 1 .. {}", s.head_dim, max_heads);
+}
+
+void validate(std::span<const Options> heads, const Shape& shape) {
+  require(static_cast<std::int64_t>(heads.size()) == shape.q_heads,
+          "options of {} heads: q_heads is {}; give those of each query head", heads.size(), shape.q_heads);
+  constexpr std::array<std::string_view, 13> by_head{
+      "keep",  "top_p", "threshold",  "floor_top_p",     "top_k",       "density",     "vertical",
+      "slash", "tau",   "min_budget", "dense_last_rows", "sink_blocks", "local_blocks"};
+  const auto shared_values = [&](const Options& options) {
+    std::vector<std::pair<std::string_view, double>> values;
+    visit_options(options, [&](std::string_view name, auto field) {
+      if (std::ranges::find(by_head, name) == by_head.end()) values.emplace_back(name, static_cast<double>(field));
+    });
+    return values;
+  };
+  for (std::size_t h = 0; h < heads.size(); ++h) {
+    validate(heads[h]);
+    const auto first = shared_values(heads.front());
+    const auto own = shared_values(heads[h]);
+    for (std::size_t i = 0; i < own.size(); ++i)
+      require(own[i].second == first[i].second, "{} of head {} is not head 0's; heads may differ in {}", own[i].first,
+              h, fmt::join(by_head, ", "));
+  }
 }
 
 void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {

@@ -93,6 +93,8 @@ void check_limits(const detail::PlanSpec& spec) {
         fmt::format("keep rule {}: the CUDA backend has all, top_p, threshold, relative, top_k and density; use one "
                     "of them, or Device::cpu()",
                     name_of(options.keep)));
+  if (!spec.heads.empty())
+    refuse("options by head: the CUDA backend has one set for all heads; plan with that, or use Device::cpu()");
   if (options.correction != Correction::none)
     refuse(fmt::format("correction {}: the CUDA backend has none; set correction to none, or use Device::reference()",
                        name_of(options.correction)));

@@ -41,11 +41,14 @@ std::vector<std::int32_t> permute(const Inputs& inputs, const Head& head, const 
                         : mean_group_scores(inputs, geometry, batch, geometry.kv_head(q_head), options.scale));
 }
 
-void decide_timed(const Inputs& inputs, const Options& options, const Geometry& geometry, Trace& trace, Stats& stats) {
+// `heads` are the options of all heads, or of each.
+void decide_timed(const Inputs& inputs, std::span<const Options> heads, const Geometry& geometry, Trace& trace,
+                  Stats& stats) {
   trace = detail::start_trace(geometry);
   Stopwatch watch;
   for (std::int64_t batch = 0; batch < geometry.shape.batch; ++batch) {
     for (std::int64_t h = 0; h < geometry.shape.q_heads; ++h) {
+      const Options& options = heads[heads.size() == 1 ? 0 : h];
       const Head head = load_head(inputs, geometry, batch, h);
       const auto order = permute(inputs, head, options, geometry, batch, h);
       stats.permute_seconds += watch.lap();
@@ -77,7 +80,8 @@ class ReferenceExecutor final : public detail::Executor {
            Trace* trace) const override {
     Stats own_stats;
     Trace own_trace;
-    decide_timed(inputs, spec.options, spec.geometry, own_trace, own_stats);
+    decide_timed(inputs, spec.heads.empty() ? std::span(&spec.options, 1) : std::span(spec.heads), spec.geometry,
+                 own_trace, own_stats);
     Stopwatch watch;
     attend(inputs, spec.options, spec.geometry, own_trace, outputs);
     own_stats.attend_seconds = watch.lap();
@@ -102,7 +106,7 @@ Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batc
 Trace decide(const Inputs& inputs, const Options& options, const Geometry& geometry) {
   Trace trace;
   Stats stats;
-  decide_timed(inputs, options, geometry, trace, stats);
+  decide_timed(inputs, std::span(&options, 1), geometry, trace, stats);
   return trace;
 }
 

@@ -98,6 +98,29 @@ TEST(Validate, Options) {
   expect_bad_options([](Options& o) { o.precision = static_cast<Precision>(3); }, {"precision 3"});
 }
 
+TEST(Validate, OptionsOfEachHead) {
+  std::vector<Options> heads(4, method("pbs"));
+  const auto expect = [&](const std::vector<std::string>& parts) {
+    expect_error([&] { Plan::create(heads, good_shape); }, ErrorCode::invalid_argument, parts);
+  };
+  heads[3].top_p = 2;
+  expect({"top_p 2"});
+  heads[3] = method("pbs");
+  heads[3].segment = 512;
+  expect({"segment of head 3", "head 0", "keep, top_p"});
+  heads[3] = method("streaming");
+  expect({"of head 3", "head 0"});
+  heads.pop_back();
+  expect({"options of 3 heads", "q_heads is 4"});
+  heads.clear();
+  expect({"options of 0 heads"});
+  heads.assign(4, method("pbs"));
+  heads[1].keep = KeepRule::all;
+  heads[2].keep = KeepRule::none;
+  heads[3].local_blocks = 2;
+  EXPECT_NO_THROW(Plan::create(heads, good_shape));
+}
+
 TEST(Validate, Shapes) {
   expect_bad_shape([](Shape& s) { s.batch = 0; }, {"batch 0", "1 .. "});
   expect_bad_shape([](Shape& s) { s.q_heads = 0; }, {"q_heads 0"});

@@ -170,5 +170,33 @@ TEST(CpuPlan, AMillionTokensPlanUnderACap) {
   EXPECT_LE(plan.workspace_size(), cap);
 }
 
+TEST(Plan, HeadsKeepByTheirOwnRules) {
+  // What each head lists is what a plan of its options lists for all heads, on both backends, whatever the passes.
+  const Shape shape{.q_heads = 4, .kv_heads = 2, .q_len = 600, .kv_len = 600, .head_dim = 64};
+  std::vector<Options> heads(4, method("pbs"));
+  heads[0].keep = KeepRule::all;
+  heads[1].top_p = 0.4F;
+  heads[2].keep = KeepRule::none;
+  heads[2].local_blocks = 2;
+  heads[3].keep = KeepRule::top_k;
+  heads[3].top_k = 1;
+  heads[3].dense_last_rows = 1;
+  for (const Device& device : {Device::reference(), Device::cpu(2)}) {
+    Problem problem({.shape = shape});
+    const auto trace_of = [&](const Plan& plan) {
+      std::vector<std::byte> workspace(plan.workspace_size());
+      Trace trace;
+      plan.run(problem.inputs(), {.out = problem.out.view()}, workspace, nullptr, &trace);
+      return trace;
+    };
+    const Trace mixed = trace_of(Plan::create(heads, shape, device));
+    const std::int64_t rows = mixed.rows;
+    for (std::int64_t h = 0; h < 4; ++h) {
+      const Trace alike = trace_of(Plan::create(heads[h], shape, device));
+      for (std::int64_t row = 0; row < rows; ++row) EXPECT_EQ(row_list(mixed, h, row), row_list(alike, h, row)) << h;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace pbsattn::test
