@@ -99,7 +99,7 @@ def symlog(value, linear=0.02):
     return math.copysign(math.log10(1 + abs(value) / linear), value)
 
 
-SYMLOG_TICKS = (-1, -0.1, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+SYMLOG_TICKS = (-1, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 DENSITY_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 
 

@@ -65,6 +65,11 @@ def sections(run):
     return [section for section in made if section.figures]
 
 
+def _texts(run, group):
+    """A group by its name; those of texts end in a number of tokens."""
+    return f"{group} tokens" if run.header["kind"] in ("ppl", "recall") else group
+
+
 def _mean(values):
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
@@ -104,7 +109,7 @@ def _curve(run, group, title, metric, y_name, change=False, **axes):
 def _likelihood(run):
     made = []
     if run.header["kind"] == "ppl":
-        made = [_curve(run, group, f"{group} tokens", "nll", "change of loss, nats a token", change=True, scale=draw.symlog,
+        made = [_curve(run, group, _texts(run, group), "nll", "change of loss, nats a token", change=True, scale=draw.symlog,
                        ticks=draw.SYMLOG_TICKS) for group in run.groups()]
     return Section("likelihood", "What sparsity costs in likelihood",
                    "Change of the mean loss against full attention, paired on the same tokens; bars are standard errors. Lower "
@@ -119,11 +124,11 @@ def _recall(run):
     for name, title, text in kinds:
         made = []
         if run.header["kind"] == "recall":
-            made = [_curve(run, group, f"{group} tokens", name, name) for group in run.groups()]
+            made = [_curve(run, group, _texts(run, group), name, name) for group in run.groups()]
         yield Section(name, title, text, [f for f in made if f])
 
 
-def _grid(run, title, members, row_of, column_of, value_of, show, **how):
+def _grid(title, members, row_of, column_of, value_of, show, **how):
     """A heat map of the mean of records by two of their params, with its table."""
     rows, columns = (sorted({of(r) for r in members}) for of in (row_of, column_of))
     cells = {}
@@ -148,7 +153,8 @@ def _needles(run):
                 members = [r for r in run.measured if r["method"] == method and r["params"]["question"] == place]
                 if members:
                     found = sum(r["metrics"]["found"] for r in members) / len(members)
-                    made.append(_grid(run, f"{method}, question at the {place}: {found:.0f} %", members,
+                    where = "long question" if place == "long" else f"question at the {place}"
+                    made.append(_grid(f"{method}, {where}: {found:.0f} %", members,
                                       lambda r: round(100 * r["params"]["depth"]), lambda r: r["params"]["tokens"],
                                       lambda r: r["metrics"]["found"], "{:.0f}".format, most=100.0,
                                       row_name="depth, %", column_name="tokens"))
@@ -186,7 +192,7 @@ def _layers(run):
                 values[method] = [_mean(column) for column in zip(*found)]
         if values:
             layers = range(max(map(len, values.values())))
-            made.append(_map(f"{group} tokens", list(values), list(layers), list(values.values()), "{:.3f}".format,
+            made.append(_map(_texts(run, group), list(values), list(layers), list(values.values()), "{:.3f}".format,
                              column_name="layer", labels_above=True))
     return Section("layers", "Density by layer", "Share of the causal blocks that each layer computes; the stronger the colour, the more.", made)
 
@@ -249,13 +255,16 @@ def _mask(run, record):
 
 def _times(run):
     made = []
-    for group in run.groups():
+    groups = run.groups()
+    if run.header["kind"] in ("ruler", "tasks") and len(groups) > 1:
+        groups = ["all"]  # tasks of one length take the same time
+    for group in groups:
         seconds = {row.method: row.seconds for row in run.summary if row.group == group and row.seconds}
         if seconds:
             base = seconds.get(summary.BASELINE)
             against = lambda s: f"{base / s:.2f}x" if base else ""
             rows = [(method, s, f"{s:.3g} s {against(s)}".rstrip()) for method, s in seconds.items()]
-            made.append(Figure(f"{group} tokens", draw.bars(f"Time by method, {group} tokens", rows),
+            made.append(Figure(_texts(run, group), draw.bars(f"Time by method, {_texts(run, group)}", rows),
                                ["method", "seconds", "full attention's time over it"],
                                [[method, f"{s:.3g}", against(s)] for method, s in seconds.items()]))
     what = "of one layer's attention and the choice of its blocks" if run.header["kind"] == "recall" else "of a prefill"
