@@ -78,7 +78,8 @@ Fidelity FidelityJudge::judge(const std::function<std::span<const float>(int)>& 
     divergence.kl_mean += divergence.kl_last / static_cast<double>(positions_.size());
     divergence.top1_mean += (divergence.top1_last ? 1.0 : 0.0) / static_cast<double>(positions_.size());
   }
-  Fidelity result{.perplexity = std::exp(estimate(each.nll).mean), .divergence = {}, .each = std::move(each)};
+  const double perplexity = std::exp(estimate(each.nll).mean);
+  Fidelity result{.perplexity = perplexity, .divergence = {}, .each = std::move(each)};
   if (first) {
     reference_nll_ = result.each.nll;
     return result;
