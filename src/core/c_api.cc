@@ -189,6 +189,7 @@ pbsattn_status pbsattn_plan_create_by_head(const pbsattn_options* heads, const p
   return make_plan(heads, "heads", shape, device, plan, [&](const pbsattn::Shape& s, const pbsattn::Device& d) {
     pbsattn::validate(s);  // q_heads is how many there are
     std::vector<pbsattn::Options> options;
+    options.reserve(s.q_heads);
     for (std::int64_t h = 0; h < s.q_heads; ++h) options.push_back(to_cpp(heads[h]));
     return pbsattn::Plan::create(std::span<const pbsattn::Options>(options), s, d, workspace_cap);
   });
