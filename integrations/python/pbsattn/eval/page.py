@@ -33,7 +33,7 @@ def write(runs, base):
         found = re.compile(rf"<!-- run {re.escape(run.name)} -->\n.*?<!-- /run -->", re.DOTALL)
         text = found.sub(lambda _: mark, text) if found.search(text) else f"{text.rstrip()}\n\n{mark}\n"
     folder.write_whole(page, text)
-    folder.write_whole(f"{base}.json", json.dumps(rows, indent=1) + "\n")
+    folder.write_whole(f"{base}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def markdown(header, lines):
