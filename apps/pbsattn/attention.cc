@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "errors.h"
+#include "files.h"
 #include "pbsattn/options.hpp"
 
 namespace app {
@@ -54,7 +55,7 @@ void AttentionFlags::add_to(CLI::App& command) {
 
 Attention attention_named(const std::string& spec, const AttentionFlags& flags) {
   const std::vector<std::string> parts = CLI::detail::split(spec, ':');
-  Attention attention{.name = spec, .by_ggml = parts.front() == "ggml", .options = {}};
+  Attention attention{.name = spec, .by_ggml = parts.front() == "ggml", .options = {}, .settings = {}};
   if (attention.by_ggml && parts.size() > 1) {
     throw UsageError(fmt::format("{}: ggml's kernel has no options; name it alone", spec));
   }
@@ -74,7 +75,10 @@ Attention attention_named(const std::string& spec, const AttentionFlags& flags) 
       throw UsageError(fmt::format("{}: \"{}\" is no OPTION=VALUE; write, say, pbs:top_p=0.95", spec, parts[i]));
     }
     const std::string_view part = parts[i];
-    set(&options, part.substr(0, equals), part.substr(equals + 1));
+    if (part.substr(0, equals) == "settings")
+      attention.settings = read_settings(std::string(part.substr(equals + 1)));
+    else
+      set(&options, part.substr(0, equals), part.substr(equals + 1));
   }
   check(options);
   return attention;

@@ -19,6 +19,7 @@ struct Attention {
   std::string name;  // as asked for, options included
   bool by_ggml = false;
   pbsattn::Options options;  // unused by_ggml
+  std::string settings;      // JSON of options by layer and head that change these; "" for none
 };
 
 // The options of the command line that shape an attention; the method's own value stands where one isn't given.
@@ -36,6 +37,7 @@ struct AttentionFlags {
 };
 
 // "ggml" or a method of the table, with the flags applied and then options of its own: "pbs:top_p=0.95:segment=512".
+// "settings=FILE" among them names a file of options by layer and head.
 // Throws for an unknown name (with the nearest) and for a value out of its range.
 Attention attention_named(const std::string& spec, const AttentionFlags& flags);
 

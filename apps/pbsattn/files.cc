@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <fstream>
 #include <optional>
+#include <sstream>
 #include <string_view>
 #include <utility>
 
@@ -63,6 +64,14 @@ std::string read_prompt(const std::string& path) {
                     *bad, static_cast<unsigned char>(text[*bad])));
   }
   return text;
+}
+
+std::string read_settings(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream text;
+  if (!file || !(text << file.rdbuf()))
+    throw Failure(fmt::format("settings {}: {}; name a JSON file", path, std::strerror(errno)));
+  return text.str();
 }
 
 OutputFile::OutputFile(std::string path) : path_(std::move(path)) {

@@ -81,7 +81,9 @@ void configure_plugin(const Attention& attention) {
   config.mode = attention.by_ggml ? GGML_PBSATTN_MODE_GGML : GGML_PBSATTN_MODE_PBSATTN;
   if (!attention.by_ggml) config.options = to_c(attention.options);
   config.min_tokens = GGML_PBSATTN_MIN_TOKENS_FLOOR;
-  if (!ggml_backend_pbsattn_configure(&config)) throw Failure(ggml_backend_pbsattn_last_error());
+  const char* const settings = attention.settings.empty() ? nullptr : attention.settings.c_str();
+  if (!ggml_backend_pbsattn_configure(&config) || !ggml_backend_pbsattn_set_layers(settings))
+    throw Failure(fmt::format("{}: {}", attention.name, ggml_backend_pbsattn_last_error()));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <stdexcept>
 
 #include "log.h"
 #include "stats.h"
@@ -37,17 +38,21 @@ Mask mask_of(const AttentionOp& op) {
 bool PlanCache::Key::operator==(const Key& other) const {
   // Byte by byte: padding, or floats of equal value and other bits, only get a plan of their own.
   // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
-  return std::memcmp(&options, &other.options, sizeof options) == 0 &&
+  return heads.size() == other.heads.size() &&
+         std::memcmp(heads.data(), other.heads.data(), heads.size() * sizeof heads.front()) == 0 &&
          std::memcmp(&shape, &other.shape, sizeof shape) == 0 &&
          std::memcmp(&device, &other.device, sizeof device) == 0 && workspace_cap == other.workspace_cap;
 }
 
 const pbsattn_plan* PlanCache::find(const Key& key, std::string* error) {
-  constexpr std::size_t kept = 8;  // models mix at most a few head shapes, and a chunk's shape won't come again
+  // Models mix at most a few head shapes, and a chunk's shape won't come again; but settings may give each layer its
+  // own.
+  constexpr std::size_t kept = 128;
   auto entry = std::ranges::find(entries_, key, &Entry::key);
   if (entry == entries_.end()) {
     pbsattn_plan* plan = nullptr;
-    const pbsattn_status status = pbsattn_plan_create(&key.options, &key.shape, &key.device, key.workspace_cap, &plan);
+    const auto create = key.heads.size() == 1 ? pbsattn_plan_create : pbsattn_plan_create_by_head;
+    const pbsattn_status status = create(key.heads.data(), &key.shape, &key.device, key.workspace_cap, &plan);
     entries_.push_front({key, {}, status == PBSATTN_OK ? "" : pbsattn_last_error()});
     entries_.front().plan.reset(plan);
     if (entries_.size() > kept) entries_.pop_back();
@@ -127,12 +132,20 @@ ggml_status Computer::compute(const AttentionOp& op) {
 
 ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& settings, ggml_pbsattn_layer_stats* stats) {
   const ggml_pbsattn_config& config = settings.config;
-  PlanCache::Key key{.options = config.options,
+  PlanCache::Key key{.heads = {config.options},
                      .shape = op.shape(stats->kv_len),
                      .device = {.kind = config.device, .threads = threads_, .index = 0},
                      .workspace_cap = config.workspace_cap};
-  key.options.scale = op.scale();
   std::string error;
+  if (settings.layers != nullptr) {
+    try {
+      key.heads = settings.layers->heads(op.layer(), key.shape.q_heads, config.options);
+    } catch (const std::runtime_error& wrong) {
+      complain(wrong.what());
+      return GGML_PBSATTN_PLAN_REFUSED;
+    }
+  }
+  for (pbsattn_options& options : key.heads) options.scale = op.scale();
   const pbsattn_plan* plan = plans_.find(key, &error);
   if (plan == nullptr) {
     complain(error);

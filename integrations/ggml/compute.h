@@ -17,11 +17,11 @@
 
 namespace pbsattn::ggml {
 
-// Plans of the shapes seen last. All layers of a graph share one.
+// Plans of the shapes seen last. All layers of a graph share one, unless settings tell them apart.
 class PlanCache {
  public:
   struct Key {
-    pbsattn_options options;
+    std::vector<pbsattn_options> heads;  // one for all, or one for each query head
     pbsattn_shape shape;
     pbsattn_device device;
     std::size_t workspace_cap;

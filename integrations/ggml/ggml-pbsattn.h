@@ -60,6 +60,10 @@ PBSATTN_API void ggml_backend_pbsattn_get_config(struct ggml_pbsattn_config* con
  * llama.cpp builds a graph: after MODE_OFF, the next context or the next new batch shape picks it up. */
 PBSATTN_API bool ggml_backend_pbsattn_configure(const struct ggml_pbsattn_config* config);
 
+/* Options by layer and head from here on, as layer_settings.h has them in JSON; they change the options that
+ * configure() gave. NULL: none. Returns false, changing nothing, where the text is wrong. */
+PBSATTN_API bool ggml_backend_pbsattn_set_layers(const char* json);
+
 /* The calling thread's last error in one line, "" if there was none. */
 PBSATTN_API const char* ggml_backend_pbsattn_last_error(void);
 

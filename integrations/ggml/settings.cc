@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <stdexcept>
 #include <string_view>
 
 #include "log.h"
@@ -165,6 +166,14 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
   reader.flag("PBSATTN_VERBOSE", &settings.verbose);
   if (const auto target = reader.text("PBSATTN_STATS"); target && *target != "0") settings.stats_target = *target;
 
+  if (const auto path = reader.text("PBSATTN_SETTINGS")) {
+    try {
+      settings.layers = std::make_shared<LayerSettings>(LayerSettings::read(std::string(*path), config.options));
+    } catch (const std::runtime_error& wrong) {
+      reader.fail(fmt::format("PBSATTN_SETTINGS {}", wrong.what()));
+    }
+  }
+
   if (error->empty()) {
     if (const auto rule = broken_rule(config)) *error = "PBSATTN_* environment: " + *rule;
   }
@@ -208,6 +217,23 @@ bool ggml_backend_pbsattn_configure(const ggml_pbsattn_config* config) {
   auto& shared = state();
   const std::lock_guard lock(shared.mutex);
   shared.settings.config = *config;
+  return true;
+}
+
+bool ggml_backend_pbsattn_set_layers(const char* json) {
+  auto& error = pbsattn::ggml::last_error;
+  error.clear();
+  auto& shared = state();
+  const std::lock_guard lock(shared.mutex);
+  try {
+    shared.settings.layers = json == nullptr
+                                 ? nullptr
+                                 : std::make_shared<pbsattn::ggml::LayerSettings>(
+                                       pbsattn::ggml::LayerSettings::parse(json, shared.settings.config.options));
+  } catch (const std::runtime_error& wrong) {
+    error = wrong.what();
+    return false;
+  }
   return true;
 }
 

@@ -2,17 +2,20 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 
 #include "ggml-pbsattn.h"
+#include "layer_settings.h"
 
 namespace pbsattn::ggml {
 
 struct Settings {
   ggml_pbsattn_config config{};
-  std::string stats_target;  // PBSATTN_STATS: "" for none, "1" for the log, else a file's path
-  bool verbose = false;      // PBSATTN_VERBOSE: a log line for each op
+  std::shared_ptr<const LayerSettings> layers;  // PBSATTN_SETTINGS, or null
+  std::string stats_target;                     // PBSATTN_STATS: "" for none, "1" for the log, else a file's path
+  bool verbose = false;                         // PBSATTN_VERBOSE: a log line for each op
 };
 
 struct Observer {

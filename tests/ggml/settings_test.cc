@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <stdexcept>
 #include <string>
 
 namespace pbsattn::ggml {
@@ -99,6 +100,57 @@ TEST(Settings, BadValuesAreNamedAndTurnThePlugInOff) {
     EXPECT_EQ(outcome.error.find('\n'), std::string::npos);
     EXPECT_EQ(outcome.settings.config.mode, GGML_PBSATTN_MODE_OFF) << variable.first << "=" << variable.second;
   }
+}
+
+std::string refusal_of(const std::string& json) {
+  try {
+    LayerSettings::parse(json, default_config().options);
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "none";
+}
+
+TEST(LayerSettings, LayersOverrideEveryLayerAndHeadsEveryHead) {
+  const pbsattn_options base = default_config().options;
+  const auto settings = LayerSettings::parse(
+      R"({"*": {"*": {"top_p": 0.8}, "1": {"top_p": 0.7, "keep": "all"}},
+          "3": {"*": {"top_p": 0.6}, "2": {"sink_blocks": 4}},
+          "4": {"*": {"top_k": 5, "method": "minference"}}})",
+      base);
+  auto heads = settings.heads(0, 4, base);
+  ASSERT_EQ(heads.size(), 4U);
+  EXPECT_EQ(heads[0].top_p, 0.8F);
+  EXPECT_EQ(heads[1].top_p, 0.7F);
+  EXPECT_EQ(heads[1].keep, PBSATTN_KEEP_ALL);
+  heads = settings.heads(3, 4, base);
+  EXPECT_EQ(heads[0].top_p, 0.6F);
+  EXPECT_EQ(heads[1].top_p, 0.6F);
+  EXPECT_EQ(heads[1].keep, PBSATTN_KEEP_ALL) << "what the layer doesn't name stays";
+  EXPECT_EQ(heads[2].sink_blocks, 4);
+  heads = settings.heads(4, 4, base);
+  EXPECT_EQ(heads[0].score, PBSATTN_SCORE_VERTICAL_SLASH) << "a method comes first";
+  EXPECT_EQ(heads[0].top_k, 5);
+  EXPECT_EQ(heads[0].precision, PBSATTN_PRECISION_BF16);
+  EXPECT_EQ(settings.heads(-1, 2, base)[0].top_p, 0.8F) << "an op that doesn't tell its layer";
+  EXPECT_THROW(static_cast<void>(settings.heads(3, 2, base)), std::runtime_error) << "no head 2";
+  EXPECT_EQ(LayerSettings::parse(R"({"0": {"*": {"top_p": 0.5}}})", base).heads(0, 4, base).size(), 1U)
+      << "one for all";
+}
+
+TEST(LayerSettings, WhatIsWrongIsNamed) {
+  EXPECT_NE(refusal_of("{").find("not JSON"), std::string::npos);
+  EXPECT_NE(refusal_of("[]").find("not an object"), std::string::npos);
+  EXPECT_NE(refusal_of(R"({"first": {}})").find("layer \"first\""), std::string::npos);
+  EXPECT_NE(refusal_of(R"({"1": {"-2": {}}})").find("head \"-2\""), std::string::npos);
+  EXPECT_NE(refusal_of(R"({"1": {"2": {"top_q": 1}}})").find("layer 1, head 2: option \"top_q\""), std::string::npos);
+  EXPECT_NE(refusal_of(R"({"1": {"*": {"keep": "most"}}})").find("keep \"most\""), std::string::npos);
+  EXPECT_NE(refusal_of(R"({"1": {"*": {"top_k": 2.5}}})").find("not a whole number"), std::string::npos);
+  EXPECT_NE(refusal_of(R"({"1": {"*": {"top_k": [1]}}})").find("neither a number nor a name"), std::string::npos);
+  EXPECT_NE(refusal_of(R"({"1": {"*": {"method": "pbz"}}})").find("did you mean"), std::string::npos);
+  const Outcome outcome = read({{"PBSATTN_SETTINGS", "/nowhere/settings.json"}});
+  EXPECT_NE(outcome.error.find("/nowhere/settings.json: can't be read"), std::string::npos) << outcome.error;
+  EXPECT_EQ(outcome.settings.config.mode, GGML_PBSATTN_MODE_OFF);
 }
 
 }  // namespace

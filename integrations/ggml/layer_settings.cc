@@ -1,0 +1,109 @@
+#include "layer_settings.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <stdexcept>
+
+namespace pbsattn::ggml {
+namespace {
+
+using nlohmann::json;
+
+std::int64_t index_of(std::string_view key, std::string_view what, std::int64_t every) {
+  if (key == "*") return every;
+  std::int64_t index = 0;
+  const auto [end, code] = std::from_chars(key.data(), key.data() + key.size(), index);
+  if (code != std::errc() || end != key.data() + key.size() || index < 0)
+    throw std::runtime_error(fmt::format("{} \"{}\": not a number from 0 up, nor \"*\" for every one", what, key));
+  return index;
+}
+
+const json& require_object(const json& value, const std::string& what) {
+  if (!value.is_object()) throw std::runtime_error(fmt::format("{}: not an object in braces", what));
+  return value;
+}
+
+}  // namespace
+
+LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options& base) {
+  json document;
+  try {
+    document = json::parse(text);
+  } catch (const json::parse_error& error) {
+    throw std::runtime_error(fmt::format("not JSON: {}", error.what()));
+  }
+  LayerSettings settings;
+  for (const auto& [layer, heads] : require_object(document, "settings").items()) {
+    const std::string where = fmt::format("layer {}", layer);
+    auto& of_layer = settings.layers_[index_of(layer, "layer", every)];
+    for (const auto& [head, options] : require_object(heads, where).items()) {
+      Changes& changes = of_layer[index_of(head, where + ", head", every)];
+      for (const auto& [name, value] : require_object(options, fmt::format("{}, head {}", where, head)).items()) {
+        if (!value.is_string() && !value.is_number())
+          throw std::runtime_error(fmt::format("{}, head {}, {}: neither a number nor a name", where, head, name));
+        changes.emplace_back(name, value.is_string() ? value.get<std::string>() : value.dump());
+      }
+      std::ranges::stable_partition(changes, [](const auto& change) { return change.first == "method"; });
+      try {
+        pbsattn_options tried = base;
+        apply(changes, &tried);
+      } catch (const std::runtime_error& error) {
+        throw std::runtime_error(fmt::format("{}, head {}: {}", where, head, error.what()));
+      }
+    }
+  }
+  return settings;
+}
+
+LayerSettings LayerSettings::read(const std::string& path, const pbsattn_options& base) {
+  std::ifstream file(path);
+  std::stringstream text;
+  if (!file || !(text << file.rdbuf()))
+    throw std::runtime_error(fmt::format("{}: can't be read ({})", path, std::strerror(errno)));
+  try {
+    return parse(text.str(), base);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(fmt::format("{}: {}", path, error.what()));
+  }
+}
+
+void LayerSettings::apply(const Changes& changes, pbsattn_options* options) {
+  for (const auto& [name, value] : changes) {
+    const std::int32_t precision = options->precision;
+    const pbsattn_status status = name == "method" ? pbsattn_method(value.c_str(), options)
+                                                   : pbsattn_set_option(options, name.c_str(), value.c_str());
+    if (status != PBSATTN_OK) throw std::runtime_error(pbsattn_last_error());
+    if (name == "method") options->precision = precision;
+  }
+}
+
+std::vector<pbsattn_options> LayerSettings::heads(std::int32_t layer, std::int64_t q_heads,
+                                                  const pbsattn_options& base) const {
+  std::vector<pbsattn_options> result(1, base);
+  std::vector<std::int64_t> applying{every};
+  if (layer >= 0) applying.push_back(layer);
+  for (const std::int64_t index : applying) {
+    const auto found = layers_.find(index);
+    if (found == layers_.end()) continue;
+    for (const auto& [head, changes] : found->second) {
+      if (head >= q_heads)
+        throw std::runtime_error(
+            fmt::format("settings of layer {}, head {}: it has {} query heads", layer, head, q_heads));
+      if (head != every && result.size() == 1) result.resize(static_cast<std::size_t>(q_heads), result.front());
+      if (head == every)
+        for (pbsattn_options& options : result) apply(changes, &options);
+      else
+        apply(changes, &result[static_cast<std::size_t>(head)]);
+    }
+  }
+  return result;
+}
+
+}  // namespace pbsattn::ggml

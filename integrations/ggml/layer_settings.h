@@ -1,0 +1,41 @@
+// Options by layer and head, from JSON:
+//
+//     {"*": {"*": {"method": "pbs"}, "7": {"keep": "all"}}, "0": {"*": {"top_p": 0.8}}}
+//
+// The first key is a layer as llama.cpp numbers them, the second a query head; "*" is every one. Where several apply,
+// those of the layer override those of "*", and among a layer's those of the head. "method" replaces all options but
+// the precision. The heads of a layer may differ as pbsattn::Plan::create says.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "pbsattn/pbsattn.h"
+
+namespace pbsattn::ggml {
+
+class LayerSettings {
+ public:
+  // Throws std::runtime_error naming what is wrong with the text and where. `base` is what each option starts from.
+  static LayerSettings parse(std::string_view json, const pbsattn_options& base);
+  // The same of a file's text.
+  static LayerSettings read(const std::string& path, const pbsattn_options& base);
+
+  // Options of each query head of a layer, or one for all where nothing is said of single heads. Throws
+  // std::runtime_error for a head that the layer doesn't have.
+  std::vector<pbsattn_options> heads(std::int32_t layer, std::int64_t q_heads, const pbsattn_options& base) const;
+
+ private:
+  using Changes = std::vector<std::pair<std::string, std::string>>;  // names and values, "method" first
+  static constexpr std::int64_t every = -1;
+
+  static void apply(const Changes& changes, pbsattn_options* options);
+
+  std::map<std::int64_t, std::map<std::int64_t, Changes>> layers_;  // `every` comes first
+};
+
+}  // namespace pbsattn::ggml
