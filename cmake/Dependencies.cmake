@@ -14,7 +14,7 @@ endif()
 
 if(PBSATTN_LLAMA_SOURCE OR PBSATTN_BUILD_BENCH)
   find_package(CLI11 2.1 REQUIRED)           # program, bench: command line
-  find_package(nlohmann_json 3.11 REQUIRED)  # program, bench: JSON
+  find_package(nlohmann_json 3.11 REQUIRED)  # program, bench, plug-in: JSON
 endif()
 if(PBSATTN_BUILD_TESTS)
   find_package(GTest 1.12 REQUIRED)  # tests
