@@ -121,10 +121,10 @@ class Rows {
     pushed_ = 0;
     const int strip_count = ceil_div(row.count, strip);
     for (int i = 0; i < strip_count; ++i) set_up(strips[i], row, parity, i);
-    // Among few weights the rounding of the largest shows, unless it is measured from itself and so is 1.
+    // Among few weights the rounding of each shows.
     constexpr int few_blocks = 2;
     if (!row.last_finite || row.block_count <= few_blocks) {
-      for (int i = 0; i < strip_count; ++i) do_with_care(strips[i]);
+      for (int i = 0; i < strip_count; ++i) do_with_care(strips[i], row.last_finite);
       return;
     }
     const int parts = ceil_div(args_.block, unit_keys);
@@ -170,15 +170,19 @@ class Rows {
                  s.count, args_.head_dim, s.queries);
   }
 
-  void do_with_care(Strip& s) {
-    attend_with_care(s, args_, careful_);
+  void do_with_care(Strip& s, bool fine) {
+    if (fine) {
+      attend_with_care(s, args_, true, careful_);
+      if (write_rows(s, args_.head_dim, true)) return;
+    }
+    attend_with_care(s, args_, false, careful_);
     write_rows(s, args_.head_dim, false);
   }
 
   void push(const Unit& unit) {
     ++pushed_;
     pipeline_.push(unit, [this](Strip& s) {
-      if (!write_rows(s, args_.head_dim, true)) do_with_care(s);
+      if (!write_rows(s, args_.head_dim, true)) do_with_care(s, false);
     });
   }
   void drain() {

@@ -44,8 +44,13 @@ inline Unit make_unit(Strip& strip, const AttendArgs& args, int i, int part) {
   return unit;
 }
 
-// What attend_with_care needs: a unit's scores, then its weights.
-constexpr int careful_bytes = unit_groups * 6 * tile_bytes;
+// What attend_with_care needs: a unit's scores, then its weights, each the sum of two bf16.
+constexpr int careful_bytes = unit_groups * 8 * tile_bytes;
+
+// x cut to bf16's 8 bits, to nearest, as float32. It is finite or NaN, and not near float32's end.
+PBSATTN_INLINE F32 rounded_to_bf16(F32 x) {
+  return as_f32((as_u32(x) + 0x8000U) & 0xFFFF0000U);
+}
 
 inline F32 zero_if_minus_infinity(F32 max) {
   return max == splat(-__builtin_inff()) ? F32{} : max;
@@ -77,7 +82,8 @@ inline void accumulate_visible(const Unit& unit, int pairs, const std::byte* wei
   }
 }
 
-inline void attend_unit_with_care(const Unit& unit, int pairs, float scale, bool values_finite, std::byte* scratch) {
+inline void attend_unit_with_care(const Unit& unit, int pairs, float scale, bool values_finite, bool fine,
+                                  std::byte* scratch) {
   Strip& strip = *unit.strip;
   std::byte* const scores = scratch;
   std::byte* const weights = scratch + unit_groups * 4 * tile_bytes;
@@ -102,25 +108,36 @@ inline void attend_unit_with_care(const Unit& unit, int pairs, float scale, bool
     sum *= factor;
     for (int group = 0; group < unit.groups; ++group)
       for (int key = 0; key < tile_rows; ++key) {
-        const U32 bits = cut_to_pairs(exp2_cubic((score(group, key) - origin) * scale, bf16_half_ulp),
-                                      exp2_cubic((score(group, key + tile_rows) - origin) * scale, bf16_half_ulp));
+        const F32 low = exp2_precise((score(group, key) - origin) * scale);
+        const F32 high = exp2_precise((score(group, key + tile_rows) - origin) * scale);
+        const F32 low_rounded = rounded_to_bf16(low);
+        const F32 high_rounded = rounded_to_bf16(high);
+        const U32 bits = cut_to_pairs(low_rounded, high_rounded);
+        const U32 rest = cut_to_pairs(low - low_rounded, high - high_rounded);
         sum = add_pairs(sum, bits);
-        u32_at(weights + (group * 2 + half) * tile_bytes + key * tile_row_bytes) = bits;
+        if (fine) sum = add_pairs(sum, rest);
+        std::byte* const at = weights + (group * 2 + half) * tile_bytes + key * tile_row_bytes;
+        u32_at(at) = bits;
+        u32_at(at + unit_groups * 2 * tile_bytes) = rest;
       }
     for (int tile = 0; tile < 2 * pairs; ++tile)
       for (int row = 0; row < tile_rows; ++row)
         f32_at(strip.out + (tile * 2 + half) * tile_bytes + row * tile_row_bytes) *= factor;
   }
-  if (unit.causal && !values_finite)
-    accumulate_visible(unit, pairs, weights, strip.out);
-  else
-    for (int tile = 0; tile < 2 * pairs; ++tile)
-      accumulate_tile(unit.values + tile * tile_bytes, weights, 2 * pairs, unit.groups, false,
-                      strip.out + tile * 2 * tile_bytes);
+  for (int i = 0; i < (fine ? 2 : 1); ++i) {
+    const std::byte* const p = weights + i * unit_groups * 2 * tile_bytes;
+    if (unit.causal && !values_finite)
+      accumulate_visible(unit, pairs, p, strip.out);
+    else
+      for (int tile = 0; tile < 2 * pairs; ++tile)
+        accumulate_tile(unit.values + tile * tile_bytes, p, 2 * pairs, unit.groups, false,
+                        strip.out + tile * 2 * tile_bytes);
+  }
 }
 
-// A strip from its first block to its last with a running maximum, as a textbook has it.
-inline void attend_with_care(Strip& strip, const AttendArgs& args, std::byte* scratch) {
+// A strip from its first block to its last with a running maximum, as a textbook has it. Where fine, weights have
+// 16 bits: with infinite values around, the second 8 could turn an infinity into NaN.
+inline void attend_with_care(Strip& strip, const AttendArgs& args, bool fine, std::byte* scratch) {
   const AttendRow& row = *strip.row;
   const int pairs = tile_pairs(args.head_dim);
   for (int half = 0; half < 2; ++half) {
@@ -131,7 +148,7 @@ inline void attend_with_care(Strip& strip, const AttendArgs& args, std::byte* sc
   for (int i = 0; i < row.block_count; ++i)
     for (int part = 0; part < ceil_div(args.block, unit_keys); ++part) {
       const Unit unit = make_unit(strip, args, i, part);
-      if (unit.groups > 0) attend_unit_with_care(unit, pairs, args.scale_log2, row.last_finite, scratch);
+      if (unit.groups > 0) attend_unit_with_care(unit, pairs, args.scale_log2, row.last_finite, fine, scratch);
     }
   for (int half = 0; half < 2; ++half) f32_at(strip.origin + half * lanes) *= args.scale_log2;
 }
