@@ -39,7 +39,8 @@ inline bool reads_scores(const detail::PlanSpec& spec) {
 // Of a score of all causal blocks: whether what is always kept counts first toward top_p, because the score shares out
 // a row's whole attention. Else these blocks compete with the others.
 inline bool counts_kept_first(BlockScore score) {
-  return score == BlockScore::antidiagonal_causal || score == BlockScore::exact || score == BlockScore::sampled;
+  return score == BlockScore::antidiagonal_causal || score == BlockScore::exact || score == BlockScore::sampled ||
+         score == BlockScore::per_query;
 }
 
 // How many of blocks 0 .. own_begin-1 a rule that counts (top_k, density) keeps of the row on this diagonal.

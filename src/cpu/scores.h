@@ -22,8 +22,8 @@ inline bool is_pattern(BlockScore score) {
 }
 // Scores that read the mean keys of blocks in their original order.
 inline bool pools_originals(BlockScore score) {
-  return score == BlockScore::mean_pool_causal || score == BlockScore::energy || score == BlockScore::dual_band ||
-         score == BlockScore::flexible;
+  return score == BlockScore::per_query || score == BlockScore::sampled || score == BlockScore::mean_pool_causal ||
+         score == BlockScore::energy || score == BlockScore::dual_band || score == BlockScore::flexible;
 }
 
 // A thread's memory for selecting.

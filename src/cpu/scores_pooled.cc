@@ -88,21 +88,29 @@ void pool_queries(const StageContext& c, std::int64_t head, std::int64_t row, fl
 double score_per_query(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch) {
   const Geometry& g = c.geometry();
   const auto dim = static_cast<int>(g.shape.head_dim);
-  const auto visible = static_cast<int>(g.own_begin(row));
-  const float* const keys =
-      c.pass.pooled_keys + c.pass.far_head(head, c.kv_head(head)) * up_to_tile(c.pass.far_blocks) * dim;
-  alignas(cache_line) std::array<float, strip> max;
-  alignas(cache_line) std::array<float, strip> sum;
-  std::fill_n(scratch.weights, visible, 0.0F);
+  const std::int64_t kv_head = c.kv_head(head);
+  // The blocks before the row's own segment, with keys as they were moved, and those of it, where they were.
+  const auto far = static_cast<int>(g.own_begin(row));
+  const int own = static_cast<int>(g.diagonal(row)) + 1 - far;
+  const float* const far_keys =
+      c.pass.pooled_keys + c.pass.far_head(head, kv_head) * up_to_tile(c.pass.far_blocks) * dim;
+  const float* const own_keys = c.pass.original_pooled + (kv_head * up_to_tile(g.blocks()) + far) * dim;
+  float* const own_exps = scratch.scores + up_to_tile(far) * strip;
+  alignas(cache_line) std::array<float, 2 * strip> max;
+  alignas(cache_line) std::array<float, 2 * strip> sum;
+  std::fill_n(scratch.weights, far + own, 0.0F);
   for (std::int64_t token = g.row_begin(row); token < g.row_end(row); token += strip) {
     const int queries = static_cast<int>(std::min<std::int64_t>(strip, g.row_end(row) - token));
     c.f32_kernels.pack_queries(c.q_rows(head, token - g.q_offset()), queries, dim, scratch.packed);
-    c.f32_kernels.score_keys(keys, scratch.packed, visible, dim, c.scale_log2(), max.data(), sum.data(),
+    c.f32_kernels.score_keys(far_keys, scratch.packed, far, dim, c.scale_log2(), max.data(), sum.data(),
                              scratch.scores);
+    c.f32_kernels.score_keys(own_keys, scratch.packed, own, dim, c.scale_log2(), max.data() + strip,
+                             sum.data() + strip, own_exps);
+    c.f32_kernels.score_factors(max.data(), sum.data(), 2, strip, c.scale_log2(), queries);
     for (int i = 0; i < queries; ++i)
-      if (!(sum[i] > 0.0F)) return std::nan("");
-    for (int i = 0; i < strip; ++i) sum[i] = i < queries ? 1.0F / sum[i] : 0.0F;
-    c.f32_kernels.weigh_keys(scratch.scores, 1, visible, sum.data(), scratch.weights);
+      if (std::isnan(max[i])) return std::nan("");
+    c.f32_kernels.weigh_keys(scratch.scores, 1, far, max.data(), scratch.weights);
+    c.f32_kernels.weigh_keys(own_exps, 1, own, max.data() + strip, scratch.weights + far);
   }
   return static_cast<double>(g.row_end(row) - g.row_begin(row));
 }

@@ -137,7 +137,7 @@ void select_row(const StageContext& c, std::int64_t head, std::int64_t row, cons
     keep_by_rule(c, head, row, total, listed(scratch.weights, blocks, scratch.sorted), mask);
   };
   switch (c.spec.options.score) {
-    case BlockScore::per_query: keep(score_per_query(c, head, row, scratch), g.own_begin(row)); break;
+    case BlockScore::per_query: keep(score_per_query(c, head, row, scratch), g.diagonal(row) + 1); break;
     case BlockScore::antidiagonal: keep(score_by_keys(c, head, row, scratch), g.own_begin(row)); break;
     case BlockScore::antidiagonal_causal:
     case BlockScore::exact:
@@ -191,8 +191,9 @@ SelectScratch::SelectScratch(const detail::PlanSpec& spec, std::int64_t far_bloc
   const std::int64_t dim = g.shape.head_dim;
   const bool light = options.score <= BlockScore::per_query;
   const bool pattern = is_pattern(options.score);
-  const std::int64_t blocks = light ? far_blocks : g.blocks();
-  const std::int64_t scored = ceil_div(blocks, row_tile) * row_tile * strip;
+  // Blocks before a row's own segment and those of it fill tiles of their own.
+  const std::int64_t blocks = options.score == BlockScore::mean_pool ? far_blocks : g.blocks();
+  const std::int64_t scored = (ceil_div(blocks, row_tile) + 1) * row_tile * strip;
   const auto take = [&](auto*& pointer, std::int64_t count) {
     constexpr std::int64_t line = cache_line;
     if (memory != nullptr) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + size);

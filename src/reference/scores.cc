@@ -65,15 +65,15 @@ std::vector<double> block_scores(std::span<const double> pooled_query, const Mat
 
 std::vector<double> per_query_scores(const Head& head, const Geometry& geometry, std::int64_t row,
                                      const Matrix& pooled_keys, double scale) {
-  const std::int64_t own_begin = geometry.own_begin(row);
+  const std::int64_t blocks = geometry.diagonal(row) + 1;
   const std::int64_t count = geometry.row_end(row) - geometry.row_begin(row);
-  std::vector<double> mean(own_begin, 0.0);
-  std::vector<double> share(own_begin);
+  std::vector<double> mean(blocks, 0.0);
+  std::vector<double> share(blocks);
   for (std::int64_t token = geometry.row_begin(row); token < geometry.row_end(row); ++token) {
     const auto query = head.q[token - geometry.q_offset()];
-    for (std::int64_t b = 0; b < own_begin; ++b) share[b] = dot(query, pooled_keys[b]) * scale;
+    for (std::int64_t b = 0; b < blocks; ++b) share[b] = dot(query, pooled_keys[b]) * scale;
     softmax(share);
-    for (std::int64_t b = 0; b < own_begin; ++b) mean[b] += share[b] / static_cast<double>(count);
+    for (std::int64_t b = 0; b < blocks; ++b) mean[b] += share[b] / static_cast<double>(count);
   }
   nan_to_zero(mean);
   return mean;
@@ -125,6 +125,8 @@ Scoring prepare_scores(const Head& head, const Options& options, const Geometry&
   Scoring scoring{.pooled_keys = pool_keys(head, geometry, order), .original_keys = {0, 0}, .bands = {}, .pattern = {}};
   switch (options.score) {
     case BlockScore::mean_pool_causal:
+    case BlockScore::per_query:
+    case BlockScore::sampled:
     case BlockScore::energy: scoring.original_keys = pool_original_keys(head, geometry, options.rules); break;
     case BlockScore::dual_band:
       scoring.original_keys = pool_original_keys(head, geometry, options.rules);
@@ -154,12 +156,12 @@ RowScores row_scores(const Head& head, const Options& options, const Geometry& g
     case BlockScore::none: return {};
     case BlockScore::mean_pool: return {block_scores(pooled_query(), scoring.pooled_keys, own_begin, scale)};
     case BlockScore::mean_pool_causal: return {block_scores(pooled_query(), causal_keys(), causal, scale)};
-    case BlockScore::per_query: return {per_query_scores(head, geometry, row, scoring.pooled_keys, scale)};
+    case BlockScore::per_query: return {per_query_scores(head, geometry, row, causal_keys(), scale)};
     case BlockScore::antidiagonal:
     case BlockScore::antidiagonal_causal:
       return {antidiagonal_scores(head, geometry, row, order, options.score == BlockScore::antidiagonal_causal, scale)};
     case BlockScore::exact: return {exact_scores(head, geometry, row, order, scale)};
-    case BlockScore::sampled: return {sampled_scores(head, geometry, row, order, scoring.pooled_keys, scale)};
+    case BlockScore::sampled: return {sampled_scores(head, geometry, row, order, causal_keys(), scale)};
     case BlockScore::energy: return {energy_scores(head, geometry, row, causal_keys(), scale)};
     case BlockScore::dual_band: return dual_band_scores(pooled_query(), causal_keys(), scoring.bands);
     case BlockScore::vertical_slash:

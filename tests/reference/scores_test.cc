@@ -113,11 +113,11 @@ TEST(Sampled, EvenlySpacedTheLastAmongThem) {
 }
 
 TEST(Sampled, MeanOfExactAndPerQuery) {
-  // Two queries: both are sampled. Without preferences each key has the same share, each block before the own half.
+  // Two queries: both are sampled. Without preferences each key has the same share, and each pooled one.
   const Head head{.q = column(std::vector<double>(6, 0.0)), .k = column(std::vector<double>(6, 1.0)), .v = column({0})};
   const double exact = (2.0 / 5 + 2.0 / 6) / 2;
   expect_near(scores_of(options_of(BlockScore::sampled), head, geometry(6, 6), 2)[0],
-              {(exact + 0.5) / 2, (exact + 0.5) / 2, (1.0 / 5 + 2.0 / 6) / 4});
+              {(exact + 1.0 / 3) / 2, (exact + 1.0 / 3) / 2, ((1.0 / 5 + 2.0 / 6) / 2 + 1.0 / 3) / 2});
 }
 
 TEST(Sampled, OfMoreThanEightQueriesOnlyEight) {
@@ -125,8 +125,9 @@ TEST(Sampled, OfMoreThanEightQueriesOnlyEight) {
   const Geometry g{.shape = {.q_len = 32, .kv_len = 32, .head_dim = 1}, .block = 16, .segment = 16};
   Options options = options_of(BlockScore::sampled);
   const auto even = scores_of(options, head, g, 1)[0];
-  head.q[16][0] = 50;  // not sampled: tokens 17, 19 .. 31 are. per_query has one block, hence no say.
+  head.q[16][0] = 50;  // not sampled: tokens 17, 19 .. 31 are. The mean key stays 0, so per_query sees nothing.
   head.k[0][0] = 1;
+  head.k[1][0] = -1;
   EXPECT_EQ(scores_of(options, head, g, 1)[0], even);
   head.q[17][0] = 50;
   EXPECT_GT(scores_of(options, head, g, 1)[0][0], even[0] + 0.005);

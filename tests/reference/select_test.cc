@@ -69,22 +69,22 @@ TEST(BlockScores, NanCountsAsZero) {
 }
 
 TEST(PerQueryScores, MeanOfEachQuerysSoftmax) {
-  // Row 2 of six tokens: queries 0 and 1, blocks 0 and 1. Shares 1/2, 1/2 and 1/4, 3/4.
-  const Matrix keys = column({0, std::log(3)});
+  // Row 2 of six tokens: queries 0 and 1, blocks 0 to 2. Shares 1/3 each, and 1/5, 3/5, 1/5.
+  const Matrix keys = column({0, std::log(3), 0});
   const Head head{.q = column({9, 9, 9, 9, 0, 1}), .k = column({0}), .v = column({0})};
   const auto scores = per_query_scores(head, geometry(6, 6), 2, keys, 1.0);
-  ASSERT_EQ(scores.size(), 2);
-  EXPECT_NEAR(scores[0], 0.375, 1e-15);
-  EXPECT_NEAR(scores[1], 0.625, 1e-15);
+  ASSERT_EQ(scores.size(), 3);
+  EXPECT_NEAR(scores[0], 4.0 / 15, 1e-15);
+  EXPECT_NEAR(scores[1], 7.0 / 15, 1e-15);
+  EXPECT_NEAR(scores[2], 4.0 / 15, 1e-15);
   // A chunk of tokens 5 and later: row 0 is query 0 alone, and its mean is over one.
   const Head chunk{.q = column({2}), .k = column({0}), .v = column({0})};
-  EXPECT_NEAR(per_query_scores(chunk, geometry(1, 6), 0, keys, 0.5)[1], 0.75, 1e-15);
-  EXPECT_TRUE(per_query_scores(head, geometry(6, 6), 1, keys, 1.0).empty());
+  EXPECT_NEAR(per_query_scores(chunk, geometry(1, 6), 0, keys, 0.5)[1], 0.6, 1e-15);
 }
 
 TEST(PerQueryScores, QueriesThatDisagreeAreNotAveragedAway) {
   // Their mean query is 0 and sees no difference between blocks.
-  const Matrix keys = column({-1, 0, 0, 1});
+  const Matrix keys = column({-1, 0, 0, 1, 0});
   const Head head{.q = column({0, 0, 0, 0, 0, 0, 0, 0, 40, -40}), .k = column({0}), .v = column({0})};
   const auto scores = per_query_scores(head, geometry(10, 10), 4, keys, 1.0);
   EXPECT_NEAR(scores[0], 0.5, 1e-12);
@@ -106,7 +106,7 @@ TEST(ExactScores, TrueMassOfVisibleKeys) {
 
 TEST(PerQueryScores, NanCountsAsZero) {
   const Head head{.q = column({0, 0, 0, 0, 1, nan}), .k = column({0}), .v = column({0})};
-  EXPECT_EQ(per_query_scores(head, geometry(6, 6), 2, column({1, 2}), 1.0), (std::vector<double>{0, 0}));
+  EXPECT_EQ(per_query_scores(head, geometry(6, 6), 2, column({1, 2, 3}), 1.0), (std::vector<double>{0, 0, 0}));
 }
 
 TEST(SelectBlocks, ThresholdKeepsScoresThatReachIt) {
