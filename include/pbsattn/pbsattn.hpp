@@ -93,8 +93,8 @@ enum class OrderScope : std::uint8_t { query_head, kv_head };
 enum class BlockScore : std::uint8_t {
   none,
   mean_pool,  // softmax over blocks of mean(Q block) . mean(K block) * scale (paper, section 3.3)
-  per_query,  // mean over the row's queries of softmax over blocks of q . mean(K block) * scale: a pooled query
-              // hides that its queries disagree
+  per_query,  // mean over the row's queries of softmax over all causal blocks of q . mean(K block) * scale: a pooled
+              // query hides that its queries disagree. What is always kept counts first toward top_p.
   // XAttention's: each 8 x 8 patch of queries and keys scored by its antidiagonal's mean, softmax over the patches of a
   // row of patches, summed over blocks and averaged over the row. Over the blocks before the row's own segment (PBS+):
   antidiagonal,

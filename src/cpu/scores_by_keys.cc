@@ -64,11 +64,10 @@ double score_sampled(const StageContext& c, std::int64_t head, std::int64_t row,
   const auto count = static_cast<int>(sampled_queries(queries));
   const double pooled_total = score_per_query(c, head, row, scratch);
   // Both count as much, so the pooled sums over all queries are brought to the number of sampled ones.
-  for (std::int64_t b = 0; b <= g.diagonal(row); ++b)
-    scratch.weights[b] *= static_cast<float>(count / pooled_total);
+  for (std::int64_t b = 0; b <= g.diagonal(row); ++b) scratch.weights[b] *= static_cast<float>(count / pooled_total);
   for (int i = 0; i < count; ++i) scratch.index[i] = static_cast<std::int32_t>(begin + sampled_query(queries, i));
   add_masses(c, head, row, scratch.index, count, scratch, scratch.weights);
-  return 2.0 * count;
+  return std::isnan(pooled_total) ? pooled_total : 2.0 * count;
 }
 
 // Lane g of patches[i * head_dim + d] is the i-th query from the end of the row's g-th patch, so that its product with

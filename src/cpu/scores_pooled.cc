@@ -104,8 +104,8 @@ double score_per_query(const StageContext& c, std::int64_t head, std::int64_t ro
     c.f32_kernels.pack_queries(c.q_rows(head, token - g.q_offset()), queries, dim, scratch.packed);
     c.f32_kernels.score_keys(far_keys, scratch.packed, far, dim, c.scale_log2(), max.data(), sum.data(),
                              scratch.scores);
-    c.f32_kernels.score_keys(own_keys, scratch.packed, own, dim, c.scale_log2(), max.data() + strip,
-                             sum.data() + strip, own_exps);
+    c.f32_kernels.score_keys(own_keys, scratch.packed, own, dim, c.scale_log2(), max.data() + strip, sum.data() + strip,
+                             own_exps);
     c.f32_kernels.score_factors(max.data(), sum.data(), 2, strip, c.scale_log2(), queries);
     for (int i = 0; i < queries; ++i)
       if (std::isnan(max[i])) return std::nan("");

@@ -78,8 +78,31 @@ std::size_t permute_scratch_size(const Geometry& geometry) {
          (units_of(geometry).count * sizeof(float2) + sizeof(LogSum));
 }
 
+namespace {
+
+// Means of blocks of keys where they are, the last one maybe a part of a block.
+cudaError_t pool_own(const PermuteArgs& args, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const ConstView& k = args.inputs.k;
+  const PoolArgs keys{k.data,
+                      k.batch_stride,
+                      k.head_stride,
+                      k.token_stride,
+                      g.shape.kv_heads,
+                      g.blocks(),
+                      0,
+                      g.shape.kv_len,
+                      args.rules == Rules::paper,
+                      args.pooled_own};
+  return launch_pool(keys, k.dtype, g.shape.head_dim, g.shape.batch, nullptr, 0, stream);
+}
+
+}  // namespace
+
 cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
+  if (args.pooled_own != nullptr)
+    if (const cudaError_t error = pool_own(args, stream); error != cudaSuccess) return error;
   const Units units = units_of(g);
   PermuteParams p{.scoring_queries = tensor(args.inputs.q),
                   .k = tensor(args.inputs.k),
@@ -126,13 +149,13 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
 cudaError_t pool(const PermuteArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const ConstView& k = args.inputs.k;
-  const cudaError_t error =
-      launch_pool(pool_queries(args), args.inputs.q.dtype, g.shape.head_dim, g.shape.batch, nullptr, 0, stream);
+  const cudaError_t error = launch_pool(pool_queries(args), args.inputs.q.dtype, g.shape.head_dim, g.shape.batch,
+                                        args.sink_block, g.shape.batch * g.shape.kv_heads, stream);
   if (error != cudaSuccess) return error;
+  if (args.pooled_own != nullptr) return pool_own(args, stream);
   const PoolArgs keys{k.data, k.batch_stride,   k.head_stride, k.token_stride, g.shape.kv_heads, permuted_blocks(g),
                       0,      g.permuted_len(), false,         args.pooled_k};
-  return launch_pool(keys, k.dtype, g.shape.head_dim, g.shape.batch, args.sink_block, g.shape.batch * g.shape.kv_heads,
-                     stream);
+  return launch_pool(keys, k.dtype, g.shape.head_dim, g.shape.batch, nullptr, 0, stream);
 }
 
 }  // namespace pbsattn::cuda

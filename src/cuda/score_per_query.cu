@@ -1,21 +1,23 @@
-// Block scores of BlockScore::per_query on Hopper: for each row the mean over its queries of softmax over blocks of
-// query . pooled key.
+// Block scores of BlockScore::per_query on Hopper: for each row the mean over its queries of softmax over causal blocks
+// of query . pooled key.
 //
-// An *item* is two rows of one head, so that the pooled keys brought in serve 256 queries. Four *consumer* warpgroups
-// take 64 queries each and go through the row's pooled keys, 128 at a time, twice:
+// An *item* is two rows of one head, so that the pooled keys brought in serve 256 queries. Two *consumer* warpgroups
+// take a row each and go through its pooled keys, 128 at a time, twice:
 //     S[query][block] = Q K^T      max and sum of exp2 of each query, in registers
 //     S^T[block][query] = K Q^T    weights exp2(S^T - log-sum-exp), summed over queries: no exchange between warps
-// The second product costs less than keeping the first would: 128 queries' scores of 1024 blocks are 512 KiB. Beside
-// them a *producer* thread brings queries and keys through the copy engine, ahead over items and passes. A thread block
-// stays resident and takes every n-th item; long rows come first, and heads side by side share L2.
+// each in two halves, so that the exponentials of one run under the product of the other. The second product costs less
+// than keeping the first would: 128 queries' scores of 1024 blocks are 512 KiB. The few blocks of the row's own
+// segment, whose keys are in their original order, are multiplied warp by warp (mma) before and after the first pass.
+// Beside them a *producer* thread brings queries and keys through the copy engine, ahead over items and passes. A
+// thread block stays resident and takes every n-th item; long rows come first, and heads side by side share L2.
 //
 // The least work at 128K tokens, 32 heads, head_dim 128: 2 x 0.55 TFLOP of products and 2 x 2.1 G exponentials, which
 // take as long as each other and overlap: 1.1 to 1.4 ms.
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/permute_common.cuh"
 #include "cuda/ring.cuh"
+#include "cuda/score_fold.cuh"
 #include "cuda/tensor_map.h"
 
 namespace pbsattn::cuda {
@@ -24,12 +26,15 @@ namespace {
 using sm90::Barrier;
 
 constexpr int rows_of_item = 2;
-constexpr int consumers = 4;
+constexpr int consumers = rows_of_item;
 constexpr int consumer_warps = consumers * 4;
 constexpr int threads = (consumers + 1) * 128;
-constexpr int producer_registers = 32;
-constexpr int consumer_registers = 112;  // all of a thread block share what it was launched with: 96 for each of 640
-constexpr int slots = 2;                 // items whose queries are in shared memory
+constexpr int producer_registers = 40;
+constexpr int consumer_registers = 232;
+constexpr int slots = 2;  // items whose queries are in shared memory
+// Tiles of pooled keys between which products stay in flight; head_dim 64 has no registers left for two.
+template <int head_dim>
+constexpr int tiles_of_round = head_dim / 64;
 
 struct Params {
   float* scores;  // of tile [batch][q_head][row] where its list will be
@@ -39,6 +44,9 @@ struct Params {
   int first_pair, last_pair;  // of token blocks 2 i and 2 i + 1
   int first_row, first_dense_row;
   int blocks_per_segment;
+  int blocks;  // of a head
+  int kv_heads, group;
+  const void* pooled_own;  // [batch][kv_heads][blocks][head_dim]: means of blocks in the original order
   std::int64_t causal_blocks;
   std::int64_t q_offset, q_len;
   float scale_log2;
@@ -50,12 +58,15 @@ struct Maps {
   CUtensorMap q, pooled_k;
 };
 
+constexpr int max_own_blocks = max_segment / block_tokens;
+
 template <int head_dim>
 struct Shared {
   static constexpr int stages = head_dim == 128 ? 2 : 4;
   alignas(1024) unsigned char q[slots][rows_of_item][Tile<head_dim>::bytes];
   alignas(1024) unsigned char k[stages][Tile<head_dim>::bytes];
   LogSum log_sums[slots][rows_of_item][128];
+  float own[slots][rows_of_item][4][max_own_blocks];  // a warp's part of the scores of the own segment's blocks
   Barrier q_full[slots], q_free[slots], k_full[stages], k_free[stages];
 
   __device__ void init() {
@@ -106,131 +117,160 @@ __device__ void produce(const Params& p, const Maps& maps, Shared<head_dim>& sha
   }
 }
 
-// Folds a product into the state of this thread's two queries; columns from `valid` on aren't there.
-__device__ inline void fold(float (&s)[64], int valid, float scale_log2, Statistics (&statistics)[2]) {
-  if (valid < tile_tokens) {
-    const int column = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 64; ++i)
-      if (i / 4 * 8 + column + i % 2 >= valid) s[i] = -INFINITY;
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float max[2] = {statistics[r].max, -INFINITY};
-#pragma unroll
-    for (int i = 0; i < 64; i += 4) {
-      max[0] = fmaxf(max[0], s[i + 2 * r]);
-      max[1] = fmaxf(max[1], s[i + 2 * r + 1]);
-    }
-    const float larger = fmaxf(max[0], max[1]);
-    const float shift = Statistics::finite_or_zero(larger);
-    float sum[2] = {};
-#pragma unroll
-    for (int i = 0; i < 64; i += 4) {
-      sum[0] += sm90::exp2_fast((s[i + 2 * r] - shift) * scale_log2);
-      sum[1] += sm90::exp2_fast((s[i + 2 * r + 1] - shift) * scale_log2);
-    }
-    statistics[r].sum =
-        statistics[r].sum * sm90::exp2_fast((statistics[r].max - shift) * scale_log2) + (sum[0] + sum[1]);
-    statistics[r].max = larger;
-  }
-}
-
-// Sums over the queries [first, last) of the weights of this thread's two blocks, in all four lanes that share them.
-__device__ inline void sum_weights(const float (&s)[64], float scale_log2, const LogSum* log_sums, int first, int last,
-                                   float (&sum)[2]) {
-  const int column = threadIdx.x % 4 * 2;
-  const bool whole = first == 0 && last == tile_tokens;
-#pragma unroll
-  for (int i = 0; i < 64; i += 4) {
-    const int query = i * 2 + column;
-    const float4 pair = *reinterpret_cast<const float4*>(log_sums + query);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float low = sm90::exp2_fast(fmaf(s[i + 2 * r] - pair.x, scale_log2, -pair.y));
-      const float high = sm90::exp2_fast(fmaf(s[i + 2 * r + 1] - pair.z, scale_log2, -pair.w));
-      if (whole) {
-        sum[r] += low + high;
-      } else {  // what isn't there may be NaN
-        if (query >= first && query < last) sum[r] += low;
-        if (query + 1 >= first && query + 1 < last) sum[r] += high;
-      }
-    }
-  }
-#pragma unroll
-  for (float& x : sum) {
-    x += __shfl_xor_sync(~0U, x, 1);
-    x += __shfl_xor_sync(~0U, x, 2);
-  }
-}
-
 template <class T, int head_dim>
 __device__ void consume(const Params& p, Shared<head_dim>& shared) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x % 128 / 32;
-  const int warpgroup = threadIdx.x / 128;
-  const int row_of_item = warpgroup / 2;
-  const int half = warpgroup % 2;
+  const int row_of_item = threadIdx.x / 128;
   Ring<slots> slot;
   Ring<Shared<head_dim>::stages> stage;
-  // Calls use(keys, columns there are) for each tile of keys that the row sees, and passes over the item's others.
-  const auto for_each_tile = [&](const Item& item, int visible, auto&& use) {
-    for (int tile = 0; tile < item.tiles; ++tile, stage.next()) {
+  constexpr std::integral_constant<int, 0> first_half;
+  constexpr std::integral_constant<int, 64> second_half;
+  const auto release = [&](unsigned at) {
+    if (lane == 0) shared.k_free[at].arrive();
+  };
+  // Goes through the `tiles` tiles of keys that the row sees, and passes over the item's others. Each tile makes two
+  // products, start(s, keys, half), whose results go to use(s, tile, half) under the product that follows.
+  const auto for_each_half = [&](const Item& item, int tiles, auto&& start, auto&& use) {
+    float low[64], high[64];
+    const auto start_low = [&] {
       shared.k_full[stage.at].wait(stage.parity);
-      use(shared.k[stage.at], visible - tile * tile_tokens, tile, [&] {
-        if (lane == 0) shared.k_free[stage.at].arrive();
-      });
+      start(first_half, low, shared.k[stage.at]);
+    };
+    // The compiler keeps products in flight through straight code only, hence rounds of several tiles.
+    const auto round = [&]<int length>(std::integral_constant<int, length>, int tile) {
+      start_low();
+#pragma unroll
+      for (int i = 0; i < length; ++i) {
+        const unsigned at = stage.at;
+        start(second_half, high, shared.k[at]);
+        stage.next();
+        sm90::wait<1>();
+        sm90::pin(low);
+        use(first_half, low, tile + i);
+        if (i + 1 < length) {
+          start_low();
+          sm90::wait<1>();
+        } else {
+          sm90::wait<0>();
+        }
+        release(at);
+        sm90::pin(high);
+        use(second_half, high, tile + i);
+      }
+    };
+    int tile = 0;
+    for (; tile + tiles_of_round<head_dim> <= tiles; tile += tiles_of_round<head_dim>)
+      round(std::integral_constant<int, tiles_of_round<head_dim>>{}, tile);
+    for (; tile < tiles; ++tile) round(std::integral_constant<int, 1>{}, tile);
+    for (; tile < item.tiles; ++tile, stage.next()) {
+      shared.k_full[stage.at].wait(stage.parity);
+      release(stage.at);
     }
   };
 
   for (int index = blockIdx.x; index < p.items(); index += gridDim.x, slot.next()) {
     const Item item(p, index);
     const int visible = Item::visible_of(p, item.block + row_of_item);
+    const int tiles = (visible + tile_tokens - 1) / tile_tokens;
     const unsigned char* queries = shared.q[slot.at][row_of_item];
+    // Calls use(products, i, first of eight own blocks) for the warp's queries in the i-th half of the row.
+    const auto for_each_own = [&](auto&& use) {
+      const int block = item.block + row_of_item;
+      const T* keys =
+          static_cast<const T*>(p.pooled_own) +
+          (static_cast<std::int64_t>(item.head / p.q_heads * p.kv_heads + item.head % p.q_heads / p.group) * p.blocks +
+           visible) *
+              head_dim;
+      for (int own = 0; visible + own <= block; own += 8) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float d[4];
+          multiply_own<T, head_dim>(d, queries, i * 64 + warp * 16, keys + own * head_dim, block + 1 - visible - own);
+          use(d, i, own);
+        }
+      }
+    };
+    shared.q_full[slot.at].wait(slot.parity);
+
+    Statistics low[2], high[2];  // of queries 0 .. 63 and 64 .. 127
+    if (tiles > 0)
+      for_each_own([&](const float(&d)[4], int i, int) {
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+          Statistics& one = i == 0 ? low[x / 2] : high[x / 2];
+          one.merge({d[x], 1}, p.scale_log2);
+        }
+      });
+    for_each_half(
+        item, tiles,
+        [&]<int half>(std::integral_constant<int, half>, float(&s)[64], const unsigned char* keys) {
+          start_product<T, head_dim>(s, queries, half, keys);
+        },
+        [&]<int half>(std::integral_constant<int, half>, float(&s)[64], int tile) {
+          if constexpr (half == 0)
+            fold(s, visible - tile * tile_tokens, p.scale_log2, low);
+          else
+            fold(s, visible - tile * tile_tokens, p.scale_log2, high);
+        });
     LogSum* log_sums = shared.log_sums[slot.at][row_of_item];
     const int row = item.block + row_of_item - p.first_row;
     // Of the row's 128 tokens, those that are queries of this call.
     const std::int64_t first_token = (item.block + row_of_item) * std::int64_t{block_tokens} - p.q_offset;
     const int first = static_cast<int>(max(-first_token, std::int64_t{0}));
     const int last = static_cast<int>(min(p.q_len - first_token, std::int64_t{block_tokens}));
-    shared.q_full[slot.at].wait(slot.parity);
-
-    Statistics statistics[2];
-    for_each_tile(item, visible, [&](const unsigned char* keys, int valid, int, auto&& release) {
-      if (valid <= 0) return release();
-      float s[64];
-      start_product<T, head_dim>(s, queries, half * 64, keys);
-      sm90::wait<0>();
-      sm90::pin(s);
-      release();
-      fold(s, valid, p.scale_log2, statistics);
-    });
+    LogSum mine[4];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      statistics[r].merge_across_lanes(p.scale_log2);
-      const int query = half * 64 + warp * 16 + lane / 4 + r * 8;
-      if (lane % 4 == 0) log_sums[query] = {statistics[r].max, log2f(statistics[r].sum)};
+    for (int i = 0; i < 4; ++i) {
+      Statistics total = i < 2 ? low[i] : high[i - 2];
+      total.merge_across_lanes(p.scale_log2);
+      const int query = i / 2 * 64 + warp * 16 + lane / 4 + i % 2 * 8;
+      mine[i] = {total.max, log2f(total.sum)};
+      if (lane % 4 == 0) log_sums[query] = mine[i];
     }
-    sm90::named_wait(1 + row_of_item, 256);  // the other half of the row's queries
+    if (tiles > 0) {
+      float sum[2];
+      for_each_own([&](const float(&d)[4], int i, int own) {
+        if (i == 0) sum[0] = sum[1] = 0;
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+          const LogSum of_query = mine[2 * i + x / 2];
+          const int query = i * 64 + warp * 16 + lane / 4 + x / 2 * 8;
+          const float weight = sm90::exp2_fast(fmaf(d[x] - of_query.max, p.scale_log2, -of_query.log2_sum));
+          if (query >= first && query < last) sum[x % 2] += weight;
+        }
+        if (i == 0) return;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#pragma unroll
+          for (int offset = 4; offset < 32; offset *= 2) sum[c] += __shfl_xor_sync(~0U, sum[c], offset);
+          if (lane < 4) shared.own[slot.at][row_of_item][warp][own + lane * 2 + c] = sum[c];
+        }
+      });
+    }
+    sm90::named_wait(1 + row_of_item, 128);
 
     float* scores = p.scores + item.head * p.causal_blocks + row * static_cast<std::int64_t>(p.first_row) +
                     row * (row + std::int64_t{1}) / 2;
-    for_each_tile(item, visible, [&](const unsigned char* keys, int valid, int tile, auto&& release) {
-      if (valid <= half * 64) return release();
-      float s[64];
-      start_product<T, head_dim>(s, keys, half * 64, queries);
-      sm90::wait<0>();
-      sm90::pin(s);
-      release();
-      float sum[2] = {};
-      sum_weights(s, p.scale_log2, log_sums, first, last, sum);
+    const auto count = static_cast<float>(last - first);
+    if (const int own = threadIdx.x % 128; tiles > 0 && visible + own <= item.block + row_of_item) {
+      const auto& parts = shared.own[slot.at][row_of_item];
+      scores[visible + own] = (parts[0][own] + parts[1][own] + parts[2][own] + parts[3][own]) / count;
+    }
+    for_each_half(
+        item, tiles,
+        [&]<int half>(std::integral_constant<int, half>, float(&s)[64], const unsigned char* keys) {
+          start_product<T, head_dim>(s, keys, half, queries);
+        },
+        [&]<int half>(std::integral_constant<int, half>, float(&s)[64], int tile) {
+          float sum[2] = {};
+          sum_weights(s, p.scale_log2, log_sums, first, last, sum);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int block = half * 64 + warp * 16 + lane / 4 + r * 8;
-        if (lane % 4 == 0 && block < valid)
-          scores[tile * tile_tokens + block] = sum[r] / static_cast<float>(last - first);
-      }
-    });
+          for (int r = 0; r < 2; ++r) {
+            const int block = tile * tile_tokens + half + warp * 16 + lane / 4 + r * 8;
+            if (lane % 4 == 0 && block < visible) scores[block] = sum[r] / count;
+          }
+        });
     if (lane == 0) shared.q_free[slot.at].arrive();
   }
 }
@@ -269,11 +309,15 @@ cudaError_t score_per_query(const ScoreArgs& args, cudaStream_t stream) {
                  .first_row = static_cast<int>(g.first_row()),
                  .first_dense_row = static_cast<int>(first_dense_row),
                  .blocks_per_segment = blocks_per_segment,
+                 .blocks = static_cast<int>(g.blocks()),
+                 .kv_heads = static_cast<int>(g.shape.kv_heads),
+                 .group = static_cast<int>(g.group()),
+                 .pooled_own = args.pooled_own,
                  .causal_blocks = g.causal_blocks_per_head(),
                  .q_offset = g.q_offset(),
                  .q_len = g.shape.q_len,
                  .scale_log2 = static_cast<float>(args.scale / std::log(2.0))};
-  const std::int64_t pooled_head = permuted_blocks(g) * g.shape.head_dim;
+  const std::int64_t pooled_head = args.pooled_blocks * g.shape.head_dim;
   const ConstView pooled{args.pooled_k, args.q.dtype, args.order_heads * pooled_head, pooled_head, g.shape.head_dim};
   Maps maps;
   if (!make_tensor_map(maps.q, args.q, g.shape.batch, g.shape.q_heads, g.shape.q_len, g.shape.head_dim, tile_tokens) ||

@@ -9,13 +9,16 @@
 // block is left in the interval or all in it are equal. Each step adds up the weights above the interval's quarters, in
 // a fixed order, so the same input gives the same list. A step reads 4 bytes a block from shared memory; about 6 do.
 //
-// BlockScore::per_query comes from a launch of its own (score_per_query.cu), which leaves a row's scores where its list
-// will be.
+// Scores other than mean_pool come from launches of their own (score_per_query.cu, score_mass.cu), which leave a row's
+// scores where its list will be. Those that share out a row's whole attention go on to the row's diagonal: what is
+// always kept then counts first.
 #include <algorithm>
 #include <cmath>
 
+#include "core/keep_rule.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.h"
+#include "cuda/mma.cuh"
 #include "cuda/stages.h"
 
 namespace pbsattn::cuda {
@@ -44,23 +47,10 @@ struct Params {
   float top_p, threshold, floor_top_p, density;
   int top_k, sink_blocks, local_blocks;
   const float* given_scores;  // of tile [batch][q_head][row] where its list will be; null: from pooled queries
+  bool to_diagonal;           // given for all causal blocks
+  bool kept_first;            // what is always kept counts first toward top_p
   bool keep_all_if_short;     // of a row whose weights have no value
 };
-
-template <class T>
-__device__ void multiply_add(float (&d)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2, std::uint32_t a3,
-                             std::uint32_t b0, std::uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Scores of rows [row, row + rows_at_once) against blocks [0, columns). Lane 4 g + t of a warp holds for rows g and
 // g + 8 of Q and for row g of K the 16-byte chunks t, t + 4, ...: any order of the sum does, if Q and K agree on it.
@@ -118,31 +108,42 @@ __device__ constexpr Threshold keep_none() {
   return {~0U, ~0U, 0};
 }
 
+// Of a row's weights: the sum of those that may be pruned, and the largest and the sum of all, with those of the own
+// segment where the score gives it some. Scores are shares of the total.
 struct Weights {
-  float largest, total;
+  float sum, largest, total;
+  bool valid;  // false: the softmax has no value
 };
 
 // Turns one row's scores into weights exp2(score - max). The largest weight is 1, unless a score is NaN or +inf or all
-// are -inf: then the softmax has no value, and the total is under 1 or NaN.
+// are -inf: then the sum is under 1 or NaN.
 __device__ inline Weights exponentiate(float* scores, int count, int lane) {
   float max = -INFINITY;
   for (int i = lane; i < count; i += 32) max = fmaxf(max, scores[i]);
   max = warp_max(max);
-  float total = 0;
-  for (int i = lane; i < count; i += 32) total += scores[i] = exp2f(scores[i] - max);
-  return {1.0F, warp_sum(total)};
+  float sum = 0;
+  for (int i = lane; i < count; i += 32) sum += scores[i] = exp2f(scores[i] - max);
+  sum = warp_sum(sum);
+  return {sum, 1.0F, sum, sum >= 1.0F};
 }
 
-// Copies one row's scores, which are shares already.
-__device__ inline Weights take(const float* from, float* weights, int count, int lane) {
+// Copies one row's scores, which are shares already, of `count` blocks, and adds up those up to `end`.
+__device__ inline Weights take(const float* from, float* weights, int count, int end, int lane) {
   float largest = 0;
-  float total = 0;
+  float sum = 0;
   for (int i = lane; i < count; i += 32) {
     const float weight = weights[i] = from[i];
     largest = fmaxf(largest, weight);
-    total += weight;
+    sum += weight;
   }
-  return {warp_max(largest), warp_sum(total)};
+  float own = 0;
+  for (int i = count + lane; i < end; i += 32) {
+    largest = fmaxf(largest, from[i]);
+    own += from[i];
+  }
+  sum = warp_sum(sum);
+  const float total = sum + warp_sum(own);
+  return {sum, warp_max(largest), total, total > 0};
 }
 
 // The highest of a row's weights, up to and including the one that brings their sum (by_count: their number) to
@@ -192,13 +193,15 @@ __device__ Threshold find_highest(const float* weights, float target, float leas
   return {high, low, static_cast<int>(fminf(fmaxf(needed, 1.0F), static_cast<float>(in_interval)))};
 }
 
-// What top-p keeps of a row's weights.
-__device__ inline Threshold find_top_p(float top_p, const float* weights, Weights sum, int count, int lane) {
-  // Pruned weights add up to at most (1 - top_p) total, so that one of `count` pruned ones is above their mean.
-  const float pruned_mean = (1.0F - top_p) * sum.total / static_cast<float>(count);
-  constexpr float trusted = 1e-3F;  // of 1 - top_p: below, rounding of the sums may matter
-  return find_highest<false>(weights, top_p * sum.total, 1.0F - top_p > trusted ? 0.5F * pruned_mean : 0.0F,
-                             sum.largest, count, lane);
+// What top-p keeps of a row's weights to bring their sum to `target`.
+__device__ inline Threshold find_top_p(float target, const float* weights, Weights all, int count, int lane) {
+  // Of at most `pruned`, one of `count` pruned weights is above the mean.
+  const float pruned = all.sum - target;
+  constexpr float trusted = 1e-3F;  // of the total: below, rounding of the sums may matter
+  if (pruned < 0) return keep_all();
+  return find_highest<false>(weights, target,
+                             pruned > trusted * all.total ? 0.5F * pruned / static_cast<float>(count) : 0.0F,
+                             all.largest, count, lane);
 }
 
 // How many a rule that counts keeps of blocks 0 .. own_begin-1: core/keep_rule.h's kept_count().
@@ -208,27 +211,39 @@ __device__ inline int kept_count(const Params& p, int own_begin, int diagonal) {
   return min(max(wanted - (diagonal + 1 - own_begin), 0), own_begin);
 }
 
-// What the keep rule takes of a row's weights, whose shares of their sum are the scores.
-__device__ inline Threshold find_threshold(const Params& p, const float* weights, Weights sum, int own_begin,
-                                           int diagonal, int lane) {
-  if (!(sum.total >= sum.largest && sum.largest > 0)) return p.keep_all_if_short ? keep_all() : keep_none();
+// What the keep rule takes of a row's weights, and may change those that are kept in any case.
+__device__ inline Threshold find_threshold(const Params& p, float* weights, Weights all, int own_begin, int diagonal,
+                                           int sink, int lane) {
+  if (!all.valid) return p.keep_all_if_short ? keep_all() : keep_none();
   const auto at_least = [](float weight) { return Threshold{__float_as_uint(weight), ~0U, 0}; };
   switch (p.keep) {
     case KeepRule::all: return keep_all();
-    case KeepRule::top_p: return find_top_p(p.top_p, weights, sum, own_begin, lane);
+    case KeepRule::top_p: {
+      float target = p.top_p * all.total;
+      if (p.kept_first) {
+        const float counted = all.total - all.sum + weights[sink];
+        if (counted >= target) return keep_none();
+        target -= counted;
+        all.sum -= weights[sink];
+        __syncwarp();
+        if (lane == 0) weights[sink] = 0;
+        __syncwarp();
+      }
+      return find_top_p(target, weights, all, own_begin, lane);
+    }
     case KeepRule::threshold: {
-      const Threshold absolute = at_least(p.threshold * sum.total);
+      const Threshold absolute = at_least(p.threshold * all.total);
       if (p.floor_top_p == 0) return absolute;
-      Threshold both = find_top_p(p.floor_top_p, weights, sum, own_begin, lane);
+      Threshold both = find_top_p(p.floor_top_p * all.total, weights, all, own_begin, lane);
       both.above = min(both.above, absolute.above);
       return both;
     }
-    case KeepRule::relative: return at_least(p.threshold * sum.largest);
+    case KeepRule::relative: return at_least(p.threshold * all.largest);
     case KeepRule::top_k:
     case KeepRule::density: {
       const int kept = kept_count(p, own_begin, diagonal);
       if (kept == 0) return keep_none();
-      return find_highest<true>(weights, static_cast<float>(kept), 0.0F, sum.largest, own_begin, lane);
+      return find_highest<true>(weights, static_cast<float>(kept), 0.0F, all.largest, own_begin, lane);
     }
   }
   return keep_all();
@@ -284,16 +299,18 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
     const int prunable = own_begin(row);
     const bool dense = row >= p.first_dense_row || prunable == 0;
     const std::int64_t start = head * p.causal_blocks + row * p.first_row + row * (row + 1) / 2;
+    const int diagonal = static_cast<int>(p.first_row + row);
+    const int sink = prunable > 0 ? p.sink_block[order_head] : 0;
     Threshold threshold = keep_all();
     if (!dense) {
-      const Weights sum = p.given_scores == nullptr ? exponentiate(row_scores, prunable, lane)
-                                                    : take(p.given_scores + start, row_scores, prunable, lane);
+      const Weights all = p.given_scores == nullptr ? exponentiate(row_scores, prunable, lane)
+                                                    : take(p.given_scores + start, row_scores, prunable,
+                                                           p.to_diagonal ? diagonal + 1 : prunable, lane);
       __syncwarp();
-      threshold = find_threshold(p, row_scores, sum, prunable, static_cast<int>(p.first_row + row), lane);
+      threshold = find_threshold(p, row_scores, all, prunable, diagonal, sink, lane);
     }
     __syncwarp();
-    const int length = write_list(p, row_scores, threshold, prunable, static_cast<int>(p.first_row + row),
-                                  prunable > 0 ? p.sink_block[order_head] : 0, p.block + start, lane);
+    const int length = write_list(p, row_scores, threshold, prunable, diagonal, sink, p.block + start, lane);
     if (lane == 0) {
       p.row_start[head * p.rows + row] = start;
       p.row_count[head * p.rows + row] = length;
@@ -310,17 +327,26 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
   const std::int64_t columns = g.own_begin(rows - 1);
   // Eight words more than a multiple of 32 put the rows of a product's float2 writes in different banks.
   const std::int64_t stride = ceil_div(columns, 32) * 32 + 8;
-  const bool per_query = options.score == BlockScore::per_query;
+  const bool given = options.score != BlockScore::mean_pool;
   const bool keep_all = options.keep == KeepRule::top_p && options.top_p == 1.0F;
-  if (per_query && !keep_all) {
-    const cudaError_t error = score_per_query({.geometry = g,
-                                               .order_heads = args.order_heads,
-                                               .scale = options.scale,
-                                               .dense_last_rows = options.dense_last_rows,
-                                               .pooled_k = args.pooled_k,
-                                               .q = args.q,
-                                               .scores = reinterpret_cast<float*>(args.block)},
-                                              stream);
+  if (given && !keep_all) {
+    const ScoreArgs score{.geometry = g,
+                          .order_heads = args.order_heads,
+                          .score = options.score,
+                          .scale = options.scale,
+                          .dense_last_rows = options.dense_last_rows,
+                          .pooled_k = args.pooled_k,
+                          .pooled_own = args.pooled_own,
+                          .pooled_blocks = args.pooled_blocks,
+                          .permuted_k = args.permuted_k,
+                          .q = args.q,
+                          .k = args.k,
+                          .scratch = args.scratch,
+                          .scratch_bytes = args.scratch_bytes,
+                          .scores = reinterpret_cast<float*>(args.block)};
+    const bool by_means = pools_own(options.score);
+    cudaError_t error = by_means ? score_per_query(score, stream) : cudaSuccess;
+    if (error == cudaSuccess && options.score != BlockScore::per_query) error = score_mass(score, stream);
     if (error != cudaSuccess) return error;
   }
   constexpr std::int64_t smallest_share = 16 * 1024;
@@ -337,7 +363,7 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .first_row = g.first_row(),
                  .first_dense_row = keep_all ? 0 : std::max<std::int64_t>(rows - options.dense_last_rows, 0),
                  .causal_blocks = g.causal_blocks_per_head(),
-                 .key_blocks = permuted_blocks(g),
+                 .key_blocks = args.pooled_blocks,
                  .q_heads = static_cast<int>(g.shape.q_heads),
                  .group = static_cast<int>(g.group()),
                  .order_group = static_cast<int>(g.shape.q_heads / args.order_heads),
@@ -353,7 +379,9 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .top_k = options.top_k,
                  .sink_blocks = options.sink_blocks,
                  .local_blocks = options.local_blocks,
-                 .given_scores = per_query ? reinterpret_cast<const float*>(args.block) : nullptr,
+                 .given_scores = given ? reinterpret_cast<const float*>(args.block) : nullptr,
+                 .to_diagonal = options.score != BlockScore::mean_pool && options.score != BlockScore::antidiagonal,
+                 .kept_first = counts_kept_first(options.score),
                  .keep_all_if_short = options.rules == Rules::paper};
   return dispatch(args.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_at_once)),

@@ -34,6 +34,8 @@ struct PermuteArgs {
   void* k = nullptr;                   // [batch][order_heads][permuted_len][head_dim], 16-byte aligned like all below
   void* v = nullptr;                   // the same
   void* pooled_k = nullptr;            // [batch][order_heads][permuted_blocks][head_dim]: means of permuted blocks
+  void* pooled_own = nullptr;          // [batch][kv_heads][blocks][head_dim]: means of blocks of keys where they were;
+                                       // null: not asked for
   void* pooled_q = nullptr;            // [batch][q_heads][rows][head_dim]
   std::int32_t* order = nullptr;       // [batch][order_heads][permuted_len]: the token at each slot
   std::int32_t* sink_block = nullptr;  // [batch][order_heads]: the block whose slot holds token 0
@@ -43,17 +45,31 @@ std::size_t permute_scratch_size(const Geometry& geometry);
 cudaError_t permute(const PermuteArgs& args, cudaStream_t stream);
 
 // Pooled K and Q, and sink blocks, of keys that stay where they are: order_heads is kv_heads. Reads only inputs,
-// geometry and rules, writes only pooled_k, pooled_q and sink_block.
+// geometry and rules, writes only pooled_q, sink_block and pooled_own, or pooled_k where pooled_own is null.
 cudaError_t pool(const PermuteArgs& args, cudaStream_t stream);
+
+// Whether the score reads means of the own segment's blocks.
+inline bool pools_own(BlockScore score) {
+  return score == BlockScore::per_query || score == BlockScore::sampled;
+}
+
+// Scratch of the scores that multiply queries by keys; none of the others.
+std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows);
 
 struct SelectArgs {
   Geometry geometry;
   std::int64_t order_heads = 0;  // heads of pooled_k and sink_block
   DType dtype = DType::bf16;
-  Options options;  // as Plan::options() gives them
-  const void* pooled_k = nullptr;
-  const void* pooled_q = nullptr;  // of BlockScore::mean_pool
-  ConstView q = {};                // of BlockScore::per_query
+  Options options;                   // as Plan::options() gives them
+  const void* pooled_k = nullptr;    // [batch][order_heads][pooled_blocks][head_dim]
+  std::int64_t pooled_blocks = 0;    // at least permuted_blocks()
+  const void* pooled_own = nullptr;  // as in PermuteArgs, where pools_own() says so
+  const void* pooled_q = nullptr;    // of BlockScore::mean_pool
+  // Of the scores that have launches of their own.
+  ConstView q = {}, k = {};
+  const void* permuted_k = nullptr;  // [batch][order_heads][permuted_len][head_dim]; null: keys are where they were
+  void* scratch = nullptr;
+  std::size_t scratch_bytes = 0;  // score_scratch_size(); with less, work is cut finer, down to 16 rows of a head
   const std::int32_t* sink_block = nullptr;
   // Lists of tile [batch][q_head][row], as attend() reads them. Rows keep room for all their causal blocks, so a list's
   // place is known beforehand and no pass over the counts is needed.
@@ -63,17 +79,26 @@ struct SelectArgs {
 };
 cudaError_t select(const SelectArgs& args, cudaStream_t stream);
 
-// BlockScore::per_query of the rows that select() doesn't list as dense, a part of it: score b of a tile at the place
-// of entry b of its list, [batch * q_heads * causal_blocks_per_head()]. NaN where a query's softmax has no value.
+// Scores that have launches of their own, a part of select(): of the rows that it doesn't list as dense, score b of a
+// tile at the place of entry b of its list, [batch * q_heads * causal_blocks_per_head()]. NaN where the softmax of a
+// query, or of a patch of queries, has no value.
 struct ScoreArgs {
   Geometry geometry;
   std::int64_t order_heads = 0;
+  BlockScore score = BlockScore::per_query;
   float scale = 0;
   std::int64_t dense_last_rows = 0;
-  const void* pooled_k = nullptr;
-  ConstView q;
+  const void* pooled_k = nullptr;  // of score_per_query, like the next two, as in SelectArgs
+  const void* pooled_own = nullptr;
+  std::int64_t pooled_blocks = 0;
+  const void* permuted_k = nullptr;  // of score_mass, as in SelectArgs
+  ConstView q, k;                    // k: of score_mass
+  void* scratch = nullptr;           // of score_mass, as in SelectArgs
+  std::size_t scratch_bytes = 0;
   float* scores = nullptr;
 };
 cudaError_t score_per_query(const ScoreArgs& args, cudaStream_t stream);
+// antidiagonal, antidiagonal_causal, exact; sampled after score_per_query(), whose scores it averages its own into.
+cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream);
 
 }  // namespace pbsattn::cuda

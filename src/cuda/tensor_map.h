@@ -9,18 +9,30 @@
 
 namespace pbsattn::cuda {
 
+// What one copy moves: `columns` elements (a multiple of 64) of each of `tokens` tokens, `token_step` apart.
+struct Box {
+  int tokens, columns;
+  int token_step = 1;  // up to 8, and tokens * token_step up to 256
+};
+
 // Describes a view of 16-bit elements as rank 5, (element of a 64-wide panel, token, panel, head, batch), read or
-// written in boxes of box_tokens x head_dim that lie in shared memory as [panel][token][64] with 128-byte swizzle.
+// written in boxes that lie in shared memory as [panel][token][64] with 128-byte swizzle.
 // False if the driver refuses: data not 16-byte aligned, strides no multiples of 8 elements, or no driver.
 bool make_tensor_map(CUtensorMap& map, const void* data, DType dtype, std::int64_t batch_stride,
                      std::int64_t head_stride, std::int64_t token_stride, std::int64_t batch, std::int64_t heads,
-                     std::int64_t tokens, std::int64_t head_dim, int box_tokens);
+                     std::int64_t tokens, std::int64_t head_dim, Box box);
 
 template <class View>
 bool make_tensor_map(CUtensorMap& map, const View& view, std::int64_t batch, std::int64_t heads, std::int64_t tokens,
-                     std::int64_t head_dim, int box_tokens) {
+                     std::int64_t head_dim, Box box) {
   return make_tensor_map(map, view.data, view.dtype, view.batch_stride, view.head_stride, view.token_stride, batch,
-                         heads, tokens, head_dim, box_tokens);
+                         heads, tokens, head_dim, box);
+}
+// Boxes of whole tokens.
+template <class View>
+bool make_tensor_map(CUtensorMap& map, const View& view, std::int64_t batch, std::int64_t heads, std::int64_t tokens,
+                     std::int64_t head_dim, int box_tokens) {
+  return make_tensor_map(map, view, batch, heads, tokens, head_dim, {box_tokens, static_cast<int>(head_dim)});
 }
 
 }  // namespace pbsattn::cuda

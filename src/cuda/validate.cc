@@ -82,11 +82,10 @@ void check_limits(const detail::PlanSpec& spec) {
     refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
                        max_segment));
   const Options& options = spec.options;
-  if (options.score != BlockScore::none && options.score != BlockScore::mean_pool &&
-      options.score != BlockScore::per_query)
+  if (options.score > BlockScore::exact && options.score != BlockScore::sampled)
     refuse(
-        fmt::format("block score {}: the CUDA backend has mean_pool and per_query; use one of them, or "
-                    "Device::reference()",
+        fmt::format("block score {}: the CUDA backend has mean_pool, per_query, antidiagonal, antidiagonal_causal, "
+                    "exact and sampled; use one of them, or Device::reference()",
                     name_of(options.score)));
   if (options.keep > KeepRule::density)
     refuse(

@@ -20,12 +20,22 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   };
   take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g)));
   if (!sparse) return;
-  take(pooled_k, order_heads * permuted_blocks(g) * g.shape.head_dim * element_bytes);
+  if (pools_own(spec.options.score))
+    take(pooled_own, g.shape.batch * g.shape.kv_heads * g.blocks() * g.shape.head_dim * element_bytes);
+  // Keys that stay where they are have the same means there and here.
+  const bool same = !permutes && pools_own(spec.options.score);
+  pooled_blocks = same ? g.blocks() : permuted_blocks(g);
+  if (same)
+    pooled_k = pooled_own;
+  else
+    take(pooled_k, order_heads * pooled_blocks * g.shape.head_dim * element_bytes);
   take(pooled_q, query_heads * g.rows() * g.shape.head_dim * element_bytes);
   take(sink_block, order_heads);
   take(row_start, query_heads * g.rows());
   take(row_count, query_heads * g.rows());
   take(block, query_heads * g.causal_blocks_per_head());
+  score_scratch_bytes = score_scratch_size(spec.options.score, g, spec.options.dense_last_rows);
+  take(score_scratch, static_cast<std::int64_t>(score_scratch_bytes));
   if (!permutes) return;
   take(permute_scratch, static_cast<std::int64_t>(permute_scratch_size(g)));
   take(order, order_heads * g.permuted_len());

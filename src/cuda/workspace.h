@@ -24,13 +24,15 @@ struct Layout {
   static std::int64_t order_heads_of(const detail::PlanSpec& spec, const Geometry& g);
 
   std::size_t bytes = 0;
+  std::size_t score_scratch_bytes = 0;
   std::byte* attend_scratch = nullptr;
-  std::byte *pooled_k = nullptr, *pooled_q = nullptr;
+  std::byte *pooled_k = nullptr, *pooled_own = nullptr, *pooled_q = nullptr;
+  std::int64_t pooled_blocks = 0;  // of a head in pooled_k
   std::int32_t* sink_block = nullptr;
   std::int64_t* row_start = nullptr;
   std::int32_t* row_count = nullptr;
   std::int32_t* block = nullptr;
-  std::byte* permute_scratch = nullptr;
+  std::byte *score_scratch = nullptr, *permute_scratch = nullptr;
   std::int32_t* order = nullptr;
   std::byte *permuted_k = nullptr, *permuted_v = nullptr;
 };

@@ -150,6 +150,60 @@ std::vector<Case> options() {
   return cases;
 }
 
+// Scores that multiply every query, or patch of queries, by keys.
+std::vector<Case> masses() {
+  std::vector<Case> cases;
+  for (const auto& [name, score] : {std::pair{"antidiagonal", BlockScore::antidiagonal},
+                                    {"antidiagonal_causal", BlockScore::antidiagonal_causal},
+                                    {"exact", BlockScore::exact},
+                                    {"sampled", BlockScore::sampled}}) {
+    const auto add = [&](const std::string& what, const ProblemSpec& problem, auto&& change) {
+      cases.push_back({name + std::string("_") + what, problem, pbs_with([&](Options& o) {
+                         o.score = score;
+                         change(o);
+                       })});
+    };
+    const ProblemSpec problem = of(shape(900, 1100, 64));
+    const auto nothing = [](Options&) {};
+    for (const std::int64_t dim : {64, 128})
+      for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
+        add(type + std::string("_dim") + std::to_string(dim), of(shape(700, 730, dim), dtype), nothing);
+    // Neither begins nor ends with a whole patch of 8, nor with a whole block.
+    add("chunk", of(shape(301, 1111, 64)), nothing);
+    add("one_query", of(shape(1, 777, 64)), nothing);
+    add("heads", of(shape(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), nothing);
+    // More than one thread block's share of keys, and more than one tile of queries.
+    add("many_keys", of(shape(130, 9000, 64, 1)), nothing);
+    add("many_queries", of(shape(2200, 2300, 64, 1)), nothing);
+    add("shared_order", of(shape(300, 1100, 64, 6, 2, 2)), [](Options& o) { o.order_scope = OrderScope::kv_head; });
+    add("unpermuted", problem, [](Options& o) { o.permutation = Permutation::none; });
+    for (const int segment : {128, 384, 1024})
+      add("segment" + std::to_string(segment), problem, [=](Options& o) { o.segment = segment; });
+    add("paper", problem, [](Options& o) { o.rules = Rules::paper; });
+    add("scaled", problem, [](Options& o) { o.scale = 0.4F; });
+    add("dense_last_rows", problem, [](Options& o) { o.dense_last_rows = 2; });
+    for (const float top_p : {0.01F, 0.5F, 0.99F, 0.999999F})
+      add("top_p_" + std::to_string(static_cast<int>(top_p * 1e6F)), problem, [=](Options& o) { o.top_p = top_p; });
+    for (const auto& [rule, keep] : {std::pair{"threshold", KeepRule::threshold},
+                                     {"relative", KeepRule::relative},
+                                     {"top_k", KeepRule::top_k},
+                                     {"density", KeepRule::density}})
+      add(rule, problem, [keep](Options& o) {
+        o.keep = keep;
+        o.threshold = keep == KeepRule::relative ? 0.6F : 0.1F;
+        o.floor_top_p = 0.5F;
+        o.top_k = 3;
+        o.density = 0.5F;
+      });
+  }
+  for (const char* name : {"pbs+", "xattention", "oracle", "pbs-sampled"})
+    cases.push_back({name == std::string("pbs+")          ? "pbs_plus"
+                     : name == std::string("pbs-sampled") ? "pbs_sampled"
+                                                          : name,
+                     of(shape(900, 1100, 64)), method(name)});
+  return cases;
+}
+
 class CudaBackend : public testing::TestWithParam<Case> {};
 
 TEST_P(CudaBackend, AgreesWithTheReference) {
@@ -165,6 +219,7 @@ INSTANTIATE_TEST_SUITE_P(Lengths, CudaBackend, testing::ValuesIn(lengths_and_chu
 INSTANTIATE_TEST_SUITE_P(Heads, CudaBackend, testing::ValuesIn(heads()), name_of);
 INSTANTIATE_TEST_SUITE_P(Layouts, CudaBackend, testing::ValuesIn(dtypes_and_layouts()), name_of);
 INSTANTIATE_TEST_SUITE_P(Options, CudaBackend, testing::ValuesIn(options()), name_of);
+INSTANTIATE_TEST_SUITE_P(Masses, CudaBackend, testing::ValuesIn(masses()), name_of);
 
 }  // namespace
 }  // namespace pbsattn::test

@@ -23,7 +23,8 @@ Problem make() {
 
 TEST(CudaHostile, DenseAndSparseAgreeWithTheReference) {
   for (const HostileCase& hostile : hostile_cases(shape, block)) {
-    for (const char* name : {"full", "pbs", "pbs-unpermuted"}) {
+    for (const char* name :
+         {"full", "pbs", "pbs-unpermuted", "pbs+", "pbs-threshold", "xattention", "oracle", "pbs-sampled"}) {
       SCOPED_TRACE(hostile.name + ", " + name);
       Problem problem = make();
       hostile.change(problem);

@@ -93,5 +93,50 @@ INSTANTIATE_TEST_SUITE_P(
                     LongRows{"n1m_all_equal", 1 << 20, 300, 0.0, 0.37F}, LongRows{"n3m", 3 << 20, 100, 1.0, 0.99F}),
     [](const auto& test) { return test.param.name; });
 
+// Scores that multiply queries by keys work on as many heads, or rows of a head, as there is scratch for.
+TEST(CudaSelectParts, GiveTheSameLists) {
+  const Geometry g{.shape = {.q_heads = 2, .kv_heads = 1, .q_len = 5900, .kv_len = 6001, .head_dim = 64}};
+  Normal normal(3);
+  const Pooled q(g.shape.q_heads * g.shape.q_len, 64, 1, normal);
+  const Pooled k(g.shape.kv_len, 64, 1, normal);
+  const std::int32_t sink = 0;
+  DeviceMemory device_q(q.bits.size() * 2), device_k(k.bits.size() * 2), device_sink(sizeof sink);
+  device_q.upload(q.bits.data());
+  device_k.upload(k.bits.data());
+  device_sink.upload(&sink);
+  const std::int64_t tiles = g.shape.q_heads * g.rows();
+  for (const BlockScore score : {BlockScore::antidiagonal_causal, BlockScore::exact}) {
+    const std::size_t whole = cuda::score_scratch_size(score, g, 0);
+    std::vector<std::vector<std::int32_t>> lists;
+    for (const std::size_t scratch_bytes : {whole, whole / 2, whole / 3}) {
+      const DeviceMemory start(tiles * sizeof(std::int64_t)), count(tiles * sizeof(std::int32_t)),
+          block(g.shape.q_heads * g.causal_blocks_per_head() * sizeof(std::int32_t)), scratch(scratch_bytes);
+      expect_success(cuda::select({.geometry = g,
+                                   .order_heads = 1,
+                                   .dtype = DType::bf16,
+                                   .options = {.score = score, .keep = KeepRule::top_p, .top_p = 0.6F, .scale = 0.2F},
+                                   .q = {device_q.data(), DType::bf16, 0, g.shape.q_len * 64, 64},
+                                   .k = {device_k.data(), DType::bf16, 0, 0, 64},
+                                   .scratch = scratch.data(),
+                                   .scratch_bytes = scratch_bytes,
+                                   .sink_block = reinterpret_cast<std::int32_t*>(device_sink.data()),
+                                   .row_start = reinterpret_cast<std::int64_t*>(start.data()),
+                                   .row_count = reinterpret_cast<std::int32_t*>(count.data()),
+                                   .block = reinterpret_cast<std::int32_t*>(block.data())},
+                                  nullptr));
+      expect_success(cudaDeviceSynchronize());
+      EXPECT_TRUE(scratch.guards_intact());
+      std::vector<std::int32_t> counts(tiles), blocks(block.size() / sizeof(std::int32_t));
+      count.download(counts.data());
+      block.download(blocks.data());
+      EXPECT_GT(std::ranges::min(counts), 0);
+      lists.push_back(counts);
+      lists.push_back(blocks);
+      EXPECT_EQ(lists.end()[-2], lists[0]) << scratch_bytes;
+      EXPECT_EQ(lists.end()[-1], lists[1]) << scratch_bytes;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace pbsattn::test
