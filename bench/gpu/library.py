@@ -16,11 +16,11 @@ i32, i64, f32, f64, size_t, void_p = (ctypes.c_int32, ctypes.c_int64, ctypes.c_f
 
 
 class Options(ctypes.Structure):
-    _fields_ = [("permutation", i32), ("order_scope", i32), ("score", i32), ("keep", i32), ("rules", i32),
-                ("precision", i32), ("fallback", i32), ("top_p", f32),
-                ("threshold", f32), ("floor_top_p", f32), ("top_k", i32), ("density", f32), ("block", i32),
-                ("segment", i32), ("dense_last_rows", i32), ("sink_blocks", i32), ("local_blocks", i32),
-                ("scale", f32), ("expected_density", f32)]
+    _fields_ = [("permutation", i32), ("order_scope", i32), ("score", i32), ("keep", i32), ("correction", i32),
+                ("rules", i32), ("precision", i32), ("fallback", i32), ("top_p", f32), ("threshold", f32),
+                ("floor_top_p", f32), ("top_k", i32), ("density", f32), ("vertical", i32), ("slash", i32), ("tau", f32),
+                ("min_budget", i32), ("block", i32), ("segment", i32), ("dense_last_rows", i32), ("sink_blocks", i32),
+                ("local_blocks", i32), ("scale", f32), ("expected_density", f32)]
 
 
 class Shape(ctypes.Structure):
