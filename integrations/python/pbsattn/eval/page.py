@@ -49,9 +49,10 @@ def _block(header, records, made, the_kind):
         lines = [[group, f"`{name}`", *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)] for group, name, cells in equal]
         parts.append("Change of the loss (nats a token, ± standard error) at equal density:\n\n" + markdown(
             ["texts", "method", *(f"{d:g}" for d in curves.DENSITIES)], lines))
-    if header["kind"] == "ppl" and PUBLISHED in header["methods"]:
+    sparser = _against(records, list(header["methods"])) if header["kind"] == "ppl" else ([], [])
+    if sparser[1]:
         parts.append(f"Sparser settings against `{PUBLISHED}`, text by text: change of the loss ± standard error, and density as a "
-                     "share of its:\n\n" + markdown(*_against(records, list(header["methods"]))))
+                     "share of its:\n\n" + markdown(*sparser))
     parts.append("Every setting:\n\n" + markdown(*_settings(made, the_kind.metrics)))
     if header["kind"] != "ppl" and (told := the_kind.report(records, header["methods"])):
         parts.append(f"```text\n{told}\n```\n")
@@ -103,11 +104,12 @@ def _settings(made, metrics):
 
 
 def plot(records, header, path):
-    """Change of the mean loss against density, a panel for each group, a line for each family. False for no families."""
+    """Change of the mean loss against density, a panel for each group, a line for each family. False for no families, or more
+    groups than a page is wide."""
     families = curves.families(header["methods"])
     rows = summary.rows(records, [kind.Metric("nll")], list(header["methods"]))
     groups = [group for group in dict.fromkeys(row.group for row in rows) if group != "all"]
-    if not families or not groups:
+    if not families or not 0 < len(groups) <= 4:
         return False
     import matplotlib
     matplotlib.use("Agg")
