@@ -67,7 +67,8 @@ def table(records, choose=headline):
 SUMMARY = [
     ("dense attention, {n} tokens, head_dim {head_dim}",
      {"suite": "gpu", "case": "dense", "metric": "rate", "n": (8192, 131072), "peer": "cuDNN"}, None),
-    ("`pbs`, {n} tokens, density {density:.2f}", {"suite": "gpu", "case": "pbs", "metric": "time"}, None),
+    ("`pbs`, {n} tokens, density {density:.2f}", {"suite": "gpu", "case": "pbs", "metric": "time", "n": (32768, 131072), "peer": ("cuDNN", "reference PBS-Attn")},
+     None),
     ("{model}, {n} tokens of {text}, `pbs`: first token",
      {"suite": "prefill", "metric": "time to first token", "case": "pbs", "n": (32768, 65536, 131072)}, "cudnn"),
     ("dense attention, {n} tokens, head_dim {head_dim}, {threads} thread(s)",
