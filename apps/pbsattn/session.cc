@@ -152,7 +152,8 @@ void Session::open(const ContextSize& size) {
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
   params.abort_callback = [](void* self) { return static_cast<Session*>(self)->layers_done() || interrupted(); };
   params.abort_callback_data = this;
-  configure_plugin({.name = "ggml", .by_ggml = true, .options = {}});  // which ops are routed is decided in here
+  configure_plugin(
+      {.name = "ggml", .by_ggml = true, .options = {}, .settings = {}});  // which ops are routed is decided in here
   context_.reset(llama_init_from_model(model_.get(), params));
   if (context_ == nullptr) {
     throw Failure(fmt::format("context of {} tokens: llama.cpp can't make it{}; pass a smaller --tokens or --context",
