@@ -25,9 +25,10 @@ std::int64_t index_of(std::string_view key, std::string_view what, std::int64_t 
   return index;
 }
 
-const json& require_object(const json& value, const std::string& what) {
+// The value as an object's members, to go through.
+auto members(const json& value, const std::string& what) {
   if (!value.is_object()) throw std::runtime_error(fmt::format("{}: not an object in braces", what));
-  return value;
+  return value.items();
 }
 
 }  // namespace
@@ -40,12 +41,12 @@ LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options&
     throw std::runtime_error(fmt::format("not JSON: {}", error.what()));
   }
   LayerSettings settings;
-  for (const auto& [layer, heads] : require_object(document, "settings").items()) {
+  for (const auto& [layer, heads] : members(document, "settings")) {
     const std::string where = fmt::format("layer {}", layer);
     auto& of_layer = settings.layers_[index_of(layer, "layer", every)];
-    for (const auto& [head, options] : require_object(heads, where).items()) {
+    for (const auto& [head, options] : members(heads, where)) {
       Changes& changes = of_layer[index_of(head, where + ", head", every)];
-      for (const auto& [name, value] : require_object(options, fmt::format("{}, head {}", where, head)).items()) {
+      for (const auto& [name, value] : members(options, fmt::format("{}, head {}", where, head))) {
         if (!value.is_string() && !value.is_number())
           throw std::runtime_error(fmt::format("{}, head {}, {}: neither a number nor a name", where, head, name));
         changes.emplace_back(name, value.is_string() ? value.get<std::string>() : value.dump());

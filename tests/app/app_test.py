@@ -108,7 +108,7 @@ class CommandLine(Case):
         self.usage("--dense-last-rows", "-1", says=["dense_last_rows -1"])
 
     def test_precision(self):
-        self.usage("--precision", "fp8", says=['"fp8"', "bf16, f32"])
+        self.usage("--precision", "fp8", says=['"fp8"', "f32, bf16"])
 
     def test_method(self):
         self.usage("--method", "pbz", says=['"pbz"', 'did you mean "pbs"'])
