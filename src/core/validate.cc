@@ -130,9 +130,9 @@ void validate(std::span<const Options> heads, const Shape& shape) {
     });
     return values;
   };
+  const auto first = shared_values(heads.front());
   for (std::size_t h = 0; h < heads.size(); ++h) {
     validate(heads[h]);
-    const auto first = shared_values(heads.front());
     const auto own = shared_values(heads[h]);
     for (std::size_t i = 0; i < own.size(); ++i)
       require(own[i].second == first[i].second, "{} of head {} is not head 0's; heads may differ in {}", own[i].first,
