@@ -21,6 +21,15 @@ def numbers(option, text, least, most):
     return values
 
 
+def names(option, text, known):
+    """Names of a list with commas, each a known one."""
+    values = text.split(",")
+    for value in values:
+        if value not in known:
+            raise ValueError(f'{option} {text}: "{value}" is none of {", ".join(known)}')
+    return values
+
+
 def add_prompts(parser, lengths):
     """The options of kinds that make prompts of a length."""
     parser.add_argument("--lengths", default=lengths, metavar="N,N,...", help=f"tokens of the prompts (default {lengths})")
@@ -53,9 +62,7 @@ class Kind(kind.KindBase):
         for option, least in (("depths", 1), ("needles", 1), ("repeats", 1)):
             if getattr(given, option) < least:
                 raise ValueError(f"--{option} {getattr(given, option)}: at least {least}")
-        for place in given.question.split(","):
-            if place not in PLACES:
-                raise ValueError(f'--question {given.question}: "{place}" is none of {", ".join(PLACES)}')
+        names("--question", given.question, PLACES)
         self._filler = haystack.Filler(given.filler)
 
     identity = staticmethod(filler_identity)

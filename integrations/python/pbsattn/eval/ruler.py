@@ -1,7 +1,7 @@
 """eval ruler: prompts of RULER's 13 task types, scored as RULER scores them: by what the answer holds."""
 
 from . import haystack, kind, scores
-from .needle import add_prompts, filler_identity, numbers
+from .needle import add_prompts, filler_identity, names, numbers
 from .ruler_tasks import TASKS
 
 
@@ -20,9 +20,7 @@ class Kind(kind.KindBase):
         numbers("--lengths", given.lengths, 1024, 1 << 24)
         if given.samples < 1:
             raise ValueError(f"--samples {given.samples}: at least 1")
-        for task in given.tasks.split(","):
-            if task not in TASKS:
-                raise ValueError(f'--tasks {given.tasks}: "{task}" is none of {", ".join(TASKS)}')
+        names("--tasks", given.tasks, TASKS)
         self._filler = haystack.Filler(given.filler)
 
     identity = staticmethod(filler_identity)
