@@ -3,11 +3,7 @@
 // A CTA takes up to 16 rows of one head. Its 16 warps first multiply the rows' pooled queries by all pooled keys they
 // may prune (mma, operands straight from L2) and leave the scaled scores in shared memory:
 //     S[row][block] = pooled Q . pooled K * scale * log2(e)
-// Then a warp takes a row: softmax, the keep rule, and its list.
-//
-// top-p without a sort: the least kept weight is searched in the bits of a float, which order like integers, until one
-// block is left in the interval or all in it are equal. Each step adds up the weights above the interval's quarters, in
-// a fixed order, so the same input gives the same list. A step reads 4 bytes a block from shared memory; about 6 do.
+// Then a warp takes a row: softmax, the keep rule, and its list (select_rules.cuh).
 //
 // Scores other than mean_pool come from launches of their own (score_per_query.cu, score_mass.cu), which leave a row's
 // scores where its list will be. Those that share out a row's whole attention go on to the row's diagonal: what is
@@ -15,10 +11,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/keep_rule.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.h"
 #include "cuda/mma.cuh"
+#include "cuda/select_rules.cuh"
 #include "cuda/stages.h"
 
 namespace pbsattn::cuda {
@@ -43,13 +39,9 @@ struct Params {
   int rows_at_once;  // of a CTA
   int score_stride;
   float scale_log2;
-  KeepRule keep;
-  float top_p, threshold, floor_top_p, density;
-  int top_k, sink_blocks, local_blocks;
+  Rule rule;
   const float* given_scores;  // of tile [batch][q_head][row] where its list will be; null: from pooled queries
   bool to_diagonal;           // given for all causal blocks
-  bool kept_first;            // what is always kept counts first toward top_p
-  bool keep_all_if_short;     // of a row whose weights have no value
 };
 
 // Scores of rows [row, row + rows_at_once) against blocks [0, columns). Lane 4 g + t of a warp holds for rows g and
@@ -83,194 +75,6 @@ __device__ void score_rows(const Params& p, const T* pooled_q, const T* pooled_k
     if (g + 8 < p.rows_at_once)
       *reinterpret_cast<float2*>(to + 8 * p.score_stride) = make_float2(d[2] * p.scale_log2, d[3] * p.scale_log2);
   }
-}
-
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0U, x, offset);
-  return x;
-}
-__device__ inline float warp_max(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0U, x, offset));
-  return x;
-}
-
-// What a row keeps, by the bits of its weights: all of at least `above`, and the first `ties` of at least `least`.
-struct Threshold {
-  unsigned above, least;
-  int ties;
-};
-__device__ constexpr Threshold keep_all() {
-  return {0, 0, 0};
-}
-__device__ constexpr Threshold keep_none() {
-  return {~0U, ~0U, 0};
-}
-
-// Of a row's weights: the sum of those that may be pruned, and the largest and the sum of all, with those of the own
-// segment where the score gives it some. Scores are shares of the total.
-struct Weights {
-  float sum, largest, total;
-  bool valid;  // false: the softmax has no value
-};
-
-// Turns one row's scores into weights exp2(score - max). The largest weight is 1, unless a score is NaN or +inf or all
-// are -inf: then the sum is under 1 or NaN.
-__device__ inline Weights exponentiate(float* scores, int count, int lane) {
-  float max = -INFINITY;
-  for (int i = lane; i < count; i += 32) max = fmaxf(max, scores[i]);
-  max = warp_max(max);
-  float sum = 0;
-  for (int i = lane; i < count; i += 32) sum += scores[i] = exp2f(scores[i] - max);
-  sum = warp_sum(sum);
-  return {sum, 1.0F, sum, sum >= 1.0F};
-}
-
-// Copies one row's scores, which are shares already, of `count` blocks, and adds up those up to `end`.
-__device__ inline Weights take(const float* from, float* weights, int count, int end, int lane) {
-  float largest = 0;
-  float sum = 0;
-  for (int i = lane; i < count; i += 32) {
-    const float weight = weights[i] = from[i];
-    largest = fmaxf(largest, weight);
-    sum += weight;
-  }
-  float own = 0;
-  for (int i = count + lane; i < end; i += 32) {
-    largest = fmaxf(largest, from[i]);
-    own += from[i];
-  }
-  sum = warp_sum(sum);
-  const float total = sum + warp_sum(own);
-  return {sum, warp_max(largest), total, total > 0};
-}
-
-// The highest of a row's weights, up to and including the one that brings their sum (by_count: their number) to
-// `target`. `least` is under each weight that is kept.
-template <bool by_count>
-__device__ Threshold find_highest(const float* weights, float target, float least, float largest, int count, int lane) {
-  // [low, high) holds the least kept weight: the weights from low up reach the target, those from high up don't.
-  unsigned low = __float_as_uint(least);
-  unsigned high = __float_as_uint(largest) + 1;
-  int count_low = count;
-  int count_high = 0;
-  float sum_high = 0;
-  while (high - low > 1 && count_low - count_high > 1) {
-    const unsigned quarter[3] = {low + (high - low) / 4, low + (high - low) / 2, high - (high - low) / 4};
-    float sum[3] = {};
-    int above[3] = {};
-    for (int i = lane; i < count; i += 32) {
-      const float weight = weights[i];
-#pragma unroll
-      for (int q = 0; q < 3; ++q) {
-        const bool counts = __float_as_uint(weight) >= quarter[q];
-        if constexpr (!by_count) sum[q] += counts ? weight : 0.0F;
-        above[q] += counts;
-      }
-    }
-#pragma unroll
-    for (int q = 0; q < 3; ++q) {
-      above[q] = __reduce_add_sync(~0U, above[q]);
-      sum[q] = by_count ? static_cast<float>(above[q]) : warp_sum(sum[q]);
-    }
-#pragma unroll
-    for (int q = 2; q >= 0; --q) {
-      if (sum[q] >= target) {
-        low = quarter[q];
-        count_low = above[q];
-        break;
-      }
-      high = quarter[q];
-      count_high = above[q];
-      sum_high = sum[q];
-    }
-  }
-  const int in_interval = count_low - count_high;
-  if (in_interval <= 1) return {high, low, 1};
-  // All are equal: as many as it takes, and at least the one that the interval promises.
-  const float needed = ceilf((target - sum_high) / (by_count ? 1.0F : __uint_as_float(low)));
-  return {high, low, static_cast<int>(fminf(fmaxf(needed, 1.0F), static_cast<float>(in_interval)))};
-}
-
-// What top-p keeps of a row's weights to bring their sum to `target`.
-__device__ inline Threshold find_top_p(float target, const float* weights, Weights all, int count, int lane) {
-  // Of at most `pruned`, one of `count` pruned weights is above the mean.
-  const float pruned = all.sum - target;
-  constexpr float trusted = 1e-3F;  // of the total: below, rounding of the sums may matter
-  if (pruned < 0) return keep_all();
-  return find_highest<false>(weights, target,
-                             pruned > trusted * all.total ? 0.5F * pruned / static_cast<float>(count) : 0.0F,
-                             all.largest, count, lane);
-}
-
-// How many a rule that counts keeps of blocks 0 .. own_begin-1: core/keep_rule.h's kept_count().
-__device__ inline int kept_count(const Params& p, int own_begin, int diagonal) {
-  if (p.keep == KeepRule::top_k) return min(p.top_k, own_begin);
-  const int wanted = static_cast<int>(ceilf(p.density * static_cast<float>(diagonal + 1)));
-  return min(max(wanted - (diagonal + 1 - own_begin), 0), own_begin);
-}
-
-// What the keep rule takes of a row's weights, and may change those that are kept in any case.
-__device__ inline Threshold find_threshold(const Params& p, float* weights, Weights all, int own_begin, int diagonal,
-                                           int sink, int lane) {
-  if (!all.valid) return p.keep_all_if_short ? keep_all() : keep_none();
-  const auto at_least = [](float weight) { return Threshold{__float_as_uint(weight), ~0U, 0}; };
-  switch (p.keep) {
-    case KeepRule::all: return keep_all();
-    case KeepRule::top_p: {
-      float target = p.top_p * all.total;
-      if (p.kept_first) {
-        const float counted = all.total - all.sum + weights[sink];
-        if (counted >= target) return keep_none();
-        target -= counted;
-        all.sum -= weights[sink];
-        __syncwarp();
-        if (lane == 0) weights[sink] = 0;
-        __syncwarp();
-      }
-      return find_top_p(target, weights, all, own_begin, lane);
-    }
-    case KeepRule::threshold: {
-      const Threshold absolute = at_least(p.threshold * all.total);
-      if (p.floor_top_p == 0) return absolute;
-      Threshold both = find_top_p(p.floor_top_p * all.total, weights, all, own_begin, lane);
-      both.above = min(both.above, absolute.above);
-      return both;
-    }
-    case KeepRule::relative: return at_least(p.threshold * all.largest);
-    case KeepRule::top_k:
-    case KeepRule::density: {
-      const int kept = kept_count(p, own_begin, diagonal);
-      if (kept == 0) return keep_none();
-      return find_highest<true>(weights, static_cast<float>(kept), 0.0F, all.largest, own_begin, lane);
-    }
-  }
-  return keep_all();
-}
-
-// Writes the row's list, ascending, and returns its length.
-__device__ inline int write_list(const Params& p, const float* weights, Threshold threshold, int own_begin,
-                                 int diagonal, int sink, std::int32_t* list, int lane) {
-  const unsigned lanes_below = (1U << lane) - 1;
-  int length = 0;
-  int ties = 0;  // seen so far
-  for (int first = 0; first <= diagonal; first += 32) {
-    const int block = first + lane;
-    const bool scored = block < own_begin;
-    const unsigned weight = scored && threshold.above > 0 ? __float_as_uint(weights[block]) : 0;
-    const bool tie = scored && weight >= threshold.least && weight < threshold.above;
-    const unsigned tie_lanes = __ballot_sync(~0U, tie);
-    const bool forced = block == sink || block < p.sink_blocks || block > diagonal - p.local_blocks;
-    const bool kept =
-        scored ? weight >= threshold.above || forced || (tie && ties + __popc(tie_lanes & lanes_below) < threshold.ties)
-               : block <= diagonal;
-    const unsigned kept_lanes = __ballot_sync(~0U, kept);
-    if (kept) list[length + __popc(kept_lanes & lanes_below)] = block;
-    length += __popc(kept_lanes);
-    ties += __popc(tie_lanes);
-  }
-  return length;
 }
 
 template <class T, int head_dim>
@@ -307,10 +111,10 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
                                                     : take(p.given_scores + start, row_scores, prunable,
                                                            p.to_diagonal ? diagonal + 1 : prunable, lane);
       __syncwarp();
-      threshold = find_threshold(p, row_scores, all, prunable, diagonal, sink, lane);
+      threshold = find_threshold(p.rule, row_scores, all, prunable, diagonal, sink, lane);
     }
     __syncwarp();
-    const int length = write_list(p, row_scores, threshold, prunable, diagonal, sink, p.block + start, lane);
+    const int length = write_list(p.rule, row_scores, threshold, prunable, diagonal, sink, p.block + start, lane);
     if (lane == 0) {
       p.row_start[head * p.rows + row] = start;
       p.row_count[head * p.rows + row] = length;
@@ -371,18 +175,9 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .rows_at_once = rows_at_once,
                  .score_stride = static_cast<int>(stride),
                  .scale_log2 = static_cast<float>(options.scale / std::log(2.0)),
-                 .keep = options.keep,
-                 .top_p = options.top_p,
-                 .threshold = options.threshold,
-                 .floor_top_p = options.floor_top_p,
-                 .density = options.density,
-                 .top_k = options.top_k,
-                 .sink_blocks = options.sink_blocks,
-                 .local_blocks = options.local_blocks,
+                 .rule = rule_of(options),
                  .given_scores = given ? reinterpret_cast<const float*>(args.block) : nullptr,
-                 .to_diagonal = options.score != BlockScore::mean_pool && options.score != BlockScore::antidiagonal,
-                 .kept_first = counts_kept_first(options.score),
-                 .keep_all_if_short = options.rules == Rules::paper};
+                 .to_diagonal = options.score != BlockScore::mean_pool && options.score != BlockScore::antidiagonal};
   return dispatch(args.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_at_once)),
                     static_cast<unsigned>(g.shape.batch * g.shape.q_heads));
