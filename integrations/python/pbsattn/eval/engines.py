@@ -15,6 +15,7 @@ from pbsattn.bench.attentions import Attention
 from . import kind
 
 _HEAD_ROWS = 1024  # positions that go through the output layer at a time: 152K logits each are 0.6 GB
+_TOGETHER = 8  # prompts whose caches are kept at a time: of 32K tokens under a 1.5B model 1 GB each
 
 
 def options_of(attention):
@@ -228,11 +229,18 @@ class Engine(Texts):
     def answers(self, ids, attentions, max_new_tokens) -> dict:
         """Continues a prompt greedily until the model ends its turn: {attention's name: Answer, or Unsupported}.
 
-        The prompt goes through the model once for each attention. What is decoded goes through SDPA, for all attentions as one
-        batch, since a step of a few sequences takes hardly longer than that of one.
+        The prompt goes through the model once for each attention. What is decoded goes through SDPA, for several attentions as
+        one batch, since a step of a few sequences takes hardly longer than that of one; for so many as have room for their
+        caches.
         """
         self.stretch(len(ids) + max_new_tokens)
         prompt = self.tensor([ids])
+        made = {}
+        for at in range(0, len(attentions), _TOGETHER):
+            made |= self._answers(prompt, attentions[at:at + _TOGETHER], max_new_tokens)
+        return made
+
+    def _answers(self, prompt, attentions, max_new_tokens):
         made, caches, first = {}, [], []
         for attention in attentions:
             start = time.perf_counter()

@@ -94,16 +94,19 @@ def hide(pieces, hidden):
     return [part for i in range(len(pieces) + 1) for part in (*at.get(i, ()), *pieces[i:i + 1])]
 
 
-def fit(build, tokens, encode, guess=16):
+_FIRST_TRY = 256  # pieces: enough to tell how many tokens one takes, and few to encode
+
+
+def fit(build, tokens, encode):
     """build(n), encoded, for about as many pieces n as `tokens` tokens hold, and never more; and n.
 
     Two pieces' tokens or a hundredth are left over at most. ValueError if build(0) is too long already.
     """
-    empty = len(encode(build(0)))
+    best, fits, too_many = encode(build(0)), 0, None
+    empty = len(best)
     if empty > tokens:
         raise ValueError(f"{tokens} tokens: the question alone takes {empty}; ask for longer prompts")
-    best, fits, too_many = encode(build(0)), 0, None
-    n = max(guess, 1)
+    n = _FIRST_TRY
     while too_many is None or too_many - fits > 1:
         ids = encode(build(n))
         each = max((len(ids) - empty) / n, 1)

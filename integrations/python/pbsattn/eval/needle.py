@@ -44,9 +44,6 @@ def filler_identity(name, value):
 class Kind(kind.KindBase):
     metrics = (kind.Metric("found", "%", "{:.1f}"),)
 
-    def __init__(self):
-        self._pieces = {}  # of the last prompt of each length, where the next one's search begins
-
     def add_arguments(self, parser):
         add_prompts(parser, "8192,16384,32768")
         parser.add_argument("--depths", type=int, default=12, metavar="N",
@@ -103,8 +100,7 @@ class Kind(kind.KindBase):
             return intro + " ".join(text) + outro
 
         try:
-            ids, self._pieces[tokens] = haystack.fit(build, tokens, lambda text: engine.chat(text, begun),
-                                                     self._pieces.get(tokens, 16))
+            ids, _ = haystack.fit(build, tokens, lambda text: engine.chat(text, begun))
         except ValueError as error:
             raise kind.Unsupported(str(error)) from None
         return codes[0], ids, begun
@@ -117,7 +113,7 @@ class Kind(kind.KindBase):
             remarks = " ".join(haystack.sentence(rng) for _ in range(n))
             return f"{ask} While you think of it, here are some remarks, none of which matters for your answer. {remarks}"
 
-        return build(haystack.fit(build, LONG_QUESTION, engine.encode, 32)[1])
+        return build(haystack.fit(build, LONG_QUESTION, engine.encode)[1])
 
     def measure(self, engine, item, attention, state):
         code, answers, begun = state

@@ -8,9 +8,6 @@ from .ruler_tasks import TASKS
 class Kind(kind.KindBase):
     metrics = (kind.Metric("score", "%", "{:.1f}"),)
 
-    def __init__(self):
-        self._pieces = {}  # of the last prompt of each task and length, where the next one's search begins
-
     def add_arguments(self, parser):
         add_prompts(parser, "16384")
         parser.add_argument("--tasks", default=",".join(TASKS), metavar="TASK,...", help=f"of {', '.join(TASKS)} (default all)")
@@ -40,8 +37,7 @@ class Kind(kind.KindBase):
         task, tokens = item.params["task"], item.params["tokens"]
         prompt = TASKS[task](haystack.item_random(*item.data), self._filler.take)
         try:
-            ids, self._pieces[task, tokens] = haystack.fit(
-                prompt.build, tokens, lambda text: engine.chat(text, prompt.begun), self._pieces.get((task, tokens), 16))
+            ids, _ = haystack.fit(prompt.build, tokens, lambda text: engine.chat(text, prompt.begun))
         except ValueError as error:
             raise kind.Unsupported(str(error)) from None
         return prompt, ids
