@@ -2,6 +2,8 @@
 #pragma once
 
 #include <memory>
+#include <span>
+#include <vector>
 
 #include "core/geometry.h"
 #include "pbsattn/pbsattn.hpp"
@@ -18,6 +20,8 @@ struct PlanSpec {
   int device_index = 0;
   std::size_t workspace_cap = Plan::no_cap;
 
+  // Those of all heads, or of each.
+  std::span<const Options> option_sets() const { return heads.empty() ? std::span(&options, 1) : std::span(heads); }
   const Options& options_of(std::int64_t q_head) const {
     return heads.empty() ? options : heads[static_cast<std::size_t>(q_head)];
   }

@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
 
-#include "core/executor.h"
+#include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn {
 
@@ -30,10 +31,14 @@ inline bool reads_scores(const Options& options) {
   return options.keep != KeepRule::none && !keeps_every_block(options);
 }
 
-// The same of any of a plan's heads.
-inline bool reads_scores(const detail::PlanSpec& spec) {
-  return spec.heads.empty() ? reads_scores(spec.options)
-                            : std::ranges::any_of(spec.heads, [](const Options& o) { return reads_scores(o); });
+// The same of any head.
+inline bool reads_scores(std::span<const Options> heads) {
+  return std::ranges::any_of(heads, [](const Options& o) { return reads_scores(o); });
+}
+
+// Last rows that are dense in every head.
+inline int common_dense_rows(std::span<const Options> heads) {
+  return std::ranges::min(heads, {}, &Options::dense_last_rows).dense_last_rows;
 }
 
 // Of a score of all causal blocks: whether what is always kept counts first toward top_p, because the score shares out

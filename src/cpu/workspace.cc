@@ -39,7 +39,7 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   const std::int64_t blocks = g.blocks();
   far_blocks = g.own_begin(g.rows() - 1);
   permuted = options.permutation != Permutation::none && g.permuted_len() > 0;
-  scored = reads_scores(spec) && far_blocks > 0;
+  scored = reads_scores(spec.option_sets()) && far_blocks > 0;
   corrected = options.correction == Correction::mean && far_blocks > 0;
   shared_order = options.order_scope == OrderScope::kv_head;
   scoring_strips = ceil_div(g.scoring_queries(), strip);

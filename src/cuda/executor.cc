@@ -63,6 +63,8 @@ class CudaExecutor final : public detail::Executor {
     const Geometry& g = spec.geometry;
     if (trace != nullptr) *trace = detail::start_trace(g);
 
+    if (sparse_)
+      check(write_rules(spec.heads, Layout(spec, sparse_, extent_, call.base).rules, stream), "launching write_rules");
     for (std::int64_t batch = 0; batch < g.shape.batch; batch += extent_.batch)
       for (std::int64_t kv_head = 0; kv_head < g.shape.kv_heads; kv_head += extent_.kv_heads)
         for (std::int64_t head = 0; head < g.group(); head += extent_.group) {
@@ -134,6 +136,8 @@ class CudaExecutor final : public detail::Executor {
                     .order_heads = order_heads,
                     .dtype = inputs.q.dtype,
                     .options = spec.options,
+                    .heads = spec.heads,
+                    .rules = spec.heads.empty() ? nullptr : layout.rules + q_head,
                     .pooled_k = layout.pooled_k,
                     .pooled_blocks = layout.pooled_blocks,
                     .pooled_own = layout.pooled_own,

@@ -32,14 +32,14 @@ struct Params {
   std::int64_t* row_start;
   std::int32_t* row_count;
   std::int32_t* block;
-  std::int64_t rows, first_row, first_dense_row, causal_blocks;
+  std::int64_t rows, first_row, causal_blocks;
   std::int64_t key_blocks;          // pooled keys of a head
   int q_heads, group, order_group;  // query heads of an order
   int blocks_per_segment;
   int rows_at_once;  // of a CTA
   int score_stride;
   float scale_log2;
-  Rule rule;
+  HeadRules rules;
   const float* given_scores;  // of tile [batch][q_head][row] where its list will be; null: from pooled queries
   bool to_diagonal;           // given for all causal blocks
 };
@@ -92,7 +92,9 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
   };
 
   wait_for_earlier_kernels();
-  if (first_row < p.first_dense_row && p.given_scores == nullptr)
+  const Rule rule = p.rules.of(head);
+  const std::int64_t first_dense_row = rule.keep == KeepRule::all ? 0 : p.rows - rule.dense_last_rows;
+  if (first_row < first_dense_row && rule.keep != KeepRule::none && p.given_scores == nullptr)
     score_rows<T, head_dim>(p, static_cast<const T*>(p.pooled_q) + head * p.rows * head_dim,
                             static_cast<const T*>(p.pooled_k) + order_head * p.key_blocks * head_dim, first_row,
                             own_begin(last_row), scores);
@@ -101,24 +103,36 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
   for (std::int64_t row = first_row + warp; row <= last_row; row += warps) {
     float* row_scores = scores + (row - first_row) * p.score_stride;
     const int prunable = own_begin(row);
-    const bool dense = row >= p.first_dense_row || prunable == 0;
+    const bool dense = row >= first_dense_row || prunable == 0;
     const std::int64_t start = head * p.causal_blocks + row * p.first_row + row * (row + 1) / 2;
     const int diagonal = static_cast<int>(p.first_row + row);
     const int sink = prunable > 0 ? p.sink_block[order_head] : 0;
     Threshold threshold = keep_all();
     if (!dense) {
-      const Weights all = p.given_scores == nullptr ? exponentiate(row_scores, prunable, lane)
-                                                    : take(p.given_scores + start, row_scores, prunable,
-                                                           p.to_diagonal ? diagonal + 1 : prunable, lane);
+      const Weights all = rule.keep == KeepRule::none ? Weights{}
+                          : p.given_scores == nullptr ? exponentiate(row_scores, prunable, lane)
+                                                      : take(p.given_scores + start, row_scores, prunable,
+                                                             p.to_diagonal ? diagonal + 1 : prunable, lane);
       __syncwarp();
-      threshold = find_threshold(p.rule, row_scores, all, prunable, diagonal, sink, lane);
+      threshold = find_threshold(rule, row_scores, all, prunable, diagonal, sink, lane);
     }
     __syncwarp();
-    const int length = write_list(p.rule, row_scores, threshold, prunable, diagonal, sink, p.block + start, lane);
+    const int length = write_list(rule, row_scores, threshold, prunable, diagonal, sink, p.block + start, lane);
     if (lane == 0) {
       p.row_start[head * p.rows + row] = start;
       p.row_count[head * p.rows + row] = length;
     }
+  }
+}
+
+// Scores that have launches of their own.
+cudaError_t score_blocks(const ScoreArgs& args, cudaStream_t stream) {
+  switch (args.score) {
+    case BlockScore::per_query: return score_per_query(args, stream);
+    case BlockScore::sampled:
+      if (const cudaError_t error = score_per_query(args, stream); error != cudaSuccess) return error;
+      return score_mass(args, stream);
+    default: return score_mass(args, stream);
   }
 }
 
@@ -132,13 +146,14 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
   // Eight words more than a multiple of 32 put the rows of a product's float2 writes in different banks.
   const std::int64_t stride = ceil_div(columns, 32) * 32 + 8;
   const bool given = options.score != BlockScore::mean_pool;
-  const bool keep_all = options.keep == KeepRule::top_p && options.top_p == 1.0F;
-  if (given && !keep_all) {
+  const auto heads = args.heads.empty() ? std::span(&options, 1) : args.heads;
+  const HeadRules rules{.all = rule_of(options), .each = args.rules, .q_heads = static_cast<int>(g.shape.q_heads)};
+  if (given && reads_scores(heads)) {
     const ScoreArgs score{.geometry = g,
                           .order_heads = args.order_heads,
                           .score = options.score,
                           .scale = options.scale,
-                          .dense_last_rows = options.dense_last_rows,
+                          .dense_last_rows = common_dense_rows(heads),
                           .pooled_k = args.pooled_k,
                           .pooled_own = args.pooled_own,
                           .pooled_blocks = args.pooled_blocks,
@@ -148,10 +163,7 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                           .scratch = args.scratch,
                           .scratch_bytes = args.scratch_bytes,
                           .scores = reinterpret_cast<float*>(args.block)};
-    const bool by_means = pools_own(options.score);
-    cudaError_t error = by_means ? score_per_query(score, stream) : cudaSuccess;
-    if (error == cudaSuccess && options.score != BlockScore::per_query) error = score_mass(score, stream);
-    if (error != cudaSuccess) return error;
+    if (const cudaError_t error = score_blocks(score, stream); error != cudaSuccess) return error;
   }
   constexpr std::int64_t smallest_share = 16 * 1024;
   const std::int64_t row_bytes = stride * sizeof(float);
@@ -165,7 +177,6 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .block = args.block,
                  .rows = rows,
                  .first_row = g.first_row(),
-                 .first_dense_row = keep_all ? 0 : std::max<std::int64_t>(rows - options.dense_last_rows, 0),
                  .causal_blocks = g.causal_blocks_per_head(),
                  .key_blocks = args.pooled_blocks,
                  .q_heads = static_cast<int>(g.shape.q_heads),
@@ -175,9 +186,9 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .rows_at_once = rows_at_once,
                  .score_stride = static_cast<int>(stride),
                  .scale_log2 = static_cast<float>(options.scale / std::log(2.0)),
-                 .rule = rule_of(options),
+                 .rules = rules,
                  .given_scores = given ? reinterpret_cast<const float*>(args.block) : nullptr,
-                 .to_diagonal = options.score != BlockScore::mean_pool && options.score != BlockScore::antidiagonal};
+                 .to_diagonal = counts_kept_first(options.score)};
   return dispatch(args.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_at_once)),
                     static_cast<unsigned>(g.shape.batch * g.shape.q_heads));

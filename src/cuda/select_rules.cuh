@@ -10,30 +10,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/keep_rule.h"
+#include "cuda/rule.h"
 
 namespace pbsattn::cuda {
-
-// The keep rule of Options and its numbers, and what is always kept.
-struct Rule {
-  KeepRule keep;
-  float top_p, threshold, floor_top_p, density;
-  int top_k, sink_blocks, local_blocks;
-  bool kept_first;         // what is always kept counts first toward top_p
-  bool keep_all_if_short;  // of a row whose weights have no value
-};
-inline Rule rule_of(const Options& options) {
-  return {options.keep,
-          options.top_p,
-          options.threshold,
-          options.floor_top_p,
-          options.density,
-          options.top_k,
-          options.sink_blocks,
-          options.local_blocks,
-          counts_kept_first(options.score),
-          options.rules == Rules::paper};
-}
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -164,8 +143,11 @@ __device__ inline int kept_count(const Rule& rule, int own_begin, int diagonal) 
 // What the keep rule takes of a row's weights, and may change those that are kept in any case.
 __device__ inline Threshold find_threshold(const Rule& rule, float* weights, Weights all, int own_begin, int diagonal,
                                            int sink, int lane) {
-  if (!all.valid) return rule.keep_all_if_short ? keep_all() : keep_none();
   const auto at_least = [](float weight) { return Threshold{__float_as_uint(weight), ~0U, 0}; };
+  if (rule.keep == KeepRule::none) return keep_none();
+  if (rule.keep == KeepRule::vertical_slash || rule.keep == KeepRule::coverage)
+    return at_least(1);  // of what it marked
+  if (!all.valid) return rule.keep_all_if_short ? keep_all() : keep_none();
   switch (rule.keep) {
     case KeepRule::all: return keep_all();
     case KeepRule::top_p: {
@@ -195,6 +177,7 @@ __device__ inline Threshold find_threshold(const Rule& rule, float* weights, Wei
       if (kept == 0) return keep_none();
       return find_highest<true>(weights, static_cast<float>(kept), 0.0F, all.largest, own_begin, lane);
     }
+    default: break;  // above
   }
   return keep_all();
 }
@@ -205,10 +188,11 @@ __device__ inline int write_list(const Rule& rule, const float* weights, Thresho
   const unsigned lanes_below = (1U << lane) - 1;
   int length = 0;
   int ties = 0;  // seen so far
+  const bool reads_weights = threshold.above != keep_all().above && threshold.above != keep_none().above;
   for (int first = 0; first <= diagonal; first += 32) {
     const int block = first + lane;
     const bool scored = block < own_begin;
-    const unsigned weight = scored && threshold.above > 0 ? __float_as_uint(weights[block]) : 0;
+    const unsigned weight = scored && reads_weights ? __float_as_uint(weights[block]) : 0;
     const bool tie = scored && weight >= threshold.least && weight < threshold.above;
     const unsigned tie_lanes = __ballot_sync(~0U, tie);
     const bool forced = block == sink || block < rule.sink_blocks || block > diagonal - rule.local_blocks;

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "core/geometry.h"
+#include "cuda/rule.h"
 
 namespace pbsattn::cuda {
 
@@ -60,11 +61,13 @@ struct SelectArgs {
   Geometry geometry;
   std::int64_t order_heads = 0;  // heads of pooled_k and sink_block
   DType dtype = DType::bf16;
-  Options options;                   // as Plan::options() gives them
-  const void* pooled_k = nullptr;    // [batch][order_heads][pooled_blocks][head_dim]
-  std::int64_t pooled_blocks = 0;    // at least permuted_blocks()
-  const void* pooled_own = nullptr;  // as in PermuteArgs, where pools_own() says so
-  const void* pooled_q = nullptr;    // of BlockScore::mean_pool
+  Options options;                      // as Plan::options() gives them
+  std::span<const Options> heads = {};  // of each query head, where they differ,
+  const Rule* rules = nullptr;          // and their rules in device memory
+  const void* pooled_k = nullptr;       // [batch][order_heads][pooled_blocks][head_dim]
+  std::int64_t pooled_blocks = 0;       // at least permuted_blocks()
+  const void* pooled_own = nullptr;     // as in PermuteArgs, where pools_own() says so
+  const void* pooled_q = nullptr;       // of BlockScore::mean_pool
   // Of the scores that have launches of their own.
   ConstView q = {}, k = {};
   const void* permuted_k = nullptr;  // [batch][order_heads][permuted_len][head_dim]; null: keys are where they were
@@ -87,8 +90,8 @@ struct ScoreArgs {
   std::int64_t order_heads = 0;
   BlockScore score = BlockScore::per_query;
   float scale = 0;
-  std::int64_t dense_last_rows = 0;
-  const void* pooled_k = nullptr;  // of score_per_query, like the next two, as in SelectArgs
+  std::int64_t dense_last_rows = 0;  // in every head
+  const void* pooled_k = nullptr;    // of score_per_query, like the next two, as in SelectArgs
   const void* pooled_own = nullptr;
   std::int64_t pooled_blocks = 0;
   const void* permuted_k = nullptr;  // of score_mass, as in SelectArgs

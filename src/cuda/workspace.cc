@@ -18,6 +18,7 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
     if (base != nullptr) pointer = reinterpret_cast<T*>(base + bytes);
     bytes += static_cast<std::size_t>(count) * sizeof(T);
   };
+  take(rules, static_cast<std::int64_t>(spec.heads.size()));
   take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g)));
   if (!sparse) return;
   if (pools_own(spec.options.score))
@@ -34,7 +35,7 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   take(row_start, query_heads * g.rows());
   take(row_count, query_heads * g.rows());
   take(block, query_heads * g.causal_blocks_per_head());
-  score_scratch_bytes = score_scratch_size(spec.options.score, g, spec.options.dense_last_rows);
+  score_scratch_bytes = score_scratch_size(spec.options.score, g, common_dense_rows(spec.option_sets()));
   take(score_scratch, static_cast<std::int64_t>(score_scratch_bytes));
   if (!permutes) return;
   take(permute_scratch, static_cast<std::int64_t>(permute_scratch_size(g)));
@@ -62,8 +63,10 @@ std::size_t workspace_bytes(const detail::PlanSpec& spec, bool sparse, const Ext
 
 bool is_sparse(const detail::PlanSpec& spec) {
   const Geometry& g = spec.geometry;
-  const std::int64_t last_row = g.rows() - 1 - spec.options.dense_last_rows;
-  return !keeps_every_block(spec.options) && last_row >= 0 && g.own_begin(last_row) > 0;
+  return std::ranges::any_of(spec.option_sets(), [&](const Options& options) {
+    const std::int64_t last_row = g.rows() - 1 - options.dense_last_rows;
+    return !keeps_every_block(options) && last_row >= 0 && g.own_begin(last_row) > 0;
+  });
 }
 
 // Everything, then whole KV heads of one batch entry, then query heads of one KV head, which share no order.

@@ -80,8 +80,7 @@ class ReferenceExecutor final : public detail::Executor {
            Trace* trace) const override {
     Stats own_stats;
     Trace own_trace;
-    decide_timed(inputs, spec.heads.empty() ? std::span(&spec.options, 1) : std::span(spec.heads), spec.geometry,
-                 own_trace, own_stats);
+    decide_timed(inputs, spec.option_sets(), spec.geometry, own_trace, own_stats);
     Stopwatch watch;
     attend(inputs, spec.options, spec.geometry, own_trace, outputs);
     own_stats.attend_seconds = watch.lap();
