@@ -21,19 +21,22 @@ Problem make() {
   return Problem({.shape = shape, .q = DType::bf16, .k = DType::bf16, .v = DType::bf16, .out = DType::bf16});
 }
 
-TEST(CudaHostile, DenseAndSparseAgreeWithTheReference) {
-  for (const HostileCase& hostile : hostile_cases(shape, block)) {
-    for (const char* name :
-         {"full", "pbs", "pbs-unpermuted", "pbs+", "pbs-threshold", "xattention", "oracle", "pbs-sampled"}) {
-      SCOPED_TRACE(hostile.name + ", " + name);
-      Problem problem = make();
-      hostile.change(problem);
-      Options options = method(name);
-      options.top_p = 0.7F;
-      expect_right(problem, run_on_device(options, problem), Precision::bf16);
-    }
+class CudaHostileInputs : public testing::TestWithParam<HostileCase> {};
+
+TEST_P(CudaHostileInputs, DenseAndSparseAgreeWithTheReference) {
+  for (const char* name :
+       {"full", "pbs", "pbs-unpermuted", "pbs+", "pbs-threshold", "xattention", "oracle", "pbs-sampled"}) {
+    SCOPED_TRACE(name);
+    Problem problem = make();
+    GetParam().change(problem);
+    Options options = method(name);
+    options.top_p = 0.7F;
+    expect_right(problem, run_on_device(options, problem), Precision::bf16);
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Values, CudaHostileInputs, testing::ValuesIn(hostile_cases(shape, block)),
+                         [](const auto& test) { return test.param.name; });
 
 TEST(CudaHostile, EqualKeysKeepTheirOrder) {
   Problem problem = make();

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "cuda/device_run.h"
 #include "cuda/stages.h"
@@ -25,6 +26,37 @@ struct Pooled {
   std::vector<std::uint16_t> bits;
 };
 
+// Every tile's list, as select() leaves it.
+struct Lists {
+  std::vector<std::int64_t> start;
+  std::vector<std::int32_t> count, block;
+};
+
+// Runs select() for keys of one order, whose token 0 is in block `sink`.
+Lists run_select(cuda::SelectArgs args, std::int32_t sink) {
+  const Geometry& g = args.geometry;
+  const std::int64_t tiles = g.shape.q_heads * g.rows();
+  Lists lists{.start = std::vector<std::int64_t>(tiles),
+              .count = std::vector<std::int32_t>(tiles),
+              .block = std::vector<std::int32_t>(g.shape.q_heads * g.causal_blocks_per_head())};
+  const auto bytes = [](const auto& values) { return values.size() * sizeof(values[0]); };
+  const DeviceMemory start(bytes(lists.start)), count(bytes(lists.count)), block(bytes(lists.block));
+  DeviceMemory device_sink(sizeof sink);
+  device_sink.upload(&sink);
+  args.order_heads = 1;
+  args.sink_block = reinterpret_cast<std::int32_t*>(device_sink.data());
+  args.row_start = reinterpret_cast<std::int64_t*>(start.data());
+  args.row_count = reinterpret_cast<std::int32_t*>(count.data());
+  args.block = reinterpret_cast<std::int32_t*>(block.data());
+  expect_success(cuda::select(args, nullptr));
+  expect_success(cudaDeviceSynchronize());
+  for (const DeviceMemory* memory : {&start, &count, &block}) EXPECT_TRUE(memory->guards_intact());
+  start.download(lists.start.data());
+  count.download(lists.count.data());
+  block.download(lists.block.data());
+  return lists;
+}
+
 struct LongRows {
   std::string name;
   std::int64_t kv_len, q_len;
@@ -40,42 +72,28 @@ TEST_P(CudaSelect, ListsAreTheReferences) {
   Normal normal(7);
   const Pooled k(cuda::permuted_blocks(g), 64, test.spread, normal);
   const Pooled q(g.rows(), 64, test.spread, normal);
-  const std::int32_t sink = 1;
-
-  DeviceMemory device_k(k.bits.size() * 2), device_q(q.bits.size() * 2), device_sink(sizeof sink);
+  DeviceMemory device_k(k.bits.size() * 2), device_q(q.bits.size() * 2);
   device_k.upload(k.bits.data());
   device_q.upload(q.bits.data());
-  device_sink.upload(&sink);
-  const DeviceMemory start(g.rows() * sizeof(std::int64_t)), count(g.rows() * sizeof(std::int32_t)),
-      block(g.causal_blocks_per_head() * sizeof(std::int32_t));
   Options options = method("pbs");
   options.scale = 0.125F;
   options.top_p = test.top_p;
-  expect_success(cuda::select({.geometry = g,
-                               .order_heads = 1,
-                               .dtype = DType::bf16,
-                               .options = options,
-                               .pooled_k = device_k.data(),
-                               .pooled_q = device_q.data(),
-                               .sink_block = reinterpret_cast<std::int32_t*>(device_sink.data()),
-                               .row_start = reinterpret_cast<std::int64_t*>(start.data()),
-                               .row_count = reinterpret_cast<std::int32_t*>(count.data()),
-                               .block = reinterpret_cast<std::int32_t*>(block.data())},
-                              nullptr));
-  expect_success(cudaDeviceSynchronize());
-  std::vector<std::int64_t> starts(g.rows());
-  std::vector<std::int32_t> counts(g.rows()), blocks(g.causal_blocks_per_head());
-  start.download(starts.data());
-  count.download(counts.data());
-  block.download(blocks.data());
+  const Lists lists = run_select({.geometry = g,
+                                  .dtype = DType::bf16,
+                                  .options = options,
+                                  .pooled_k = device_k.data(),
+                                  .pooled_blocks = cuda::permuted_blocks(g),
+                                  .pooled_q = device_q.data()},
+                                 1);
 
-  std::vector<std::int32_t> order(g.shape.kv_len);  // token 0 in block `sink`
+  std::vector<std::int32_t> order(g.shape.kv_len);  // token 0 in block 1
   std::iota(order.begin(), order.end(), 0);
   std::swap(order[0], order[128]);
   for (std::int64_t row = 0; row < g.rows(); ++row) {
     const auto scores = reference::block_scores(q.matrix[row], k.matrix, g.own_begin(row), 0.125);
     const auto wanted = reference::select_blocks(options, g, row, {scores}, order);
-    const std::vector<std::int32_t> got(blocks.begin() + starts[row], blocks.begin() + starts[row] + counts[row]);
+    const auto first = lists.block.begin() + lists.start[row];
+    const std::vector<std::int32_t> got(first, first + lists.count[row]);
     // Rounding may move the last block or two of thousands in or out.
     std::vector<std::int32_t> differing;
     std::ranges::set_symmetric_difference(got, wanted, std::back_inserter(differing));
@@ -99,41 +117,29 @@ TEST(CudaSelectParts, GiveTheSameLists) {
   Normal normal(3);
   const Pooled q(g.shape.q_heads * g.shape.q_len, 64, 1, normal);
   const Pooled k(g.shape.kv_len, 64, 1, normal);
-  const std::int32_t sink = 0;
-  DeviceMemory device_q(q.bits.size() * 2), device_k(k.bits.size() * 2), device_sink(sizeof sink);
+  DeviceMemory device_q(q.bits.size() * 2), device_k(k.bits.size() * 2);
   device_q.upload(q.bits.data());
   device_k.upload(k.bits.data());
-  device_sink.upload(&sink);
-  const std::int64_t tiles = g.shape.q_heads * g.rows();
   for (const BlockScore score : {BlockScore::antidiagonal_causal, BlockScore::exact}) {
     const std::size_t whole = cuda::score_scratch_size(score, g, 0);
-    std::vector<std::vector<std::int32_t>> lists;
+    std::optional<Lists> of_whole;
     for (const std::size_t scratch_bytes : {whole, whole / 2, whole / 3}) {
-      const DeviceMemory start(tiles * sizeof(std::int64_t)), count(tiles * sizeof(std::int32_t)),
-          block(g.shape.q_heads * g.causal_blocks_per_head() * sizeof(std::int32_t)), scratch(scratch_bytes);
-      expect_success(cuda::select({.geometry = g,
-                                   .order_heads = 1,
-                                   .dtype = DType::bf16,
-                                   .options = {.score = score, .keep = KeepRule::top_p, .top_p = 0.6F, .scale = 0.2F},
-                                   .q = {device_q.data(), DType::bf16, 0, g.shape.q_len * 64, 64},
-                                   .k = {device_k.data(), DType::bf16, 0, 0, 64},
-                                   .scratch = scratch.data(),
-                                   .scratch_bytes = scratch_bytes,
-                                   .sink_block = reinterpret_cast<std::int32_t*>(device_sink.data()),
-                                   .row_start = reinterpret_cast<std::int64_t*>(start.data()),
-                                   .row_count = reinterpret_cast<std::int32_t*>(count.data()),
-                                   .block = reinterpret_cast<std::int32_t*>(block.data())},
-                                  nullptr));
-      expect_success(cudaDeviceSynchronize());
+      SCOPED_TRACE(scratch_bytes);
+      const DeviceMemory scratch(scratch_bytes);
+      const Lists lists =
+          run_select({.geometry = g,
+                      .dtype = DType::bf16,
+                      .options = {.score = score, .keep = KeepRule::top_p, .top_p = 0.6F, .scale = 0.2F},
+                      .q = {device_q.data(), DType::bf16, 0, g.shape.q_len * 64, 64},
+                      .k = {device_k.data(), DType::bf16, 0, 0, 64},
+                      .scratch = scratch.data(),
+                      .scratch_bytes = scratch_bytes},
+                     0);
       EXPECT_TRUE(scratch.guards_intact());
-      std::vector<std::int32_t> counts(tiles), blocks(block.size() / sizeof(std::int32_t));
-      count.download(counts.data());
-      block.download(blocks.data());
-      EXPECT_GT(std::ranges::min(counts), 0);
-      lists.push_back(counts);
-      lists.push_back(blocks);
-      EXPECT_EQ(lists.end()[-2], lists[0]) << scratch_bytes;
-      EXPECT_EQ(lists.end()[-1], lists[1]) << scratch_bytes;
+      EXPECT_GT(std::ranges::min(lists.count), 0);
+      if (!of_whole) of_whole = lists;
+      EXPECT_EQ(lists.count, of_whole->count);
+      EXPECT_EQ(lists.block, of_whole->block);
     }
   }
 }
