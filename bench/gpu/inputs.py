@@ -35,17 +35,16 @@ def structured_set(n, heads, kv_heads, head_dim, strength, seed):
 
 
 def with_density(library, target, n, heads, kv_heads, head_dim, seed, tolerance=0.01):
-    """A structured set of which the method `pbs` visits about `target` of the causal blocks, and the density it has."""
+    """A structured set of which the method `pbs` visits about `target` of the causal blocks."""
     low, high = 0.0, 40.0
     for _ in range(12):
         strength = (low + high) / 2
-        # Two KV heads are enough to learn the density from.
-        q, k, v = structured_set(n, 2 * heads // kv_heads, 2, head_dim, strength, seed)
+        q, k, v = structured_set(n, heads, kv_heads, head_dim, strength, seed)
         density = library.plan("pbs", q, k).stats(q, k, v, torch.empty_like(q)).density
         if abs(density - target) < tolerance * target:
             break
         low, high = (strength, high) if density > target else (low, strength)
-    return structured_set(n, heads, kv_heads, head_dim, strength, seed)
+    return q, k, v
 
 
 def from_file(path):
