@@ -155,11 +155,16 @@ def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "p
     """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`."""
     check_inputs(q, k, v, layout)
     with torch.no_grad():
-        out, _, (stats, raw) = _compute(q, k, v, method, _write_settings(options), layout, False, True, trace=True)
-    batch, heads = q.shape[0], q.shape[1 if layout == "bhsd" else 2]
+        out, _, ran = _compute(q, k, v, method, _write_settings(options), layout, False, True, trace=True)
+    return out, trace_of(ran, q.shape[0], q.shape[1 if layout == "bhsd" else 2])
+
+
+def trace_of(ran, batch, heads):
+    """The Trace of what run(..., trace=True) gave."""
+    stats, raw = ran
     starts, blocks = torch.from_numpy(raw.row_start), torch.from_numpy(raw.block).long()
     rows = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
     kept = torch.zeros(batch * heads * raw.rows, raw.blocks, dtype=torch.bool)
     kept[rows, blocks] = True
     order = torch.from_numpy(raw.order).clone().view(batch, heads, -1)
-    return out, Trace(raw.first_row, order, kept.view(batch, heads, raw.rows, raw.blocks), stats)
+    return Trace(raw.first_row, order, kept.view(batch, heads, raw.rows, raw.blocks), stats)

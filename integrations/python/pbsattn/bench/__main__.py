@@ -1,4 +1,5 @@
-"""Measurements: a model's prefill under several attentions (prefill, plot), the op by itself (op, overhead)."""
+"""Measurements: a model's prefill under several attentions (prefill, plot), the op by itself (op, overhead), and what methods
+keep against what their public code keeps (lists)."""
 
 import argparse
 import json
@@ -8,8 +9,9 @@ import sys
 
 import torch
 
-from . import models, op, prefill, report
+from . import lists, models, op, prefill, report
 from .attentions import Attention
+from .public_code import CODES
 
 
 def _say(message):
@@ -19,10 +21,11 @@ def _say(message):
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m pbsattn.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
+    written = argparse.ArgumentParser(add_help=False)
+    written.add_argument("--json", help="write the measurements to this file")
+    written.add_argument("--commit", help="what to write there as the commit (default: that of the source tree)")
+    shared = argparse.ArgumentParser(add_help=False, parents=[written])
     shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    shared.add_argument("--json", help="write the measurements to this file")
-    shared.add_argument("--commit", help="what to write there as the commit (default: that of the source tree)")
     kinds = "sdpa, flash, cudnn, efficient, math, or a method with settings, as pbs:top_p=0.8"
     heads = argparse.ArgumentParser(add_help=False)
     heads.add_argument("--heads", type=int, default=12, help="query heads (default 12)")
@@ -65,6 +68,19 @@ def _parser():
                          help="of the calls: few, so that a GPU never falls behind (default 512)")
     command.add_argument("--head-dim", type=int, default=128)
     command.add_argument("--attn", default="sdpa,full,pbs", help=f"{kinds} (default sdpa,full,pbs)")
+
+    command = commands.add_parser("lists", parents=[written],
+                                  help="blocks that methods keep, against their public code's; fails where fewer than "
+                                       f"{lists.BAR:.1%} of decisions agree in float32")
+    command.add_argument("--public", required=True, metavar="FOLDER",
+                         help="of checkouts named OWNER+NAME: " + ", ".join(dict.fromkeys(code.repository for code in CODES.values())))
+    command.add_argument("--method", default=",".join(CODES), help="only these (default " + ",".join(CODES) + ")")
+    command.add_argument("--tokens", default="2000,8100", help="lengths of random input (default 2000,8100)")
+    command.add_argument("--heads", type=int, default=4, help="of random input (default 4)")
+    command.add_argument("--seeds", type=int, default=3, help="random inputs of each length (default 3)")
+    command.add_argument("--model", help="also on queries and keys of this model: a GGUF file or a folder that save_pretrained wrote")
+    command.add_argument("--text", help="a text for it (default: the source of Python's standard library)")
+    command.add_argument("--layers", type=int, default=3, help="of the model, evenly spaced (default 3)")
     return parser
 
 
@@ -72,6 +88,8 @@ def main(arguments=None):
     given = _parser().parse_args(arguments)
     if given.command == "plot":
         return _plot(given)
+    if given.command == "lists":
+        return _lists(given)
     given.device = torch.device(given.device)
     if given.device.type == "cuda" and given.device.index is None:
         given.device = torch.device("cuda", torch.cuda.current_device())
@@ -129,6 +147,35 @@ def _plot(given):
                          f"{given.lengths or 'any length'}")
     titles = dict.fromkeys(f"{each['params']['model']}\n{each['device']}" for each in made)
     report.plot(made, given.to, "\n".join(titles))
+
+
+def _lists(given):
+    given.device = torch.device("cpu")
+    lengths = _numbers("--tokens", given.tokens)
+    if min(given.heads, given.seeds, given.layers) < 1:
+        raise ValueError("--heads, --seeds and --layers: at least 1 each")
+    inputs = {"random": [lists.random_input(length, given.heads, 128, seed) for length in lengths for seed in range(given.seeds)]}
+    if given.model:
+        name = pathlib.Path(given.model).name
+        inputs[name] = list(_of_model(given, name, max(lengths)))
+    made, table, wrong = lists.run(given.public, given.method.split(","), inputs, _say)
+    print(table)
+    _write(given, made)
+    if wrong:
+        raise RuntimeError(f"fewer than {lists.BAR:.1%} of decisions agree: " + "; ".join(wrong))
+    return made
+
+
+def _of_model(given, name, length):
+    """Queries and keys of some layers on a text."""
+    _say(f"loading {given.model}")
+    model, tokenizer = models.load(given.model, given.device, torch.float32)
+    text = pathlib.Path(given.text).read_text(encoding="utf-8") if given.text else models.python_source()
+    count = model.config.num_hidden_layers
+    wanted = {round(i * (count - 1) / max(given.layers - 1, 1)) for i in range(min(given.layers, count))}
+    captured = models.capture(model, models.tokens(tokenizer, text, length, given.device), wanted)
+    for _, (q, k, _, scale) in sorted(captured.items()):
+        yield lists.Input(name, q * (scale * q.shape[-1] ** 0.5), k)  # public codes know no other scale than 1 / sqrt(head_dim)
 
 
 def _prefill(given):

@@ -72,3 +72,24 @@ def tokens(tokenizer, text, count, device):
     if ids.shape[1] < count:
         raise ValueError(f"text: {ids.shape[1]} tokens, {count} needed; pass a longer --text or smaller --lengths")
     return ids.to(device)
+
+
+@torch.no_grad()
+def capture(model, ids, layers):
+    """Queries, keys, values [1, heads, tokens, head_dim] and scale of some layers' attention to a prompt, [1, tokens]:
+    {layer: (q, k, v, scale)}."""
+    captured = {}
+    sdpa = transformers.AttentionInterface._global_mapping["sdpa"]
+
+    def keep(module, query, key, value, *args, scaling=None, **kwargs):
+        if module.layer_idx in layers:
+            captured[module.layer_idx] = (query, key, value, scaling or query.shape[-1] ** -0.5)
+        return sdpa(module, query, key, value, *args, scaling=scaling, **kwargs)
+
+    transformers.AttentionInterface.register("sdpa", keep)
+    try:
+        model.set_attn_implementation("sdpa")
+        model.model(ids, use_cache=False)
+    finally:
+        transformers.AttentionInterface.register("sdpa", sdpa)
+    return captured

@@ -30,12 +30,11 @@ def show(value, form):
     return "" if value is None else form.format(value)
 
 
-def aligned(rows):
-    """A table of strings, its first row the head; the column "attention" to the left, the others to the right."""
+def aligned(rows, left=("attention",)):
+    """A table of strings, its first row the head; the columns of these names to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    name = rows[0].index("attention")
-    return "\n".join("  ".join(cell.rjust(width) if i != name else cell.ljust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    pad = [str.ljust if name in left else str.rjust for name in rows[0]]
+    return "\n".join("  ".join(pad[i](cell, widths[i]) for i, cell in enumerate(row)).rstrip() for row in rows)
 
 
 def _with_baseline(results):

@@ -5,7 +5,6 @@ import time
 import warnings
 
 import torch
-from transformers import AttentionInterface
 
 import pbsattn
 import pbsattn.transformers
@@ -162,25 +161,10 @@ class Engine(Texts):
     def layers(self):
         return self.model.config.num_hidden_layers
 
-    @torch.no_grad()
     def capture(self, ids, layers):
-        """Queries, keys, values [1, heads, tokens, head_dim] and scale of some layers' attention, {layer: (q, k, v, scale)}."""
-        captured = {}
-        sdpa = AttentionInterface._global_mapping["sdpa"]
-
-        def keep(module, query, key, value, *args, scaling=None, **kwargs):
-            if module.layer_idx in layers:
-                captured[module.layer_idx] = (query, key, value, scaling or query.shape[-1] ** -0.5)
-            return sdpa(module, query, key, value, *args, scaling=scaling, **kwargs)
-
+        """Queries, keys, values and scale of some layers' attention: see models.capture."""
         self.stretch(len(ids))
-        AttentionInterface.register("sdpa", keep)
-        try:
-            with Attention.parse("sdpa").on(self.model):
-                self.model.model(self.tensor([ids]), use_cache=False)
-        finally:
-            AttentionInterface.register("sdpa", sdpa)
-        return captured
+        return models.capture(self.model, self.tensor([ids]), layers)
 
     def logits(self, hidden):
         """Of each position of `hidden`, [positions, vocabulary], float32."""
