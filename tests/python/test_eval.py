@@ -335,6 +335,26 @@ def test_a_page_of_results(finished, tmp_path, capsys):
     assert again == "before\n" + page + "after\n", "what people wrote stays, tables are new"
 
 
+def test_a_page_has_a_column_for_each_group_of_prompts(tmp_path):
+    header = {"format": 1, "kind": "needle", "model": {"name": "m"}, "device": "d", "versions": {"torch": "2"}, "commit": "c",
+              "date": "today", "methods": {"full": {}, "pbs": {}}}
+    record = lambda place, depth, method, found: json.dumps({
+        "kind": "needle", "item": f"{place}-{depth}", "group": f"{place} 4096", "method": method, "density": 0.5,
+        "params": {"depth": depth}, "metrics": {"found": found}}) + "\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps(header))
+    (tmp_path / "run" / "items.jsonl").write_text("".join(
+        record(place, depth, method, 100 * (method == "full" or depth == 0))
+        for place in ("end", "start") for depth in (0, 1) for method in ("full", "pbs")))
+    program.main(["page", str(tmp_path / "run"), "--to", str(tmp_path / "found")])
+    text = (tmp_path / "found.md").read_text()
+    assert "Found (%) in 4 prompts of 4096 tokens; change against full, 95 % interval:" in text
+    assert "| method | density | end | start | all | change |" in text
+    assert "| `full` | 0.500 | 100.0 | 100.0 | 100.0 |  |" in text
+    assert "| `pbs` | 0.500 | 50.0 | 50.0 | 50.0 | -50.0 [-100.0, +0.0] |" in text
+    assert "<summary>found by depth" in text and "  end 4096  pbs     *0" in text and "  pbs: 2 of 4 (50.0%)" in text
+
+
 def test_changes_at_equal_density():
     from pbsattn.eval import curves
 

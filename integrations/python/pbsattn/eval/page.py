@@ -53,9 +53,13 @@ def _block(header, records, made, the_kind):
     if sparser[1]:
         parts.append(f"Sparser settings against `{PUBLISHED}`, text by text: change of the loss ± standard error, and density as a "
                      "share of its:\n\n" + markdown(*sparser))
-    parts.append("Every setting:\n\n" + markdown(*_settings(made, the_kind.metrics)))
+    if len(the_kind.metrics) == 1:
+        parts.append(_by_group(made, the_kind.metrics[0]))
+    else:
+        parts.append("Every setting:\n\n" + markdown(*_settings(made, the_kind.metrics)))
     if header["kind"] != "ppl" and (told := the_kind.report(records, header["methods"])):
-        parts.append(f"```text\n{told}\n```\n")
+        title, _, rest = told.partition("\n")
+        parts.append(f"<details><summary>{title.rstrip(':')}</summary>\n\n```text\n{rest}\n```\n\n</details>\n")
     return "\n".join(parts)
 
 
@@ -78,6 +82,27 @@ def _against(records, methods):
         if len(cells) == len(by_item):
             lines.append([f"`{method}`", *cells])
     return ["method", *by_item], lines
+
+
+def _by_group(made, metric):
+    """What the table of one metric says and the table: a line for each method, a column for each group."""
+    keyed = {(row.group, row.method): row for row in made}
+    groups, methods = (list(dict.fromkeys(names)) for names in zip(*keyed))
+    whole = groups[-1]  # all of them, where there are several
+    lengths = {group.rpartition(" ")[2] for group in groups if group != "all"}
+    of = lengths.pop() if len(lengths) == 1 else ""  # what every group's name ends in, as " 16384"
+    cell = lambda row: "" if row is None else metric.form.format(row.mean)
+    lines = []
+    for method in methods:
+        row = keyed.get((whole, method))
+        density = "" if row is None or row.density is None else f"{row.density:.3f}"
+        change = "" if row is None else summary.change(row, metric)
+        lines.append([f"`{method}`", density, *(cell(keyed.get((group, method))) for group in groups), change])
+    items = max(row.items for row in made if row.group == whole)
+    said = (f"{metric.name.capitalize()}{f' ({metric.unit})' if metric.unit else ''} in {items} prompts"
+            f"{f' of {of} tokens' if of.isdigit() else ''}; change against full, 95 % interval:\n\n")
+    names = [group.removesuffix(f" {of}") for group in groups]
+    return said + markdown(["method", "density", *names, "change"], lines)
 
 
 def _settings(made, metrics):

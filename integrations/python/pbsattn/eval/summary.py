@@ -101,7 +101,7 @@ def table(made, metrics):
             row = by_metric.get(metric.name)
             line.append("" if row is None else metric.form.format(row.mean))
             if metric.change:
-                line.append("" if row is None else _change(row, metric))
+                line.append("" if row is None else change(row, metric))
         lines.append(line)
     return plain(lines)
 
@@ -113,7 +113,8 @@ def plain(lines, names=2):
     return "\n".join("  ".join(pad(i, cell) for i, cell in enumerate(line)).rstrip() for line in lines)
 
 
-def _change(row, metric):
+def change(row, metric):
+    """A row's change against full with its interval, as tables write it."""
     if row.change is None:
         return ""
     signed = metric.form.replace("{:", "{:+")
