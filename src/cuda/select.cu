@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
   };
 
   wait_for_earlier_kernels();
-  const Rule rule = p.rules.of(head);
+  const Rule& rule = p.rules.of(head);
   const std::int64_t first_dense_row = rule.keep == KeepRule::all ? 0 : p.rows - rule.dense_last_rows;
   if (first_row < first_dense_row && rule.keep != KeepRule::none && p.given_scores == nullptr)
     score_rows<T, head_dim>(p, static_cast<const T*>(p.pooled_q) + head * p.rows * head_dim,
