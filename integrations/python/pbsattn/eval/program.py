@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 
-from . import folder, kind, page, summary
+from . import budgets, folder, kind, page, summary
 
 
 def _say(message):
@@ -22,6 +22,10 @@ def _parser():
         command = commands.add_parser(name, help=text, description=text)
         _add_shared(command)
         kind.load(name).add_arguments(command.add_argument_group("of " + name))
+    search = commands.add_parser("budgets", help="for each head of a model the columns and diagonals of MInference that fit it best, "
+                                                 "as a file of settings")
+    _add_model(search)
+    budgets.add_arguments(search)
     again = commands.add_parser("table", help="print the table of a run's folder again")
     again.add_argument("folder")
     page = commands.add_parser("page", help="put the tables and plots of runs into a page of results")
@@ -34,9 +38,18 @@ def _parser():
     return parser
 
 
-def _add_shared(command):
+def _add_model(command):
     command.add_argument("--model", required=True,
                          help="a GGUF file (dequantised by transformers), or a folder that save_pretrained wrote")
+    command.add_argument("--device", help="cpu or cuda (default cuda where there is one)")
+    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
+                         help="of the model (default bfloat16 on cuda, float32 on the CPU)")
+    command.add_argument("--yarn", type=float, default=4.0,
+                         help="factor of YaRN for what is longer than the model's own length (default 4)")
+
+
+def _add_shared(command):
+    _add_model(command)
     command.add_argument("--methods", default="pbs", metavar="SPEC,SPEC,...",
                          help="methods with settings, as pbs:top_p=0.8:dense_last_rows=1; NAME=A/B/C is one method for each "
                               "number; every: a sweep of each method; full always runs and comes first (default pbs)")
@@ -44,11 +57,6 @@ def _add_shared(command):
                                                          "goes on where it was")
     command.add_argument("--engine", default="transformers", choices=["transformers", "llama"])
     command.add_argument("--program", default="pbsattn", help="of the engine llama (default pbsattn, on PATH)")
-    command.add_argument("--device", help="cpu or cuda (default cuda where there is one)")
-    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
-                         help="of the model (default bfloat16 on cuda, float32 on the CPU)")
-    command.add_argument("--yarn", type=float, default=4.0,
-                         help="factor of YaRN for what is longer than the model's own length (default 4)")
     command.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
     command.add_argument("--page", metavar="BASE", help="put the run into a page of results, as `eval page --to BASE` does")
     command.add_argument("--commit", help="what to write as the commit (default: that of the source tree)")
@@ -216,6 +224,8 @@ def main(argv=None):
         return _again(given)
     if given.kind == "page":
         return page.write(given.folder, given.to)
+    if given.kind == "budgets":
+        return budgets.run(given, _say)
     if given.kind == "report":
         from . import report
 
