@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "cpu/path.h"
 #include "support/hostile.h"
@@ -31,6 +30,10 @@ Options small(std::string_view name, float top_p = 0.7F) {
   return options;
 }
 
+RunResult run_here(const Options& options, Problem& problem) {
+  return run(options, problem);
+}
+
 class Hostile : public testing::TestWithParam<std::string> {
  private:
   ForcedPath forced_{GetParam()};
@@ -50,15 +53,7 @@ TEST_P(Hostile, DenseAndSparseAgreeWithTheReference) {
 }
 
 TEST_P(Hostile, EqualKeysKeepTheirOrder) {
-  Problem problem = make();
-  problem.k.fill(0.25);
-  EXPECT_EQ(row_list(run(small("pbs", 0.5F), problem).trace, 0, 4), (std::vector<std::int32_t>{0, 1, 4}));
-  const RunResult result = run(small("pbs", 0.9F), problem);
-  std::vector<std::int32_t> identity(330);
-  std::iota(identity.begin(), identity.end(), 0);
-  EXPECT_EQ(head_order(result.trace, 0, 330), identity);
-  EXPECT_EQ(row_list(result.trace, 0, 4), (std::vector<std::int32_t>{0, 1, 2, 3, 4}));  // .9 takes 4 of 4 quarters
-  expect_right(problem, result, products_of(GetParam()));
+  expect_equal_keys_keep_their_order(make(), small("pbs"), products_of(GetParam()), run_here);
 }
 
 TEST_P(Hostile, AllMinusInfinityGivesZero) {
@@ -108,18 +103,7 @@ TEST_P(Hostile, EdgesOfFloat16) {
 }
 
 TEST_P(Hostile, EverythingNan) {
-  for (const Rules rules : {Rules::reference_code, Rules::paper}) {
-    Problem problem = make();
-    problem.q.fill(nan);
-    problem.k.fill(nan);
-    problem.v.fill(nan);
-    Options options = small("pbs");
-    options.rules = rules;
-    const RunResult result = run(options, problem);
-    expect_lists(problem, result.options, result.trace, {});
-    EXPECT_EQ(row_list(result.trace, 1, 4).size(), rules == Rules::paper ? 5 : 2);
-    EXPECT_TRUE(std::isnan(problem.out.get(0, 1, 329, 63)));
-  }
+  expect_nan_goes_by_the_rules(make(), small("pbs"), run_here);
 }
 
 }  // namespace

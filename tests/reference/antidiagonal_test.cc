@@ -2,23 +2,14 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <numeric>
 
-#include "reference/stages.h"
+#include "reference/by_hand.h"
 
 namespace pbsattn::reference {
 namespace {
 
-using List = std::vector<std::int32_t>;
-
 Geometry geometry(std::int64_t q_len, std::int64_t kv_len, int segment = 8) {
   return {.shape = {.q_len = q_len, .kv_len = kv_len, .head_dim = 1}, .block = 8, .segment = segment};
-}
-
-List identity(std::int64_t count) {
-  List order(count);
-  std::iota(order.begin(), order.end(), 0);
-  return order;
 }
 
 Head head(std::int64_t q_len, std::int64_t kv_len) {

@@ -4,22 +4,13 @@
 #include <cmath>
 #include <limits>
 
-#include "reference/stages.h"
+#include "reference/by_hand.h"
 
 namespace pbsattn::reference {
 namespace {
 
-using List = std::vector<std::int32_t>;
-
 constexpr double infinity = std::numeric_limits<double>::infinity();
-const double nan = std::nan("");
 const List in_order{0, 1, 2, 3, 4, 5};
-
-Matrix matrix(std::int64_t columns, std::vector<double> values) {
-  Matrix result(static_cast<std::int64_t>(values.size()) / columns, columns);
-  result.values = std::move(values);
-  return result;
-}
 
 // Six tokens, all of them queries of 1; weights of keys 0 .. 5 are 1 : 2 : 3 : 4 : 5 : 6; values (2^n, 1).
 Head weighted() {

@@ -3,18 +3,10 @@
 
 #include <cmath>
 
-#include "reference/stages.h"
+#include "reference/by_hand.h"
 
 namespace pbsattn::reference {
 namespace {
-
-const double nan = std::nan("");
-
-Matrix column(std::vector<double> values) {
-  Matrix matrix(static_cast<std::int64_t>(values.size()), 1);
-  matrix.values = std::move(values);
-  return matrix;
-}
 
 Geometry geometry(std::int64_t q_len, std::int64_t kv_len) {
   return {.shape = {.q_len = q_len, .kv_len = kv_len, .head_dim = 1}, .block = 2, .segment = 4};

@@ -2,31 +2,14 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <numeric>
 
-#include "reference/stages.h"
+#include "reference/by_hand.h"
 
 namespace pbsattn::reference {
 namespace {
 
-using List = std::vector<std::int32_t>;
-
-const double nan = std::nan("");
-
-Matrix column(std::vector<double> values) {
-  Matrix matrix(static_cast<std::int64_t>(values.size()), 1);
-  matrix.values = std::move(values);
-  return matrix;
-}
-
 Geometry geometry(std::int64_t q_len, std::int64_t kv_len, int segment = 2, std::int64_t head_dim = 1) {
   return {.shape = {.q_len = q_len, .kv_len = kv_len, .head_dim = head_dim}, .block = 2, .segment = segment};
-}
-
-List identity(std::int64_t count) {
-  List order(count);
-  std::iota(order.begin(), order.end(), 0);
-  return order;
 }
 
 Options options_of(BlockScore score, Rules rules = Rules::reference_code) {

@@ -2,32 +2,16 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <numeric>
 
-#include "reference/stages.h"
+#include "reference/by_hand.h"
 
 namespace pbsattn::reference {
 namespace {
 
-using List = std::vector<std::int32_t>;
-
-const double nan = std::nan("");
 const Options top_p_options{.score = BlockScore::mean_pool, .keep = KeepRule::top_p, .block = 2, .segment = 4};
-
-Matrix column(std::vector<double> values) {
-  Matrix matrix(static_cast<std::int64_t>(values.size()), 1);
-  matrix.values = std::move(values);
-  return matrix;
-}
 
 Geometry geometry(std::int64_t q_len, std::int64_t kv_len) {
   return {.shape = {.q_len = q_len, .kv_len = kv_len, .head_dim = 1}, .block = 2, .segment = 4};
-}
-
-List identity(std::int64_t count) {
-  List order(count);
-  std::iota(order.begin(), order.end(), 0);
-  return order;
 }
 
 // Row 4 (tokens 8 and 9) of ten tokens: scored blocks 0 .. 3, own segment from block 4.

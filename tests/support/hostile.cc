@@ -1,7 +1,10 @@
 #include "support/hostile.h"
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 namespace pbsattn::test {
 namespace {
@@ -86,6 +89,33 @@ std::vector<HostileCase> hostile_cases(const Shape& shape, int block) {
     cases.push_back({"nan_query" + at, [=](Problem& p) { p.q.set(0, 1, token, 0, nan); }});
   }
   return cases;
+}
+
+void expect_equal_keys_keep_their_order(Problem problem, Options pbs, Precision products, const Runner& run) {
+  const std::int64_t n = problem.shape.kv_len;
+  problem.k.fill(0.25);
+  pbs.top_p = 0.5F;
+  EXPECT_EQ(row_list(run(pbs, problem).trace, 0, 4), (std::vector<std::int32_t>{0, 1, 4}));
+  pbs.top_p = 0.9F;
+  const RunResult result = run(pbs, problem);
+  std::vector<std::int32_t> identity(n);
+  std::iota(identity.begin(), identity.end(), 0);
+  EXPECT_EQ(head_order(result.trace, 0, n), identity);
+  EXPECT_EQ(row_list(result.trace, 0, 4), (std::vector<std::int32_t>{0, 1, 2, 3, 4}));  // .9 takes 4 of 4 quarters
+  expect_right(problem, result, products);
+}
+
+void expect_nan_goes_by_the_rules(Problem problem, Options pbs, const Runner& run) {
+  for (const Rules rules : {Rules::reference_code, Rules::paper}) {
+    problem.q.fill(nan);
+    problem.k.fill(nan);
+    problem.v.fill(nan);
+    pbs.rules = rules;
+    const RunResult result = run(pbs, problem);
+    expect_lists(problem, result.options, result.trace, {});
+    EXPECT_EQ(row_list(result.trace, 1, 4).size(), rules == Rules::paper ? 5 : 2);
+    EXPECT_TRUE(std::isnan(problem.out.get(0, 1, problem.shape.q_len - 1, problem.shape.head_dim - 1)));
+  }
 }
 
 }  // namespace pbsattn::test
