@@ -19,7 +19,7 @@ Q, K, V = qkv("cpu", 40)
     (TypeError, "torch.float64; pbsattn takes float32", lambda: pbsattn.attention(Q.double(), K, V)),
     (TypeError, "torch.int32; pbsattn takes", lambda: pbsattn.attention(Q.int(), K.int(), V.int())),
     (ValueError, "k on meta but q on cpu", lambda: pbsattn._op._compute(
-        Q, K.to("meta"), V, "pbs", "", "bhsd", False, False)),
+        Q, K.to("meta"), V, "pbs", "", "", "bhsd", False, False)),
     (ValueError, "kv_heads 2: must divide q_heads 3", lambda: pbsattn.attention(Q[:, :3], K, V)),
     (ValueError, "not k's", lambda: pbsattn.attention(Q, K, V[:, :, :30])),
     (ValueError, "batch and head_dim must be equal", lambda: pbsattn.attention(Q[..., :32], K, V)),

@@ -1,6 +1,7 @@
 """transformers models, small and random: what pbsattn takes gives SDPA's logits, what it doesn't goes to SDPA."""
 
 import gc
+import json
 import threading
 import warnings
 
@@ -223,6 +224,31 @@ def test_only_some_layers(device):
         assert [layer.layer for layer in pt.stats(model)] == [0, 2]
     with pytest.raises(ValueError, match=r"layers \[3\]: .* has 0 .. 2"):
         enable(model, layers=[3])
+
+
+def test_layers_and_heads_go_by_their_settings(device, tmp_path):
+    model = build("llama", device)
+    settings = {"0": {"*": {"keep": "all"}}, "1": {"*": {"keep": "none"}, "2": {"local_blocks": 3}}}
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings))
+    for given in (path, settings):
+        with enable(model, method="pbs-unpermuted", settings=given, stats=True):
+            model(prompt(device))
+            dense, sparse = (each.visited_blocks for each in pt.stats(model))
+        assert dense == 4 * (1 + 2 + 3 + 4 + 5)
+        own_and_first = 1 + 2 + 2 + 3 + 2
+        local = 0 + 0 + 1 + 1 + 2  # more
+        assert sparse == 4 * own_and_first + local
+
+
+def test_a_model_and_its_settings_go_together():
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"layer 2: no such layer; there are 0 \.\. 1"):
+        enable(model, settings={"2": {}})
+    with pytest.raises(ValueError, match="layer 1, head 4: there are 4 query heads"):
+        enable(model, settings={"1": {"4": {"top_p": 0.5}}})
+    with enable(model, settings={"*": {"*": {"scale": 0.25}}}):  # nothing of the above is left
+        model(prompt())
 
 
 def test_short_calls_go_to_sdpa_silently(device):

@@ -2,18 +2,19 @@
 
 import ast
 import dataclasses
+import json
 import threading
 
 import torch
 
 from . import _core
-from ._plan import check_inputs, check_tensor, plan_of, run
+from ._plan import check_inputs, check_tensor, head_options, plan_of, run
 
 _library = torch.library.Library("pbsattn", "DEF")
 # `settings` are the options that replace the method's own, written as "name=value,name=value": a schema can't be added to
-# as easily as the library's options.
+# as easily as the library's options. `heads` are those of query heads, as JSON.
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str layout='bhsd', "
+    "attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str heads='', str layout='bhsd', "
     "bool return_lse=False) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_fixed_stride_order,))
 
@@ -33,12 +34,29 @@ def _read_settings(settings):
     return options
 
 
-def _compute(q, k, v, method, settings, layout, return_lse, stats, trace=False):
+def _write_heads(heads):
+    if heads is None or isinstance(heads, str):
+        return heads or ""
+    try:
+        return json.dumps(heads)
+    except TypeError as error:
+        raise TypeError(f"heads: {error}; pass a dict of dicts of numbers and names") from None
+
+
+def _read_heads(heads):
+    try:
+        return json.loads(heads) if heads else None
+    except ValueError as error:
+        raise ValueError(f"heads: not JSON: {error}") from None
+
+
+def _compute(q, k, v, method, settings, heads, layout, return_lse, stats, trace=False):
     """Output, log-sum-exp or None, and what run() gives."""
     index = q.get_device()
-    key = (method, settings, layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, index, k.get_device(),
+    key = (method, settings, heads, layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, index, k.get_device(),
            v.get_device(), torch.get_num_threads() if index < 0 else 0)
-    plan = plan_of(key, lambda: _core.options(method, **_read_settings(settings)), q, k, v, layout)
+    plan = plan_of(key, lambda q_heads: head_options(method, _read_settings(settings), _read_heads(heads), q_heads), q, k,
+                   v, layout)
     out = torch.empty_like(q) if q.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = _empty_lse(q, layout) if return_lse else None
     if index < 0:
@@ -68,8 +86,8 @@ def _empty_lse(q, layout):
     return q.new_empty((q.shape[0], q.shape[heads], q.shape[tokens]), dtype=torch.float32)
 
 
-def _attention(q, k, v, *, method="pbs", settings="", layout="bhsd", return_lse=False):
-    out, lse, _ = _compute(q, k, v, method, settings, layout, return_lse, False)
+def _attention(q, k, v, *, method="pbs", settings="", heads="", layout="bhsd", return_lse=False):
+    out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, False)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -94,8 +112,8 @@ _transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_s
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", top_p: float | None = None,
               threshold: float | None = None, dense_last_rows: int | None = None, scale: float | None = None,
-              layout: str = "bhsd", return_lse: bool = False, return_stats: bool = False,
-              **options: float | int | str | None):
+              heads: dict | str | None = None, layout: str = "bhsd", return_lse: bool = False,
+              return_stats: bool = False, **options: float | int | str | None):
     """Causal attention of the last Sq of Skv tokens, dense or block-sparse.
 
     q: [B, Hq, Sq, D]; k, v: [B, Hkv, Skv, D] with Hkv dividing Hq (they are never repeated) and Sq <= Skv. With
@@ -108,6 +126,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str 
       dense_last_rows  this many of the last query blocks attend to everything
       scale            factor on q . k; by default 1 / sqrt(D)
       options          any other field of pbsattn::Options, enumerators as strings: segment=512, order_scope="kv_head"
+
+    heads: options of query heads over those, {"7": {"vertical": 3500, "slash": 100}, "*": {...}}, "*" being every head.
+    They may differ in the keep rule and its numbers, and in what is always kept. The same as JSON text spares
+    torch.compile a graph break.
 
     Returns out, like q and contiguous; with return_lse also the natural log-sum-exp of each query's scaled scores,
     float32 [B, Hq, Sq]; with return_stats also Stats (density, seconds), for which it waits for the work.
@@ -128,13 +150,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str 
                                         **options))
     else:
         settings = ""
+    heads = _write_heads(heads)
     if return_stats:
-        out, lse, stats = _compute(q, k, v, method, settings, layout, return_lse, True)
+        out, lse, stats = _compute(q, k, v, method, settings, heads, layout, return_lse, True)
         return (out, lse, stats) if return_lse else (out, stats)
     if plain and _nobody_watches():
-        out, lse, _ = _compute(q, k, v, method, settings, layout, return_lse, False)
+        out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, False)
         return (out, lse) if return_lse else out
-    out, lse = torch.ops.pbsattn.attention.default(q, k, v, method=method, settings=settings, layout=layout,
+    out, lse = torch.ops.pbsattn.attention.default(q, k, v, method=method, settings=settings, heads=heads, layout=layout,
                                                    return_lse=return_lse)
     return (out, lse) if return_lse else out
 
@@ -150,12 +173,12 @@ class Trace:
     stats: _core.Stats
 
 
-def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", layout: str = "bhsd",
-          **options: float | int | str | None) -> tuple[torch.Tensor, Trace]:
+def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", heads: dict | str | None = None,
+          layout: str = "bhsd", **options: float | int | str | None) -> tuple[torch.Tensor, Trace]:
     """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`."""
     check_inputs(q, k, v, layout)
     with torch.no_grad():
-        out, _, ran = _compute(q, k, v, method, _write_settings(options), layout, False, True, trace=True)
+        out, _, ran = _compute(q, k, v, method, _write_settings(options), _write_heads(heads), layout, False, True, trace=True)
     return out, trace_of(ran, q.shape[0], q.shape[1 if layout == "bhsd" else 2])
 
 

@@ -6,6 +6,7 @@ import os
 import torch
 
 from . import _core
+from ._settings import Heads, library_options
 
 METHODS = dict(_core.methods())
 """Name and summary of every method."""
@@ -67,6 +68,12 @@ def check_inputs(q, k, v, layout):
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty; pass at least one token")
 
 
+def head_options(method, options, heads, q_heads):
+    """The library's options of a call: one for all heads, or one of each."""
+    base = {"method": method, **options}
+    return [_core.options(**base)] if not heads else library_options(Heads(heads).over([base], q_heads))
+
+
 def _make(options, device, batch, q_heads, kv_heads, q_len, kv_len, head_dim, threads, workspace_cap=None):
     if device.type == "cuda" and not _core.has_cuda:
         raise NotImplementedError("device cuda: this build of pbsattn has no CUDA backend; install it where nvcc is")
@@ -75,7 +82,7 @@ def _make(options, device, batch, q_heads, kv_heads, q_len, kv_len, head_dim, th
     index = 0
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-    return _core.Plan(options, device.type, index, threads, (batch, q_heads, kv_heads, q_len, kv_len, head_dim),
+    return _core.Plan(options[0] if len(options) == 1 else options, device.type, index, threads, (batch, q_heads, kv_heads, q_len, kv_len, head_dim),
                       workspace_cap)
 
 
@@ -91,7 +98,7 @@ def plan_of(key, options, q, k, v, layout):
         check_inputs(q, k, v, layout)
         batch, q_heads, q_len, head_dim = _sizes(q.shape, layout)
         _, kv_heads, kv_len, _ = _sizes(k.shape, layout)
-        found = _make(options(), q.device, batch, q_heads, kv_heads, q_len, kv_len, head_dim, torch.get_num_threads())
+        found = _make(options(q_heads), q.device, batch, q_heads, kv_heads, q_len, kv_len, head_dim, torch.get_num_threads())
         while len(_plans) >= _MOST_PLANS:
             _plans.pop(next(iter(_plans)), None)
         _plans[key] = found
@@ -172,16 +179,16 @@ class Plan:
 
 
 def plan(*, batch=1, q_heads, kv_heads, q_len, kv_len, head_dim, device="cpu", method="pbs", workspace_cap=None,
-         threads=0, **options) -> Plan:
+         threads=0, heads=None, **options) -> Plan:
     """A plan for one shape, for callers who keep the workspace themselves.
 
     The queries are the last q_len of kv_len tokens; kv_heads divides q_heads. workspace_cap bounds the workspace in
-    bytes: the plan then works head by head. threads (CPU): 0 takes one for each processor. options: those of
+    bytes: the plan then works head by head. threads (CPU): 0 takes one for each processor. heads, options: those of
     `attention`. Raises ValueError, NotImplementedError (this device doesn't take it) or MemoryError (the cap).
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    core = _make(_core.options(method, **options), device, batch, q_heads, kv_heads, q_len, kv_len, head_dim, threads,
+    core = _make(head_options(method, options, heads, q_heads), device, batch, q_heads, kv_heads, q_len, kv_len, head_dim, threads,
                  workspace_cap)
     return Plan(core, device, (batch, q_heads, q_len, head_dim, kv_heads, kv_len))

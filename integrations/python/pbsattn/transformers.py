@@ -18,6 +18,7 @@ long does, a FallbackWarning names the reason.
 """
 
 import dataclasses
+import json
 import sys
 import threading
 import warnings
@@ -31,6 +32,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import _core
 from ._op import attention
+from ._settings import Layers
 
 NAME = "pbsattn"  # of our attention in transformers' tables
 # Least queries of a call for pbsattn, by device. On a GPU a shorter prefill is bound by the host, which is no faster with us.
@@ -63,8 +65,9 @@ class LayerStats:
 class _State:
     """What enable() set for one model."""
 
-    def __init__(self, model, options, min_tokens, layers, measure):
+    def __init__(self, model, options, by_layer, min_tokens, layers, measure):
         self.options = options
+        self.by_layer = by_layer  # of the layers that have settings of their own
         self.min_tokens = min_tokens
         self.layers = layers
         self.measure = measure
@@ -211,11 +214,12 @@ def _pick(state, module, query, key, value, attention_mask, dropout=0.0, scaling
 
 
 def _attend(state, record, query, key, value, scaling):
+    options = {"scale": scaling, **state.by_layer.get(record.layer, state.options)}
     # Tokens before heads, by strides alone, so that the output comes in the order that the model wants.
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if not (state.measure or q.device.type == "cpu") or torch.compiler.is_compiling():
-        return attention(q, k, v, scale=scaling, layout="bshd", **state.options)
-    out, stats = attention(q, k, v, scale=scaling, layout="bshd", return_stats=True, **state.options)
+        return attention(q, k, v, layout="bshd", **options)
+    out, stats = attention(q, k, v, layout="bshd", return_stats=True, **options)
     record.visited_blocks += stats.visited_blocks
     record.causal_blocks += stats.causal_blocks
     record.seconds += stats.seconds
@@ -265,10 +269,25 @@ class Enabled:
         disable(self._model)
 
 
-def enable(model, *, method="pbs", min_tokens=None, layers=None, stats=False, **options) -> Enabled:
+def _options_by_layer(modules, settings, base):
+    """What `settings` make of attention()'s options, layer by layer."""
+    by_layer = {}
+    settings = Layers(settings)
+    settings.check({module.layer_idx for module in modules})
+    for module in modules:
+        config = module.config
+        heads = settings.of(module.layer_idx, base, config.num_attention_heads)
+        by_layer[module.layer_idx] = heads[0] if len(heads) == 1 else dict(
+            heads[0], heads=json.dumps({h: options for h, options in enumerate(heads)}))
+    return by_layer
+
+
+def enable(model, *, method="pbs", min_tokens=None, layers=None, settings=None, stats=False, **options) -> Enabled:
     """Sends the prefill of a transformers model to pbsattn, until disable() or the end of a `with` block.
 
     method and options: those of pbsattn.attention (top_p, dense_last_rows, ...).
+    settings: options of single layers and query heads over those: the path of a JSON file, or the same as a dict:
+    {"*": {"*": {"method": "minference"}, "7": {"vertical": 3500}}, "0": {"*": {"keep": "all"}}} (layer, head, options).
     min_tokens: calls with fewer queries go to SDPA (by default fewer than 512 on the CPU and than 2560 on CUDA); so do
     layers whose index is not in `layers`, if that is given.
     stats: measure density and time on CUDA too, where that waits for every layer; on the CPU they are always measured.
@@ -297,7 +316,8 @@ def enable(model, *, method="pbs", min_tokens=None, layers=None, stats=False, **
         min_tokens = MIN_TOKENS.get(model.device.type, 512)
     if min_tokens < 2:
         raise ValueError(f"min_tokens {min_tokens}: decoding is not for pbsattn; 2 is the least")
-    state = _State(model, dict(method=method, **options), min_tokens, layers, stats)
+    by_layer = {} if settings is None else _options_by_layer(modules, settings, dict(method=method, **options))
+    state = _State(model, dict(method=method, **options), by_layer, min_tokens, layers, stats)
     state.configs = list({id(module.config): module.config for module in modules}.values())
     model.set_attn_implementation(NAME)
     for config in state.configs:

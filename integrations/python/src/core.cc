@@ -104,20 +104,24 @@ pbsattn::Device make_device(std::string_view kind, int index, int threads) {
                        "device \"" + std::string(kind) + "\": pbsattn computes on \"cpu\" and \"cuda\"");
 }
 
+// `options` are those of all heads, or a list of those of each.
 pbsattn::Plan make_plan(
-    const Options& options, std::string_view device, int index, int threads,
+    const nb::object& options, std::string_view device, int index, int threads,
     const std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>& shape,
     std::optional<std::size_t> workspace_cap) {
   const auto [batch, q_heads, kv_heads, q_len, kv_len, head_dim] = shape;
+  const pbsattn::Shape sizes{
+      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
+  const pbsattn::Device on = make_device(device, index, threads);
+  const std::size_t cap = workspace_cap.value_or(pbsattn::Plan::no_cap);
+  if (nb::isinstance<Options>(options)) {
+    const auto all = nb::cast<Options>(options);
+    const nb::gil_scoped_release unlocked;
+    return pbsattn::Plan::create(all, sizes, on, cap);
+  }
+  const auto heads = nb::cast<std::vector<Options>>(options);
   const nb::gil_scoped_release unlocked;
-  return pbsattn::Plan::create(options,
-                               {.batch = batch,
-                                .q_heads = q_heads,
-                                .kv_heads = kv_heads,
-                                .q_len = q_len,
-                                .kv_len = kv_len,
-                                .head_dim = head_dim},
-                               make_device(device, index, threads), workspace_cap.value_or(pbsattn::Plan::no_cap));
+  return pbsattn::Plan::create(heads, sizes, on, cap);
 }
 
 // (address, dtype, batch stride, head stride, token stride)

@@ -1,0 +1,106 @@
+"""Options by layer and query head: from dicts and files to what each head does, and the errors on the way."""
+
+import json
+
+import pytest
+import torch
+from conftest import qkv
+
+import pbsattn
+from pbsattn._settings import Heads, Layers
+
+BASE = {"method": "pbs", "top_p": 0.8}
+
+
+def test_what_is_said_of_fewer_overrides():
+    layers = Layers({
+        "5": {"3": {"keep": "none", "sink_blocks": 1}, "*": {"top_p": 0.5}},
+        "*": {"7": {"vertical": 3500, "slash": 100}, "*": {"method": "minference"}},
+        6: {0: {"slash": 20}},
+    })
+    assert layers.of(0, BASE, 8)[6:] == [{"method": "minference"}, {"method": "minference", "vertical": 3500, "slash": 100}]
+    fifth = layers.of(5, {**BASE, "scale": 0.25, "precision": "bf16"}, 8)
+    kept = {"method": "minference", "scale": 0.25, "precision": "bf16", "top_p": 0.5}  # a method leaves both as they were
+    assert fifth == [kept] * 3 + [{**kept, "keep": "none", "sink_blocks": 1}] + [kept] * 3 + [
+        {**kept, "vertical": 3500, "slash": 100}]
+    assert layers.of(6, BASE, 8)[0] == {"method": "minference", "slash": 20}
+    assert Layers({"3": {"*": {"top_p": 0.5}}}).of(3, BASE, 8) == [{"method": "pbs", "top_p": 0.5}]
+    assert Layers({}).of(3, BASE, 8) == [BASE]
+
+
+def test_a_file_says_what_a_dict_does(tmp_path):
+    given = {"*": {"*": {"method": "minference"}}, "1": {"2": {"slash": 77}}}
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(given))
+    assert Layers(path).of(1, BASE, 4) == Layers(given).of(1, BASE, 4)
+
+
+@pytest.mark.parametrize("given, message", [
+    ([], "settings: [] is not an object of layers"),
+    ({"x": {}}, 'layer "x": not a number from 0 up'),
+    ({"-1": {}}, 'layer "-1": not a number from 0 up'),
+    ({"0": 3}, "layer 0, : 3 is not an object of heads"),
+    ({"0": {"1.5": {}}}, 'layer 0, head "1.5": not a number'),
+    ({"0": {"*": 1}}, "layer 0, head *: 1 is not an object of options"),
+    ({"0": {"1": {"top_p": True}}}, "layer 0, head 1: top_p True: neither a number nor a name"),
+    ({"0": {"1": {"topp": 1}}}, "layer 0, head 1: option 'topp': no such option"),
+    ({"0": {"1": {"method": "pbz"}}}, 'layer 0, head 1: method "pbz": no such method'),
+    ({"*": {"1": {"vertical": 1.5}}}, "layer *, head 1: vertical 1.5: not an int"),
+    ({"0": {"9": {"top_p": 0.5}}}, "layer 0, head 9: there are 4 query heads, 0 .. 3"),
+    ({"0": {"2": {"top_p": 7}}}, "layer 0, head 2: top_p 7: outside"),
+    ({"0": {"2": {"segment": 512}}}, "layer 0, segment of head 2 is not head 0's; heads may differ in keep"),
+])
+def test_an_error_names_layer_head_and_option(given, message):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        Layers(given).of(0, BASE, 4)
+    assert message in str(raised.value)
+
+
+def test_a_file_is_named(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="settings.json: not JSON: Expecting"):
+        Layers(path)
+    path.write_text('{"0": {"1": {"topp": 1}}}')
+    with pytest.raises(TypeError, match="settings.json: layer 0, head 1: option 'topp'"):
+        Layers(path)
+    with pytest.raises(FileNotFoundError, match="absent.json"):
+        Layers(tmp_path / "absent.json")
+
+
+def test_each_head_keeps_what_its_options_keep(device):
+    q, k, v = qkv(device, 700)
+    heads = {"*": {"top_p": 0.6}, 1: {"keep": "all"}, 2: {"keep": "none", "local_blocks": 2}, "3": {"keep": "top_k", "top_k": 1}}
+    out, trace = pbsattn.trace(q, k, v, heads=heads)
+    assert torch.equal(out, pbsattn.attention(q, k, v, heads=json.dumps(heads)))
+    for h, options in enumerate(Heads(heads).over([{"method": "pbs"}], 4)):
+        alone, alone_trace = pbsattn.trace(q, k, v, **options)
+        assert torch.equal(trace.kept[:, h], alone_trace.kept[:, h]) and torch.equal(out[:, h], alone[:, h])
+    assert len({int(trace.kept[0, h].sum()) for h in range(4)}) == 4
+
+
+def test_a_plan_and_a_compiled_call_take_heads():
+    q, k, v = qkv("cpu", 600)
+    heads = {"0": {"keep": "all"}, "1": {"top_p": 0.3}}
+    wanted = pbsattn.attention(q, k, v, heads=heads)
+    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=600, kv_len=600, head_dim=64, heads=heads)
+    out = torch.empty_like(q)
+    plan.run(q, k, v, out, torch.empty(plan.workspace_size, dtype=torch.uint8))
+    assert torch.equal(out, wanted)
+    text = json.dumps(heads)
+    compiled = torch.compile(lambda q, k, v: pbsattn.attention(q, k, v, heads=text), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), wanted)
+
+
+@pytest.mark.parametrize("heads, message", [
+    ("{", "heads: not JSON"),
+    ([1], "is not an object of heads"),
+    ({"0": {"top_p": {}}}, "head 0: top_p {}: neither a number nor a name"),
+    ({"4": {"top_p": 0.5}}, "head 4: there are 4 query heads"),
+    ({"1": {"block": 64}}, "block of head 1 is not head 0's"),
+])
+def test_errors_of_a_call(heads, message):
+    q, k, v = qkv("cpu", 40)
+    with pytest.raises(ValueError) as raised:
+        pbsattn.attention(q, k, v, heads=heads)
+    assert message in str(raised.value)
