@@ -116,7 +116,7 @@ class CudaExecutor final : public detail::Executor {
     if (sparse_) {
       const PermuteArgs permutation{.geometry = g,
                                     .scope = spec.options.order_scope,
-                                    .rules = spec.options.rules,
+                                    .rules = rules_of_means(spec.options),
                                     .scale = spec.options.scale,
                                     .inputs = inputs,
                                     .k = layout.permuted_k,

@@ -148,6 +148,8 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
 
 cudaError_t pool(const PermuteArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
+  if (args.pooled_q == nullptr)  // token 0 stays where it is
+    return cudaMemsetAsync(args.sink_block, 0, g.shape.batch * g.shape.kv_heads * sizeof(std::int32_t), stream);
   const ConstView& k = args.inputs.k;
   const cudaError_t error = launch_pool(pool_queries(args), args.inputs.q.dtype, g.shape.head_dim, g.shape.batch,
                                         args.sink_block, g.shape.batch * g.shape.kv_heads, stream);

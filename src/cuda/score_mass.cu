@@ -181,6 +181,8 @@ cudaError_t gather(const ScoreArgs& args, Params& p, cudaStream_t stream) {
 }  // namespace
 
 std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows) {
+  if (score == BlockScore::vertical_slash) return vertical_slash_scratch_size(geometry);
+  if (score == BlockScore::flexible) return flexible_scratch_size(geometry);
   if (score != BlockScore::exact && score != BlockScore::sampled && !in_patches(score)) return 0;
   const Work work(geometry, query_lines_of(score), dense_last_rows);
   const std::int64_t heads = geometry.shape.batch * geometry.shape.q_heads;

@@ -128,6 +128,8 @@ __global__ void __launch_bounds__(select_threads) select_rows(const __grid_const
 // Scores that have launches of their own.
 cudaError_t score_blocks(const ScoreArgs& args, cudaStream_t stream) {
   switch (args.score) {
+    case BlockScore::vertical_slash: return score_vertical_slash(args, stream);
+    case BlockScore::flexible: return score_flexible(args, stream);
     case BlockScore::per_query: return score_per_query(args, stream);
     case BlockScore::sampled:
       if (const cudaError_t error = score_per_query(args, stream); error != cudaSuccess) return error;
@@ -154,6 +156,8 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                           .score = options.score,
                           .scale = options.scale,
                           .dense_last_rows = common_dense_rows(heads),
+                          .rules = rules,
+                          .pooled_q = args.pooled_q,
                           .pooled_k = args.pooled_k,
                           .pooled_own = args.pooled_own,
                           .pooled_blocks = args.pooled_blocks,

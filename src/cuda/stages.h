@@ -46,16 +46,27 @@ std::size_t permute_scratch_size(const Geometry& geometry);
 cudaError_t permute(const PermuteArgs& args, cudaStream_t stream);
 
 // Pooled K and Q, and sink blocks, of keys that stay where they are: order_heads is kv_heads. Reads only inputs,
-// geometry and rules, writes only pooled_q, sink_block and pooled_own, or pooled_k where pooled_own is null.
+// geometry and rules, writes only pooled_q, sink_block and pooled_own, or pooled_k where pooled_own is null; sink_block
+// alone where pooled_q is null.
 cudaError_t pool(const PermuteArgs& args, cudaStream_t stream);
 
 // Whether the score reads means of the own segment's blocks.
 inline bool pools_own(BlockScore score) {
-  return score == BlockScore::per_query || score == BlockScore::sampled;
+  return score == BlockScore::per_query || score == BlockScore::sampled || score == BlockScore::flexible;
+}
+// Whether it reads any means at all.
+inline bool reads_means(BlockScore score) {
+  return score != BlockScore::vertical_slash && score != BlockScore::none;
+}
+// How it divides the sums of parts of blocks.
+inline Rules rules_of_means(const Options& options) {
+  return options.score == BlockScore::flexible ? Rules::paper : options.rules;
 }
 
 // Scratch of the scores that multiply queries by keys; none of the others.
 std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows);
+std::size_t vertical_slash_scratch_size(const Geometry& geometry);
+std::size_t flexible_scratch_size(const Geometry& geometry);
 
 struct SelectArgs {
   Geometry geometry;
@@ -91,17 +102,23 @@ struct ScoreArgs {
   BlockScore score = BlockScore::per_query;
   float scale = 0;
   std::int64_t dense_last_rows = 0;  // in every head
+  HeadRules rules = {};              // of score_vertical_slash and score_flexible
+  const void* pooled_q = nullptr;    // of score_flexible, as in SelectArgs
   const void* pooled_k = nullptr;    // of score_per_query, like the next two, as in SelectArgs
   const void* pooled_own = nullptr;
   std::int64_t pooled_blocks = 0;
   const void* permuted_k = nullptr;  // of score_mass, as in SelectArgs
-  ConstView q, k;                    // k: of score_mass
-  void* scratch = nullptr;           // of score_mass, as in SelectArgs
+  ConstView q, k;                    // k: of all but score_per_query
+  void* scratch = nullptr;           // of all but score_per_query, as in SelectArgs
   std::size_t scratch_bytes = 0;
   float* scores = nullptr;
 };
 cudaError_t score_per_query(const ScoreArgs& args, cudaStream_t stream);
 // antidiagonal, antidiagonal_causal, exact; sampled after score_per_query(), whose scores it averages its own into.
 cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream);
+// 1 for the blocks before the own segment that the head's rule keeps, 0 for the others; nothing for heads with another
+// rule.
+cudaError_t score_vertical_slash(const ScoreArgs& args, cudaStream_t stream);
+cudaError_t score_flexible(const ScoreArgs& args, cudaStream_t stream);
 
 }  // namespace pbsattn::cuda

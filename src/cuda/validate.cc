@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
 #include <string>
 
 #include "cuda/runtime.h"
@@ -82,18 +84,12 @@ void check_limits(const detail::PlanSpec& spec) {
     refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
                        max_segment));
   const Options& options = spec.options;
-  if (options.score > BlockScore::exact && options.score != BlockScore::sampled)
+  constexpr std::array missing{BlockScore::mean_pool_causal, BlockScore::energy, BlockScore::dual_band};
+  if (std::ranges::find(missing, options.score) != missing.end())
     refuse(
-        fmt::format("block score {}: the CUDA backend has mean_pool, per_query, antidiagonal, antidiagonal_causal, "
-                    "exact and sampled; use one of them, or Device::reference()",
+        fmt::format("block score {}: the CUDA backend has every one but mean_pool_causal, energy and dual_band; use "
+                    "another, or Device::cpu()",
                     name_of(options.score)));
-  if (options.keep > KeepRule::density)
-    refuse(
-        fmt::format("keep rule {}: the CUDA backend has all, top_p, threshold, relative, top_k and density; use one "
-                    "of them, or Device::cpu()",
-                    name_of(options.keep)));
-  if (!spec.heads.empty())
-    refuse("options by head: the CUDA backend has one set for all heads; plan with that, or use Device::cpu()");
   if (options.correction != Correction::none)
     refuse(fmt::format("correction {}: the CUDA backend has none; set correction to none, or use Device::reference()",
                        name_of(options.correction)));

@@ -26,11 +26,11 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   // Keys that stay where they are have the same means there and here.
   const bool same = !permutes && pools_own(spec.options.score);
   pooled_blocks = same ? g.blocks() : permuted_blocks(g);
-  if (same)
-    pooled_k = pooled_own;
-  else
+  if (same) pooled_k = pooled_own;
+  if (!same && (permutes || reads_means(spec.options.score)))
     take(pooled_k, order_heads * pooled_blocks * g.shape.head_dim * element_bytes);
-  take(pooled_q, query_heads * g.rows() * g.shape.head_dim * element_bytes);
+  if (permutes || reads_means(spec.options.score))
+    take(pooled_q, query_heads * g.rows() * g.shape.head_dim * element_bytes);
   take(sink_block, order_heads);
   take(row_start, query_heads * g.rows());
   take(row_count, query_heads * g.rows());
