@@ -5,11 +5,13 @@
     tools/readme.py --page docs/cuda.md --all --results docs/results/gpu.json
     tools/readme.py --page docs/transformers.md --models docs/results/prefill-h100*.json
     tools/readme.py --page docs/python.md --op docs/results/python-*.json
+    tools/readme.py --page docs/methods.md --lists docs/results/lists.json
 """
 
 import argparse
 import datetime
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -198,6 +200,27 @@ def op_table(records):
     return "\n\n".join(parts)
 
 
+def lists_table(records):
+    """What `./dev bench lists` counted: a row for each method and input."""
+    lines = ["| method | public code | input | decisions | float32: reference, CPU | bf16 | its float32 on bf16's numbers | bf16, ties aside |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows = {}
+    for record in records:
+        rows.setdefault((record["case"], record["params"]["input"]), {})[record["params"]["what"]] = record
+    for (method, source), by_what in rows.items():
+        found = lambda start, end="": next((r for what, r in by_what.items() if what.startswith(start) and what.endswith(end)), None)
+        show = lambda record: "" if record is None else f"{math.floor(record['value'] * 1e5) / 1e3:.3f} %"
+        float32, reference, bf16, aside = found("float32", "CPU"), found("float32", "reference"), found("bf", "CPU"), found("bf", "ties")
+        params = float32["params"]
+        count = bf16["params"]["decisions"] - aside["params"]["decisions"] if aside else 0
+        ties = f"{show(aside)}, {count} ties" if count else ""  # none are known of code that gives no scores
+        what = f"{params['head_dim']} wide, {' and '.join(map(str, params['tokens']))} tokens, {params['inputs']} times {params['heads']} heads"
+        lines.append(f"| `{method}` | {float32['peer']} `{params['public_commit'].rstrip('+')}`, {params['function']} | {source}: {what} | "
+                     f"{params['decisions']} | {', '.join(filter(None, (show(reference), show(float32))))} | {show(bf16)} | "
+                     f"{show(found('bf', 'numbers'))} | {ties} |")
+    return f"`./dev bench lists` on {stamp(records[0])}:\n\n" + "\n".join(lines)
+
+
 def demo_block(path):
     """What the demo printed, and where: its second line names the machine."""
     text = path.read_text().strip()
@@ -220,6 +243,7 @@ def main():
                         help="files that python -m pbsattn.bench prefill wrote with --json, on a GPU")
     parser.add_argument("--op", type=pathlib.Path, nargs="+",
                         help="files that python -m pbsattn.bench op and overhead wrote with --json")
+    parser.add_argument("--lists", type=pathlib.Path, nargs="+", help="files that ./dev bench lists wrote with --json")
     parser.add_argument("--page", type=pathlib.Path, default=README, help="the page to change, README.md if not given")
     parser.add_argument("--all", action="store_true", help="every measurement, not only the largest length's")
     arguments = parser.parse_args()
@@ -233,6 +257,7 @@ def main():
               ("summary", arguments.summary, summary_table),
               ("models", arguments.models, models_table),
               ("op", arguments.op, op_table),
+              ("lists", arguments.lists, lists_table),
               ("fidelity", arguments.fidelity, fidelity_table))
     for marker, paths, make in tables:
         if paths:

@@ -104,10 +104,11 @@ def _compare_one(code, folder, options, given, counts):
     if code.bf16:
         theirs = public(q, k)
         counts[BF16].add(theirs.kept == rounded, counted)
-        ties = torch.zeros_like(counted)
-        for score, true_score in zip(theirs.scores, exact.scores):
-            ties |= near_cut(score, true_score, options.as_dict()["top_p"])
-        counts[BEYOND_TIES].add(theirs.kept == rounded, counted & ~ties)
+        if theirs.scores:
+            ties = torch.zeros_like(counted)
+            for score, true_score in zip(theirs.scores, exact.scores):
+                ties |= near_cut(score, true_score, options.as_dict()["top_p"])
+            counts[BEYOND_TIES].add(theirs.kept == rounded, counted & ~ties)
     return int((ours & counted).sum()), int(counted.sum())
 
 

@@ -1,11 +1,12 @@
-"""eval budgets: for each head of a model, the pattern of MInference that costs its output least at a density; as layer settings.
+"""eval budgets: for each head of a model a pattern of MInference's, so that outputs differ least at a density; as layer settings.
 
-The search of MInference (arXiv 2407.02490, section 3.2), at equal density instead of equal FLOPs of its kernels, by the error
-of a head's output on texts of the user's.
+The search of MInference (arXiv 2407.02490, section 3.2) by the error of heads' outputs on texts of the user's. There each head has
+the same budget; here all together have one, so that a head that needs more gets it from those that need less.
 """
 
 import dataclasses
 import json
+import math
 
 from . import folder, ppl, summary
 
@@ -19,7 +20,7 @@ _TOGETHER = 6  # layers whose queries, keys and values are kept at a time
 def add_arguments(parser):
     ppl.add_documents(parser, "8192")
     parser.add_argument("--density", type=float, default=0.25,
-                        help="share of its causal blocks that a head may compute (default 0.25)")
+                        help="share of causal blocks that the heads may compute, on average (default 0.25)")
     parser.add_argument("--to", required=True, metavar="FILE", help="the settings, as PBSATTN_SETTINGS and the package read them")
 
 
@@ -29,9 +30,10 @@ def patterns(tokens, density):
     made = {f"{share:.0%} columns": [{"vertical": round(budget * share), "slash": round(budget * (1 - share))} for budget in budgets]
             for share in SPLITS}
     rows = -(-tokens // BLOCK)
-    pairs = lambda local: sum(min(row + 1, 1 + local) for row in range(rows))  # of the first block, and local ones
-    local = [count for count in range(1, rows + 1) if count == 1 or pairs(count) <= density * pairs(rows)]
-    made["A-shape"] = [{"keep": "none", "sink_blocks": 1, "local_blocks": local[-1]}]
+    share = lambda local: sum(min(row + 1, 1 + local) for row in range(rows)) / (rows * (rows + 1) / 2)  # of blocks
+    sizes = dict.fromkeys(round(2 ** (step / 2)) for step in range(64) if 2 ** (step / 2) < rows)
+    made["A-shape"] = [{"keep": "none", "sink_blocks": 1, "local_blocks": local}
+                       for local in sizes if local == 1 or share(local) <= TOO_DENSE * density]
     return made
 
 
@@ -57,15 +59,15 @@ def search(engine, documents, density, say):
         say(f"layers {some.start} to {some.stop - 1} of {engine.layers}")
         captured = [engine.capture(ids, some) for ids in documents]
         layers += [_measure([of_layers[layer] for of_layers in captured], families, density) for layer in some]
-    for layer, costs in enumerate(layers):
-        settings[str(layer)] = {}
-        for head in range(len(next(iter(costs.values())))):
-            family, place = _best({pattern: of_heads[head] for pattern, of_heads in costs.items()}, density)
-            chosen.append((family, costs[family, place][head]))
-            settings[str(layer)][str(head)] = families[family][place]
-    everywhere = [pattern for pattern in layers[0] if all(pattern in costs for costs in layers)]
-    alike = {pattern: [cost for costs in layers for cost in costs[pattern]] for pattern in everywhere}
-    family, place = _best({pattern: Cost.mean(of_heads) for pattern, of_heads in alike.items()}, density)
+    costs = [{pattern: of_heads[head] for pattern, of_heads in of_layer.items()} for of_layer in layers
+             for head in range(len(next(iter(of_layer.values()))))]
+    picked = choose(costs, density)
+    heads = len(costs) // len(layers)
+    for i, (family, place) in enumerate(picked):
+        settings.setdefault(str(i // heads), {})[str(i % heads)] = families[family][place]
+        chosen.append((family, costs[i][family, place]))
+    alike = {pattern: [of_head[pattern] for of_head in costs] for pattern in costs[0] if all(pattern in of_head for of_head in costs)}
+    family, place = best({pattern: Cost.mean(of_heads) for pattern, of_heads in alike.items()}, density)
     lines = [("each head its own", [cost for _, cost in chosen])]
     lines += [(f"  {name}", [cost for its, cost in chosen if its == name]) for name in families]
     options = ", ".join(f"{name} {value}" for name, value in families[family][place].items())
@@ -78,12 +80,30 @@ def search(engine, documents, density, say):
     return settings, table
 
 
-def _best(costs, density):
-    """The pattern of least error at a density of at most this, of equal ones the sparsest; where none fits the sparsest of all."""
+def choose(costs, density):
+    """A pattern for each head, of least error together at a mean density of at most this; else the sparsest of each.
+
+    costs: of each head, {pattern: Cost}. Heads pay the same price for density, the lowest at which they keep to it together.
+    """
+    def at(price):
+        return [min(of_head, key=lambda pattern: of_head[pattern].error + price * of_head[pattern].density) for of_head in costs]
+
+    def fits(picked):
+        return Cost.mean([of_head[pattern] for of_head, pattern in zip(costs, picked)]).density <= density
+
+    low, high = 1e-6, 1e6
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        low, high = (low, price) if fits(at(price)) else (price, high)
+    return at(high)
+
+
+def best(costs, density):
+    """The pattern of least error at a density of at most this; where none fits, the sparsest."""
     fitting = [pattern for pattern, cost in costs.items() if cost.density <= density]
     if not fitting:
         return min(costs, key=lambda pattern: costs[pattern].density)
-    return min(fitting, key=lambda pattern: (round(costs[pattern].error, 4), costs[pattern].density))
+    return min(fitting, key=lambda pattern: costs[pattern].error)
 
 
 def _measure(documents, families, density):
