@@ -66,6 +66,18 @@ def test_ppl_prints_a_table_and_writes_it_as_json(finished, capsys, tmp_path):
     assert change["peer"] == "full" and change["low"] <= change["change"] <= change["high"]
 
 
+def test_methods_with_settings_by_layer_and_head(folder, tmp_path):
+    given = {"*": {"*": {"keep": "none"}}, "1": {"1": {"keep": "all"}}}
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(given))
+    name = f"pbs:settings={path}"
+    assert program.main(ppl_arguments(folder, tmp_path / "run", "--methods", f"{name},pbs:keep=none")) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["methods"][name]["settings"] == given
+    density = {each["method"]: each["density"] for each in items_of(tmp_path / "run")}
+    none = density["pbs:keep=none"]
+    assert density[name] == pytest.approx(none + (1 - none) / 4)  # one head of two layers' two is dense
+
+
 def test_losses_are_made_in_parts(folder, monkeypatch):
     from pbsattn.eval import engines
 

@@ -86,6 +86,15 @@ class Heads:
         return made
 
 
+def read_file(path):
+    """What a JSON file says."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: not JSON: {error}") from None
+
+
 class Layers:
     """The same of each layer, from a dict or the path of a JSON file."""
 
@@ -93,11 +102,7 @@ class Layers:
         self._file = ""
         if isinstance(source, (str, os.PathLike)):
             self._file = f"{os.fspath(source)}: "
-            try:
-                with open(source, encoding="utf-8") as file:
-                    source = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"{self._file}not JSON: {error}") from None
+            source = read_file(source)
         self._heads = {layer: [Heads(heads, self._place(layer)) for heads in all_heads]
                        for layer, all_heads in _by_index(source, "layer", self._file).items()}
 

@@ -9,6 +9,7 @@ import torch
 import pbsattn
 import pbsattn.transformers
 from pbsattn.bench import models
+from pbsattn._settings import read_file
 from pbsattn.bench.attentions import Attention
 
 from . import kind
@@ -21,8 +22,11 @@ def options_of(attention):
     """Every option of a method with its value, so that a run's folder says what a name stood for; {} for PyTorch's own."""
     if attention.method is None:
         return {}
-    settings = {k: v for k, v in attention.settings.items() if k not in ("min_tokens", "layers")}
-    return {**attention.settings, **pbsattn._core.options(attention.method, **settings).as_dict()}
+    ours = {k: v for k, v in attention.settings.items() if k in ("min_tokens", "layers", "settings")}
+    options = {k: v for k, v in attention.settings.items() if k not in ours}
+    if "settings" in ours:
+        ours["settings"] = read_file(ours["settings"])
+    return {**ours, **pbsattn._core.options(attention.method, **options).as_dict()}
 
 
 def versions():

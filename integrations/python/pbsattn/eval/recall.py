@@ -65,6 +65,8 @@ class Kind(kind.KindBase):
 
         if attention.method is None:
             raise kind.Unsupported(f"{attention.name} chooses no blocks")
+        if "settings" in attention.settings:
+            raise kind.Unsupported(f"{attention.name} has settings by layer and head; recall takes one set of options")
         options = engines.options_of(attention)
         start = time.perf_counter()
         if options["score"] == "exact":
