@@ -3,8 +3,9 @@
 // A CTA takes one segment of one KV head: its K and V stay in shared memory while the CTA goes through the query heads.
 // Two warpgroups score, a tile of keys each,
 //     S^T[key][query] = K Q^T, score[key] = sum over queries of exp2(S^T - log-sum-exp),
-// and rank the keys by counting those before each. Two others write: rows of K and V to their new places, 16 bytes a
-// thread, with K's block means. Writing, bound by memory, so runs under the next head's arithmetic.
+// and rank the keys by counting those before each. Two others write: rows of K to their new places, 16 bytes a thread,
+// with K's block means, and rows of V by the copy engine. Writing, bound by memory, so runs under the next head's
+// arithmetic. K is loaded before V, which comes under the first head's scores.
 #pragma once
 
 #include "cuda/key_order.cuh"
@@ -16,16 +17,18 @@ constexpr int resident_tiles = 2;  // the longest segment that this kernel takes
 constexpr int resident_scorers = 256;
 constexpr int resident_writers = 256;
 
-// What guards the two places of an order in shared memory: scorers fill one while writers read the other. A named
-// barrier would do for the kernel, but not for its tests: synccheck wants all threads to meet at one place in the code,
-// and racecheck doesn't know what such a barrier orders.
-struct Orders {
+// `full` and `free` guard the two places of an order in shared memory: scorers fill one while writers read the other.
+// Named barriers would do for the kernel, but not for its tests: synccheck wants all threads to meet at one place in
+// the code, and racecheck doesn't know what such a barrier orders.
+struct Handover {
   static constexpr int places = 2;
   sm90::Barrier full[places], free[places];
+  sm90::Barrier keys;  // K is there
 
   __device__ void init() {
     for (sm90::Barrier& barrier : full) barrier.init(resident_scorers);
     for (sm90::Barrier& barrier : free) barrier.init(resident_writers);
+    keys.init(resident_scorers);
   }
 };
 
@@ -36,14 +39,14 @@ struct ResidentShared {
   static constexpr int segment = resident_tiles * tile_tokens;
   static constexpr int writer_warps = resident_writers / 32;
   static constexpr int keys = 0;
-  static constexpr int values = keys + resident_tiles * tile;
-  static constexpr int queries = values + resident_tiles * tile;               // of two heads
-  static constexpr int log_sums = queries + 2 * tile;                          // LogSum[2][128]
-  static constexpr int score = log_sums + 2 * 128 * 8;                         // int[segment]
-  static constexpr int from = score + segment * 4;                             // int[2][segment]
-  static constexpr int block_sums = from + 2 * segment * 4;                    // float[2][writer_warps][head_dim]
-  static constexpr int orders = block_sums + 2 * writer_warps * head_dim * 4;  // Orders
-  static constexpr int bytes = 1024 + orders + sizeof(Orders);
+  static constexpr int values = keys + resident_tiles * tile;                    // rows one after the other
+  static constexpr int queries = values + resident_tiles * tile;                 // of two heads
+  static constexpr int log_sums = queries + 2 * tile;                            // LogSum[2][128]
+  static constexpr int score = log_sums + 2 * 128 * 8;                           // int[segment]
+  static constexpr int from = score + segment * 4;                               // int[2][segment]
+  static constexpr int block_sums = from + 2 * segment * 4;                      // float[2][writer_warps][head_dim]
+  static constexpr int handover = block_sums + 2 * writer_warps * head_dim * 4;  // Handover
+  static constexpr int bytes = 1024 + handover + sizeof(Handover);
 };
 
 namespace resident {
@@ -78,11 +81,14 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
     load_tile<T, head_dim, resident_scorers>(keys + i * Layout::bytes, source + i * tile_tokens * p.k.token_stride,
                                              p.k.token_stride, tile_tokens, thread);
   load_queries(0);
+  commit_copies();
+  wait_copies<0>();
+  auto& handover = *reinterpret_cast<Handover*>(base + Shared::handover);
+  handover.keys.arrive();
   wait_for_earlier_kernels();
   load_log_sums(0);
   commit_copies();
-  auto& orders = *reinterpret_cast<Orders*>(base + Shared::orders);
-  Ring<Orders::places> place;
+  Ring<Handover::places> place;
   for (int head = 0; head < p.group; ++head) {
     if (head + 1 < p.group) {
       load_queries(head + 1);
@@ -122,10 +128,10 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
     }
     sm90::named_wait(scorers, resident_scorers);
     if (!ranks) continue;
-    orders.free[place.at].wait(place.parity ^ 1);
+    handover.free[place.at].wait(place.parity ^ 1);
     rank_keys<resident_scorers>(score, p.segment, thread,
                                 reinterpret_cast<int*>(base + Shared::from) + place.at * Shared::segment);
-    orders.full[place.at].arrive();
+    handover.full[place.at].arrive();
     place.next();
   }
 }
@@ -139,31 +145,43 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
   unsigned char* values = base + Shared::values;
   auto& block_sums = *reinterpret_cast<float(*)[2][Shared::writer_warps][head_dim]>(base + Shared::block_sums);
   const int tiles = p.segment / tile_tokens;
-  const T* source = p.v.head<T>(batch, kv_head) + first_token * p.v.token_stride;
-  for (int i = 0; i < tiles; ++i)
-    load_tile<T, head_dim, resident_writers>(values + i * Layout::bytes, source + i * tile_tokens * p.v.token_stride,
-                                             p.v.token_stride, tile_tokens, thread);
+  auto& handover = *reinterpret_cast<Handover*>(base + Shared::handover);
+  const int chunk = thread % Layout::chunks;
+  constexpr int row_bytes = head_dim * static_cast<int>(sizeof(T));
+  constexpr int rows_at_once = resident_writers / Layout::chunks;
+
+  handover.keys.wait(0);
+  const T* row = p.v.head<T>(batch, kv_head) + (first_token + thread / Layout::chunks) * p.v.token_stride + chunk * 8;
+#pragma unroll 1
+  for (int i = 0; i < p.segment / rows_at_once; ++i) {
+    copy_async(sm90::shared_address(values) + (i * resident_writers + thread) * 16, row, true);
+    row += rows_at_once * p.v.token_stride;
+  }
   commit_copies();
   wait_copies<0>();
+  sm90::fence_async_shared();
   sm90::named_wait(writers, resident_writers);
 
-  auto& orders = *reinterpret_cast<Orders*>(base + Shared::orders);
+  const std::uint64_t policy = evict_first();
   const int order_count = p.shared_order ? 1 : p.group;
-  const int chunk = thread % Layout::chunks;
   int parity = 0;
-  Ring<Orders::places> place;
+  Ring<Handover::places> place;
   for (int i = 0; i < order_count; ++i, place.next()) {
     const int* from = reinterpret_cast<const int*>(base + Shared::from) + place.at * Shared::segment;
     const std::int64_t out_head = p.shared_order ? static_cast<std::int64_t>(batch) * p.kv_heads + kv_head
                                                  : static_cast<std::int64_t>(batch) * p.q_heads + kv_head * p.group + i;
     const std::int64_t out_token = out_head * p.permuted_len + first_token;
-    orders.full[place.at].wait(place.parity);
+    handover.full[place.at].wait(place.parity);
     if (thread < p.segment) {
       p.order[out_token + thread] = static_cast<std::int32_t>(first_token) + from[thread];
       if (first_token == 0 && from[thread] == 0) p.sink_block[out_head] = thread / block_tokens;
     }
     for (int block = 0; block < tiles; ++block) {
-      constexpr int rows_at_once = resident_writers / Layout::chunks;
+      if (thread < block_tokens) {
+        const int slot = block * block_tokens + thread;
+        sm90::bulk_store(static_cast<unsigned char*>(p.permuted_v) + (out_token + slot) * row_bytes,
+                         values + from[slot] * row_bytes, row_bytes, policy);
+      }
       const int first_slot = block * block_tokens + thread / Layout::chunks;
       float sum[8] = {};
 #pragma unroll
@@ -172,10 +190,8 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
         const int key = from[slot];
         const int at = key / tile_tokens * Layout::bytes + Layout::offset(key % tile_tokens, chunk);
         const uint4 k_chunk = *reinterpret_cast<const uint4*>(keys + at);
-        const uint4 v_chunk = *reinterpret_cast<const uint4*>(values + at);
         const std::int64_t out = (out_token + slot) * Layout::chunks + chunk;
         __stcs(static_cast<uint4*>(p.permuted_k) + out, k_chunk);
-        __stcs(static_cast<uint4*>(p.permuted_v) + out, v_chunk);
         add_to<T>(sum, k_chunk);
       }
       write_block_mean<T>(
@@ -183,8 +199,9 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
           static_cast<std::uint32_t*>(p.pooled_k) + (out_token / block_tokens + block) * (head_dim / 2));
       parity ^= 1;
     }
-    orders.free[place.at].arrive();
+    handover.free[place.at].arrive();
   }
+  sm90::tma_store_wait_read();
 }
 
 }  // namespace resident
@@ -196,7 +213,7 @@ __global__ void __launch_bounds__(resident::everyone, 1) reorder_resident(const 
   // Backwards: the keys that score_statistics read last may still be in L2.
   const std::int64_t first_token = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.segment;
   const int kv_head = gridDim.y - 1 - blockIdx.y;
-  if (threadIdx.x == 0) reinterpret_cast<Orders*>(base + ResidentShared<head_dim>::orders)->init();
+  if (threadIdx.x == 0) reinterpret_cast<Handover*>(base + ResidentShared<head_dim>::handover)->init();
   __syncthreads();
   let_next_kernel_start();
   if (threadIdx.x < resident_scorers) {

@@ -87,6 +87,12 @@ __device__ inline void tma_store(const CUtensorMap& map, const void* from, int c
                "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
                : "memory");
 }
+// Copies a run of 16-byte pieces from shared to global memory; `policy` is L2's.
+__device__ inline void bulk_store(void* to, const void* from, int bytes, std::uint64_t policy) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes), "l"(policy)
+               : "memory");
+}
 // Ends a group of stores and waits until the copy engine has read their shared memory.
 __device__ inline void tma_store_wait_read() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
