@@ -4,6 +4,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cuda/attend_softmax.cuh"
 #include "cuda/ring.cuh"
 #include "cuda/sm90_ptx.cuh"
 #include "cuda/sm90_wgmma.cuh"
@@ -17,7 +18,6 @@ constexpr int panel = 64;       // elements of a 128-byte swizzled row
 constexpr int warpgroup = 128;  // threads
 constexpr int threads = (1 + consumers) * warpgroup;
 constexpr int consumer_warps = consumers * warpgroup / 32;
-constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
 constexpr int producer_registers = 40;
 constexpr int consumer_registers = 232;

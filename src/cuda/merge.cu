@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "cuda/attend.h"
+#include "cuda/merge.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -45,12 +46,7 @@ __global__ void __launch_bounds__(threads) merge_rows(Rows rows, ConstView a, co
     return at / 2;  // in pairs
   };
 
-  const float lse[2] = {a_lse[row], b_lse[row]};
-  const float top = fmaxf(lse[0], lse[1]);
-  const bool nothing = lse[0] == -INFINITY && lse[1] == -INFINITY;
-  const float weight[2] = {nothing ? 0 : expf(lse[0] - top), nothing ? 0 : expf(lse[1] - top)};
-  const float sum = weight[0] + weight[1];
-  const float factor[2] = {nothing ? 0 : weight[0] / sum, nothing ? 0 : weight[1] / sum};
+  const Merger merger(a_lse[row], b_lse[row]);
   for (int d = lane * elements; d < rows.head_dim; d += lanes * elements) {
     const auto x = *reinterpret_cast<const Vector*>(static_cast<const Pair*>(a.data) + vector(a, d));
     const auto y = *reinterpret_cast<const Vector*>(static_cast<const Pair*>(b.data) + vector(b, d));
@@ -60,14 +56,14 @@ __global__ void __launch_bounds__(threads) merge_rows(Rows rows, ConstView a, co
       const float2 q = widen(y.pair[i]);
       // A part without weight adds nothing, whatever stands in it.
       const auto mix = [&](float u, float v) {
-        return (factor[0] == 0 ? 0 : factor[0] * u) + (factor[1] == 0 ? 0 : factor[1] * v);
+        return (merger.a == 0 ? 0 : merger.a * u) + (merger.b == 0 ? 0 : merger.b * v);
       };
       narrow({mix(p.x, q.x), mix(p.y, q.y)}, z.pair[i]);
     }
     *reinterpret_cast<Vector*>(static_cast<Pair*>(into.data) + vector(into, d)) = z;
   }
   __syncwarp(__activemask());  // all lanes of the row have read its sums, which may lie where the new one goes
-  if (lane == 0) into_lse[row] = nothing ? -INFINITY : top + logf(sum);
+  if (lane == 0) into_lse[row] = merger.lse;
 }
 
 }  // namespace
