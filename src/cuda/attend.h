@@ -50,6 +50,26 @@ std::size_t attend_scratch_size(const Geometry& geometry);
 // nothing back, can be captured in a graph. The same inputs give the same bits.
 cudaError_t attend(const AttendArgs& args, cudaStream_t stream);
 
+// What correct() takes besides what attend() took of the same call.
+struct CorrectArgs {
+  Geometry geometry;
+  float scale = 0;
+  std::int64_t dense_last_rows = 0;
+  ConstView q;
+  BlockLists lists;
+  std::int64_t order_heads = 0;    // heads of the means
+  const void* pooled_k = nullptr;  // [batch][order_heads][pooled_blocks][head_dim]
+  std::int64_t pooled_blocks = 0;
+  const void* pooled_v = nullptr;  // [batch][order_heads][blocks of complete segments][head_dim]
+  View out;                        // as attend() left them, like lse
+  float* lse = nullptr;
+  std::int64_t lse_batch_stride = 0;
+};
+
+// Correction::mean: adds to the attention of each row, but the dense last ones, the blocks before its own segment that
+// its list leaves out, each as 128 keys that all are its mean key, with its mean value.
+cudaError_t correct(const CorrectArgs& args, cudaStream_t stream);
+
 // One part of an attention over a set of keys: a part's output and log-sum-exp over its own keys.
 struct Partial {
   View out;

@@ -12,6 +12,7 @@
 
 #include "core/executor.h"
 #include "core/fallback.h"
+#include "core/keep_rule.h"
 #include "cuda/attend.h"
 #include "cuda/runtime.h"
 #include "cuda/stages.h"
@@ -123,6 +124,7 @@ class CudaExecutor final : public detail::Executor {
                                     .v = layout.permuted_v,
                                     .pooled_k = layout.pooled_k,
                                     .pooled_own = layout.pooled_own,
+                                    .pooled_v = layout.pooled_v,
                                     .pooled_q = layout.pooled_q,
                                     .order = layout.order,
                                     .sink_block = layout.sink_block,
@@ -158,19 +160,36 @@ class CudaExecutor final : public detail::Executor {
     }
     mark();
     const Shape& whole = spec.geometry.shape;
-    check(
-        attend({.geometry = g,
-                .scale = spec.options.scale,
-                .inputs = inputs,
-                .permuted = {.k = layout.permuted_k, .v = layout.permuted_v, .order_heads = order_heads},
-                .lists = sparse_ ? &lists : nullptr,
-                .out = advanced(call.outputs.out, batch, q_head),
-                .lse = call.outputs.lse == nullptr ? nullptr
-                                                   : call.outputs.lse + (batch * whole.q_heads + q_head) * whole.q_len,
-                .lse_batch_stride = whole.q_heads * whole.q_len,
-                .scratch = layout.attend_scratch},
-               call.stream),
-        "launching attend");
+    const View out = advanced(call.outputs.out, batch, q_head);
+    const bool wanted = call.outputs.lse != nullptr;
+    float* const lse = wanted ? call.outputs.lse + (batch * whole.q_heads + q_head) * whole.q_len : layout.lse;
+    const std::int64_t lse_batch_stride = (wanted ? whole.q_heads : g.shape.q_heads) * whole.q_len;
+    check(attend({.geometry = g,
+                  .scale = spec.options.scale,
+                  .inputs = inputs,
+                  .permuted = {.k = layout.permuted_k, .v = layout.permuted_v, .order_heads = order_heads},
+                  .lists = sparse_ ? &lists : nullptr,
+                  .out = out,
+                  .lse = lse,
+                  .lse_batch_stride = lse_batch_stride,
+                  .scratch = layout.attend_scratch},
+                 call.stream),
+          "launching attend");
+    if (sparse_ && spec.options.correction != Correction::none)
+      check(correct({.geometry = g,
+                     .scale = spec.options.scale,
+                     .dense_last_rows = common_dense_rows(spec.option_sets()),
+                     .q = inputs.q,
+                     .lists = lists,
+                     .order_heads = order_heads,
+                     .pooled_k = layout.pooled_k,
+                     .pooled_blocks = layout.pooled_blocks,
+                     .pooled_v = layout.pooled_v,
+                     .out = out,
+                     .lse = lse,
+                     .lse_batch_stride = lse_batch_stride},
+                    call.stream),
+            "launching the correction");
     mark();
   }
 

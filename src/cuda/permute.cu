@@ -97,6 +97,14 @@ cudaError_t pool_own(const PermuteArgs& args, cudaStream_t stream) {
   return launch_pool(keys, k.dtype, g.shape.head_dim, g.shape.batch, nullptr, 0, stream);
 }
 
+// Means of blocks of values, in the keys' order.
+cudaError_t pool_values(const PermuteArgs& args, const ConstView& v, std::int64_t heads, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const PoolArgs values{v.data, v.batch_stride,   v.head_stride, v.token_stride, heads, permuted_blocks(g),
+                        0,      g.permuted_len(), false,         args.pooled_v};
+  return launch_pool(values, v.dtype, g.shape.head_dim, g.shape.batch, nullptr, 0, stream);
+}
+
 }  // namespace
 
 cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
@@ -138,11 +146,15 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
     error = launch(merge_statistics, dim3(p.batch * p.q_heads), 128, 0, stream, Start::early, p);
     if (error != cudaSuccess) return error;
     const dim3 reorder_grid(static_cast<unsigned>(g.complete_segments()), p.kv_heads, p.batch);
-    return g.segment <= resident_tiles * tile_tokens
-               ? launch(reorder_resident<T, dim>, reorder_grid, resident::everyone, ResidentShared<dim>::bytes, stream,
-                        Start::early, p)
-               : launch(reorder<T, dim>, reorder_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment), stream,
-                        Start::early, p);
+    error = g.segment <= resident_tiles * tile_tokens
+                ? launch(reorder_resident<T, dim>, reorder_grid, resident::everyone, ResidentShared<dim>::bytes, stream,
+                         Start::early, p)
+                : launch(reorder<T, dim>, reorder_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment), stream,
+                         Start::early, p);
+    if (error != cudaSuccess || args.pooled_v == nullptr) return error;
+    const std::int64_t heads = p.shared_order ? p.kv_heads : p.q_heads;
+    const std::int64_t head = g.permuted_len() * dim;
+    return pool_values(args, {args.v, args.inputs.v.dtype, heads * head, head, dim}, heads, stream);
   });
 }
 
@@ -154,6 +166,9 @@ cudaError_t pool(const PermuteArgs& args, cudaStream_t stream) {
   const cudaError_t error = launch_pool(pool_queries(args), args.inputs.q.dtype, g.shape.head_dim, g.shape.batch,
                                         args.sink_block, g.shape.batch * g.shape.kv_heads, stream);
   if (error != cudaSuccess) return error;
+  if (args.pooled_v != nullptr)
+    if (const cudaError_t failed = pool_values(args, args.inputs.v, g.shape.kv_heads, stream); failed != cudaSuccess)
+      return failed;
   if (args.pooled_own != nullptr) return pool_own(args, stream);
   const PoolArgs keys{k.data, k.batch_stride,   k.head_stride, k.token_stride, g.shape.kv_heads, permuted_blocks(g),
                       0,      g.permuted_len(), false,         args.pooled_k};

@@ -18,6 +18,12 @@ struct Rule {
   int sink_blocks, local_blocks, dense_last_rows;
   bool kept_first;         // what is always kept counts first toward top_p
   bool keep_all_if_short;  // of a row whose weights have no value
+
+#ifdef __CUDACC__
+  __device__ bool counts() const {
+    return keep == KeepRule::top_k || keep == KeepRule::density;
+  }
+#endif
 };
 inline Rule rule_of(const Options& options) {
   return {.keep = keeps_every_block(options) ? KeepRule::all : options.keep,

@@ -181,6 +181,7 @@ cudaError_t gather(const ScoreArgs& args, Params& p, cudaStream_t stream) {
 }  // namespace
 
 std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows) {
+  if (score == BlockScore::dual_band) return dual_band_scratch_size(geometry);
   if (score == BlockScore::vertical_slash) return vertical_slash_scratch_size(geometry);
   if (score == BlockScore::flexible) return flexible_scratch_size(geometry);
   if (score != BlockScore::exact && score != BlockScore::sampled && !in_patches(score)) return 0;

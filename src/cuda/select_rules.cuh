@@ -41,19 +41,34 @@ __device__ constexpr Threshold keep_none() {
 // segment where the score gives it some. Scores are shares of the total.
 struct Weights {
   float sum, largest, total;
-  bool valid;  // false: the softmax has no value
+  int competing;  // blocks from which top-p takes the highest: those that may be pruned, or all causal ones
+  bool valid;     // false: the softmax has no value
 };
 
-// Turns one row's scores into weights exp2(score - max). The largest weight is 1, unless a score is NaN or +inf or all
-// are -inf: then the sum is under 1 or NaN.
-__device__ inline Weights exponentiate(float* scores, int count, int lane) {
+// Turns one row's scores of `end` blocks, of which the first `count` may be pruned, into weights exp2(score - max). The
+// largest weight is 1, unless a score is NaN or +inf or all are -inf: then the sum is under 1 or NaN.
+__device__ inline Weights exponentiate(float* scores, int count, int end, int lane) {
   float max = -INFINITY;
-  for (int i = lane; i < count; i += 32) max = fmaxf(max, scores[i]);
+  for (int i = lane; i < end; i += 32) max = fmaxf(max, scores[i]);
   max = warp_max(max);
   float sum = 0;
-  for (int i = lane; i < count; i += 32) sum += scores[i] = exp2f(scores[i] - max);
+  float own = 0;
+  for (int i = lane; i < end; i += 32) {
+    const float weight = scores[i] = exp2f(scores[i] - max);
+    if (i < count)
+      sum += weight;
+    else
+      own += weight;
+  }
   sum = warp_sum(sum);
-  return {sum, 1.0F, sum, sum >= 1.0F};
+  const float total = end > count ? sum + warp_sum(own) : sum;
+  return {sum, 1.0F, total, end, total >= 1.0F};
+}
+
+// The same of scores in memory that `weights` takes.
+__device__ inline Weights exponentiate(const float* from, float* weights, int count, int end, int lane) {
+  for (int i = lane; i < end; i += 32) weights[i] = from[i];
+  return exponentiate(weights, count, end, lane);
 }
 
 // Copies one row's scores, which are shares already, of `count` blocks, and adds up those up to `end`.
@@ -72,7 +87,17 @@ __device__ inline Weights take(const float* from, float* weights, int count, int
   }
   sum = warp_sum(sum);
   const float total = sum + warp_sum(own);
-  return {sum, warp_max(largest), total, total > 0};
+  return {sum, warp_max(largest), total, count, total > 0};
+}
+
+// Of two scores of a row the higher share of each of `count` blocks, in the place of the first.
+__device__ inline Weights take_higher(float* first, Weights of_first, const float* second, Weights of_second, int count,
+                                      int lane) {
+  const auto share = [](float weight, Weights of) { return of.valid ? weight / of.total : 0.0F; };
+  float largest = 0;
+  for (int i = lane; i < count; i += 32)
+    largest = fmaxf(largest, first[i] = fmaxf(share(first[i], of_first), share(second[i], of_second)));
+  return {1.0F, warp_max(largest), 1.0F, count, of_first.valid || of_second.valid};
 }
 
 // The highest of a row's weights, up to and including the one that brings their sum (by_count: their number) to
@@ -160,8 +185,10 @@ __device__ inline Threshold find_threshold(const Rule& rule, float* weights, Wei
         __syncwarp();
         if (lane == 0) weights[sink] = 0;
         __syncwarp();
+        return find_top_p(target, weights, all, own_begin, lane);
       }
-      return find_top_p(target, weights, all, own_begin, lane);
+      all.sum = all.total;
+      return find_top_p(target, weights, all, all.competing, lane);
     }
     case KeepRule::threshold: {
       const Threshold absolute = at_least(rule.threshold * all.total);
@@ -182,27 +209,40 @@ __device__ inline Threshold find_threshold(const Rule& rule, float* weights, Wei
   return keep_all();
 }
 
-// Writes the row's list, ascending, and returns its length.
-__device__ inline int write_list(const Rule& rule, const float* weights, Threshold threshold, int own_begin,
-                                 int diagonal, int sink, std::int32_t* list, int lane) {
-  const unsigned lanes_below = (1U << lane) - 1;
-  int length = 0;
+// Takes blocks by a row's weights, 32 at a time, ascending.
+struct Taker {
+  const float* weights;
+  Threshold threshold;
   int ties = 0;  // seen so far
-  const bool reads_weights = threshold.above != keep_all().above && threshold.above != keep_none().above;
-  for (int first = 0; first <= diagonal; first += 32) {
-    const int block = first + lane;
-    const bool scored = block < own_begin;
+
+  // Whether the block of this lane is taken; `scored`: it has a weight.
+  __device__ bool takes(int block, bool scored, unsigned lanes_below) {
+    const bool reads_weights = threshold.above != keep_all().above && threshold.above != keep_none().above;
     const unsigned weight = scored && reads_weights ? __float_as_uint(weights[block]) : 0;
     const bool tie = scored && weight >= threshold.least && weight < threshold.above;
     const unsigned tie_lanes = __ballot_sync(~0U, tie);
-    const bool forced = block == sink || block < rule.sink_blocks || block > diagonal - rule.local_blocks;
-    const bool kept =
-        scored ? weight >= threshold.above || forced || (tie && ties + __popc(tie_lanes & lanes_below) < threshold.ties)
-               : block <= diagonal;
+    const bool among_ties = tie && ties + __popc(tie_lanes & lanes_below) < threshold.ties;
+    ties += __popc(tie_lanes);
+    return scored && (weight >= threshold.above || among_ties);
+  }
+};
+
+// Writes the row's list, ascending, and returns its length: what either taker takes (two: there is a second one), and
+// what is always kept.
+__device__ inline int write_list(const Rule& rule, Taker first, Taker second, bool two, int own_begin, int diagonal,
+                                 int sink, std::int32_t* list, int lane) {
+  const unsigned lanes_below = (1U << lane) - 1;
+  int length = 0;
+  for (int begin = 0; begin <= diagonal; begin += 32) {
+    const int block = begin + lane;
+    const bool scored = block < own_begin;
+    bool kept = first.takes(block, scored, lanes_below);
+    if (two) kept |= second.takes(block, scored, lanes_below);
+    kept |= block == sink || block < rule.sink_blocks || block >= own_begin || block > diagonal - rule.local_blocks;
+    kept &= block <= diagonal;
     const unsigned kept_lanes = __ballot_sync(~0U, kept);
     if (kept) list[length + __popc(kept_lanes & lanes_below)] = block;
     length += __popc(kept_lanes);
-    ties += __popc(tie_lanes);
   }
   return length;
 }

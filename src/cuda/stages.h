@@ -37,6 +37,7 @@ struct PermuteArgs {
   void* pooled_k = nullptr;            // [batch][order_heads][permuted_blocks][head_dim]: means of permuted blocks
   void* pooled_own = nullptr;          // [batch][kv_heads][blocks][head_dim]: means of blocks of keys where they were;
                                        // null: not asked for
+  void* pooled_v = nullptr;            // [batch][order_heads][permuted_blocks][head_dim]; null: not asked for
   void* pooled_q = nullptr;            // [batch][q_heads][rows][head_dim]
   std::int32_t* order = nullptr;       // [batch][order_heads][permuted_len]: the token at each slot
   std::int32_t* sink_block = nullptr;  // [batch][order_heads]: the block whose slot holds token 0
@@ -46,25 +47,28 @@ std::size_t permute_scratch_size(const Geometry& geometry);
 cudaError_t permute(const PermuteArgs& args, cudaStream_t stream);
 
 // Pooled K and Q, and sink blocks, of keys that stay where they are: order_heads is kv_heads. Reads only inputs,
-// geometry and rules, writes only pooled_q, sink_block and pooled_own, or pooled_k where pooled_own is null; sink_block
-// alone where pooled_q is null.
+// geometry and rules, writes only pooled_q, sink_block, pooled_v and pooled_own, or pooled_k where pooled_own is null;
+// sink_block alone where pooled_q is null.
 cudaError_t pool(const PermuteArgs& args, cudaStream_t stream);
 
 // Whether the score reads means of the own segment's blocks.
 inline bool pools_own(BlockScore score) {
-  return score == BlockScore::per_query || score == BlockScore::sampled || score == BlockScore::flexible;
+  return score == BlockScore::per_query || score == BlockScore::sampled || score == BlockScore::mean_pool_causal ||
+         score == BlockScore::energy || score == BlockScore::dual_band || score == BlockScore::flexible;
 }
-// Whether it reads any means at all.
-inline bool reads_means(BlockScore score) {
-  return score != BlockScore::vertical_slash && score != BlockScore::none;
+// Whether any means are read.
+inline bool reads_means(const Options& options) {
+  return (options.score != BlockScore::vertical_slash && options.score != BlockScore::none) ||
+         options.correction != Correction::none;
 }
 // How it divides the sums of parts of blocks.
 inline Rules rules_of_means(const Options& options) {
   return options.score == BlockScore::flexible ? Rules::paper : options.rules;
 }
 
-// Scratch of the scores that multiply queries by keys; none of the others.
+// Scratch of the scores that have launches of their own.
 std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows);
+std::size_t dual_band_scratch_size(const Geometry& geometry);
 std::size_t vertical_slash_scratch_size(const Geometry& geometry);
 std::size_t flexible_scratch_size(const Geometry& geometry);
 
@@ -78,12 +82,12 @@ struct SelectArgs {
   const void* pooled_k = nullptr;       // [batch][order_heads][pooled_blocks][head_dim]
   std::int64_t pooled_blocks = 0;       // at least permuted_blocks()
   const void* pooled_own = nullptr;     // as in PermuteArgs, where pools_own() says so
-  const void* pooled_q = nullptr;       // of BlockScore::mean_pool
+  const void* pooled_q = nullptr;       // [batch][q_heads][rows][head_dim]
   // Of the scores that have launches of their own.
   ConstView q = {}, k = {};
   const void* permuted_k = nullptr;  // [batch][order_heads][permuted_len][head_dim]; null: keys are where they were
   void* scratch = nullptr;
-  std::size_t scratch_bytes = 0;  // score_scratch_size(); with less, work is cut finer, down to 16 rows of a head
+  std::size_t scratch_bytes = 0;  // score_scratch_size(); with less, score_mass() cuts work finer, to 16 rows of a head
   const std::int32_t* sink_block = nullptr;
   // Lists of tile [batch][q_head][row], as attend() reads them. Rows keep room for all their causal blocks, so a list's
   // place is known beforehand and no pass over the counts is needed.
@@ -103,13 +107,13 @@ struct ScoreArgs {
   float scale = 0;
   std::int64_t dense_last_rows = 0;  // in every head
   HeadRules rules = {};              // of score_vertical_slash and score_flexible
-  const void* pooled_q = nullptr;    // of score_flexible, as in SelectArgs
-  const void* pooled_k = nullptr;    // of score_per_query, like the next two, as in SelectArgs
+  const void* pooled_q = nullptr;    // as in SelectArgs, like all that follow
+  const void* pooled_k = nullptr;
   const void* pooled_own = nullptr;
   std::int64_t pooled_blocks = 0;
-  const void* permuted_k = nullptr;  // of score_mass, as in SelectArgs
-  ConstView q, k;                    // k: of all but score_per_query
-  void* scratch = nullptr;           // of all but score_per_query, as in SelectArgs
+  const void* permuted_k = nullptr;
+  ConstView q, k;
+  void* scratch = nullptr;
   std::size_t scratch_bytes = 0;
   float* scores = nullptr;
 };
@@ -120,5 +124,9 @@ cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream);
 // rule.
 cudaError_t score_vertical_slash(const ScoreArgs& args, cudaStream_t stream);
 cudaError_t score_flexible(const ScoreArgs& args, cudaStream_t stream);
+// These scores are logarithms of base 2 of shares, up to a constant of the row.
+cudaError_t score_energy(const ScoreArgs& args, cudaStream_t stream);
+// mean_pool_causal and dual_band, whose second score lies in scratch as the first does in scores.
+cudaError_t score_means(const ScoreArgs& args, cudaStream_t stream);
 
 }  // namespace pbsattn::cuda

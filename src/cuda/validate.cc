@@ -2,8 +2,6 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <array>
 #include <string>
 
 #include "cuda/runtime.h"
@@ -84,19 +82,13 @@ void check_limits(const detail::PlanSpec& spec) {
     refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
                        max_segment));
   const Options& options = spec.options;
-  constexpr std::array missing{BlockScore::mean_pool_causal, BlockScore::energy, BlockScore::dual_band};
-  if (std::ranges::find(missing, options.score) != missing.end())
-    refuse(
-        fmt::format("block score {}: the CUDA backend has every one but mean_pool_causal, energy and dual_band; use "
-                    "another, or Device::cpu()",
-                    name_of(options.score)));
-  if (options.correction != Correction::none)
-    refuse(fmt::format("correction {}: the CUDA backend has none; set correction to none, or use Device::reference()",
-                       name_of(options.correction)));
   if (spec.options.precision == Precision::f32)
     refuse("precision f32: the CUDA backend multiplies f16 and bf16 as they come; use automatic, or Device::cpu()");
   if (g.blocks() > max_blocks)
     refuse(fmt::format("kv_len {}: the CUDA backend takes up to {} tokens", g.shape.kv_len, max_blocks * block_tokens));
+  if (options.score == BlockScore::dual_band && 2 * g.blocks() > max_blocks)  // two scores of a row in shared memory
+    refuse(fmt::format("kv_len {}: the CUDA backend takes up to {} tokens with block score dual_band; use another",
+                       g.shape.kv_len, max_blocks / 2 * block_tokens));
   if (g.shape.batch * g.shape.q_heads > max_grid)
     refuse(fmt::format("{} heads in {} batch entries: the CUDA backend takes up to {} in all; split the batch",
                        g.shape.q_heads, g.shape.batch, max_grid));

@@ -27,10 +27,13 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   const bool same = !permutes && pools_own(spec.options.score);
   pooled_blocks = same ? g.blocks() : permuted_blocks(g);
   if (same) pooled_k = pooled_own;
-  if (!same && (permutes || reads_means(spec.options.score)))
+  if (!same && (permutes || reads_means(spec.options)))
     take(pooled_k, order_heads * pooled_blocks * g.shape.head_dim * element_bytes);
-  if (permutes || reads_means(spec.options.score))
-    take(pooled_q, query_heads * g.rows() * g.shape.head_dim * element_bytes);
+  if (spec.options.correction != Correction::none) {
+    take(pooled_v, order_heads * permuted_blocks(g) * g.shape.head_dim * element_bytes);
+    take(lse, query_heads * g.shape.q_len);
+  }
+  if (permutes || reads_means(spec.options)) take(pooled_q, query_heads * g.rows() * g.shape.head_dim * element_bytes);
   take(sink_block, order_heads);
   take(row_start, query_heads * g.rows());
   take(row_count, query_heads * g.rows());

@@ -28,8 +28,9 @@ struct Layout {
   std::size_t score_scratch_bytes = 0;
   Rule* rules = nullptr;  // of all heads of the plan, where they differ: at the same place in every pass
   std::byte* attend_scratch = nullptr;
-  std::byte *pooled_k = nullptr, *pooled_own = nullptr, *pooled_q = nullptr;
+  std::byte *pooled_k = nullptr, *pooled_own = nullptr, *pooled_q = nullptr, *pooled_v = nullptr;
   std::int64_t pooled_blocks = 0;  // of a head in pooled_k
+  float* lse = nullptr;            // of the pass, where the caller may want none and a correction needs it
   std::int32_t* sink_block = nullptr;
   std::int64_t* row_start = nullptr;
   std::int32_t* row_count = nullptr;

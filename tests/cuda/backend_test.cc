@@ -1,6 +1,8 @@
 // The CUDA backend against the reference: order, lists and output over shapes, layouts and options.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "cuda/device_run.h"
 #include "support/judge.h"
 
@@ -150,13 +152,16 @@ std::vector<Case> options() {
   return cases;
 }
 
-// Scores that multiply every query, or patch of queries, by keys.
+// Scores that have launches of their own.
 std::vector<Case> masses() {
   std::vector<Case> cases;
   for (const auto& [name, score] : {std::pair{"antidiagonal", BlockScore::antidiagonal},
                                     {"antidiagonal_causal", BlockScore::antidiagonal_causal},
                                     {"exact", BlockScore::exact},
-                                    {"sampled", BlockScore::sampled}}) {
+                                    {"sampled", BlockScore::sampled},
+                                    {"mean_pool_causal", BlockScore::mean_pool_causal},
+                                    {"energy", BlockScore::energy},
+                                    {"dual_band", BlockScore::dual_band}}) {
     const auto add = [&](const std::string& what, const ProblemSpec& problem, auto&& change) {
       cases.push_back({name + std::string("_") + what, problem, pbs_with([&](Options& o) {
                          o.score = score;
@@ -172,8 +177,9 @@ std::vector<Case> masses() {
     add("chunk", of(shape(301, 1111, 64)), nothing);
     add("one_query", of(shape(1, 777, 64)), nothing);
     add("heads", of(shape(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), nothing);
-    // More than one thread block's share of keys, and more than one tile of queries.
-    add("many_keys", of(shape(130, 9000, 64, 1)), nothing);
+    // More than one thread block's share of keys or tile of their means, and more than one tile of queries.
+    const bool of_means = score >= BlockScore::mean_pool_causal && score != BlockScore::sampled;
+    add("many_keys", of(shape(130, of_means ? 21'000 : 9000, 64, 1)), nothing);
     add("many_queries", of(shape(2200, 2300, 64, 1)), nothing);
     add("shared_order", of(shape(300, 1100, 64, 6, 2, 2)), [](Options& o) { o.order_scope = OrderScope::kv_head; });
     add("unpermuted", problem, [](Options& o) { o.permutation = Permutation::none; });
@@ -196,11 +202,56 @@ std::vector<Case> masses() {
         o.density = 0.5F;
       });
   }
-  for (const char* name : {"pbs+", "xattention", "oracle", "pbs-sampled"})
-    cases.push_back({name == std::string("pbs+")          ? "pbs_plus"
-                     : name == std::string("pbs-sampled") ? "pbs_sampled"
-                                                          : name,
-                     of(shape(900, 1100, 64)), method(name)});
+  for (const char* name : {"pbs+", "xattention", "oracle", "pbs-sampled", "mean-pool", "prism", "streaming"}) {
+    std::string label(name);
+    std::ranges::replace_if(
+        label, [](char c) { return c == '-' || c == '+'; }, '_');
+    cases.push_back({label, of(shape(900, 1100, 64)), method(name)});
+  }
+  return cases;
+}
+
+// Blocks that a row doesn't attend to answer as their means.
+std::vector<Case> corrections() {
+  const Options flashprefill = [] {
+    Options options = method("flashprefill");
+    options.threshold = 0.5F;
+    options.dense_last_rows = 1;
+    options.sink_blocks = 1;
+    options.local_blocks = 2;
+    return options;
+  }();
+  const auto corrected = [](Options options) {
+    options.correction = Correction::mean;
+    return options;
+  };
+  const ProblemSpec problem = of(shape(900, 1100, 64));
+  std::vector<Case> cases{
+      {"flashprefill", of(shape(900, 1100, 128)), flashprefill},
+      {"flashprefill_chunk", of(shape(301, 1111, 64)), flashprefill},
+      {"flashprefill_one_query", of(shape(1, 777, 64)), flashprefill},
+      {"flashprefill_short", of(shape(100, 100, 64)), flashprefill},
+      {"flashprefill_heads", of(shape(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), flashprefill},
+      // More than one tile of means, and tiles whose blocks are all listed.
+      {"flashprefill_many_keys", of(shape(130, 40'000, 64, 1)), flashprefill},
+      {"corrected_permuted", problem, corrected(pbs(0.5F))},
+      {"corrected_permuted_dim128", of(shape(300, 1100, 128, 3, 1)), corrected(pbs(0.5F))},
+      {"corrected_shared_order", of(shape(300, 1100, 64, 6, 2, 2)), corrected(pbs_with([](Options& o) {
+         o.order_scope = OrderScope::kv_head;
+         o.top_p = 0.4F;
+       }))},
+      {"corrected_segment384", problem, corrected(pbs_with([](Options& o) { o.segment = 384; }))},
+      {"corrected_unscored", of(shape(130, 20'000, 64, 1)), corrected(method("streaming"))},
+      {"corrected_vertical_slash", problem, corrected([] {
+         Options options = method("minference");
+         options.vertical = 10;
+         options.slash = 110;
+         return options;
+       }())},
+      {"corrected_per_query", problem, corrected(pbs_with([](Options& o) { o.score = BlockScore::per_query; }))},
+  };
+  for (const std::int64_t dim : {64, 128})
+    cases.push_back({"corrected_f16_dim" + std::to_string(dim), of(shape(700, 730, dim), DType::f16), flashprefill});
   return cases;
 }
 
@@ -220,6 +271,7 @@ INSTANTIATE_TEST_SUITE_P(Heads, CudaBackend, testing::ValuesIn(heads()), name_of
 INSTANTIATE_TEST_SUITE_P(Layouts, CudaBackend, testing::ValuesIn(dtypes_and_layouts()), name_of);
 INSTANTIATE_TEST_SUITE_P(Options, CudaBackend, testing::ValuesIn(options()), name_of);
 INSTANTIATE_TEST_SUITE_P(Masses, CudaBackend, testing::ValuesIn(masses()), name_of);
+INSTANTIATE_TEST_SUITE_P(Corrections, CudaBackend, testing::ValuesIn(corrections()), name_of);
 
 }  // namespace
 }  // namespace pbsattn::test

@@ -1,6 +1,8 @@
 // Values that break careless softmax, sorting and selection, on the GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "cuda/device_run.h"
 #include "support/hostile.h"
 #include "support/judge.h"
@@ -19,13 +21,30 @@ Problem make() {
 class CudaHostileInputs : public testing::TestWithParam<HostileCase> {};
 
 TEST_P(CudaHostileInputs, DenseAndSparseAgreeWithTheReference) {
-  for (const char* name :
-       {"full", "pbs", "pbs-unpermuted", "pbs+", "pbs-threshold", "xattention", "oracle", "pbs-sampled"}) {
+  for (const char* name : {"full", "pbs", "pbs-unpermuted", "pbs+", "pbs-threshold", "xattention", "oracle",
+                           "pbs-sampled", "mean-pool", "prism", "flashprefill"}) {
     SCOPED_TRACE(name);
     Problem problem = make();
     GetParam().change(problem);
     Options options = method(name);
     options.top_p = 0.7F;
+    options.dense_last_rows = std::min(options.dense_last_rows, 1);
+    options.local_blocks = std::min(options.local_blocks, 1);
+    options.sink_blocks = 0;
+    expect_right(problem, run_on_device(options, problem), Precision::bf16);
+  }
+}
+
+// A correction by permuted blocks, and by whatever isn't near.
+TEST_P(CudaHostileInputs, CorrectionsAgreeWithTheReference) {
+  for (const char* name : {"pbs", "streaming"}) {
+    SCOPED_TRACE(name);
+    Problem problem = make();
+    GetParam().change(problem);
+    Options options = method(name);
+    options.top_p = 0.4F;
+    options.local_blocks = 0;
+    options.correction = Correction::mean;
     expect_right(problem, run_on_device(options, problem), Precision::bf16);
   }
 }

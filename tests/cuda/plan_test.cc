@@ -21,6 +21,20 @@ Options pbs() {
   return options;
 }
 
+// Every kind of launch: keys in an order, scores of means in scratch, a correction.
+std::vector<Options> kinds() {
+  Options prism = method("prism");
+  prism.top_p = 0.7F;
+  Options corrected = method("flashprefill");
+  corrected.dense_last_rows = 0;
+  corrected.threshold = 0.5F;
+  corrected.local_blocks = 1;
+  Options permuted = pbs();
+  permuted.score = BlockScore::energy;
+  permuted.correction = Correction::mean;
+  return {pbs(), prism, corrected, permuted};
+}
+
 // Runs `body` and returns the message of the Error it must throw.
 template <class Body>
 std::string refusal(ErrorCode code, Body&& body) {
@@ -65,6 +79,8 @@ TEST(CudaPlan, RefusesWhatItCannotDo) {
   Shape endless = small;
   endless.q_len = endless.kv_len = 7'000'000;
   EXPECT_NE(create(pbs(), endless).find("kv_len 7000000"), std::string::npos);
+  endless.q_len = endless.kv_len = 4'000'000;
+  EXPECT_NE(create(method("prism"), endless).find("block score dual_band"), std::string::npos);
   refusal(ErrorCode::unsupported, [] { Plan::create(pbs(), small, Device::cuda(4096)); });
   refusal(ErrorCode::unsupported, [] { Plan::create(pbs(), small, Device::cuda(-1)); });
   refusal(ErrorCode::out_of_memory, [] { Plan::create(pbs(), small, Device::cuda(), 1000); });
@@ -163,6 +179,38 @@ TEST(CudaPlan, CapsGiveTheSameBits) {
   }
 }
 
+TEST(CudaPlan, CapsGiveTheSameBitsOfEveryKind) {
+  for (const Options& options : kinds()) {
+    SCOPED_TRACE(static_cast<int>(options.score));
+    Problem problem(spec(small));
+    const RunResult all = run_on_device(options, problem);
+    Problem again(spec(small));
+    const RunResult capped = run_on_device(options, again, {.cap = all.workspace_size * 3 / 4});
+    EXPECT_EQ(again.out.bytes(), problem.out.bytes());
+    EXPECT_EQ(again.lse, problem.lse);
+    EXPECT_EQ(capped.trace.block, all.trace.block);
+  }
+}
+
+// A correction merges by log-sum-exps, which then are the plan's own.
+TEST(CudaPlan, CorrectsWhereNobodyAsksForLogSumExps) {
+  for (const Options& options : kinds()) {
+    Problem problem(spec(small));
+    run_on_device(options, problem);
+    DeviceProblem device(problem);
+    device.poison_outputs();
+    const Plan plan = Plan::create(options, small, Device::cuda());
+    const DeviceMemory workspace(plan.workspace_size());
+    Outputs outputs = device.outputs();
+    outputs.lse = nullptr;
+    plan.run(device.inputs(), outputs, {workspace.data(), workspace.size()});
+    expect_success(cudaDeviceSynchronize());
+    Problem without(spec(small));
+    device.download_outputs(without);
+    EXPECT_EQ(without.out.bytes(), problem.out.bytes());
+  }
+}
+
 TEST(CudaPlan, AnyWorkspaceAlignment) {
   for (const std::size_t misalign : {0, 1, 16, 255}) {
     Problem problem(spec(small));
@@ -203,31 +251,33 @@ TEST(CudaPlan, TwentyRunsGiveTheSameBits) {
 }
 
 TEST(CudaPlan, GraphReplaysWithNewContents) {
-  Problem problem(spec(small));
-  DeviceProblem device(problem);
-  const Plan plan = Plan::create(pbs(), small, Device::cuda());
-  const DeviceMemory workspace(plan.workspace_size());
-  const OwnedStream on;
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  expect_success(cudaStreamBeginCapture(on.stream, cudaStreamCaptureModeGlobal));
-  plan.run(device.inputs(), device.outputs(), {workspace.data(), workspace.size()}, Stream{on.stream});
-  expect_success(cudaStreamEndCapture(on.stream, &graph));
-  expect_success(cudaGraphInstantiate(&executable, graph, 0));
-  for (const std::uint64_t seed : {1, 2, 3}) {
-    Problem contents(spec(small, DType::bf16, Layout::bhsd, seed));
-    device.upload_inputs(contents);
-    device.poison_outputs();
-    expect_success(cudaGraphLaunch(executable, on.stream));
-    expect_success(cudaStreamSynchronize(on.stream));
-    device.download_outputs(contents);
-    Problem direct(spec(small, DType::bf16, Layout::bhsd, seed));
-    run_on_device(pbs(), direct);
-    EXPECT_EQ(contents.out.bytes(), direct.out.bytes());
-    EXPECT_EQ(contents.lse, direct.lse);
+  for (const Options& options : kinds()) {
+    Problem problem(spec(small));
+    DeviceProblem device(problem);
+    const Plan plan = Plan::create(options, small, Device::cuda());
+    const DeviceMemory workspace(plan.workspace_size());
+    const OwnedStream on;
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    expect_success(cudaStreamBeginCapture(on.stream, cudaStreamCaptureModeGlobal));
+    plan.run(device.inputs(), device.outputs(), {workspace.data(), workspace.size()}, Stream{on.stream});
+    expect_success(cudaStreamEndCapture(on.stream, &graph));
+    expect_success(cudaGraphInstantiate(&executable, graph, 0));
+    for (const std::uint64_t seed : {1, 2, 3}) {
+      Problem contents(spec(small, DType::bf16, Layout::bhsd, seed));
+      device.upload_inputs(contents);
+      device.poison_outputs();
+      expect_success(cudaGraphLaunch(executable, on.stream));
+      expect_success(cudaStreamSynchronize(on.stream));
+      device.download_outputs(contents);
+      Problem direct(spec(small, DType::bf16, Layout::bhsd, seed));
+      run_on_device(options, direct);
+      EXPECT_EQ(contents.out.bytes(), direct.out.bytes());
+      EXPECT_EQ(contents.lse, direct.lse);
+    }
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
   }
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
 }
 
 TEST(CudaPlan, TwoStreamsAtOnce) {
