@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
+import pbsattn.transformers  # noqa: E402
+from pbsattn.bench import models  # noqa: E402
 from pbsattn.bench.attentions import Attention  # noqa: E402
 from pbsattn.eval import budgets, program  # noqa: E402
 
@@ -29,6 +31,14 @@ def test_settings_for_every_head_of_every_layer(folder, tmp_path, capsys):
     assert table[0].split() == ["heads", "error", "density"]
     own, alike = table[1].split(), table[-1].split()
     assert own[:5] == ["each", "head", "its", "own", "4"] and float(own[-1]) <= 0.6 and alike[:3] == ["one", "for", "all:"]
+
+    # The model takes the file, and computes what the table says: but for the second layer, whose inputs the first one changes.
+    model, tokenizer = models.load(folder, "cpu", torch.float32)
+    ids = models.tokens(tokenizer, (folder / "text.txt").read_text(), 900, "cpu")
+    with torch.no_grad(), pbsattn.transformers.enable(model, settings=str(to)):
+        model(ids)
+        densities = [layer.density for layer in pbsattn.transformers.stats(model)]
+    assert sum(densities) / 2 == pytest.approx(float(own[-1]), abs=0.05)
 
 
 def test_each_head_has_the_pattern_of_least_error():
