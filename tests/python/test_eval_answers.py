@@ -65,7 +65,7 @@ def run(folder, out, *arguments):
 
 
 def test_answers_are_what_generate_gives(engine, folder, monkeypatch):
-    monkeypatch.setattr(engines, "_TOGETHER", 2)  # so that three attentions take two batches
+    monkeypatch.setattr(engines, "_CACHED_TOKENS", 1200)  # so that three attentions take two batches
     ids = engine.encode((folder / "text.txt").read_text())[:600]
     whole, sparse = Attention.parse("pbs:top_p=1.0"), Attention.parse("pbs:top_p=0.1")
     made = engine.answers(ids, [engine.FULL, whole, sparse], 8)

@@ -15,7 +15,7 @@ from pbsattn.bench.attentions import Attention
 from . import kind
 
 _HEAD_ROWS = 1024  # positions that go through the output layer at a time: 152K logits each are 0.6 GB
-_TOGETHER = 8  # prompts whose caches are kept at a time: of 32K tokens under a 1.5B model 1 GB each
+_CACHED_TOKENS = 1 << 18  # of prompts whose caches are kept at a time: 7.5 GB under a 1.5B model
 
 
 def options_of(attention):
@@ -223,9 +223,10 @@ class Engine(Texts):
         """
         self.stretch(len(ids) + max_new_tokens)
         prompt = self.tensor([ids])
+        together = max(_CACHED_TOKENS // len(ids), 1)
         made = {}
-        for at in range(0, len(attentions), _TOGETHER):
-            made |= self._answers(prompt, attentions[at:at + _TOGETHER], max_new_tokens)
+        for at in range(0, len(attentions), together):
+            made |= self._answers(prompt, attentions[at:at + together], max_new_tokens)
         return made
 
     def _answers(self, prompt, attentions, max_new_tokens):
