@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -68,6 +69,11 @@ Runner runner_on(const std::string& path, const Problem& problem, const Options&
   return Runner(problem, method, Device::cpu(threads));
 }
 
+// What counts of values that a function noted each time it ran, the unmeasured first time too.
+std::vector<double> after_warm_up(const Samples& samples, const std::vector<double>& noted) {
+  return samples.counted(std::span(noted).subspan(1));
+}
+
 double rounded(double value) {
   return std::round(value * 1000) / 1000;
 }
@@ -98,29 +104,30 @@ void dense(const SuiteOptions& options, Report& report, std::int64_t tokens, std
   std::vector<std::function<void()>> functions;
   for (const std::string& path : measured_paths(options)) {
     verify(path, head_dim);
-    ours.push_back(runner_on(path, problem, pbsattn::method("full"), options.threads));
+    ours.push_back(runner_on(path, problem, pbsattn::method("full"), options.sampling.threads));
   }
   for (Runner& runner : ours) functions.emplace_back([&runner] { runner(); });
 #ifdef PBSATTN_HAS_GGML
-  GgmlAttention ggml(problem, options.threads);
+  GgmlAttention ggml(problem, options.sampling.threads);
   functions.emplace_back([&ggml] { ggml(); });
 #endif
-  const auto seconds = interleave(options.runs, options.clock, functions);
+  const auto samples = sample(options.sampling, functions);
   for (std::size_t i = 0; i < ours.size(); ++i) {
-    Measurement m{
-        .name = "dense",
-        .params = {{"n", tokens}, {"head_dim", head_dim}, {"threads", options.threads}, {"path", ours[i].path()}},
-        .metric = "rate",
-        .unit = "GFLOP/s",
-        .value = gflop / median(seconds[i]),
-        .peer = "",
-        .runs = options.runs,
-        .spread = spread(seconds[i])};
+    Measurement m{.name = "dense",
+                  .params = {{"n", tokens},
+                             {"head_dim", head_dim},
+                             {"threads", options.sampling.threads},
+                             {"path", ours[i].path()}},
+                  .metric = "rate",
+                  .unit = "GFLOP/s",
+                  .value = gflop / median(samples[i].counted()),
+                  .peer = "",
+                  .samples = samples[i]};
 #ifdef PBSATTN_HAS_GGML
     if (const double error = relative_error(ours[i].out(), ggml.out()); !(error < 1e-2))
       throw std::runtime_error(fmt::format("path {}: differs from ggml's result by {:.2g}", ours[i].path(), error));
     m.peer = "ggml";
-    m.peer_value = gflop / median(seconds.back());
+    m.peer_value = gflop / median(samples.back().counted());
     m.ratio = m.value / m.peer_value;
 #endif
     report.add(m);
@@ -131,72 +138,91 @@ void dense(const SuiteOptions& options, Report& report, std::int64_t tokens, std
 void sparse(const SuiteOptions& options, Report& report, const std::string& path, std::int64_t tokens,
             std::int64_t head_dim) {
   const Problem problem(prompt(tokens, head_dim), static_cast<unsigned>(tokens + head_dim + 1));
-  Runner dense_runner = runner_on(path, problem, pbsattn::method("full"), options.threads);
-  for (const float top_p : {0.1F, 0.25F, 0.5F, 0.75F}) {
+  Runner dense_runner = runner_on(path, problem, pbsattn::method("full"), options.sampling.threads);
+  for (const float top_p : {0.1F, 0.15F, 0.25F, 0.5F, 0.75F}) {
     Options pbs = pbsattn::method("pbs");
     pbs.top_p = top_p;
-    Runner runner = runner_on(path, problem, pbs, options.threads);
-    const auto seconds = interleave(options.runs, options.clock, {[&] { runner(); }, [&] { dense_runner(); }});
-    const double ours = median(seconds[0]);
-    const double theirs = median(seconds[1]);
+    Runner runner = runner_on(path, problem, pbs, options.sampling.threads);
+    std::vector<double> attending;
+    std::vector<double> dense_attending;
+    const auto samples = sample(options.sampling, {[&] {
+                                                     runner();
+                                                     attending.push_back(runner.stats().attend_seconds);
+                                                   },
+                                                   [&] {
+                                                     dense_runner();
+                                                     dense_attending.push_back(dense_runner.stats().attend_seconds);
+                                                   }});
+    const double ours = median(samples[0].counted());
+    const double theirs = median(samples[1].counted());
+    const double density = runner.stats().density();
+    const nlohmann::json params{{"n", tokens},
+                                {"head_dim", head_dim},
+                                {"threads", options.sampling.threads},
+                                {"path", path},
+                                {"density", rounded(density)}};
     report.add({.name = "sparse",
-                .params = {{"n", tokens},
-                           {"head_dim", head_dim},
-                           {"threads", options.threads},
-                           {"path", path},
-                           {"density", rounded(runner.stats().density())}},
+                .params = params,
                 .metric = "time / dense - density",
                 .unit = "of dense",
-                .value = ours / theirs - runner.stats().density(),
+                .value = ours / theirs - density,
                 .peer = "dense",
                 .peer_value = theirs,
                 .ratio = theirs / ours,
-                .runs = options.runs,
-                .spread = spread(seconds[0])});
+                .samples = samples[0]});
+    const double pair = median(after_warm_up(samples[0], attending)) / density;
+    const double dense_pair = median(after_warm_up(samples[1], dense_attending));
+    report.add({.name = "lists",
+                .params = params,
+                .metric = "seconds of attend at density 1 if all pairs took as long",
+                .unit = "s",
+                .value = pair,
+                .peer = "dense",
+                .peer_value = dense_pair,
+                .ratio = dense_pair / pair,
+                .samples = samples[0]});
   }
 }
 
 // What comes before attention, as a share of dense attention's time: one group of the model that most people
-// try first (12 query heads on 2 KV heads, head_dim 128). The stages' times are the plan's own, by the wall clock, so
-// the least of some runs is taken of each.
+// try first (12 query heads on 2 KV heads, head_dim 128).
 void stages(const SuiteOptions& options, Report& report, const std::string& path, std::int64_t tokens) {
   Shape shape = prompt(tokens, 128);
   shape.q_heads = 6;
   shape.kv_heads = 1;
   const Problem problem(shape, static_cast<unsigned>(tokens));
-  Runner sparse_runner = runner_on(path, problem, pbsattn::method("pbs"), options.threads);
-  Runner dense_runner = runner_on(path, problem, pbsattn::method("full"), options.threads);
+  Runner sparse_runner = runner_on(path, problem, pbsattn::method("pbs"), options.sampling.threads);
+  Runner dense_runner = runner_on(path, problem, pbsattn::method("full"), options.sampling.threads);
   std::vector<double> permute, select, before, dense_seconds;
-  for (int run = -1; run < options.runs; ++run) {
-    sparse_runner();
-    dense_runner();
-    if (run < 0) continue;
-    const auto& [visited, causal, permuting, selecting, attending] = sparse_runner.stats();
-    permute.push_back(permuting);
-    select.push_back(selecting);
-    before.push_back(permuting + selecting);
-    const auto& dense_stats = dense_runner.stats();
-    dense_seconds.push_back(dense_stats.permute_seconds + dense_stats.select_seconds + dense_stats.attend_seconds);
-  }
-  const double whole = std::ranges::min(dense_seconds);
+  const auto samples = sample(options.sampling, {[&] {
+                                                   sparse_runner();
+                                                   const auto& stats = sparse_runner.stats();
+                                                   permute.push_back(stats.permute_seconds);
+                                                   select.push_back(stats.select_seconds);
+                                                   before.push_back(stats.permute_seconds + stats.select_seconds);
+                                                 },
+                                                 [&] { dense_runner(); }});
+  const double whole = median(samples[1].counted());
+  const auto share = [&](const std::vector<double>& seconds) {
+    return median(after_warm_up(samples[0], seconds)) / whole;
+  };
   report.add({.name = "stages",
               .params = {{"n", tokens},
                          {"head_dim", 128},
                          {"q_heads", 6},
                          {"kv_heads", 1},
-                         {"threads", options.threads},
+                         {"threads", options.sampling.threads},
                          {"path", path},
                          {"density", rounded(sparse_runner.stats().density())},
-                         {"permute", rounded(std::ranges::min(permute) / whole)},
-                         {"select", rounded(std::ranges::min(select) / whole)}},
+                         {"permute", rounded(share(permute))},
+                         {"select", rounded(share(select))}},
               .metric = "time before attention, packing included",
               .unit = "of dense",
-              .value = std::ranges::min(before) / whole,
+              .value = share(before),
               .peer = "dense",
               .peer_value = whole,
-              .ratio = whole / std::ranges::min(before),
-              .runs = options.runs,
-              .spread = spread(before)});
+              .ratio = 1 / share(before),
+              .samples = samples[0]});
 }
 
 void two_threads(const SuiteOptions& options, Report& report, const std::string& path, std::int64_t tokens) {
@@ -204,18 +230,22 @@ void two_threads(const SuiteOptions& options, Report& report, const std::string&
   const Problem problem(prompt(tokens, 128), 5);
   Runner one = runner_on(path, problem, pbsattn::method("pbs"), 1);
   Runner two = runner_on(path, problem, pbsattn::method("pbs"), 2);
-  const auto seconds = interleave(options.runs, Clock::wall, {[&] { two(); }, [&] { one(); }});
+  Sampling sampling = options.sampling;
+  sampling.threads = 2;
+  sampling.clock = Clock::wall;
+  const auto samples = sample(sampling, {[&] { two(); }, [&] { one(); }});
+  const double seconds = median(samples[0].counted());
+  const double one_seconds = median(samples[1].counted());
   if (one.out() != two.out()) throw std::runtime_error("the result depends on the number of threads");
   report.add({.name = "threads",
               .params = {{"n", tokens}, {"head_dim", 128}, {"threads", 2}, {"path", path}},
               .metric = "time",
               .unit = "s",
-              .value = median(seconds[0]),
+              .value = seconds,
               .peer = "one",
-              .peer_value = median(seconds[1]),
-              .ratio = median(seconds[1]) / median(seconds[0]),
-              .runs = options.runs,
-              .spread = spread(seconds[0])});
+              .peer_value = one_seconds,
+              .ratio = one_seconds / seconds,
+              .samples = samples[0]});
 }
 
 }  // namespace

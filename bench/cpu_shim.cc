@@ -1,9 +1,11 @@
-// A plan behind plain functions, for cpu_torch.py: tensors are contiguous [heads][tokens][head_dim] of one dtype.
+// A plan, and the taking of samples, behind plain functions, for cpu_torch.py: tensors are contiguous
+// [heads][tokens][head_dim] of one dtype.
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "pbsattn/pbsattn.hpp"
+#include "sampling.h"
 
 namespace {
 
@@ -66,6 +68,21 @@ __attribute__((visibility("default"))) double bench_run(void* bench, const void*
 } catch (const std::exception& error) {
   last_error = error.what();
   return -1;
+}
+
+// Runs two functions as sample() does. Fills seconds[i] with the median of what counts of function i, spreads[i] with
+// its spread, and counts[i] with how many of its samples were undisturbed, how many were taken, and how many count.
+__attribute__((visibility("default"))) void bench_sample(int runs, double limit, int threads, void (*a)(), void (*b)(),
+                                                         double seconds[2], double spreads[2], int counts[2][3]) {
+  const auto samples = bench::sample({.runs = runs, .limit = limit, .threads = threads}, {a, b});
+  for (std::size_t i = 0; i < samples.size(); ++i) {
+    const auto counted = samples[i].counted();
+    seconds[i] = bench::median(counted);
+    spreads[i] = bench::spread(counted);
+    counts[i][0] = samples[i].undisturbed();
+    counts[i][1] = static_cast<int>(samples[i].seconds.size());
+    counts[i][2] = static_cast<int>(counted.size());
+  }
 }
 
 __attribute__((visibility("default"))) void bench_destroy(void* bench) {

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The CPU backend against PyTorch's scaled_dot_product_attention, in one process, in turn.
 
-    ./dev bench cpu-torch [--json FILE] [--threads N] [--runs N] [--tokens N ...] [--head-dims D ...]
+    ./dev bench cpu-torch [--json FILE] [--threads N] [--runs N] [--limit SECONDS] [--tokens N ...] [--head-dims D ...]
 
 First the errors of both against float64, on inputs of N(0, 1) and with queries eight times that (peaky); then rates, which
 count 4 x head_dim operations for each pair that causal attention sees. Inputs are bf16 or float32, as many KV heads as
-query heads, since PyTorch repeats them otherwise. PBSATTN_CPU_PATH forces a code path.
+query heads, since PyTorch repeats them otherwise. Samples are taken on undisturbed cores, as bench/sampling.h has it.
+PBSATTN_CPU_PATH forces a code path.
 """
 
 import argparse
@@ -14,9 +15,7 @@ import datetime
 import json
 import os
 import pathlib
-import statistics
 import subprocess
-import time
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -50,19 +49,40 @@ class Library:
 
         return run, self.c.bench_path(plan).decode()
 
+    def sample(self, runs, limit, threads, calls):
+        """Of two calls, taken in turn: seconds, spread, and how many samples were undisturbed, taken, counted."""
+        failures = []
+
+        def guarded(call):
+            def run():
+                try:
+                    if not failures:
+                        call()
+                except BaseException as failure:  # which C++ would not hand on
+                    failures.append(failure)
+            return ctypes.CFUNCTYPE(None)(run)
+
+        seconds, spreads, counts = (ctypes.c_double * 2)(), (ctypes.c_double * 2)(), (ctypes.c_int * 3 * 2)()
+        self.c.bench_sample(runs, ctypes.c_double(limit), threads, *map(guarded, calls), seconds, spreads, counts)
+        if failures:
+            raise failures[0]
+        return [(seconds[i], spreads[i], *counts[i]) for i in range(2)]
+
 
 class Report:
     def __init__(self, commit):
         self.commit, self.records = commit, []
 
-    def add(self, case, params, metric, value, unit, peer_value, ratio, runs=1, spread=0.0):
+    def add(self, case, params, metric, value, unit, peer_value, ratio, runs=1, spread=0.0, undisturbed=None,
+            samples=None):
         self.records.append({
             "suite": "cpu-torch", "case": case, "params": params, "metric": metric, "value": value, "unit": unit,
             "peer": "PyTorch", "peer_value": peer_value, "ratio": ratio, "runs": runs, "spread": spread,
-            "device": processor(), "commit": self.commit, "date": datetime.date.today().isoformat()})
+            "undisturbed": undisturbed, "samples": samples, "device": processor(), "commit": self.commit,
+            "date": datetime.date.today().isoformat()})
         words = " ".join(f"{key}={value}" for key, value in params.items())
         print(f"{case:<7} {words:<66} {metric:<16} {value:>10.4g} {unit:<8} {peer_value:>10.4g} PyTorch {ratio:>6.2f}x  "
-              f"(spread {spread:.0%})", flush=True)
+              + (f"(spread {spread:.0%}; {undisturbed} of {samples} undisturbed)" if samples else ""), flush=True)
 
 
 def processor():
@@ -94,26 +114,20 @@ def errors(library, report, head_dim, threads):
                 report.add("error", params, metric, value, "", peer, peer / value)
 
 
-def rates(library, report, tokens, head_dim, dtype, threads, runs):
+def rates(library, report, tokens, head_dim, dtype, arguments):
     q, k, v = inputs(tokens, head_dim, dtype)
     ours = torch.empty_like(q)
-    run, path = library.attention(q, threads)
+    run, path = library.attention(q, arguments.threads)
     calls = (lambda: run(q, k, v, ours), lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
-    seconds = [[], []]
-    for i in range(runs + 1):
-        for call, times in zip(calls, seconds):
-            start = time.perf_counter()
-            call()
-            if i > 0:
-                times.append(time.perf_counter() - start)
+    (seconds, spread, undisturbed, samples, runs), (peer_seconds, *_) = library.sample(
+        arguments.runs, arguments.limit, arguments.threads, calls)
     difference = (ours - calls[1]()).double().norm() / ours.double().norm()
     if not difference < 2e-2:
         raise SystemExit(f"bench cpu-torch: the results differ by {difference:.2g}")
     gflop = 2e-9 * HEADS * head_dim * tokens * (tokens + 1)
-    value, peer = (gflop / statistics.median(times) for times in seconds)
-    report.add("dense", {"n": tokens, "head_dim": head_dim, "dtype": NAMES[dtype], "threads": threads, "path": path},
-               "rate", value, "GFLOP/s", peer, value / peer, runs,
-               (max(seconds[0]) - min(seconds[0])) / statistics.median(seconds[0]))
+    params = {"n": tokens, "head_dim": head_dim, "dtype": NAMES[dtype], "threads": arguments.threads, "path": path}
+    report.add("dense", params, "rate", gflop / seconds, "GFLOP/s", gflop / peer_seconds, peer_seconds / seconds, runs,
+               spread, undisturbed, samples)
 
 
 def commit():
@@ -127,20 +141,22 @@ def main():
     parser.add_argument("library", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=pathlib.Path, help="write the measurements there")
     parser.add_argument("--threads", type=int, default=1, help="of both")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="undisturbed samples wanted of each")
+    parser.add_argument("--limit", type=float, default=60, help="seconds to wait for them, for each row")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--commit", default=commit(), help="what to write as the commit")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     library, report = Library(arguments.library.resolve()), Report(arguments.commit)
-    print(f"{processor()}, PyTorch {torch.__version__}, commit {arguments.commit}, medians of {arguments.runs} runs")
+    print(f"{processor()}, PyTorch {torch.__version__}, commit {arguments.commit}, medians of {arguments.runs} undisturbed "
+          "samples")
     for head_dim in arguments.head_dims:
         errors(library, report, head_dim, arguments.threads)
     for head_dim in arguments.head_dims:
         for tokens in arguments.tokens:
             for dtype in (torch.bfloat16, torch.float32):
-                rates(library, report, tokens, head_dim, dtype, arguments.threads, arguments.runs)
+                rates(library, report, tokens, head_dim, dtype, arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(report.records, indent=2) + "\n")
     return 0

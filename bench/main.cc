@@ -15,10 +15,15 @@ int main(int argc, char** argv) {
   bench::SuiteOptions options;
   app.add_option("suite", suite, "What to measure: cpu")->required()->check(CLI::IsMember({"cpu"}));
   app.add_option("--json", json, "Also write the measurements to this file");
-  app.add_option("--runs", options.runs, "Measured runs of each function; the median is reported")
+  app.add_option("--runs", options.sampling.runs,
+                 "Samples on undisturbed cores wanted of each function; their median is reported")
       ->check(CLI::Range(1, 1000));
-  app.add_option("--threads", options.threads, "Threads of every function")->check(CLI::Range(1, 1024));
-  app.add_option("--clock", options.clock,
+  app.add_option(
+         "--limit", options.sampling.limit,
+         "Seconds to wait for them, for each row's functions; then the median is of those there are, if 3, or of all")
+      ->check(CLI::Range(0, 3600));
+  app.add_option("--threads", options.sampling.threads, "Threads of every function")->check(CLI::Range(1, 1024));
+  app.add_option("--clock", options.sampling.clock,
                  "wall, or processor: the process's own time, on a machine shared with others")
       ->transform(CLI::CheckedTransformer(
           std::map<std::string, bench::Clock>{{"wall", bench::Clock::wall}, {"processor", bench::Clock::processor}}));
@@ -31,8 +36,8 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   try {
     const auto info = pbsattn::describe_cpu();
-    fmt::print("{} ({} processors), commit {}, medians of {} runs\n", info.processor, info.threads, PBSATTN_COMMIT,
-               options.runs);
+    fmt::print("{} ({} processors), commit {}, medians of {} undisturbed samples\n", info.processor, info.threads,
+               PBSATTN_COMMIT, options.sampling.runs);
     bench::Report report(suite);
     bench::run_cpu_suite(options, report);
     if (!json.empty()) report.write(json);

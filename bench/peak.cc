@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <numeric>
 #include <vector>
+
+#include "pbsattn/pbsattn.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -29,6 +32,8 @@ double fastest(int calls, Body&& body) {
 volatile float result;
 
 constexpr int rounds = 4000;
+constexpr int loaded_rounds = 250;
+constexpr int chain_length = 4000;
 constexpr int chains = 12;  // independent sums: a multiply-add takes 4 to 5 cycles, and two begin in each
 
 #if defined(__x86_64__)
@@ -83,6 +88,39 @@ void loop_tiles() {
   asm volatile("tilerelease");
 }
 
+// As many tile loads as products: a core that has to share its tiles or its first-level cache shows it here first.
+void loop_loaded_tiles() {
+  alignas(64) static constexpr TileConfig config;
+  alignas(64) static constexpr std::byte operands[4 * 1024]{};
+  constexpr std::int64_t row_bytes = 64;
+  asm volatile("ldtilecfg %0" ::"m"(config));
+  for (int round = 0; round < loaded_rounds; ++round)
+    asm volatile(
+        "tileloadd (%0,%1,1), %%tmm4\n\ttileloadd 1024(%0,%1,1), %%tmm5\n\t"
+        "tileloadd 2048(%0,%1,1), %%tmm6\n\ttileloadd 3072(%0,%1,1), %%tmm7\n\t"
+        "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
+        "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(operands),
+        "r"(row_bytes)
+        : "memory");
+  asm volatile("tilerelease");
+}
+
+// A chain of multiplications, each of which waits 3 cycles for the one before on every processor with AMX.
+void loop_chain() {
+  std::uint64_t x = 1;
+  for (int i = 0; i < chain_length / 4; ++i)
+    asm volatile("imul $3, %0, %0\n\timul $3, %0, %0\n\timul $3, %0, %0\n\timul $3, %0, %0" : "+r"(x));
+}
+
+// Asked of the system, as a plan does: it refuses where the processor has no tiles.
+bool may_use_tiles() {
+  static const bool may = [] {
+    const auto paths = pbsattn::describe_cpu().paths;
+    return __builtin_cpu_supports("amx-bf16") != 0 && std::ranges::find(paths, "amx_bf16") != paths.end();
+  }();
+  return may;
+}
+
 #endif
 
 }  // namespace
@@ -98,6 +136,21 @@ double peak_rate(std::string_view path) {
   if (path == "sse4_f32") return rate(8, loop128);
 #endif
   return 0;
+}
+
+Pace pace() {
+  Pace now;
+#if defined(__x86_64__)
+  constexpr int calls = 3;  // an interrupt in one of them is nothing
+  now.vectors = fastest(calls, __builtin_cpu_supports("avx512f") != 0                                      ? loop512
+                               : __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 ? loop256
+                                                                                                           : loop128);
+  if (may_use_tiles()) {
+    const double cycle = fastest(calls, loop_chain) / (3.0 * chain_length);
+    now.tiles = fastest(calls, loop_loaded_tiles) / (4 * loaded_rounds) / cycle;
+  }
+#endif
+  return now;
 }
 
 double read_bandwidth() {

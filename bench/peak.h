@@ -12,4 +12,11 @@ double peak_rate(std::string_view path);
 // GB/s at which one core reads memory that no cache holds.
 double read_bandwidth();
 
+// How fast the core at hand multiplies right now, by two loops of some microseconds.
+struct Pace {
+  double vectors = 0;  // seconds of a loop of the processor's widest multiply-adds
+  double tiles = 0;    // cycles of a tile product whose operands come from the first-level cache; 0 without AMX
+};
+Pace pace();
+
 }  // namespace bench

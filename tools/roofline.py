@@ -86,7 +86,7 @@ def points(suite, records):
     found = {}
     for record in records:
         params = record["params"]
-        if record["case"] in ("ceiling", "peak", "stages", "threads") or params.get("threads", 1) != 1:
+        if record["case"] in ("ceiling", "peak", "stages", "lists", "threads") or params.get("threads", 1) != 1:
             continue
         label = f"{params['n'] // 1024}K" + (f" at density {params['density']}" if "density" in params else "")
         label += " D=64" if params["head_dim"] == 64 else ""
