@@ -43,8 +43,8 @@ class Gpu:
 class Cpu:
     unit, slope_unit = "GFLOP/s", "GB/s"
     x_range, y_range, ticks = (50, 5000), (10, 5000), (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-    heads, kv_heads, bytes_of_query, bytes_of_key = 4, 2, 4, 2
-    what = "one core, 4 query heads (float32) and 2 KV heads (float16)"
+    heads, kv_heads, bytes_of_query, bytes_of_key = 2, 1, 4, 2
+    what = "one core, 2 query heads (float32) and 1 KV head (float16)"
 
     @staticmethod
     def roofs(records):

@@ -1,5 +1,5 @@
-// Attention over the chosen blocks: a row at a time, so that a block of keys and values is read once for
-// all the row's strips; the longest rows first, so that threads finish together.
+// Attention over the chosen blocks: by rows, so that a block of keys and values is read once for all their
+// strips; the longest rows first, so that threads finish together.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -176,25 +176,32 @@ AttendRow describe_row(const StageContext& c, std::int64_t head, std::int64_t ro
           .lse = output.lse};
 }
 
-// Row `row` of heads [begin, end), which share their keys and values. Returns the number of blocks visited.
-std::int64_t attend_heads(const StageContext& c, std::int64_t begin, std::int64_t end, std::int64_t row,
-                          std::byte* scratch) {
+// Rows of heads that share their keys and values.
+struct Item {
+  std::int64_t head_begin, head_end;
+  std::int64_t row_begin, row_end;
+};
+
+// Returns the number of blocks visited.
+std::int64_t attend_item(const StageContext& c, const Item& item, std::byte* scratch) {
   const Geometry& g = c.geometry();
   auto* list = reinterpret_cast<std::int32_t*>(scratch);
   std::byte* const memory = scratch + c.pass.lists_bytes;
   std::int64_t visited = 0;
-  std::array<AttendRow, most_heads> rows;
-  for (std::int64_t head = begin; head < end; ++head) {
-    const auto blocks = list_row(c, head, row, list);
-    list += blocks.size();
-    visited += static_cast<std::int64_t>(blocks.size());
-    if (c.kernels.attend_rows == nullptr)
-      attend_row(c, head, row, blocks, memory);
-    else
-      rows[static_cast<std::size_t>(head - begin)] = describe_row(c, head, row, blocks);
-  }
-  if (c.kernels.attend_rows != nullptr)
-    c.kernels.attend_rows(rows.data(), static_cast<int>(end - begin),
+  std::array<AttendRow, most_heads * most_rows> rows;
+  int count = 0;
+  for (std::int64_t head = item.head_begin; head < item.head_end; ++head)
+    for (std::int64_t row = item.row_begin; row < item.row_end; ++row) {
+      const auto blocks = list_row(c, head, row, list);
+      list += blocks.size();
+      visited += static_cast<std::int64_t>(blocks.size());
+      if (c.kernels.attend_rows == nullptr)
+        attend_row(c, head, row, blocks, memory);
+      else
+        rows[static_cast<std::size_t>(count++)] = describe_row(c, head, row, blocks);
+    }
+  if (count > 0)
+    c.kernels.attend_rows(rows.data(), count,
                           {.head_dim = static_cast<int>(g.shape.head_dim),
                            .block = g.block,
                            .block_bytes = c.pass.block_bytes,
@@ -207,13 +214,13 @@ std::int64_t attend_heads(const StageContext& c, std::int64_t begin, std::int64_
 
 std::int64_t attend(const StageContext& c) {
   const Geometry& g = c.geometry();
-  // Heads of a group are done together while their keys and values are in cache, but not so many at once that
-  // threads would idle.
-  const std::int64_t rows = g.rows();
+  // Rows that follow one another, and heads of a group, are done together while their keys and values are in cache, but
+  // not so many at once that threads would idle.
   constexpr std::int64_t items_per_thread = 8;
-  const std::int64_t most = std::min({g.group(), c.heads.q_count, most_heads});
+  const std::int64_t share = c.heads.q_count * g.rows() / (items_per_thread * c.spec.threads);
+  const std::int64_t rows = std::clamp<std::int64_t>(share, 1, c.kernels.rows_together());
   const std::int64_t together =
-      std::clamp<std::int64_t>(c.heads.q_count * rows / (items_per_thread * c.spec.threads), 1, most);
+      std::clamp<std::int64_t>(share / rows, 1, std::min({g.group(), c.heads.q_count, most_heads}));
   std::vector<std::pair<std::int64_t, std::int64_t>> parts;  // of the pass's heads, none of them across groups
   for (std::int64_t begin = 0; begin < c.heads.q_count;) {
     const std::int64_t group_end = (c.heads.kv_begin + c.kv_head(begin) + 1) * g.group() - c.heads.q_begin;
@@ -223,9 +230,10 @@ std::int64_t attend(const StageContext& c) {
   }
   std::atomic<std::int64_t> visited = 0;
   const auto count = static_cast<std::int64_t>(parts.size());
-  parallel_for(c.spec.threads, count * rows, [&](std::int64_t item, int thread) {
+  parallel_for(c.spec.threads, count * ceil_div(g.rows(), rows), [&](std::int64_t item, int thread) {
     const auto [begin, end] = parts[static_cast<std::size_t>(item % count)];
-    visited += attend_heads(c, begin, end, rows - 1 - item / count, c.scratch(thread));
+    const std::int64_t row_end = g.rows() - item / count * rows;
+    visited += attend_item(c, {begin, end, std::max<std::int64_t>(row_end - rows, 0), row_end}, c.scratch(thread));
   });
   return visited;
 }

@@ -70,7 +70,9 @@ struct BlockArgs {
   int next_begin, next_end;
 };
 
-// One row of one query head, for a path that takes whole rows.
+constexpr int most_rows = 4;  // that follow one another and are done together by a path that takes whole rows
+
+// One row of one query head, for such a path.
 struct AttendRow {
   Rows queries;
   int count;                   // of queries, up to a block
@@ -140,10 +142,11 @@ struct Kernels {
   // Packed blocks hold head_dim and keys padded with zeros to multiples of these (or to the whole block).
   int head_dim_step = 1;
   int key_step = row_tile;
-  // Attention of rows that follow one another, with bytes of scratch.
+  // Attention of rows, with bytes of scratch. It is fastest with most_rows rows of one head after each other.
   void (*attend_rows)(const AttendRow* rows, int count, const AttendArgs& args) = nullptr;
   std::int64_t (*attend_scratch_bytes)(int head_dim, int block) = nullptr;
 
+  int rows_together() const { return attend_rows != nullptr ? most_rows : 1; }
   std::int64_t packed_head_dim(std::int64_t head_dim) const {
     return (head_dim + head_dim_step - 1) / head_dim_step * head_dim_step;
   }

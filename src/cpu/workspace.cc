@@ -58,7 +58,8 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   // block's scores, or what the path wants; or, when keys are ordered, a segment's weights, ranks and tokens; or,
   // when blocks are scored, a strip of rows' scores.
   const std::int64_t row_strips = g.block / strip;
-  lists_bytes = ceil_div(std::min(shape.q_heads, g.group()) * blocks * 4, alignment) * alignment;
+  lists_bytes =
+      ceil_div(std::min(shape.q_heads, g.group()) * kernels.rows_together() * blocks * 4, alignment) * alignment;
   const std::int64_t attend =
       lists_bytes + (kernels.attend_rows != nullptr ? kernels.attend_scratch_bytes(static_cast<int>(dim), g.block)
                                                     : row_strips * (strip_bytes + dim * strip * 4 + 2 * strip * 4) +

@@ -60,7 +60,7 @@ struct Pass {
   std::int64_t mask_words = 0;
   std::int64_t block_bytes = 0;  // of a packed block of keys or of values
   std::int64_t scratch_bytes = 0;
-  std::int64_t lists_bytes = 0;  // of scratch, at its start: a group's block lists of one row
+  std::int64_t lists_bytes = 0;  // of scratch, at its start: a group's block lists of the rows that are done together
 
   // Index of a pass's query head in far_keys, pooled_keys and order.
   std::int64_t far_head(std::int64_t q_head, std::int64_t kv_head) const {

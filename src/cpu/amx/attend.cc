@@ -1,5 +1,6 @@
 // Rows of attention on AMX: packs their queries, streams their units through the pipeline, and writes what
 // comes out.
+#include <array>
 #include <cmath>
 
 #include "cpu/amx/amx.h"
@@ -11,7 +12,7 @@ namespace pbsattn::cpu::amx {
 namespace {
 
 constexpr int max_strips = max_block / strip;
-constexpr int chunk_blocks = 4;  // a strip's queries and sums stay in L1 for so many blocks, which stay in L2
+constexpr int chunk_blocks = 4;
 
 constexpr std::int64_t strip_bytes(int pairs) {
   return pairs * 6 * tile_bytes + 4 * strip * static_cast<int>(sizeof(float));
@@ -97,6 +98,91 @@ bool write_rows(const Strip& s, int head_dim, bool checked) {
   return true;
 }
 
+// Some of a gang's blocks: a strip's queries and sums stay in the first-level cache for so many, which stay in the
+// second.
+struct Chunk {
+  int count = 0;
+  std::array<const std::byte*, chunk_blocks> keys;
+  std::array<const std::byte*, chunk_blocks> values;
+  std::array<int, most_rows> begin;  // of each row's list
+  std::array<int, most_rows> end;
+};
+
+// Rows that are done at once, because they read the same keys and values: what comes from the third-level cache, which
+// is slower than the products, comes once for all of them.
+struct Gang {
+  const AttendRow* rows = nullptr;
+  int count = 0;
+};
+
+// Among few weights the rounding of each shows.
+bool needs_care(const AttendRow& row) {
+  constexpr int few_blocks = 2;
+  return !row.last_finite || row.block_count <= few_blocks;
+}
+
+Gang gang_at(const AttendRow* rows, int count) {
+  Gang gang{rows, 1};
+  const auto alike = [&](const AttendRow& row) {
+    return row.keys == rows->keys && row.far_keys == rows->far_keys && !needs_care(row) && !needs_care(*rows);
+  };
+  while (gang.count < most_rows && gang.count < count && alike(rows[gang.count])) ++gang.count;
+  return gang;
+}
+
+// The next blocks, up to `most`, that any row of the gang has listed after those before `begin`.
+Chunk next_chunk(const Gang& gang, const std::array<int, most_rows>& begin, int most, std::int64_t block_bytes) {
+  Chunk chunk;
+  chunk.begin = chunk.end = begin;
+  for (; chunk.count < most; ++chunk.count) {
+    const AttendRow* owner = nullptr;
+    std::int32_t block = 0;
+    for (int r = 0; r < gang.count; ++r) {
+      const AttendRow& row = gang.rows[r];
+      const int at = chunk.end[static_cast<std::size_t>(r)];
+      if (at == row.block_count || (owner != nullptr && row.blocks[at] >= block)) continue;
+      owner = &row;
+      block = row.blocks[at];
+    }
+    if (owner == nullptr) break;
+    chunk.keys[static_cast<std::size_t>(chunk.count)] = keys_of(*owner, block, block_bytes);
+    chunk.values[static_cast<std::size_t>(chunk.count)] = values_of(*owner, block, block_bytes);
+    for (int r = 0; r < gang.count; ++r) {
+      const AttendRow& row = gang.rows[r];
+      int& at = chunk.end[static_cast<std::size_t>(r)];
+      if (at < row.block_count && row.blocks[at] == block) ++at;
+    }
+  }
+  return chunk;
+}
+
+// Spreads the fetching of a chunk evenly over the units before it, in ranges of Bytes.
+template <int Bytes>
+class Fetching {
+ public:
+  Fetching(const Chunk& chunk, std::int64_t block_bytes, int places)
+      : chunk_(chunk), ranges_of_block_(ceil_div(static_cast<int>(block_bytes), Bytes)), places_(places) {}
+
+  // What is to be fetched in the next place, or `nothing`, which is in cache already.
+  const std::byte* next(const std::byte* nothing) {
+    const std::int64_t ranges = 2 * chunk_.count * std::int64_t{ranges_of_block_};
+    const auto due = static_cast<int>(ranges * ++place_ / places_);
+    if (done_ == due) return nothing;
+    const int range = done_ % ranges_of_block_;
+    const int part = done_ / ranges_of_block_;
+    const auto& blocks = part % 2 == 0 ? chunk_.keys : chunk_.values;
+    ++done_;
+    return blocks[static_cast<std::size_t>(part / 2)] + range * std::int64_t{Bytes};
+  }
+
+ private:
+  const Chunk& chunk_;
+  int ranges_of_block_;
+  int places_;
+  int place_ = 0;
+  int done_ = 0;
+};
+
 template <int Pairs>
 class Rows {
  public:
@@ -107,56 +193,75 @@ class Rows {
         strips_memory_(careful_ + careful_bytes) {}
 
   void run(const AttendRow* rows, int count) {
-    for (int r = 0; r < count; ++r) run_row(rows[r], r + 1 < count ? &rows[r + 1] : nullptr, strips_[r % 2], r % 2);
-    drain();
+    for (int r = 0; r < count;) {
+      const Gang gang = gang_at(rows + r, count - r);
+      r += gang.count;
+      if (needs_care(*gang.rows))
+        attend_with_care(*gang.rows);
+      else
+        run_gang(gang, r < count ? gang_at(rows + r, count - r) : Gang{});
+    }
   }
 
   static std::int64_t scratch_bytes(int block) {
-    return Pipeline<Pairs>::scratch_bytes + careful_bytes + 2 * (block / strip) * strip_bytes(Pairs);
+    return Pipeline<Pairs>::scratch_bytes + careful_bytes + most_rows * (block / strip) * strip_bytes(Pairs);
   }
 
  private:
-  void run_row(const AttendRow& row, const AttendRow* next, Strip (&strips)[max_strips], int parity) {
-    if (pushed_ < 2) drain();  // the strips' last row is still in the pipeline
-    pushed_ = 0;
-    const int strip_count = ceil_div(row.count, strip);
-    for (int i = 0; i < strip_count; ++i) set_up(strips[i], row, parity, i);
-    // Among few weights the rounding of each shows.
-    constexpr int few_blocks = 2;
-    if (!row.last_finite || row.block_count <= few_blocks) {
-      for (int i = 0; i < strip_count; ++i) do_with_care(strips[i], row.last_finite);
-      return;
-    }
-    const int parts = ceil_div(args_.block, unit_keys);
-    const int chunks = ceil_div(row.block_count, chunk_blocks);
-    const auto chunk_begin = [](const AttendRow& r, int c) {
-      return static_cast<int>(std::int64_t{r.block_count} * c / ceil_div(r.block_count, chunk_blocks));
+  void run_gang(const Gang& gang, const Gang& next) {
+    int blocks = 0;  // that any row has listed
+    std::array<int, most_rows> begin{};
+    for (Chunk all = chunk_of(gang, begin); all.count > 0; all = chunk_of(gang, all.end)) blocks += all.count;
+    const int chunks = ceil_div(blocks, chunk_blocks);
+    for (int r = 0; r < gang.count; ++r)
+      for (int i = 0; i < strip_count(gang.rows[r]); ++i) set_up(gang.rows[r], r, i);
+    const auto size = [&](int c) {
+      return static_cast<int>(std::int64_t{blocks} * (c + 1) / chunks - std::int64_t{blocks} * c / chunks);
     };
+    Chunk chunk = next_chunk(gang, begin, size(0), args_.block_bytes);
     for (int c = 0; c < chunks; ++c) {
-      const int begin = chunk_begin(row, c);
-      const int end = chunk_begin(row, c + 1);
-      const AttendRow& after = c + 1 < chunks || next == nullptr ? row : *next;
-      const int after_begin = c + 1 < chunks ? end : next != nullptr ? 0 : begin;
-      for (int i = 0; i < strip_count; ++i) {
-        for (int b = begin; b < end; ++b) {
+      Chunk after;
+      if (c + 1 < chunks)
+        after = next_chunk(gang, chunk.end, size(c + 1), args_.block_bytes);
+      else if (next.count > 0)
+        after = chunk_of(next, begin);
+      run_chunk(gang, chunk, after);
+      chunk = after;
+    }
+    drain();
+  }
+  Chunk chunk_of(const Gang& gang, const std::array<int, most_rows>& begin) const {
+    return next_chunk(gang, begin, chunk_blocks, args_.block_bytes);
+  }
+  static int strip_count(const AttendRow& row) { return ceil_div(row.count, strip); }
+
+  void run_chunk(const Gang& gang, const Chunk& chunk, const Chunk& after) {
+    const int parts = ceil_div(args_.block, unit_keys);
+    int units = 0;
+    for (std::size_t r = 0; r < static_cast<std::size_t>(gang.count); ++r)
+      units += strip_count(gang.rows[r]) * (chunk.end[r] - chunk.begin[r]) * parts;
+    Fetching<Pipeline<Pairs>::fetched_bytes> fetching(after, args_.block_bytes, units * Pipeline<Pairs>::fetches);
+    for (std::size_t r = 0; r < static_cast<std::size_t>(gang.count); ++r) {
+      const AttendRow& row = gang.rows[r];
+      for (int i = 0; i < strip_count(row); ++i) {
+        Strip& s = strips_[r][i];
+        for (int b = chunk.begin[r]; b < chunk.end[r]; ++b)
           for (int part = 0; part < parts; ++part) {
-            Unit unit = make_unit(strips[i], args_, b, part);
+            Unit unit = make_unit(s, args_, b, part);
             if (unit.groups == 0) continue;
             unit.first = b == 0 && part == 0;
-            unit.last = b == row.block_count - 1 && (part == parts - 1 || unit.diagonal + strips[i].count <= unit_keys);
-            const int fetched = after_begin + (b - begin) < after.block_count ? after_begin + (b - begin) : 0;
-            const std::int64_t share = args_.block_bytes / (strip_count * parts) * (i * parts + part);
-            unit.next_keys = keys_of(after, after.blocks[fetched], args_.block_bytes) + share;
-            unit.next_values = values_of(after, after.blocks[fetched], args_.block_bytes) + share;
+            unit.last = b == row.block_count - 1 && (part == parts - 1 || unit.diagonal + s.count <= unit_keys);
+            for (std::size_t place = 0; place < Pipeline<Pairs>::fetches; ++place)
+              unit.fetched[place] = fetching.next(s.queries);
             push(unit);
           }
-        }
       }
     }
   }
 
-  void set_up(Strip& s, const AttendRow& row, int parity, int i) {
-    std::byte* const memory = strips_memory_ + (parity * (args_.block / strip) + i) * strip_bytes(Pairs);
+  Strip& set_up(const AttendRow& row, int r, int i) {
+    Strip& s = strips_[r][i];
+    std::byte* const memory = strips_memory_ + (r * (args_.block / strip) + i) * strip_bytes(Pairs);
     s.queries = memory;
     s.out = memory + Pairs * 2 * tile_bytes;
     s.origin = reinterpret_cast<float*>(memory + Pairs * 6 * tile_bytes);
@@ -168,19 +273,22 @@ class Rows {
     pack_queries({static_cast<const std::byte*>(row.queries.data) + s.first * row.queries.stride * size,
                   row.queries.dtype, row.queries.stride, nullptr},
                  s.count, args_.head_dim, s.queries);
+    return s;
   }
 
+  void attend_with_care(const AttendRow& row) {
+    for (int i = 0; i < strip_count(row); ++i) do_with_care(set_up(row, 0, i), row.last_finite);
+  }
   void do_with_care(Strip& s, bool fine) {
     if (fine) {
-      attend_with_care(s, args_, true, careful_);
+      amx::attend_with_care(s, args_, true, careful_);
       if (write_rows(s, args_.head_dim, true)) return;
     }
-    attend_with_care(s, args_, false, careful_);
+    amx::attend_with_care(s, args_, false, careful_);
     write_rows(s, args_.head_dim, false);
   }
 
   void push(const Unit& unit) {
-    ++pushed_;
     pipeline_.push(unit, [this](Strip& s) {
       if (!write_rows(s, args_.head_dim, true)) do_with_care(s, false);
     });
@@ -194,8 +302,7 @@ class Rows {
   Pipeline<Pairs> pipeline_;
   std::byte* careful_;
   std::byte* strips_memory_;
-  Strip strips_[2][max_strips];
-  int pushed_ = 2;  // units since the last row began
+  Strip strips_[most_rows][max_strips];
 };
 
 template <class Body>

@@ -20,6 +20,7 @@
 // sum and the strip is done again with care (careful.h).
 #pragma once
 
+#include <array>
 #include <utility>
 
 #include "cpu/amx/isa.h"
@@ -50,9 +51,9 @@ struct Unit {
   bool first = false;  // of its strip
   bool last = false;
   bool causal = false;
-  std::int64_t diagonal = 0;             // key i is masked for query j of the strip where i > j + diagonal
-  const std::byte* next_keys = nullptr;  // to be fetched into the second-level cache meanwhile
-  const std::byte* next_values = nullptr;
+  std::int64_t diagonal = 0;  // key i is masked for query j of the strip where i > j + diagonal
+  // What is to be fetched into the second-level cache meanwhile: Pipeline::fetched_bytes from each, two in a step.
+  std::array<const std::byte*, 2 * unit_groups> fetched{};
   std::byte* weights = nullptr;  // P; the pipeline's
 };
 
@@ -128,6 +129,9 @@ class Pipeline {
   static constexpr int step_groups = Pairs % 4 == 0 ? 1 : Pairs % 2 == 0 ? 2 : 4;  // so that step_out_tiles is even
   static constexpr int steps = unit_groups / step_groups;
   static constexpr int step_out_tiles = 2 * Pairs / steps;  // of head_dim, in each step
+  static constexpr int step_products = 4 * Pairs * step_groups + 8 * step_out_tiles;
+  static constexpr int fetches = 2 * steps;                         // of a unit
+  static constexpr int fetched_bytes = step_products * cache_line;  // of each; no more than a strip's queries take
   static constexpr int score_bytes = step_groups * 4 * tile_bytes;
   static constexpr int weight_bytes = unit_groups * 2 * tile_bytes;
   static constexpr int scratch_bytes = 2 * score_bytes + 2 * weight_bytes;
@@ -218,16 +222,16 @@ class Pipeline {
   // the products.
   template <bool Full>
   [[gnu::noinline]] void run(const Unit& qk, int qk_group, const Unit& exp, int exp_group, const Unit& pv, int part) {
-    constexpr int products = 4 * Pairs * step_groups + 8 * step_out_tiles;
+    constexpr int products = step_products;
     constexpr int pieces = Exponentials::pieces;
     if constexpr (Full) {
-      const std::byte* const next_keys = qk.next_keys + qk_group / step_groups * products * cache_line;
-      const std::byte* const next_values = qk.next_values + qk_group / step_groups * products * cache_line;
+      const auto step = static_cast<std::size_t>(qk_group / step_groups);
+      const std::byte* const fetched[] = {qk.fetched[2 * step], qk.fetched[2 * step + 1]};
       Exponentials exps(exp, exp_group, scores_[1], scale_);
       const auto after = [&](auto index) __attribute__((always_inline)) {
         constexpr int product = index.value;
-        __builtin_prefetch(next_keys + product * cache_line, 0, 2);
-        __builtin_prefetch(next_values + product * cache_line, 0, 2);
+        __builtin_prefetch(fetched[0] + product * cache_line, 0, 2);
+        __builtin_prefetch(fetched[1] + product * cache_line, 0, 2);
         unroll<pieces * product / products, pieces*(product + 1) / products>([&](
             auto i) __attribute__((always_inline)) { exps.piece(i.value); });
       };
