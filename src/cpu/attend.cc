@@ -146,9 +146,9 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
 
   const RowOutput output(c, head, begin - g.q_offset());
   for (int i = 0; i < strips; ++i)
-    c.kernels.finish(scratch.strip_state(i).state, std::min(strip, queries - i * strip), dim, c.scale_log2(),
-                     output.out + i * strip * output.row_bytes, c.outputs.out.dtype, c.outputs.out.token_stride,
-                     output.lse == nullptr ? nullptr : output.lse + i * strip);
+    c.f32_kernels.finish(scratch.strip_state(i).state, std::min(strip, queries - i * strip), dim, c.scale_log2(),
+                         output.out + i * strip * output.row_bytes, c.outputs.out.dtype, c.outputs.out.token_stride,
+                         output.lse == nullptr ? nullptr : output.lse + i * strip);
 }
 
 AttendRow describe_row(const StageContext& c, std::int64_t head, std::int64_t row,

@@ -100,7 +100,7 @@ struct AttendArgs {
 };
 
 // Every path has the first group of functions; the f32 paths serve the second for all of them. A path attends
-// either a block at a time (attend_block, finish) or by rows (attend_rows).
+// either a block at a time (attend_block, then the second group's finish) or by rows (attend_rows).
 struct Kernels {
   std::string_view name;  // "avx512_bf16"
   Precision products;     // f32 or bf16
@@ -116,9 +116,6 @@ struct Kernels {
 
   // One step of the online softmax.
   void (*attend_block)(const BlockArgs& args, const StripState& state);
-  // Writes `count` normalised rows, and their natural log-sum-exp where lse is not null.
-  void (*finish)(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
-                 std::int64_t stride, float* lse);
 
   // Scores a block of keys by a strip of queries: exps[key][query], measured from the query's own maximum over
   // this block and kept in element_size bytes; that maximum; and the sum of the query's exps.
@@ -128,6 +125,9 @@ struct Kernels {
   // factors follow each other. A factor of 0 leaves its query out.
   void (*weigh_keys)(const void* exps, int strips, int count, const float* factors, float* weights);
 
+  // Writes `count` normalised rows, and their natural log-sum-exp where lse is not null.
+  void (*finish)(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
+                 std::int64_t stride, float* lse);
   // From the maxima and sums that score_keys left for each block (block b's at b * stride), the factor that
   // turns each block's exps into softmax weights over all blocks, written over the maxima. Queries from
   // `queries` on get 0; a query that has a NaN score, or only -inf, gets NaN.

@@ -304,45 +304,6 @@ void attend_block(const BlockArgs& args, const StripState& state) {
   if (careful) accumulate_visible(args, weights, state.out);
 }
 
-void store_row(const float* row, int head_dim, DType dtype, void* out) {
-  for (int d = 0; d < head_dim; d += lanes) {
-    const __mmask16 mask = head_mask(head_dim - d);
-    const __m512 x = _mm512_maskz_loadu_ps(mask, row + d);
-    if (dtype == DType::f32)
-      _mm512_mask_storeu_ps(static_cast<float*>(out) + d, mask, x);
-    else
-      _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + d, mask,
-                               dtype == DType::f16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                                                   : as_bits(_mm512_cvtneps_pbh(x)));
-  }
-}
-
-void finish(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
-            std::int64_t stride, float* lse) {
-  alignas(64) float rows[strip * (max_head_dim + lanes)];
-  const int row_size = head_dim + lanes;  // room for a last tile, and no power of two, which would share cache sets
-  for (int i = 0; i < strip; i += lanes) {
-    const __m512 sum = _mm512_load_ps(state.sum + i);
-    const __mmask16 seen = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    const __m512 inverse = _mm512_maskz_div_ps(seen, _mm512_set1_ps(1.0F), sum);
-    for (int d = 0; d < head_dim; ++d) {
-      float* const o = state.out + d * strip + i;
-      _mm512_store_ps(o, _mm512_mul_ps(_mm512_load_ps(o), inverse));
-    }
-    // The state has room for rows up to a multiple of 16; what lies there only reaches columns not stored.
-    for (int d = 0; d < head_dim; d += lanes)
-      transpose16(reinterpret_cast<const Pair*>(state.out + d * strip + i), strip,
-                  reinterpret_cast<Pair*>(rows + i * row_size + d), row_size, lanes);
-  }
-  const int size = dtype == DType::f32 ? 4 : 2;
-  for (int i = 0; i < count; ++i)
-    store_row(rows + i * row_size, head_dim, dtype, static_cast<char*>(out) + i * stride * size);
-  if (lse == nullptr) return;
-  constexpr float ln2 = 0.693147180559945F;
-  for (int i = 0; i < count; ++i)
-    lse[i] = state.sum[i] == 0.0F ? -INFINITY : ln2 * (state.max[i] * scale_log2 + log2f(state.sum[i]));
-}
-
 // A block's scores go through `scores` a few keys at a time; the maximum must be known before any exponential.
 void score_keys(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max_out,
                 float* sum_out, void* exps) {
@@ -389,9 +350,9 @@ constexpr Kernels kernels{.name = "avx512_bf16",
                           .pack_values = pack_values,
                           .pack_queries = pack_queries,
                           .attend_block = attend_block,
-                          .finish = finish,
                           .score_keys = score_keys,
                           .weigh_keys = weigh_keys,
+                          .finish = nullptr,
                           .score_factors = nullptr,
                           .scores = nullptr,
                           .sum_rows = nullptr,

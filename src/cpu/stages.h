@@ -9,7 +9,7 @@ namespace pbsattn::cpu {
 struct StageContext {
   const detail::PlanSpec& spec;
   const Kernels& kernels;      // of the plan's products
-  const Kernels& f32_kernels;  // of pooled scores
+  const Kernels& f32_kernels;  // of pooled scores, and of what paths share
   const Inputs& inputs;
   const Outputs& outputs;
   Heads heads;
