@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 
 #include "core/fallback.h"
@@ -22,8 +23,8 @@ class CpuExecutor final : public detail::Executor {
         automatic_(&kernels_for(spec.options.precision == Precision::bf16 ? Precision::bf16 : Precision::f32)),
         all_bf16_(spec.options.precision == Precision::f32 ? automatic_ : &kernels_for(Precision::bf16)),
         f32_(&choose_f32_kernels()),
-        pass_(choose_pass(spec, *automatic_)),
-        workspace_size_(Pass(spec, *automatic_, pass_, nullptr).bytes) {}
+        pass_(choose_pass(spec, paths())),
+        workspace_size_(pass_bytes(spec, paths(), pass_)) {}
 
   std::size_t workspace_size() const noexcept override { return workspace_size_; }
   std::string_view path() const noexcept override { return automatic_->name; }
@@ -98,6 +99,9 @@ class CpuExecutor final : public detail::Executor {
       }
     }
   }
+
+  // Which of these a run takes depends on its inputs.
+  std::array<const Kernels*, 2> paths() const { return {automatic_, all_bf16_}; }
 
   const Kernels* automatic_;
   const Kernels* all_bf16_;

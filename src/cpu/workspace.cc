@@ -94,14 +94,20 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   bytes = arena.used() + (base == nullptr ? alignment : 0);
 }
 
-PassShape choose_pass(const detail::PlanSpec& spec, const Kernels& kernels) {
+std::size_t pass_bytes(const detail::PlanSpec& spec, std::span<const Kernels* const> paths, PassShape shape) {
+  std::size_t most = 0;
+  for (const Kernels* kernels : paths) most = std::max(most, Pass(spec, *kernels, shape, nullptr).bytes);
+  return most;
+}
+
+PassShape choose_pass(const detail::PlanSpec& spec, std::span<const Kernels* const> paths) {
   const Geometry& g = spec.geometry;
   const std::int64_t group = g.group();
   // Enough rows that the threads stay busy while the last long ones finish; more would only take memory.
   constexpr std::int64_t rows_per_thread = 16;
   std::int64_t groups = ceil_div(rows_per_thread * spec.threads, group * g.rows());
   groups = std::min(groups, g.shape.kv_heads);
-  const auto fits = [&](PassShape shape) { return Pass(spec, kernels, shape, nullptr).bytes <= spec.workspace_cap; };
+  const auto fits = [&](PassShape shape) { return pass_bytes(spec, paths, shape) <= spec.workspace_cap; };
   for (; groups >= 1; --groups)
     if (fits({groups * group, groups})) return {groups * group, groups};
   // A shared order needs the scores of its whole group.
@@ -112,7 +118,7 @@ PassShape choose_pass(const detail::PlanSpec& spec, const Kernels& kernels) {
       ErrorCode::out_of_memory,
       fmt::format("workspace_cap {} bytes: the smallest pass of this plan takes {}; raise the cap, or split the "
                   "prompt into chunks",
-                  spec.workspace_cap, Pass(spec, kernels, {least, 1}, nullptr).bytes));
+                  spec.workspace_cap, pass_bytes(spec, paths, {least, 1})));
 }
 
 }  // namespace pbsattn::cpu

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "core/executor.h"
 #include "cpu/kernels.h"
@@ -68,8 +69,11 @@ struct Pass {
   }
 };
 
+// Bytes of a pass for whichever of these paths a run takes.
+std::size_t pass_bytes(const detail::PlanSpec& spec, std::span<const Kernels* const> paths, PassShape shape);
+
 // The largest useful pass within the plan's cap. Throws Error(out_of_memory) when even the smallest is
 // over it.
-PassShape choose_pass(const detail::PlanSpec& spec, const Kernels& kernels);
+PassShape choose_pass(const detail::PlanSpec& spec, std::span<const Kernels* const> paths);
 
 }  // namespace pbsattn::cpu

@@ -122,6 +122,19 @@ TEST(CpuPlan, RunsOnTheThreadsThereAreWhereNoMoreCanBeMade) {
 }
 #endif
 
+// With automatic precision a run's inputs decide on its path, and paths keep different things in the workspace: those
+// of bf16 a copy of permuted keys for each query head.
+TEST(CpuPlan, WorkspaceServesInputsOfAnyDType) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Problem problem({.shape = {.q_heads = 8, .kv_heads = 1, .q_len = 128, .kv_len = 1024, .head_dim = 256},
+                     .q = dtype,
+                     .k = dtype,
+                     .v = dtype});
+    const RunResult result = run(method("pbs"), problem, {.device = Device::cpu(1)});
+    expect_right(problem, result, dtype == DType::bf16 ? Precision::bf16 : Precision::f32);
+  }
+}
+
 TEST(CpuPlan, OutputWithoutLogSumExpStatsOrTrace) {
   Problem with = make();
   Problem without = make();
