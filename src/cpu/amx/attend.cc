@@ -12,7 +12,8 @@ namespace pbsattn::cpu::amx {
 namespace {
 
 constexpr int max_strips = max_block / strip;
-constexpr int chunk_blocks = 4;
+constexpr int chunk_bytes = 512 << 10;  // of keys and values, a quarter of the second-level cache
+constexpr int most_chunk_blocks = 32;
 
 constexpr std::int64_t strip_bytes(int pairs) {
   return pairs * 6 * tile_bytes + 4 * strip * static_cast<int>(sizeof(float));
@@ -102,10 +103,10 @@ bool write_rows(const Strip& s, int head_dim, bool checked) {
 // second.
 struct Chunk {
   int count = 0;
-  std::array<const std::byte*, chunk_blocks> keys;
-  std::array<const std::byte*, chunk_blocks> values;
-  std::array<int, most_rows> begin;  // of each row's list
-  std::array<int, most_rows> end;
+  std::array<const std::byte*, most_chunk_blocks> keys{};
+  std::array<const std::byte*, most_chunk_blocks> values{};
+  std::array<int, most_rows> begin{};  // of each row's list
+  std::array<int, most_rows> end{};
 };
 
 // Rows that are done at once, because they read the same keys and values: what comes from the third-level cache, which
@@ -121,10 +122,25 @@ bool needs_care(const AttendRow& row) {
   return !row.last_finite || row.block_count <= few_blocks;
 }
 
+int blocks_in_common(const AttendRow& a, const AttendRow& b) {
+  int common = 0;
+  for (int i = 0, j = 0; i < a.block_count && j < b.block_count;) {
+    const std::int32_t in_a = a.blocks[i];
+    const std::int32_t in_b = b.blocks[j];
+    common += in_a == in_b ? 1 : 0;
+    i += in_a <= in_b ? 1 : 0;
+    j += in_b <= in_a ? 1 : 0;
+  }
+  return common;
+}
+
+// Rows whose lists differ much would only take turns.
 Gang gang_at(const AttendRow* rows, int count) {
   Gang gang{rows, 1};
   const auto alike = [&](const AttendRow& row) {
-    return row.keys == rows->keys && row.far_keys == rows->far_keys && !needs_care(row) && !needs_care(*rows);
+    if (row.keys != rows->keys || row.far_keys != rows->far_keys || needs_care(row) || needs_care(*rows)) return false;
+    const int most = row.block_count > rows->block_count ? row.block_count : rows->block_count;
+    return 4 * blocks_in_common(*rows, row) >= 3 * most;
   };
   while (gang.count < most_rows && gang.count < count && alike(rows[gang.count])) ++gang.count;
   return gang;
@@ -190,7 +206,10 @@ class Rows {
       : args_(args),
         pipeline_(args.scratch, args.scale_log2),
         careful_(args.scratch + Pipeline<Pairs>::scratch_bytes),
-        strips_memory_(careful_ + careful_bytes) {}
+        strips_memory_(careful_ + careful_bytes) {
+    const std::int64_t fitting = chunk_bytes / (2 * args.block_bytes);
+    chunk_blocks_ = static_cast<int>(fitting < 1 ? 1 : fitting < most_chunk_blocks ? fitting : most_chunk_blocks);
+  }
 
   void run(const AttendRow* rows, int count) {
     for (int r = 0; r < count;) {
@@ -201,6 +220,7 @@ class Rows {
       else
         run_gang(gang, r < count ? gang_at(rows + r, count - r) : Gang{});
     }
+    drain();
   }
 
   static std::int64_t scratch_bytes(int block) {
@@ -212,9 +232,10 @@ class Rows {
     int blocks = 0;  // that any row has listed
     std::array<int, most_rows> begin{};
     for (Chunk all = chunk_of(gang, begin); all.count > 0; all = chunk_of(gang, all.end)) blocks += all.count;
-    const int chunks = ceil_div(blocks, chunk_blocks);
+    const int chunks = ceil_div(blocks, chunk_blocks_);
+    claim_places(gang.count);
     for (int r = 0; r < gang.count; ++r)
-      for (int i = 0; i < strip_count(gang.rows[r]); ++i) set_up(gang.rows[r], r, i);
+      for (int i = 0; i < strip_count(gang.rows[r]); ++i) set_up(gang.rows[r], first_place_ + r, i);
     const auto size = [&](int c) {
       return static_cast<int>(std::int64_t{blocks} * (c + 1) / chunks - std::int64_t{blocks} * c / chunks);
     };
@@ -228,10 +249,19 @@ class Rows {
       run_chunk(gang, chunk, after);
       chunk = after;
     }
-    drain();
+  }
+
+  // Places for the strips of so many rows. The last units of the gang before are still in the pipeline, so its places
+  // are left alone, or the pipeline is drained.
+  void claim_places(int count) {
+    const int busy_end = end_place_;
+    const int busy = first_place_;
+    first_place_ = busy_end + count <= most_rows ? busy_end : 0;
+    end_place_ = first_place_ + count;
+    if (busy < end_place_ && first_place_ < busy_end) drain();
   }
   Chunk chunk_of(const Gang& gang, const std::array<int, most_rows>& begin) const {
-    return next_chunk(gang, begin, chunk_blocks, args_.block_bytes);
+    return next_chunk(gang, begin, chunk_blocks_, args_.block_bytes);
   }
   static int strip_count(const AttendRow& row) { return ceil_div(row.count, strip); }
 
@@ -244,7 +274,7 @@ class Rows {
     for (std::size_t r = 0; r < static_cast<std::size_t>(gang.count); ++r) {
       const AttendRow& row = gang.rows[r];
       for (int i = 0; i < strip_count(row); ++i) {
-        Strip& s = strips_[r][i];
+        Strip& s = strips_[static_cast<std::size_t>(first_place_) + r][i];
         for (int b = chunk.begin[r]; b < chunk.end[r]; ++b)
           for (int part = 0; part < parts; ++part) {
             Unit unit = make_unit(s, args_, b, part);
@@ -259,9 +289,9 @@ class Rows {
     }
   }
 
-  Strip& set_up(const AttendRow& row, int r, int i) {
-    Strip& s = strips_[r][i];
-    std::byte* const memory = strips_memory_ + (r * (args_.block / strip) + i) * strip_bytes(Pairs);
+  Strip& set_up(const AttendRow& row, int place, int i) {
+    Strip& s = strips_[place][i];
+    std::byte* const memory = strips_memory_ + (place * (args_.block / strip) + i) * strip_bytes(Pairs);
     s.queries = memory;
     s.out = memory + Pairs * 2 * tile_bytes;
     s.origin = reinterpret_cast<float*>(memory + Pairs * 6 * tile_bytes);
@@ -277,6 +307,7 @@ class Rows {
   }
 
   void attend_with_care(const AttendRow& row) {
+    drain();
     for (int i = 0; i < strip_count(row); ++i) do_with_care(set_up(row, 0, i), row.last_finite);
   }
   void do_with_care(Strip& s, bool fine) {
@@ -302,7 +333,10 @@ class Rows {
   Pipeline<Pairs> pipeline_;
   std::byte* careful_;
   std::byte* strips_memory_;
+  int chunk_blocks_ = 1;
   Strip strips_[most_rows][max_strips];
+  int first_place_ = 0;  // of the last gang's rows in strips_
+  int end_place_ = 0;
 };
 
 template <class Body>

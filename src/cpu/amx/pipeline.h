@@ -128,8 +128,10 @@ class Pipeline {
  public:
   static constexpr int step_groups = Pairs % 4 == 0 ? 1 : Pairs % 2 == 0 ? 2 : 4;  // so that step_out_tiles is even
   static constexpr int steps = unit_groups / step_groups;
-  static constexpr int step_out_tiles = 2 * Pairs / steps;  // of head_dim, in each step
-  static constexpr int step_products = 4 * Pairs * step_groups + 8 * step_out_tiles;
+  static constexpr int step_out_tiles = 2 * Pairs / steps;                      // of head_dim, in each step
+  static constexpr int key_rounds = Pairs * step_groups;                        // of 32 keys by 32 of head_dim
+  static constexpr int rounds = key_rounds + step_out_tiles / 2 * unit_groups;  // then of 32 of head_dim by 32 keys
+  static constexpr int step_products = 4 * rounds;
   static constexpr int fetches = 2 * steps;                         // of a unit
   static constexpr int fetched_bytes = step_products * cache_line;  // of each; no more than a strip's queries take
   static constexpr int score_bytes = step_groups * 4 * tile_bytes;
@@ -158,10 +160,13 @@ class Pipeline {
       std::swap(scores_[0], scores_[1]);  // [0] is written, [1] is read
       if (exp.groups > behind * step_groups) prepare(exp, behind * step_groups);
       if (unit.groups == unit_groups && exp.groups == unit_groups && out.groups == unit_groups)
-        run<true>(unit, step * step_groups, exp, behind * step_groups, out, behind);
+        run_full(unit, step, exp, behind, out);
       else
-        run<false>(unit, step * step_groups, exp, behind * step_groups, out, behind);
-      if (step == 0 && out.last) complete(*out.strip);
+        run_parts(unit, step * step_groups, exp, behind * step_groups, out, behind);
+      if (step == 0 && out.last) {
+        complete(*out.strip);
+        loaded_ = nullptr;
+      }
     }
   }
 
@@ -218,46 +223,58 @@ class Pipeline {
     F32 sum[2];
   };
 
-  // One step. Where Full, all three units have all their groups, and the exponentials are spread evenly over
-  // the products.
-  template <bool Full>
-  [[gnu::noinline]] void run(const Unit& qk, int qk_group, const Unit& exp, int exp_group, const Unit& pv, int part) {
-    constexpr int products = step_products;
+  // One step of three whole units. Where that takes 32 keys, even ones go backwards, so that a step begins with the
+  // right operands that the one before ended with. Longer steps gain nothing by it.
+  void run_full(const Unit& qk, int step, const Unit& exp, int behind, const Unit& pv) {
+    if (steps == unit_groups && step % 2 == 0)
+      run_spread<true>(qk, step, exp, behind, pv);
+    else
+      run_spread<false>(qk, step, exp, behind, pv);
+  }
+
+  // The exponentials are spread evenly over the products.
+  template <bool Backwards>
+  [[gnu::noinline]] void run_spread(const Unit& qk, int step, const Unit& exp, int behind, const Unit& pv) {
     constexpr int pieces = Exponentials::pieces;
-    if constexpr (Full) {
-      const auto step = static_cast<std::size_t>(qk_group / step_groups);
-      const std::byte* const fetched[] = {qk.fetched[2 * step], qk.fetched[2 * step + 1]};
-      Exponentials exps(exp, exp_group, scores_[1], scale_);
-      const auto after = [&](auto index) __attribute__((always_inline)) {
-        constexpr int product = index.value;
-        __builtin_prefetch(fetched[0] + product * cache_line, 0, 2);
-        __builtin_prefetch(fetched[1] + product * cache_line, 0, 2);
-        unroll<pieces * product / products, pieces*(product + 1) / products>([&](
-            auto i) __attribute__((always_inline)) { exps.piece(i.value); });
+    // A step that goes backwards ends with its scores, and the exponentials of the next can't begin at once.
+    constexpr int wait = steps == unit_groups && !Backwards ? 4 : 0;
+    const auto place = static_cast<std::size_t>(2 * step);
+    const std::byte* const fetched[] = {qk.fetched[place], qk.fetched[place + 1]};
+    Exponentials exps(exp, behind * step_groups, scores_[1], scale_);
+    const auto after = [&](auto index) __attribute__((always_inline)) {
+      constexpr int product = index.value;
+      __builtin_prefetch(fetched[0] + product * cache_line, 0, 2);
+      __builtin_prefetch(fetched[1] + product * cache_line, 0, 2);
+      constexpr auto due = [](int products) {
+        return products <= wait ? 0 : pieces * (products - wait) / (step_products - wait);
       };
-      multiply_both(qk, qk_group, pv, part, after);
+      unroll<due(product), due(product + 1)>([&](auto i) __attribute__((always_inline)) { exps.piece(i.value); });
+    };
+    multiply_both<Backwards>(qk, step * step_groups, pv, behind, after);
+    exps.finish(exp);
+  }
+
+  // One step of whatever part of the units is there, one thing after the other.
+  [[gnu::noinline]] void run_parts(const Unit& qk, int qk_group, const Unit& exp, int exp_group, const Unit& pv,
+                                   int part) {
+    loaded_ = nullptr;
+    if (exp.groups > exp_group) {
+      Exponentials exps(exp, exp_group, scores_[1], scale_);
+      const int groups = exp.groups - exp_group < step_groups ? exp.groups - exp_group : step_groups;
+      for (int i = 0; i < groups * 32; ++i) exps.piece(i);
       exps.finish(exp);
-    } else {
-      if (exp.groups > exp_group) {
-        Exponentials exps(exp, exp_group, scores_[1], scale_);
-        const int groups = exp.groups - exp_group < step_groups ? exp.groups - exp_group : step_groups;
-        for (int i = 0; i < groups * 32; ++i) exps.piece(i);
-        exps.finish(exp);
-      }
-      if (qk.groups > qk_group) multiply_keys(qk, qk_group);
-      if (pv.groups > 0) multiply_values(pv, part);
     }
+    if (qk.groups > qk_group) multiply_keys(qk, qk_group);
+    if (pv.groups > 0) multiply_values(pv, part);
   }
 
   // Both products of a step, in rounds of 2 x 2 tile products: tiles 0 to 3 sum, 4 and 5 hold the left operand,
   // 6 and 7 the right one. The processor does not rename tiles far ahead, so every operand is loaded as soon as its
   // tile has been read for the last time, in an order that turns round every round, and a sum is stored just
   // before the next one begins in its tile.
-  template <class After>
+  template <bool Backwards, class After>
   PBSATTN_INLINE void multiply_both(const Unit& qk, int qk_group, const Unit& pv, int part, const After& after) {
     static_assert(step_out_tiles % 2 == 0);
-    constexpr int key_rounds = Pairs * step_groups;                        // of 32 keys by 32 of head_dim
-    constexpr int rounds = key_rounds + step_out_tiles / 2 * unit_groups;  // then of 32 of head_dim by 32 keys
     const std::byte* const keys = qk.keys + qk_group * Pairs * 2 * tile_bytes;
     const std::byte* const queries = qk.strip->queries;
     const std::byte* const values = pv.values + part * step_out_tiles * tile_bytes;
@@ -274,58 +291,65 @@ class Pipeline {
       return r < key_rounds ? queries + (r % Pairs * 2 + half) * tile_bytes
                             : weights + ((r - key_rounds) % unit_groups * 2 + half) * tile_bytes;
     };
-    tile_stream<4>(left(0, 0));
-    tile_load<6>(right(0, 0));
-    tile_load<7>(right(0, 1));
-    tile_stream<5>(left(0, 1));
+    const auto sums = [&](int r) __attribute__((always_inline)) {  // four tiles that lie together
+      return r < key_rounds ? scores + r / Pairs * 4 * tile_bytes
+                            : out + (r - key_rounds) / unit_groups * 4 * tile_bytes;
+    };
+    if (constexpr int r = round_at(0, Backwards); right(r, 0) != loaded_) {
+      tile_load<6>(right(r, 0));
+      tile_load<7>(right(r, 1));
+    }
+    tile_stream<4>(left(round_at(0, Backwards), 0));
+    tile_stream<5>(left(round_at(0, Backwards), 1));
     unroll<0, rounds>([&](auto index) __attribute__((always_inline)) {
-      constexpr int r = index.value;
-      constexpr bool of_keys = r < key_rounds;
-      constexpr int v = r - key_rounds;
-      constexpr bool more = r + 1 < rounds;
-      // Where sums begin: stores the ones before, four tiles that lie together.
-      constexpr bool begins = of_keys ? r % Pairs == 0 : v % unit_groups == 0;
+      constexpr int i = index.value;
+      constexpr int r = round_at(i, Backwards);
+      constexpr int before = i > 0 ? round_at(i - 1, Backwards) : -1;
+      constexpr bool more = i + 1 < rounds;
+      constexpr int next = more ? round_at(i + 1, Backwards) : r;
+      // Where sums begin, those before them are stored.
+      constexpr bool begins = before < 0 || sum_of(r) != sum_of(before);
       const auto begin = [&](auto sum) __attribute__((always_inline)) {
         constexpr int t = sum.value;
-        if constexpr (begins && r > 0) {
-          std::byte* const done = r <= key_rounds ? scores + (r / Pairs - 1) * 4 * tile_bytes
-                                                  : out + (v / unit_groups - 1) * 4 * tile_bytes;
-          tile_store<t>(done + t * tile_bytes);
-        }
-        if constexpr (begins && of_keys) {
+        if constexpr (begins && before >= 0) tile_store<t>(sums(before) + t * tile_bytes);
+        if constexpr (begins && r < key_rounds) {
           tile_zero<t>();
         } else if constexpr (begins) {
           if (first)
             tile_zero<t>();
           else
-            tile_load<t>(out + (v / unit_groups * 4 + t) * tile_bytes);
+            tile_load<t>(sums(r) + t * tile_bytes);
         }
       };
-      constexpr int a = r % 2;  // even rounds take sums 0 1 3 2, odd ones 1 0 2 3
+      constexpr int a = i % 2;  // even rounds take sums 0 1 3 2, odd ones 1 0 2 3
       constexpr int b = 1 - a;
       begin(std::integral_constant<int, a>{});
       tile_product<a, 4, 6 + a>();
-      after(std::integral_constant<int, 4 * r>{});
+      after(std::integral_constant<int, 4 * i>{});
       begin(std::integral_constant<int, b>{});
       tile_product<b, 4, 6 + b>();
-      after(std::integral_constant<int, 4 * r + 1>{});
-      if constexpr (more) tile_stream<4>(left(r + 1, 0));
+      after(std::integral_constant<int, 4 * i + 1>{});
+      if constexpr (more) tile_stream<4>(left(next, 0));
       begin(std::integral_constant<int, 2 + b>{});
       tile_product<2 + b, 5, 6 + b>();
-      after(std::integral_constant<int, 4 * r + 2>{});
-      if constexpr (more) tile_load<6 + b>(right(r + 1, b));
+      after(std::integral_constant<int, 4 * i + 2>{});
+      if constexpr (more) tile_load<6 + b>(right(next, b));
       begin(std::integral_constant<int, 2 + a>{});
       tile_product<2 + a, 5, 6 + a>();
-      after(std::integral_constant<int, 4 * r + 3>{});
-      if constexpr (more) {
-        tile_load<6 + a>(right(r + 1, a));
-        tile_stream<5>(left(r + 1, 1));
-      }
+      after(std::integral_constant<int, 4 * i + 3>{});
+      if constexpr (more) tile_load<6 + a>(right(next, a));
+      if constexpr (more) tile_stream<5>(left(next, 1));
     });
-    unroll<0, 4>([&](auto sum) __attribute__((always_inline)) {
-      tile_store<sum.value>(out + (step_out_tiles * 2 - 4 + sum.value) * tile_bytes);
-    });
+    constexpr int last = round_at(rounds - 1, Backwards);
+    loaded_ = right(last, 0);
+    unroll<0, 4>([&](auto sum)
+                     __attribute__((always_inline)) { tile_store<sum.value>(sums(last) + sum.value * tile_bytes); });
   }
+  // Which sums a round adds to, and which round is the i-th.
+  static constexpr int sum_of(int r) {
+    return r < key_rounds ? r / Pairs : step_groups + (r - key_rounds) / unit_groups;
+  }
+  static constexpr int round_at(int i, bool backwards) { return backwards ? rounds - 1 - i : i; }
 
   // The products of a step one after the other, of whatever part of the units is there.
   void multiply_keys(const Unit& unit, int first_group) {
@@ -340,6 +364,7 @@ class Pipeline {
                       unit.strip->out + tile * 2 * tile_bytes);
   }
 
+  const std::byte* loaded_ = nullptr;  // what tiles 6 and 7 hold of a step before
   float scale_;
   std::byte* scores_[2];
   std::byte* weights_[2];
