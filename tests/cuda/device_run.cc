@@ -32,6 +32,8 @@ DeviceMemory::~DeviceMemory() {
 }
 void DeviceMemory::poison() {
   expect_success(cudaMemset(memory_, nan_pattern, bytes_ + 2 * guard));
+  // It is the default stream's work, and streams that don't wait for that one may come first.
+  expect_success(cudaDeviceSynchronize());
 }
 void DeviceMemory::upload(const void* from) {
   expect_success(cudaMemcpy(data(), from, bytes_, cudaMemcpyHostToDevice));
