@@ -161,14 +161,15 @@ def test_plan(device):
 
 
 @pytest.mark.parametrize("method", pbsattn.METHODS)
-def test_every_method_by_name(method):
-    q, k, v = qkv("cpu", 1000)
+def test_every_method_by_name(device, method):
+    q, k, v = qkv(device, 1000)
     out, stats = pbsattn.attention(q, k, v, method=method, return_stats=True)
     assert error(out, dense(q, k, v)[0]) < 0.5 and 0 < stats.density <= 1
-    options = pbsattn.plan(q_heads=4, kv_heads=2, q_len=9, kv_len=9, head_dim=64, method=method).options
+    shape = dict(q_heads=4, kv_heads=2, q_len=9, kv_len=9, head_dim=64, device=device)
+    options = pbsattn.plan(method=method, **shape).options
     named = ("permutation", "order_scope", "score", "keep", "correction", "rules", "precision", "fallback")
     assert all(isinstance(options[name], str) for name in named)
-    assert pbsattn.plan(q_heads=4, kv_heads=2, q_len=9, kv_len=9, head_dim=64, method=method, **options).options == options
+    assert pbsattn.plan(method=method, **shape, **options).options == options
 
 
 def test_workspace_cap(device):
