@@ -24,47 +24,53 @@ struct Cut {
 
 enum class Measure { number, sum };
 
-// The highest of value(0) .. value(size - 1) whose number, or sum, stays within `limit`: up to the first that would
-// exceed it. All threads of the block call it and get the same.
-template <Measure measure, class Value>
-__device__ Cut cut_within(double limit, int size, Value&& value) {
+// A search's interval of 32-bit keys: those from `low` up exceed the limit, those from `high` up don't.
+struct CutInterval {
+  std::uint64_t low, high;
+  int count_low, count_high;  // of keys from there up
+  double high_measure;
+  bool low_exceeds;  // false: not known yet
+};
+
+// Narrows the interval to one key, or to keys alike; to none if nothing exceeds the limit. For each of `size` values
+// visit(i, use) calls use(key, value) if it counts; its measure adds to `base`, that of those that are above all of
+// these. All threads of the block call it and get the same.
+template <Measure measure, class Visit>
+__device__ void narrow(CutInterval& interval, double limit, int base_count, double base, int size, Visit&& visit) {
   constexpr int warps = cut_threads / 32;
   constexpr int quarters = 3;
   __shared__ int counts[warps][quarters];
   __shared__ double sums[warps][quarters];
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-
-  std::uint64_t low = 0;  // from here up the keys exceed the limit, from `high` up they don't
-  std::uint64_t high = cut_key(INFINITY, 0) + 1;
-  int count_low = size;
-  int count_high = 0;
-  bool first = true;  // the first step measures everything
-  while (first || (count_low - count_high > 1 && high - low > 1)) {
-    if (measure == Measure::number && !first && count_high == limit) break;
-    const std::uint64_t from[quarters] = {first ? low : low + (high - low) / 4, low + (high - low) / 2,
-                                          high - (high - low) / 4};
+  const auto over_warp = [](double x) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0U, x, offset);
+    return x;
+  };
+  while (!interval.low_exceeds || (interval.count_low - interval.count_high > 1 && interval.high - interval.low > 1)) {
+    if (measure == Measure::number && interval.count_high == limit) return;
+    const std::uint64_t width = interval.high - interval.low;
+    const unsigned from[quarters] = {static_cast<unsigned>(interval.low + (interval.low_exceeds ? width / 4 : 0)),
+                                     static_cast<unsigned>(interval.low + width / 2),
+                                     static_cast<unsigned>(interval.high - max(width / 4, std::uint64_t{1}))};
     int count[quarters] = {};
     double sum[quarters] = {};
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < size; i += cut_threads) {
-      const float x = value(i);
-      const std::uint64_t key = cut_key(x, i);
+#pragma unroll 8
+    for (int i = static_cast<int>(threadIdx.x); i < size; i += cut_threads)
+      visit(i, [&](unsigned key, float value) {
 #pragma unroll
-      for (int q = 0; q < quarters; ++q) {
-        const bool above = key >= from[q];
-        count[q] += above;
-        if constexpr (measure == Measure::sum) sum[q] += above ? static_cast<double>(x) : 0.0;
-      }
-    }
+        for (int q = 0; q < quarters; ++q) {
+          count[q] += key >= from[q];
+          if constexpr (measure == Measure::sum)
+            if (key >= from[q]) sum[q] += static_cast<double>(value);
+        }
+      });
     __syncthreads();  // everyone has read the last step's
 #pragma unroll
     for (int q = 0; q < quarters; ++q) {
       count[q] = __reduce_add_sync(~0U, count[q]);
-      if constexpr (measure == Measure::sum) {
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) sum[q] += __shfl_xor_sync(~0U, sum[q], offset);
-      }
+      if constexpr (measure == Measure::sum) sum[q] = over_warp(sum[q]);
       if (lane == 0) {
         counts[warp][q] = count[q];
         sums[warp][q] = sum[q];
@@ -72,28 +78,51 @@ __device__ Cut cut_within(double limit, int size, Value&& value) {
     }
     __syncthreads();
 #pragma unroll
-    for (int q = quarters - 1; q >= 0; --q) {
-      count[q] = __reduce_add_sync(~0U, counts[lane][q]);
-      sum[q] = measure == Measure::number ? count[q] : sums[lane][q];
-      if constexpr (measure == Measure::sum) {
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) sum[q] += __shfl_xor_sync(~0U, sum[q], offset);
-      }
+    for (int q = 0; q < quarters; ++q) {
+      count[q] = base_count + __reduce_add_sync(~0U, counts[lane][q]);
+      sum[q] = measure == Measure::number ? count[q] : base + over_warp(sums[lane][q]);
     }
-    if (first && sum[0] <= limit) return {low, size};
+    if (!interval.low_exceeds && sum[0] <= limit) {
+      interval.high = interval.low;
+      interval.count_high = interval.count_low;
+      return;
+    }
+    interval.low_exceeds = true;
 #pragma unroll
     for (int q = quarters - 1; q >= 0; --q) {
       if (sum[q] > limit) {
-        low = from[q];
-        count_low = count[q];
+        interval.low = from[q];
+        interval.count_low = count[q];
         break;
       }
-      high = from[q];
-      count_high = count[q];
+      interval.high = from[q];
+      interval.count_high = count[q];
+      interval.high_measure = sum[q];
     }
-    first = false;
   }
-  return {high, count_high};
+}
+
+// The highest of value(0) .. value(size - 1) whose number, or sum, stays within `limit`: up to the first that would
+// exceed it. All threads of the block call it and get the same.
+template <Measure measure, class Value>
+__device__ Cut cut_within(double limit, int size, Value&& value) {
+  if (measure == Measure::number && size <= limit) return {0, size};
+  // By the bits of values.
+  CutInterval bits{0, __float_as_uint(INFINITY) + std::uint64_t{1}, size, 0, 0, measure == Measure::number};
+  narrow<measure>(bits, limit, 0, 0, size, [&](int i, auto&& use) {
+    const float x = value(i);
+    use(__float_as_uint(x), x);
+  });
+  const bool done = bits.count_low - bits.count_high <= 1 || (measure == Measure::number && bits.count_high == limit);
+  if (done) return {bits.high << 32, bits.count_high};
+  // Equal ones by their index.
+  const auto tie = static_cast<unsigned>(bits.low);
+  CutInterval places{0, std::uint64_t{1} << 32, bits.count_low, bits.count_high, bits.high_measure, true};
+  narrow<measure>(places, limit, bits.count_high, bits.high_measure, size, [&](int i, auto&& use) {
+    const float x = value(i);
+    if (__float_as_uint(x) == tie) use(~0U - static_cast<unsigned>(i), x);
+  });
+  return {bits.low << 32 | places.high, places.count_high};
 }
 
 }  // namespace pbsattn::cuda

@@ -171,10 +171,14 @@ __global__ void __launch_bounds__(most) merge_parts(const __grid_constant__ Para
 }
 
 constexpr int weight_stride = 2 * tile_keys + 8;  // puts the rows of a warp's float2 writes in different banks
+template <int most>
+constexpr int weight_threads = 4 * most;
+template <int most>
+constexpr int weight_bytes = (most * weight_stride + 2 * tile_keys) * static_cast<int>(sizeof(float));
 
 template <class T, int head_dim, int most>
-__global__ void __launch_bounds__(threads) add_weights(const __grid_constant__ Params p) {
-  extern __shared__ float weights[];  // [most][weight_stride]
+__global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(const __grid_constant__ Params p) {
+  extern __shared__ float weights[];  // [most][weight_stride], and sums of the second half of 128 queries
   const std::int64_t head = blockIdx.y;
   let_next_kernel_start();
   wait_for_earlier_kernels();
@@ -190,52 +194,65 @@ __global__ void __launch_bounds__(threads) add_weights(const __grid_constant__ P
 
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * p.unit_tiles;
   const std::int64_t end = min(begin + p.unit_tiles, (p.kv_len + tile_keys - 1) / tile_keys);
+  // Which sum a thread takes: a column's or a diagonal's, over 64 queries.
+  constexpr int halves = most / 64;
   const int i = static_cast<int>(threadIdx.x) % tile_keys;
-  const bool adds_columns = threadIdx.x < tile_keys;
+  const bool adds_columns = threadIdx.x / tile_keys < halves;
+  const int first_place = static_cast<int>(threadIdx.x) / tile_keys % halves * 64;
+  float* second_half = weights + most * weight_stride + (adds_columns ? 0 : tile_keys) + i;
   if (begin == 0)  // diagonals that begin before key 0 find nothing there
-    for (int j = static_cast<int>(threadIdx.x); j < most * tile_keys; j += threads)
+    for (int j = static_cast<int>(threadIdx.x); j < most * tile_keys; j += weight_threads<most>)
       weights[j / tile_keys * weight_stride + tile_keys + j % tile_keys] = 0;
 
   // The tile after the unit's last one has the ends of diagonals that begin in that.
   for (std::int64_t tile = begin; tile <= end; ++tile) {
     float* half = weights + tile % 2 * tile_keys;
-    for (int group = share.first_group; group < tile_keys / 8; group += sharers<most>) {
-      float s[4];
-      queries.multiply(p, keys, tile * tile_keys + group * 8, s);
-      const int column = group * 8 + static_cast<int>(threadIdx.x) % 4 * 2;
+    constexpr int at_once = 4;  // groups of 8 keys
+    constexpr int step = weight_threads<most> / 32 * 16 / most;
+    for (int group = share.first_group; group < tile_keys / 8; group += at_once * step) {
+      float s[at_once][4];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float2 weight;
-        const auto of = [&](float x, std::int64_t key) {
-          const bool counts = key <= last_key[r] && log_sum[r].y < INFINITY;
-          return counts ? sm90::exp2_fast(fmaf(x - log_sum[r].x, p.scale_log2, -log_sum[r].y)) : 0.0F;
-        };
-        weight.x = of(s[2 * r], tile * tile_keys + column);
-        weight.y = of(s[2 * r + 1], tile * tile_keys + column + 1);
-        *reinterpret_cast<float2*>(half + (row + 8 * r) * weight_stride + column) = weight;
+      for (int j = 0; j < at_once; ++j) queries.multiply(p, keys, tile * tile_keys + (group + j * step) * 8, s[j]);
+#pragma unroll
+      for (int j = 0; j < at_once; ++j) {
+        const int column = (group + j * step) * 8 + static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float2 weight;
+          const auto of = [&](float x, std::int64_t key) {
+            const bool counts = key <= last_key[r] && log_sum[r].y < INFINITY;
+            return counts ? sm90::exp2_fast(fmaf(x - log_sum[r].x, p.scale_log2, -log_sum[r].y)) : 0.0F;
+          };
+          weight.x = of(s[j][2 * r], tile * tile_keys + column);
+          weight.y = of(s[j][2 * r + 1], tile * tile_keys + column + 1);
+          *reinterpret_cast<float2*>(half + (row + 8 * r) * weight_stride + column) = weight;
+        }
       }
     }
     __syncthreads();
     float sum = 0;
-    if (adds_columns) {
-      const std::int64_t key = tile * tile_keys + i;
-      if (tile < end && key < p.kv_len) {
-#pragma unroll 8
-        for (int place = 0; place < most; ++place) sum += half[place * weight_stride + i];
-        p.columns[head * p.kv_len + key] = sum;
-      }
-    } else {
-      // The diagonal on which the first place meets this key, of the tile before.
-      const std::int64_t distance = p.kv_len - most - ((tile - 1) * tile_keys + i);
-      if ((tile > begin || begin == 0) && distance >= 0 && distance < p.kv_len) {
-        const float* before = weights + (tile + 1) % 2 * tile_keys;
-#pragma unroll 8
-        for (int place = 0; place < most; ++place)
-          sum += (i + place < tile_keys ? before + i + place : half + i + place - tile_keys)[place * weight_stride];
-        p.distances[head * p.kv_len + distance] = sum;
-      }
+    const std::int64_t key = tile * tile_keys + i;
+    // Of the diagonal on which the first place meets the same key of the tile before.
+    const std::int64_t distance = p.kv_len - most - (key - tile_keys);
+    const bool wanted = adds_columns ? tile < end && key < p.kv_len
+                                     : (tile > begin || begin == 0) && distance >= 0 && distance < p.kv_len;
+    if (wanted && adds_columns) {
+#pragma unroll 16
+      for (int place = first_place; place < first_place + 64; ++place) sum += half[place * weight_stride + i];
+    } else if (wanted) {
+      const float* before = weights + (tile + 1) % 2 * tile_keys;
+#pragma unroll 16
+      for (int place = first_place; place < first_place + 64; ++place)
+        sum += (i + place < tile_keys ? before + i + place : half + i + place - tile_keys)[place * weight_stride];
     }
+    if (first_place > 0) *second_half = sum;
     __syncthreads();
+    if (!wanted || first_place > 0) continue;
+    if constexpr (halves == 2) sum += *second_half;
+    if (adds_columns)
+      p.columns[head * p.kv_len + key] = sum;
+    else
+      p.distances[head * p.kv_len + distance] = sum;
   }
 }
 
@@ -245,8 +262,8 @@ cudaError_t launch_all(const Params& p, unsigned heads, cudaStream_t stream) {
   cudaError_t error = launch(find_parts<T, head_dim, most>, grid, threads, 0, stream, Start::after_earlier_kernels, p);
   if (error == cudaSuccess) error = launch(merge_parts<most>, dim3(heads), most, 0, stream, Start::early, p);
   if (error == cudaSuccess)
-    error = launch(add_weights<T, head_dim, most>, grid, threads, most * weight_stride * sizeof(float), stream,
-                   Start::early, p);
+    error =
+        launch(add_weights<T, head_dim, most>, grid, weight_threads<most>, weight_bytes<most>, stream, Start::early, p);
   return error;
 }
 
