@@ -2,15 +2,16 @@
 #pragma once
 
 #include "cuda/attend_tile.cuh"
+#include "cuda/launch.h"
 
 namespace pbsattn::cuda::sm90 {
 
 template <class Shared>
 __device__ void schedule(const AttendParams& p, Shared& shared) {
   Ring<tile_slots> slot;
+  int place = static_cast<int>(blockIdx.x);  // there are as many tiles as thread blocks, or more
   for (bool more = true; more; slot.next()) {
     Tile tile{};
-    const int place = atomicAdd(p.next_place, 1);
     more = place < p.order.tiles();
     if (more) {
       const int index = p.tile_order != nullptr ? p.tile_order[place] : p.order.tile(place);
@@ -25,6 +26,8 @@ __device__ void schedule(const AttendParams& p, Shared& shared) {
     shared.tile_free[slot.at].wait(slot.parity ^ 1);
     shared.tile[slot.at] = tile;
     shared.tile_full[slot.at].arrive();
+    wait_for_earlier_kernels();  // they set the counter to zero
+    place = static_cast<int>(gridDim.x) + atomicAdd(p.next_place, 1);
   }
 }
 

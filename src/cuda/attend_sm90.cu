@@ -25,6 +25,7 @@
 #include "cuda/attend.h"
 #include "cuda/attend_consumer.cuh"
 #include "cuda/attend_producer.cuh"
+#include "cuda/launch.h"
 #include "cuda/tensor_map.h"
 
 namespace pbsattn::cuda {
@@ -77,6 +78,11 @@ TileOrder natural_order(const AttendArgs& args) {
           .heads = static_cast<int>(heads),
           .section_heads =
               static_cast<int>(std::min(heads, std::max<std::int64_t>(1, section_bytes / kv_bytes) * sharing))};
+}
+
+__global__ void reset_places(int* next_place) {
+  let_next_kernel_start();
+  *next_place = 0;
 }
 
 // Puts tiles of more than four times the mean work first, so that none of them is left for the end, and otherwise keeps
@@ -138,26 +144,26 @@ __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::
 }
 
 template <class Element, int head_dim>
-cudaError_t launch(const AttendParams& params, const TensorMaps& maps, int tiles, cudaStream_t stream) {
-  const auto kernel = attend_kernel<Element, head_dim>;
+cudaError_t launch_tiles(const AttendParams& params, const TensorMaps& maps, int tiles, cudaStream_t stream) {
   constexpr int shared_bytes = sizeof(Shared<Element, head_dim>) + 1024;  // to align it
   static_assert(shared_bytes <= 227 * 1024);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
   int device = 0;
   int multiprocessors = 0;
-  if (error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  kernel<<<std::min(tiles, multiprocessors), threads, shared_bytes, stream>>>(params, maps);
-  return cudaGetLastError();
+  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places.
+  const Start start = params.tile_order == nullptr ? Start::early : Start::after_earlier_kernels;
+  return launch(attend_kernel<Element, head_dim>, dim3(std::min(tiles, multiprocessors)), threads, shared_bytes, stream,
+                start, params, maps);
 }
 
 template <class Element>
 cudaError_t launch_head_dim(const AttendParams& params, const TensorMaps& maps, int tiles, std::int64_t head_dim,
                             cudaStream_t stream) {
-  return head_dim == 128 ? launch<Element, 128>(params, maps, tiles, stream)
-                         : launch<Element, 64>(params, maps, tiles, stream);
+  return head_dim == 128 ? launch_tiles<Element, 128>(params, maps, tiles, stream)
+                         : launch_tiles<Element, 64>(params, maps, tiles, stream);
 }
 
 }  // namespace
@@ -220,7 +226,8 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
     order_tiles<<<1, 1024, 0, stream>>>(params.order, params.row_count, scratch);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   } else {
-    const cudaError_t error = cudaMemsetAsync(&scratch->next_place, 0, sizeof(int), stream);
+    const cudaError_t error =
+        launch(reset_places, dim3(1), 1, 0, stream, Start::after_earlier_kernels, &scratch->next_place);
     if (error != cudaSuccess) return error;
   }
   return args.inputs.q.dtype == DType::bf16

@@ -1,9 +1,10 @@
-// Launches of kernels that take one struct of parameters.
+// Launches of kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <type_traits>
 
 namespace pbsattn::cuda {
 
@@ -11,9 +12,9 @@ namespace pbsattn::cuda {
 // it reads what they wrote, and before it writes what they read.
 enum class Start { after_earlier_kernels, early };
 
-template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
-                   Start start, const Params& params) {
+template <class... Params>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
+                   Start start, const std::type_identity_t<Params>&... params) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return error;
@@ -27,7 +28,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, std::size_t s
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = start == Start::early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
 #ifdef __CUDACC__
