@@ -135,7 +135,7 @@ class Bench:
     def auto(self):
         """Short sequences: `auto` against dense attention."""
         for head_dim in (128, 64):
-            for n in (1 * K, 2 * K, 4 * K, 8 * K):
+            for n in (K // 2, 1 * K, 2 * K, 4 * K, 8 * K):
                 sets = self.sets(n, head_dim)
                 plan = self.library.plan("auto", *sets[0][:2])
                 times = self.times({"ours": self.with_output(plan, sets), "cuDNN": peers.cudnn}, sets, n)

@@ -7,9 +7,9 @@
 // A thread block has three warpgroups and stays resident, taking tiles until none is left:
 //   - two *consumers* of 64 queries each, with Q in registers. Each finds a block's maxima beside its own P V of the
 //     block before, and the two drift apart by themselves, so that one multiplies while the other exponentiates;
-//   - one *producer*, of four warps with a role each: `schedule` takes tiles from a counter, `load` brings Q, K and V
-//     into shared memory, `guard` looks for values on the diagonal that masked queries must not see, `store` takes
-//     finished outputs away.
+//   - one *producer*, of four warps with a role each: `schedule` takes tiles, after the first from a counter, `load`
+//     brings Q, K and V into shared memory, `guard` looks for values on the diagonal that masked queries must not see,
+//     `store` takes finished outputs away.
 //
 // Barriers, all in shared memory ("full": producer to consumer, "free": back):
 //     tile_full/free [slot]      tile descriptions, two in flight
@@ -143,27 +143,19 @@ __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::
   }
 }
 
-template <class Element, int head_dim>
-cudaError_t launch_tiles(const AttendParams& params, const TensorMaps& maps, int tiles, cudaStream_t stream) {
-  constexpr int shared_bytes = sizeof(Shared<Element, head_dim>) + 1024;  // to align it
-  static_assert(shared_bytes <= 227 * 1024);
-  int device = 0;
-  int multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places.
-  const Start start = params.tile_order == nullptr ? Start::early : Start::after_earlier_kernels;
-  return launch(attend_kernel<Element, head_dim>, dim3(std::min(tiles, multiprocessors)), threads, shared_bytes, stream,
-                start, params, maps);
-}
-
 template <class Element>
-cudaError_t launch_head_dim(const AttendParams& params, const TensorMaps& maps, int tiles, std::int64_t head_dim,
-                            cudaStream_t stream) {
-  return head_dim == 128 ? launch_tiles<Element, 128>(params, maps, tiles, stream)
-                         : launch_tiles<Element, 64>(params, maps, tiles, stream);
+cudaError_t launch_head_dim(const AttendParams& params, const TensorMaps& maps, int thread_blocks,
+                            std::int64_t head_dim, cudaStream_t stream) {
+  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places.
+  const Start start =
+      params.tile_order == nullptr && params.next_place != nullptr ? Start::early : Start::after_earlier_kernels;
+  const auto start_kernel = [&]<int dim>(std::integral_constant<int, dim>) {
+    constexpr int shared_bytes = sizeof(Shared<Element, dim>) + 1024;  // to align it
+    static_assert(shared_bytes <= 227 * 1024);
+    return launch(attend_kernel<Element, dim>, dim3(thread_blocks), threads, shared_bytes, stream, start, params, maps);
+  };
+  return head_dim == 128 ? start_kernel(std::integral_constant<int, 128>{})
+                         : start_kernel(std::integral_constant<int, 64>{});
 }
 
 }  // namespace
@@ -221,18 +213,25 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
         map(maps.v_permuted, contiguous(args.permuted.v), args.permuted.order_heads, g.permuted_len(), block)));
   if (!encoded) return cudaErrorInvalidValue;
 
+  int device = 0;
+  int multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
   const int tiles = params.order.tiles();
   if (args.lists != nullptr) {
-    order_tiles<<<1, 1024, 0, stream>>>(params.order, params.row_count, scratch);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    error = launch(order_tiles, dim3(1), 1024, 0, stream, Start::after_earlier_kernels, params.order, params.row_count,
+                   scratch);
+  } else if (tiles <= multiprocessors) {
+    params.next_place = nullptr;
   } else {
-    const cudaError_t error =
-        launch(reset_places, dim3(1), 1, 0, stream, Start::after_earlier_kernels, &scratch->next_place);
-    if (error != cudaSuccess) return error;
+    error = launch(reset_places, dim3(1), 1, 0, stream, Start::after_earlier_kernels, params.next_place);
   }
+  if (error != cudaSuccess) return error;
+  const int thread_blocks = std::min(tiles, multiprocessors);
   return args.inputs.q.dtype == DType::bf16
-             ? launch_head_dim<__nv_bfloat16>(params, maps, tiles, shape.head_dim, stream)
-             : launch_head_dim<__half>(params, maps, tiles, shape.head_dim, stream);
+             ? launch_head_dim<__nv_bfloat16>(params, maps, thread_blocks, shape.head_dim, stream)
+             : launch_head_dim<__half>(params, maps, thread_blocks, shape.head_dim, stream);
 }
 
 }  // namespace pbsattn::cuda

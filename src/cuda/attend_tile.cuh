@@ -41,8 +41,8 @@ struct TileOrder {
 
 struct AttendParams {
   TileOrder order;
-  const int* tile_order;  // [place]; null: `order` gives it
-  int* next_place;
+  const int* tile_order;          // [place]; null: `order` gives it
+  int* next_place;                // counts those beyond each thread block's first; null: there are none
   const std::int64_t* row_start;  // null: dense
   const std::int32_t* row_count;
   const std::int32_t* list;
