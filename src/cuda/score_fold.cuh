@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/mma.cuh"
-#include "cuda/permute_common.cuh"
+#include "cuda/score_exp.cuh"
 
 namespace pbsattn::cuda {
 
@@ -14,33 +14,65 @@ __device__ inline void fold(float (&s)[64], int valid, float scale_log2, Statist
     for (int i = 0; i < 64; ++i)
       if (i / 4 * 8 + column + i % 2 >= valid) s[i] = -INFINITY;
   }
+  bool trusted[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float max[2] = {statistics[r].max, -INFINITY};
+    const float shift = statistics[r].max * scale_log2;
+    const float sum = sum_relative(s, r, scale_log2, shift);
+    trusted[r] = is_trusted(sum, shift);
+    if (trusted[r]) statistics[r].sum += sum;
+  }
+  if (__all_sync(~0U, trusted[0] && trusted[1])) return;
 #pragma unroll
-    for (int i = 0; i < 64; i += 4) {
-      max[0] = fmaxf(max[0], s[i + 2 * r]);
-      max[1] = fmaxf(max[1], s[i + 2 * r + 1]);
-    }
-    const float larger = fmaxf(max[0], max[1]);
-    const float shift = Statistics::finite_or_zero(larger);
-    float sum[2] = {};
-#pragma unroll
-    for (int i = 0; i < 64; i += 4) {
-      sum[0] += sm90::exp2_fast((s[i + 2 * r] - shift) * scale_log2);
-      sum[1] += sm90::exp2_fast((s[i + 2 * r + 1] - shift) * scale_log2);
-    }
-    statistics[r].sum =
-        statistics[r].sum * sm90::exp2_fast((statistics[r].max - shift) * scale_log2) + (sum[0] + sum[1]);
-    statistics[r].max = larger;
+  for (int r = 0; r < 2; ++r) {
+    if (trusted[r]) continue;
+    const float largest = largest_of(s, r);
+    statistics[r].merge({largest, sum_exactly(s, r, scale_log2, Statistics::finite_or_zero(largest))}, scale_log2);
   }
 }
 
-// Sums over the queries [first, last) of the weights of this thread's two blocks, in all four lanes that share them.
+// Waits until `threads` threads have come to barrier `id`; returns whether `condition` holds in all of them.
+__device__ inline bool wait_all(int id, int threads, bool condition) {
+  std::uint32_t all;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.u32 mine, %3, 0;\n"
+      "bar.red.and.pred all, %1, %2, mine;\n"
+      "selp.u32 %0, 1, 0, all;\n"
+      "}\n"
+      : "=r"(all)
+      : "r"(id), "r"(threads), "r"(static_cast<std::uint32_t>(condition))
+      : "memory");
+  return all != 0;
+}
+
+// What a shift may be so that, rounded, it changes a weight by less than 1e-3 of itself.
+constexpr float max_shift = 8192;
+
+// Sums over a row's queries of the weights of this thread's two blocks, over a fourth of the queries.
+__device__ inline void sum_weights(const float (&s)[64], float scale_log2, const float* shifts, float (&sum)[2]) {
+  float part[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < 64; i += 4) {
+    const float2 shift = *reinterpret_cast<const float2*>(shifts + i * 2 + threadIdx.x % 4 * 2);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float low = fmaf(s[i + 2 * r], scale_log2, -shift.x);
+      const float high = fmaf(s[i + 2 * r + 1], scale_log2, -shift.y);
+      part[r][0] += sm90::exp2_fast(low);
+      part[r][1] += i % 8 == 0 ? exp2_polynomial(high) : sm90::exp2_fast(high);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) sum[r] = part[r][0] + part[r][1];
+}
+
+// The same over the queries [first, last), whatever their products.
 __device__ inline void sum_weights(const float (&s)[64], float scale_log2, const LogSum* log_sums, int first, int last,
                                    float (&sum)[2]) {
   const int column = threadIdx.x % 4 * 2;
-  const bool whole = first == 0 && last == tile_tokens;
+  sum[0] = sum[1] = 0;
 #pragma unroll
   for (int i = 0; i < 64; i += 4) {
     const int query = i * 2 + column;
@@ -49,18 +81,10 @@ __device__ inline void sum_weights(const float (&s)[64], float scale_log2, const
     for (int r = 0; r < 2; ++r) {
       const float low = sm90::exp2_fast(fmaf(s[i + 2 * r] - pair.x, scale_log2, -pair.y));
       const float high = sm90::exp2_fast(fmaf(s[i + 2 * r + 1] - pair.z, scale_log2, -pair.w));
-      if (whole) {
-        sum[r] += low + high;
-      } else {  // what isn't there may be NaN
-        if (query >= first && query < last) sum[r] += low;
-        if (query + 1 >= first && query + 1 < last) sum[r] += high;
-      }
+      // What isn't there may be NaN.
+      if (query >= first && query < last) sum[r] += low;
+      if (query + 1 >= first && query + 1 < last) sum[r] += high;
     }
-  }
-#pragma unroll
-  for (float& x : sum) {
-    x += __shfl_xor_sync(~0U, x, 1);
-    x += __shfl_xor_sync(~0U, x, 2);
   }
 }
 

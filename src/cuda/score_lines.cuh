@@ -1,63 +1,21 @@
-// The first launch of score_mass.cu: products of lines of queries and lines of keys, tile by tile, and of each tile the
-// log-sum-exps over blocks.
+// The first launch of score_mass.cu where a line is a patch of 8 queries or keys (antidiagonals): products of lines, tile
+// by tile, and of each tile the log-sum-exps over blocks.
 #pragma once
 
-#include "cuda/permute_common.cuh"
-#include "cuda/ring.cuh"
-#include "cuda/stages.h"
+#include "cuda/score_mass.cuh"
 
 namespace pbsattn::cuda::mass {
 
-using sm90::Barrier;
-
-constexpr int tile_queries = 256;  // lines
-constexpr int tile_keys = 128;     // lines
-constexpr int consumers = 2;       // warpgroups, 128 query lines each
+constexpr int patch = 8;
+constexpr int lines_of_block = block_tokens / patch;
+constexpr int blocks_of_tile = tile_keys / lines_of_block;
+constexpr int lines_of_box = 32;  // of one copy, whose tokens span 256 at most
+constexpr int tiles_of_item = 8;  // so that an item lasts some 50 us
+constexpr int consumers = 2;      // warpgroups, 128 query lines each
 constexpr int threads = (consumers + 1) * 128;
 constexpr int stages = 4;
 constexpr int panel = 64;         // elements of a line that a stage holds
 constexpr int panel_bytes = 128;  // of a line
-constexpr int max_sampled = 8;    // queries of a row
-
-struct Params {
-  float* log_sums;  // of rows [row_begin, row_end) of each head: [row][line of the row][block up to the diagonal]
-  float* scores;    // of tile [batch][q_head][row] where its list will be
-  std::int64_t head_sums, causal_blocks;
-  std::int64_t q_offset, q_len;
-  int q_heads, group, heads_of_order;
-  int first_head;          // of all batch entries
-  int first_row;           // token block of row 0
-  int row_begin, row_end;  // rows of these launches
-  int blocks_per_segment;
-  bool causal;  // the own segment counts
-  float scale_log2;
-  int query_lines;  // of a row's whole block, a power of two
-  // Of BlockScore::sampled, for the first, a middle and the last row: how many queries, and where in the block.
-  bool sampled;
-  int rows;
-  int sampled_count[3], sampled_at[3][max_sampled];
-
-  __device__ int kind_of(int row) const { return row == 0 ? 0 : row < rows - 1 ? 1 : 2; }
-  // The key line of its block that a query line stands at.
-  __device__ int place_of(int row, int line) const { return sampled ? sampled_at[kind_of(row)][line] : line; }
-  __device__ int own_begin(int block) const { return block / blocks_per_segment * blocks_per_segment; }
-  // Entries of a head's lists before those of `row`.
-  __device__ std::int64_t entries_before(int row) const {
-    return row * static_cast<std::int64_t>(first_row) + row * (row + std::int64_t{1}) / 2;
-  }
-};
-
-struct Maps {
-  CUtensorMap q, permuted_k, k;
-};
-
-template <int patch>
-struct Lines {
-  static constexpr int of_block = block_tokens / patch;  // of keys
-  static constexpr int blocks_of_tile = tile_keys / of_block;
-  static constexpr int of_box = patch == 8 ? 32 : 128;       // of one copy, whose tokens span 256 at most
-  static constexpr int tiles_of_item = patch == 8 ? 8 : 32;  // so that an item lasts some 50 us
-};
 
 struct Shared {
   alignas(1024) unsigned char q[stages][tile_queries * panel_bytes];
@@ -72,25 +30,23 @@ struct Shared {
 };
 
 // A thread block's share of the work: some tiles of 256 query lines of one head against key lines.
-template <int patch>
 struct Item {
-  using L = Lines<patch>;
   __device__ explicit Item(const Params& p) : head(p.first_head + static_cast<int>(blockIdx.z)) {
-    const int rows_of_tile = tile_queries / p.query_lines;
+    constexpr int rows_of_tile = tile_queries / lines_of_block;
     // The last rows have the most keys, so they start first.
     const int row = p.row_begin + static_cast<int>(gridDim.y - 1 - blockIdx.y) * rows_of_tile;
     block = p.first_row + row;
     const int last_block = p.first_row + min(row + rows_of_tile, p.row_end) - 1;
-    permuted_tiles = (p.own_begin(last_block) + L::blocks_of_tile - 1) / L::blocks_of_tile;
-    first_own_tile = p.own_begin(block) / L::blocks_of_tile;
-    const int own_tiles = p.causal ? last_block / L::blocks_of_tile + 1 - first_own_tile : 0;
-    begin = static_cast<int>(blockIdx.x) * L::tiles_of_item;
-    end = min(begin + L::tiles_of_item, permuted_tiles + own_tiles);
+    permuted_tiles = (p.own_begin(last_block) + blocks_of_tile - 1) / blocks_of_tile;
+    first_own_tile = p.own_begin(block) / blocks_of_tile;
+    const int own_tiles = p.causal ? last_block / blocks_of_tile + 1 - first_own_tile : 0;
+    begin = static_cast<int>(blockIdx.x) * tiles_of_item;
+    end = min(begin + tiles_of_item, permuted_tiles + own_tiles);
   }
   __device__ bool is_own(int tile) const { return tile >= permuted_tiles; }
   // The first key block of a tile.
   __device__ int block_of(int tile) const {
-    return (is_own(tile) ? first_own_tile + tile - permuted_tiles : tile) * L::blocks_of_tile;
+    return (is_own(tile) ? first_own_tile + tile - permuted_tiles : tile) * blocks_of_tile;
   }
   int head;        // of all batch entries
   int block;       // token block of the first query line
@@ -98,13 +54,12 @@ struct Item {
   int permuted_tiles, first_own_tile;
 };
 
-template <int head_dim, int patch>
-__device__ void produce(const Params& p, const Maps& maps, const Item<patch>& item, Shared& shared) {
+template <int head_dim>
+__device__ void produce(const Params& p, const Maps& maps, const Item& item, Shared& shared) {
   constexpr int panels = head_dim / panel;  // of one token
   const int batch = item.head / p.q_heads;
   const int head = item.head % p.q_heads;
-  const int first_query = p.sampled ? (item.block - p.first_row) * max_sampled
-                                    : static_cast<int>(item.block * std::int64_t{block_tokens} - p.q_offset);
+  const int first_query = static_cast<int>(item.block * std::int64_t{block_tokens} - p.q_offset);
   Ring<stages> stage;
   for (int tile = item.begin; tile < item.end; ++tile) {
     const CUtensorMap& keys = item.is_own(tile) ? maps.k : maps.permuted_k;
@@ -114,10 +69,10 @@ __device__ void produce(const Params& p, const Maps& maps, const Item<patch>& it
       const int i = step / panels;
       shared.free[stage.at].wait(stage.parity ^ 1);
       shared.full[stage.at].arrive_expecting(sizeof(shared.q[0]) + sizeof(shared.k[0]));
-      for (int line = 0; line < tile_queries; line += Lines<patch>::of_box)
+      for (int line = 0; line < tile_queries; line += lines_of_box)
         sm90::tma_load(shared.q[stage.at] + line * panel_bytes, maps.q, shared.full[stage.at], 0,
                        first_query + line * patch + patch - 1 - i, step % panels, head, batch);
-      for (int line = 0; line < tile_keys; line += Lines<patch>::of_box)
+      for (int line = 0; line < tile_keys; line += lines_of_box)
         sm90::tma_load(shared.k[stage.at] + line * panel_bytes, keys, shared.full[stage.at], 0,
                        first_key + line * patch + i, step % panels, k_head, batch);
     }
@@ -125,24 +80,22 @@ __device__ void produce(const Params& p, const Maps& maps, const Item<patch>& it
 }
 
 // Log-sum-exps of this thread's two query lines (`line`, `line` + 8) over each block of a tile.
-template <int patch>
-__device__ void store_log_sums(const Params& p, const Item<patch>& item, float (&s)[64], int line, int tile) {
-  using L = Lines<patch>;
-  constexpr int n8_of_block = 16 / L::blocks_of_tile;
+__device__ inline void store_log_sums(const Params& p, const Item& item, float (&s)[64], int line, int tile) {
+  constexpr int n8_of_block = 16 / blocks_of_tile;
   const int lane = threadIdx.x % 4;
   const int first_block = item.block_of(tile);
   const bool own = item.is_own(tile);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int block = item.block + (line + 8 * r) / p.query_lines;
-    const int line_of_block = (line + 8 * r) % p.query_lines;
+    const int block = item.block + (line + 8 * r) / lines_of_block;
+    const int line_of_block = (line + 8 * r) % lines_of_block;
     const int row = block - p.first_row;
     const int own_begin = p.own_begin(block);
-    const int last_key = own ? (block - first_block) * L::of_block + p.place_of(row, line_of_block) : tile_keys - 1;
+    const int last_key = own ? (block - first_block) * lines_of_block + line_of_block : tile_keys - 1;
     float* to = p.log_sums + blockIdx.z * p.head_sums +
-                (p.entries_before(row) - p.entries_before(p.row_begin)) * p.query_lines + line_of_block * (block + 1);
+                (p.entries_before(row) - p.entries_before(p.row_begin)) * lines_of_block + line_of_block * (block + 1);
 #pragma unroll
-    for (int b = 0; b < L::blocks_of_tile; ++b) {
+    for (int b = 0; b < blocks_of_tile; ++b) {
       float max = -INFINITY;
 #pragma unroll
       for (int n8 = b * n8_of_block; n8 < (b + 1) * n8_of_block; ++n8)
@@ -169,8 +122,8 @@ __device__ void store_log_sums(const Params& p, const Item<patch>& item, float (
   }
 }
 
-template <class T, int head_dim, int patch>
-__device__ void consume(const Params& p, const Item<patch>& item, Shared& shared) {
+template <class T, int head_dim>
+__device__ void consume(const Params& p, const Item& item, Shared& shared) {
   constexpr int steps = patch * head_dim / panel;
   const int lane = threadIdx.x % 32;
   const int first_line = threadIdx.x / 128 * 128;
@@ -206,21 +159,21 @@ __device__ void consume(const Params& p, const Item<patch>& item, Shared& shared
   }
 }
 
-template <class T, int head_dim, int patch>
+template <class T, int head_dim>
 __global__ void __launch_bounds__(threads, 1)
     score_lines(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
   extern __shared__ unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
-  const Item<patch> item(p);
+  const Item item(p);
   if (item.begin >= item.end) return;
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
   if (threadIdx.x / 128 < consumers) {
     sm90::take_registers<232>();
-    consume<T, head_dim, patch>(p, item, shared);
+    consume<T, head_dim>(p, item, shared);
   } else {
     sm90::give_registers<40>();
-    if (threadIdx.x % 128 == 0) produce<head_dim, patch>(p, maps, item, shared);
+    if (threadIdx.x % 128 == 0) produce<head_dim>(p, maps, item, shared);
   }
 }
 

@@ -6,6 +6,7 @@
 //   1. S[query line][key line] = Q K^T in tiles of 256 x 128, through the copy engine and wgmma, and of each tile only
 //          log_sums[query line][block] = log2 of the sum of exp2(S * scale * log2(e)) over the block's key lines
 //      goes to memory: 4 bytes for 16 or 128 scores, so the product is computed once and N x N scores are never there.
+//      score_keys.cuh has it for single queries and keys, score_lines.cuh for patches.
 //   2. share[row][block] = mean over the row's query lines of exp2(log_sums[line][block] - log2 of the line's whole
 //   sum)
 // Key lines before a row's own segment come from the permuted keys; those of the own segment, where they count, from
@@ -17,11 +18,13 @@
 //
 // The sums of some heads, or of some rows of one head, are in memory at a time: score_scratch_size().
 //
-// The least work of antidiagonal at 128K tokens, 32 heads of 128: 8.8 TFLOP, 11 to 13 ms.
+// The least work at 128K tokens, 32 heads of 128, is 8.8 TFLOP for antidiagonals, 11 to 13 ms; of sampled 0.55 TFLOP and
+// 2.1 G exponentials for each of a row's queries, 0.7 to 0.8 ms.
 #include <algorithm>
 #include <cmath>
 
 #include "core/keep_rule.h"
+#include "cuda/score_keys.cuh"
 #include "cuda/score_lines.cuh"
 #include "cuda/tensor_map.h"
 
@@ -40,21 +43,20 @@ __global__ void __launch_bounds__(128)
   const int head = static_cast<int>(blockIdx.y);
   const int line = static_cast<int>(threadIdx.x) / chunks;
   const int chunk = static_cast<int>(threadIdx.x) % chunks;
-  if (line >= max_sampled) return;
+  if (line >= p.query_lines) return;
   const int kind = p.kind_of(row);
   const std::int64_t token = (p.first_row + row) * std::int64_t{block_tokens} + p.sampled_at[kind][line] - p.q_offset;
   const auto* from = static_cast<const std::uint16_t*>(q.data) + head / p.q_heads * q.batch_stride +
                      head % p.q_heads * q.head_stride + token * q.token_stride;
-  gathered[((head * static_cast<std::int64_t>(p.rows) + row) * max_sampled + line) * chunks + chunk] =
+  gathered[((head * static_cast<std::int64_t>(p.rows) + row) * p.query_lines + line) * chunks + chunk] =
       line < p.sampled_count[kind] ? __ldg(reinterpret_cast<const uint4*>(from) + chunk) : make_uint4(0, 0, 0, 0);
 }
 
 // A row of one head: the mean over its query lines of their shares; of sampled, the mean of that and of what is there.
 // Lines without a value make the row's scores NaN.
-template <int patch>
 __global__ void __launch_bounds__(share_threads) share_mass(const __grid_constant__ Params p) {
   constexpr int warps = share_threads / 32;
-  __shared__ float totals[Lines<patch>::of_block];
+  __shared__ float totals[block_tokens];
   const int row = p.row_begin + static_cast<int>(blockIdx.x);
   const int block = p.first_row + row;
   const int count = p.causal ? block + 1 : p.own_begin(block);
@@ -62,10 +64,10 @@ __global__ void __launch_bounds__(share_threads) share_mass(const __grid_constan
       p.log_sums + blockIdx.y * p.head_sums + (p.entries_before(row) - p.entries_before(p.row_begin)) * p.query_lines;
   // Of the block's lines, those that hold a query of this call.
   const std::int64_t first_token = block * std::int64_t{block_tokens} - p.q_offset;
-  const int first = p.sampled ? 0 : static_cast<int>(max(-first_token, std::int64_t{0})) / patch;
-  const int last = p.sampled
-                       ? p.sampled_count[p.kind_of(row)]
-                       : static_cast<int>(min(p.q_len - first_token, std::int64_t{block_tokens}) + patch - 1) / patch;
+  const int first = p.sampled ? 0 : static_cast<int>(max(-first_token, std::int64_t{0})) / p.patch;
+  const int last =
+      p.sampled ? p.sampled_count[p.kind_of(row)]
+                : static_cast<int>(min(p.q_len - first_token, std::int64_t{block_tokens}) + p.patch - 1) / p.patch;
 
   for (int line = first + static_cast<int>(threadIdx.x) / 32; line < last; line += warps) {
     Statistics total;
@@ -118,7 +120,15 @@ bool in_patches(BlockScore score) {
 }
 int query_lines_of(BlockScore score) {
   if (score == BlockScore::sampled) return max_sampled;
-  return in_patches(score) ? Lines<8>::of_block : Lines<1>::of_block;
+  return in_patches(score) ? lines_of_block : block_tokens;
+}
+// Tiles of keys that a tile of the last rows meets, or more: those of the permuted keys, and of the caller's those of
+// the rows' own segments.
+std::int64_t most_tiles(const Params& p) {
+  const int rows_of_tile = tile_queries / p.query_lines;
+  const std::int64_t last = p.first_row + p.row_end;
+  return p.patch == 1 ? last + key_groups * (std::max(rows_of_tile / key_groups, 1) + p.blocks_per_segment)
+                      : ceil_div(last, blocks_of_tile) + (rows_of_tile + p.blocks_per_segment) / blocks_of_tile + 2;
 }
 std::size_t gathered_bytes(BlockScore score, const Geometry& g) {
   constexpr std::int64_t element_bytes = 2;
@@ -127,12 +137,17 @@ std::size_t gathered_bytes(BlockScore score, const Geometry& g) {
              : 0;
 }
 
-template <class T, int head_dim, int patch>
-cudaError_t score_all(const ScoreArgs& args, Params p, const Maps& maps, cudaStream_t stream) {
-  using L = Lines<patch>;
-  constexpr int shared_bytes = sizeof(Shared) + 1024;  // to align it
-  const auto kernel = score_lines<T, head_dim, patch>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+// One of the two first launches.
+struct FirstLaunch {
+  void (*kernel)(Params, Maps);
+  int threads, shared_bytes;
+  std::int64_t tiles_of_item;
+};
+
+cudaError_t score_all(const ScoreArgs& args, Params p, const Maps& maps, const FirstLaunch& first,
+                      cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(first.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, first.shared_bytes);
   if (error != cudaSuccess) return error;
 
   const Geometry& g = args.geometry;
@@ -149,13 +164,10 @@ cudaError_t score_all(const ScoreArgs& args, Params p, const Maps& maps, cudaStr
       p.row_end = static_cast<int>(row_end);
       p.head_sums = work.sums(row, row_end);
       const auto heads_now = static_cast<unsigned>(std::min(heads_at_once, heads - head));
-      // Those of the permuted keys, and of the caller's that rows of one tile have as own segments.
-      const std::int64_t tiles = ceil_div(g.first_row() + row_end, L::blocks_of_tile) +
-                                 (rows_of_tile + g.segment / g.block) / L::blocks_of_tile + 2;
-      kernel<<<dim3(static_cast<unsigned>(ceil_div(tiles, L::tiles_of_item)),
-                    static_cast<unsigned>(ceil_div(row_end - row, rows_of_tile)), heads_now),
-               threads, shared_bytes, stream>>>(p, maps);
-      share_mass<patch><<<dim3(static_cast<unsigned>(row_end - row), heads_now), share_threads, 0, stream>>>(p);
+      first.kernel<<<dim3(static_cast<unsigned>(ceil_div(most_tiles(p), first.tiles_of_item)),
+                          static_cast<unsigned>(ceil_div(row_end - row, rows_of_tile)), heads_now),
+                     first.threads, first.shared_bytes, stream>>>(p, maps);
+      share_mass<<<dim3(static_cast<unsigned>(row_end - row), heads_now), share_threads, 0, stream>>>(p);
     }
   return cudaGetLastError();
 }
@@ -192,7 +204,7 @@ std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::
 
 cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
-  const int patch = in_patches(args.score) ? 8 : 1;
+  const int tokens_of_line = in_patches(args.score) ? patch : 1;
   Params p{.log_sums = reinterpret_cast<float*>(static_cast<std::byte*>(args.scratch) + gathered_bytes(args.score, g)),
            .scores = args.scores,
            .causal_blocks = g.causal_blocks_per_head(),
@@ -204,7 +216,8 @@ cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream) {
            .first_row = static_cast<int>(g.first_row()),
            .blocks_per_segment = g.segment / g.block,
            .causal = counts_kept_first(args.score),
-           .scale_log2 = static_cast<float>(args.scale / std::log(2.0) / patch),
+           .scale_log2 = static_cast<float>(args.scale / std::log(2.0) / tokens_of_line),
+           .patch = tokens_of_line,
            .query_lines = query_lines_of(args.score),
            .sampled = args.score == BlockScore::sampled,
            .rows = static_cast<int>(g.rows())};
@@ -213,7 +226,8 @@ cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream) {
       args.permuted_k == nullptr
           ? args.k
           : ConstView{args.permuted_k, args.k.dtype, args.order_heads * permuted_head, permuted_head, g.shape.head_dim};
-  const Box box{patch == 8 ? Lines<8>::of_box : Lines<1>::of_box, panel, patch};
+  const Box box = tokens_of_line == 1 ? Box{tile_tokens, static_cast<int>(g.shape.head_dim)}
+                                      : Box{lines_of_box, panel, patch};
   ConstView q = args.q;
   std::int64_t q_tokens = g.shape.q_len;
   if (p.sampled) {
@@ -229,7 +243,12 @@ cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream) {
       !make_tensor_map(maps.k, args.k, g.shape.batch, g.shape.kv_heads, g.shape.kv_len, g.shape.head_dim, box))
     return cudaErrorInvalidValue;
   return dispatch(args.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return patch == 8 ? score_all<T, dim, 8>(args, p, maps, stream) : score_all<T, dim, 1>(args, p, maps, stream);
+    constexpr int alignment = 1024;
+    return tokens_of_line == 1
+               ? score_all(args, p, maps,
+                           {score_keys<T, dim>, key_threads, static_cast<int>(sizeof(KeyShared<dim>)) + alignment, steps_of_item}, stream)
+               : score_all(args, p, maps, {score_lines<T, dim>, threads, static_cast<int>(sizeof(Shared)) + alignment, tiles_of_item},
+                           stream);
   });
 }
 

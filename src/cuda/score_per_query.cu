@@ -1,18 +1,19 @@
 // Block scores of BlockScore::per_query on Hopper: for each row the mean over its queries of softmax over causal blocks
 // of query . pooled key.
 //
-// An *item* is two rows of one head, so that the pooled keys brought in serve 256 queries. Two *consumer* warpgroups
-// take a row each and go through its pooled keys, 128 at a time, twice:
+// An *item* is two rows of one head, so that the pooled keys brought in serve 256 queries. Four *consumer* warpgroups,
+// two for each row, go through its pooled keys, 128 at a time, twice:
 //     S[query][block] = Q K^T      max and sum of exp2 of each query, in registers
 //     S^T[block][query] = K Q^T    weights exp2(S^T - log-sum-exp), summed over queries: no exchange between warps
-// each in two halves, so that the exponentials of one run under the product of the other. The second product costs less
-// than keeping the first would: 128 queries' scores of 1024 blocks are 512 KiB. The few blocks of the row's own
-// segment, whose keys are in their original order, are multiplied warp by warp (mma) before and after the first pass.
+// A row's two warpgroups share its queries in the first pass and each tile's blocks in the second. While one waits for
+// its product the exponentials of the others run. The second product costs less than keeping the first would: 128
+// queries' scores of 1024 blocks are 512 KiB. The few blocks of the row's own segment, whose keys are in their original
+// order, are multiplied warp by warp (mma) before and after the first pass.
 // Beside them a *producer* thread brings queries and keys through the copy engine, ahead over items and passes. A
 // thread block stays resident and takes every n-th item; long rows come first, and heads side by side share L2.
 //
 // The least work at 128K tokens, 32 heads, head_dim 128: 2 x 0.55 TFLOP of products and 2 x 2.1 G exponentials, which
-// take as long as each other and overlap: 1.1 to 1.4 ms.
+// take as long as each other and overlap: 1.4 to 1.6 ms.
 #include <algorithm>
 #include <cmath>
 
@@ -26,15 +27,13 @@ namespace {
 using sm90::Barrier;
 
 constexpr int rows_of_item = 2;
-constexpr int consumers = rows_of_item;
-constexpr int consumer_warps = consumers * 4;
+constexpr int groups_of_row = 2;
+constexpr int consumers = rows_of_item * groups_of_row;
+constexpr int half = tile_tokens / groups_of_row;  // a warpgroup's queries, or blocks of a tile
 constexpr int threads = (consumers + 1) * 128;
-constexpr int producer_registers = 40;
-constexpr int consumer_registers = 232;
+constexpr int producer_registers = 32;
+constexpr int consumer_registers = 112;
 constexpr int slots = 2;  // items whose queries are in shared memory
-// Tiles of pooled keys between which products stay in flight; head_dim 64 has no registers left for two.
-template <int head_dim>
-constexpr int tiles_of_round = head_dim / 64;
 
 struct Params {
   float* scores;  // of tile [batch][q_head][row] where its list will be
@@ -65,15 +64,16 @@ struct Shared {
   static constexpr int stages = head_dim == 128 ? 2 : 4;
   alignas(1024) unsigned char q[slots][rows_of_item][Tile<head_dim>::bytes];
   alignas(1024) unsigned char k[stages][Tile<head_dim>::bytes];
-  LogSum log_sums[slots][rows_of_item][128];
-  float own[slots][rows_of_item][4][max_own_blocks];  // a warp's part of the scores of the own segment's blocks
+  LogSum log_sums[slots][rows_of_item][tile_tokens];
+  float shifts[slots][rows_of_item][tile_tokens];  // log_sums in one number
+  float own[slots][rows_of_item][groups_of_row * 4][max_own_blocks];  // a warp's part of the own segment's scores
   Barrier q_full[slots], q_free[slots], k_full[stages], k_free[stages];
 
   __device__ void init() {
     for (Barrier& barrier : q_full) barrier.init(1);
     for (Barrier& barrier : k_full) barrier.init(1);
-    for (Barrier& barrier : q_free) barrier.init(consumer_warps);
-    for (Barrier& barrier : k_free) barrier.init(consumer_warps);
+    for (Barrier& barrier : q_free) barrier.init(consumers * 4);
+    for (Barrier& barrier : k_free) barrier.init(consumers * 4);
     sm90::fence_barrier_init();
   }
 };
@@ -121,154 +121,118 @@ template <class T, int head_dim>
 __device__ void consume(const Params& p, Shared<head_dim>& shared) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x % 128 / 32;
-  const int row_of_item = threadIdx.x / 128;
+  const int row_of_item = threadIdx.x / 128 / groups_of_row;
+  const int first_of_half = threadIdx.x / 128 % groups_of_row * half;
+  const int first_of_warp = first_of_half + warp * 16;
   Ring<slots> slot;
   Ring<Shared<head_dim>::stages> stage;
-  constexpr std::integral_constant<int, 0> first_half;
-  constexpr std::integral_constant<int, 64> second_half;
-  const auto release = [&](unsigned at) {
-    if (lane == 0) shared.k_free[at].arrive();
-  };
-  // Goes through the `tiles` tiles of keys that the row sees, and passes over the item's others. Each tile makes two
-  // products, start(s, keys, half), whose results go to use(s, tile, half) under the product that follows.
-  const auto for_each_half = [&](const Item& item, int tiles, auto&& start, auto&& use) {
-    float low[64], high[64];
-    const auto start_low = [&] {
+  float s[64];
+  // Goes through the `tiles` tiles of keys that the row sees, and passes over the item's others. start(keys) starts a
+  // tile's product in s, use(tile) takes it.
+  const auto for_each_tile = [&](const Item& item, int tiles, auto&& start, auto&& use) {
+    for (int tile = 0; tile < item.tiles; ++tile, stage.next()) {
       shared.k_full[stage.at].wait(stage.parity);
-      start(first_half, low, shared.k[stage.at]);
-    };
-    // The compiler keeps products in flight through straight code only, hence rounds of several tiles.
-    const auto round = [&]<int length>(std::integral_constant<int, length>, int tile) {
-      start_low();
-#pragma unroll
-      for (int i = 0; i < length; ++i) {
-        const unsigned at = stage.at;
-        start(second_half, high, shared.k[at]);
-        stage.next();
-        sm90::wait<1>();
-        sm90::pin(low);
-        use(first_half, low, tile + i);
-        if (i + 1 < length) {
-          start_low();
-          sm90::wait<1>();
-        } else {
-          sm90::wait<0>();
-        }
-        release(at);
-        sm90::pin(high);
-        use(second_half, high, tile + i);
+      if (tile < tiles) {
+        start(shared.k[stage.at]);
+        sm90::wait<0>();
+        sm90::pin(s);
       }
-    };
-    int tile = 0;
-    for (; tile + tiles_of_round<head_dim> <= tiles; tile += tiles_of_round<head_dim>)
-      round(std::integral_constant<int, tiles_of_round<head_dim>>{}, tile);
-    for (; tile < tiles; ++tile) round(std::integral_constant<int, 1>{}, tile);
-    for (; tile < item.tiles; ++tile, stage.next()) {
-      shared.k_full[stage.at].wait(stage.parity);
-      release(stage.at);
+      if (lane == 0) shared.k_free[stage.at].arrive();
+      if (tile < tiles) use(tile);
     }
   };
 
   for (int index = blockIdx.x; index < p.items(); index += gridDim.x, slot.next()) {
     const Item item(p, index);
-    const int visible = Item::visible_of(p, item.block + row_of_item);
+    const int block = item.block + row_of_item;
+    const int visible = Item::visible_of(p, block);
     const int tiles = (visible + tile_tokens - 1) / tile_tokens;
     const unsigned char* queries = shared.q[slot.at][row_of_item];
-    // Calls use(products, i, first of eight own blocks) for the warp's queries in the i-th half of the row.
+    const T* own_keys =
+        static_cast<const T*>(p.pooled_own) +
+        (static_cast<std::int64_t>(item.head / p.q_heads * p.kv_heads + item.head % p.q_heads / p.group) * p.blocks +
+         visible) *
+            head_dim;
+    // Calls use(products, first of eight own blocks) for the warp's queries.
     const auto for_each_own = [&](auto&& use) {
-      const int block = item.block + row_of_item;
-      const T* keys =
-          static_cast<const T*>(p.pooled_own) +
-          (static_cast<std::int64_t>(item.head / p.q_heads * p.kv_heads + item.head % p.q_heads / p.group) * p.blocks +
-           visible) *
-              head_dim;
-      for (int own = 0; visible + own <= block; own += 8) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float d[4];
-          multiply_own<T, head_dim>(d, queries, i * 64 + warp * 16, keys + own * head_dim, block + 1 - visible - own);
-          use(d, i, own);
-        }
+      for (int own = 0; tiles > 0 && visible + own <= block; own += 8) {
+        float d[4];
+        multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, block + 1 - visible - own);
+        use(d, own);
       }
     };
     shared.q_full[slot.at].wait(slot.parity);
 
-    Statistics low[2], high[2];  // of queries 0 .. 63 and 64 .. 127
-    if (tiles > 0)
-      for_each_own([&](const float(&d)[4], int i, int) {
+    Statistics statistics[2];
+    for_each_own([&](const float(&d)[4], int) {
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          Statistics& one = i == 0 ? low[x / 2] : high[x / 2];
-          one.merge({d[x], 1}, p.scale_log2);
-        }
-      });
-    for_each_half(
-        item, tiles,
-        [&]<int half>(std::integral_constant<int, half>, float(&s)[64], const unsigned char* keys) {
-          start_product<T, head_dim>(s, queries, half, keys);
-        },
-        [&]<int half>(std::integral_constant<int, half>, float(&s)[64], int tile) {
-          if constexpr (half == 0)
-            fold(s, visible - tile * tile_tokens, p.scale_log2, low);
-          else
-            fold(s, visible - tile * tile_tokens, p.scale_log2, high);
-        });
-    LogSum* log_sums = shared.log_sums[slot.at][row_of_item];
-    const int row = item.block + row_of_item - p.first_row;
+      for (int x = 0; x < 4; ++x) statistics[x / 2].merge({d[x], 1}, p.scale_log2);
+    });
+    for_each_tile(
+        item, tiles, [&](const unsigned char* keys) { start_product<T, head_dim>(s, queries, first_of_half, keys); },
+        [&](int tile) { fold(s, visible - tile * tile_tokens, p.scale_log2, statistics); });
+
     // Of the row's 128 tokens, those that are queries of this call.
-    const std::int64_t first_token = (item.block + row_of_item) * std::int64_t{block_tokens} - p.q_offset;
+    const std::int64_t first_token = block * std::int64_t{block_tokens} - p.q_offset;
     const int first = static_cast<int>(max(-first_token, std::int64_t{0}));
     const int last = static_cast<int>(min(p.q_len - first_token, std::int64_t{block_tokens}));
-    LogSum mine[4];
+    LogSum* log_sums = shared.log_sums[slot.at][row_of_item];
+    float* shifts = shared.shifts[slot.at][row_of_item];
+    LogSum mine[2];
+    bool tame = first == 0 && last == tile_tokens;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Statistics total = i < 2 ? low[i] : high[i - 2];
-      total.merge_across_lanes(p.scale_log2);
-      const int query = i / 2 * 64 + warp * 16 + lane / 4 + i % 2 * 8;
-      mine[i] = {total.max, log2f(total.sum)};
-      if (lane % 4 == 0) log_sums[query] = mine[i];
+    for (int r = 0; r < 2; ++r) {
+      statistics[r].merge_across_lanes(p.scale_log2);
+      const int query = first_of_warp + lane / 4 + 8 * r;
+      mine[r] = {statistics[r].max, log2f(statistics[r].sum)};
+      const float shift = fmaf(mine[r].max, p.scale_log2, mine[r].log2_sum);
+      tame = tame && fabsf(shift) < max_shift;
+      if (lane % 4 == 0) {
+        log_sums[query] = mine[r];
+        shifts[query] = shift;
+      }
     }
-    if (tiles > 0) {
-      float sum[2];
-      for_each_own([&](const float(&d)[4], int i, int own) {
-        if (i == 0) sum[0] = sum[1] = 0;
+    for_each_own([&](const float(&d)[4], int own) {
+      float sum[2] = {};
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const LogSum of_query = mine[2 * i + x / 2];
-          const int query = i * 64 + warp * 16 + lane / 4 + x / 2 * 8;
-          const float weight = sm90::exp2_fast(fmaf(d[x] - of_query.max, p.scale_log2, -of_query.log2_sum));
-          if (query >= first && query < last) sum[x % 2] += weight;
-        }
-        if (i == 0) return;
+      for (int x = 0; x < 4; ++x) {
+        const LogSum of_query = mine[x / 2];
+        const int query = first_of_warp + lane / 4 + x / 2 * 8;
+        const float weight = sm90::exp2_fast(fmaf(d[x] - of_query.max, p.scale_log2, -of_query.log2_sum));
+        if (query >= first && query < last) sum[x % 2] += weight;
+      }
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
+      for (int c = 0; c < 2; ++c) {
 #pragma unroll
-          for (int offset = 4; offset < 32; offset *= 2) sum[c] += __shfl_xor_sync(~0U, sum[c], offset);
-          if (lane < 4) shared.own[slot.at][row_of_item][warp][own + lane * 2 + c] = sum[c];
-        }
-      });
-    }
-    sm90::named_wait(1 + row_of_item, 128);
+        for (int offset = 4; offset < 32; offset *= 2) sum[c] += __shfl_xor_sync(~0U, sum[c], offset);
+        if (lane < 4) shared.own[slot.at][row_of_item][first_of_warp / 16][own + lane * 2 + c] = sum[c];
+      }
+    });
+    tame = wait_all(1 + row_of_item, groups_of_row * 128, tame);
 
+    const int row = block - p.first_row;
     float* scores = p.scores + item.head * p.causal_blocks + row * static_cast<std::int64_t>(p.first_row) +
                     row * (row + std::int64_t{1}) / 2;
     const auto count = static_cast<float>(last - first);
-    if (const int own = threadIdx.x % 128; tiles > 0 && visible + own <= item.block + row_of_item) {
-      const auto& parts = shared.own[slot.at][row_of_item];
-      scores[visible + own] = (parts[0][own] + parts[1][own] + parts[2][own] + parts[3][own]) / count;
+    if (const int own = threadIdx.x % (groups_of_row * 128); tiles > 0 && visible + own <= block) {
+      float sum = 0;
+      for (const auto& part : shared.own[slot.at][row_of_item]) sum += part[own];
+      scores[visible + own] = sum / count;
     }
-    for_each_half(
-        item, tiles,
-        [&]<int half>(std::integral_constant<int, half>, float(&s)[64], const unsigned char* keys) {
-          start_product<T, head_dim>(s, keys, half, queries);
-        },
-        [&]<int half>(std::integral_constant<int, half>, float(&s)[64], int tile) {
-          float sum[2] = {};
-          sum_weights(s, p.scale_log2, log_sums, first, last, sum);
+    for_each_tile(
+        item, tiles, [&](const unsigned char* keys) { start_product<T, head_dim>(s, keys, first_of_half, queries); },
+        [&](int tile) {
+          float sum[2];
+          if (tame)
+            sum_weights(s, p.scale_log2, shifts, sum);
+          else
+            sum_weights(s, p.scale_log2, log_sums, first, last, sum);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            const int block = tile * tile_tokens + half + warp * 16 + lane / 4 + r * 8;
-            if (lane % 4 == 0 && block < visible) scores[block] = sum[r] / count;
+            sum[r] += __shfl_xor_sync(~0U, sum[r], 1);
+            sum[r] += __shfl_xor_sync(~0U, sum[r], 2);
+            const int key_block = tile * tile_tokens + first_of_warp + lane / 4 + r * 8;
+            if (lane % 4 == 0 && key_block < visible) scores[key_block] = sum[r] / count;
           }
         });
     if (lane == 0) shared.q_free[slot.at].arrive();

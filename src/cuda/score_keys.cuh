@@ -1,0 +1,245 @@
+// The first launch of score_mass.cu where a line is one query or one key (exact, sampled): products of 256 queries and
+// a stream of keys, and of each block of keys the log-sum-exps.
+//
+// The queries stay in shared memory; a producer thread brings tiles of 128 keys, which are blocks, through the copy
+// engine into a ring. Each of four consumer warpgroups takes 64 of the queries: while one waits for its product the
+// exponentials of the others run.
+#pragma once
+
+#include "cuda/score_exp.cuh"
+#include "cuda/score_mass.cuh"
+
+namespace pbsattn::cuda::mass {
+
+constexpr int key_groups = 4;  // consumer warpgroups
+constexpr int group_queries = 64;
+constexpr int key_threads = (key_groups + 1) * 128;
+constexpr int key_stages = 5;
+constexpr int steps_of_item = 64;  // tiles of a thread block
+static_assert(key_groups * group_queries == tile_queries);
+
+template <int head_dim>
+struct KeyShared {
+  alignas(1024) unsigned char q[tile_queries / tile_tokens][Tile<head_dim>::bytes];
+  alignas(1024) unsigned char k[key_stages][Tile<head_dim>::bytes];
+  Barrier q_full, full[key_stages], free[key_stages];
+
+  __device__ void init() {
+    q_full.init(1);
+    for (Barrier& barrier : full) barrier.init(1);
+    for (Barrier& barrier : free) barrier.init(key_groups * 4);
+    sm90::fence_barrier_init();
+  }
+};
+
+// A thread block's share of the work: steps [begin, end) of a tile of queries of one head. First come the permuted
+// blocks before the last row's own segment, then those of the rows' own segments, as they were: step by step one of
+// each warpgroup's.
+struct KeyItem {
+  __device__ explicit KeyItem(const Params& p)
+      : head(p.first_head + static_cast<int>(blockIdx.z)),
+        // The last rows have the most keys, so they start first.
+        row(p.row_begin + static_cast<int>(gridDim.y - 1 - blockIdx.y) * max(tile_queries / p.query_lines, 1)) {
+    int own = 0;
+    for (int group = 0; group < key_groups; ++group) {
+      permuted = max(permuted, permuted_of(p, group));
+      own = max(own, own_of(p, group));
+    }
+    begin = static_cast<int>(blockIdx.x) * steps_of_item;
+    end = min(begin + steps_of_item, permuted + own * key_groups);
+  }
+  // Token blocks of a warpgroup's first and last row; the first is beyond the last where it has none.
+  __device__ int first_block(const Params& p, int group) const {
+    return p.first_row + row + group * group_queries / p.query_lines;
+  }
+  __device__ int last_block(const Params& p, int group) const {
+    return p.first_row + min(row + ((group + 1) * group_queries - 1) / p.query_lines, p.row_end - 1);
+  }
+  // Permuted blocks that a warpgroup's rows see, and original ones.
+  __device__ int permuted_of(const Params& p, int group) const {
+    return first_block(p, group) > last_block(p, group) ? 0 : p.own_begin(last_block(p, group));
+  }
+  __device__ int own_of(const Params& p, int group) const {
+    return max(last_block(p, group) + 1 - p.own_begin(first_block(p, group)), 0);
+  }
+  __device__ bool is_own(int step) const { return step >= permuted; }
+  __device__ int group_of_own(int step) const { return (step - permuted) % key_groups; }
+  // The key block of a step of an own segment; -1: none.
+  __device__ int own_block(const Params& p, int step) const {
+    const int group = group_of_own(step);
+    const int i = (step - permuted) / key_groups;
+    return i < own_of(p, group) ? p.own_begin(first_block(p, group)) + i : -1;
+  }
+
+  int head;  // of all batch entries
+  int row;   // the first
+  int permuted = 0;
+  int begin, end;
+};
+
+template <int head_dim>
+__device__ void produce_keys(const Params& p, const Maps& maps, const KeyItem& item, KeyShared<head_dim>& shared) {
+  const int batch = item.head / p.q_heads;
+  const int head = item.head % p.q_heads;
+  const std::int64_t first_query = p.sampled ? static_cast<std::int64_t>(item.row) * p.query_lines
+                                             : (p.first_row + item.row) * std::int64_t{block_tokens} - p.q_offset;
+  shared.q_full.arrive_expecting(sizeof(shared.q));
+  for (int i = 0; i < tile_queries / tile_tokens; ++i)
+    sm90::tma_load(shared.q[i], maps.q, shared.q_full, 0, static_cast<int>(first_query) + i * tile_tokens, 0, head,
+                   batch);
+  Ring<key_stages> stage;
+  for (int step = item.begin; step < item.end; ++step) {
+    const bool own = item.is_own(step);
+    const int block = own ? item.own_block(p, step) : step;
+    if (block < 0) continue;
+    shared.free[stage.at].wait(stage.parity ^ 1);
+    shared.full[stage.at].arrive_expecting(sizeof(shared.k[0]));
+    sm90::tma_load(shared.k[stage.at], own ? maps.k : maps.permuted_k, shared.full[stage.at], 0, block * block_tokens,
+                   0, head / (own ? p.group : p.heads_of_order), batch);
+    stage.next();
+  }
+}
+
+// log2 of a sum of exponentials is shift + log2(sum).
+struct BlockSum {
+  float shift, sum;
+};
+
+// Sums a product over its block's keys, for this thread's two queries, in all four lanes that share them. `max` is the
+// largest product that sums were relative to so far, -inf at first. A query's sums don't depend on those beside it.
+__device__ inline void sum_block(const float (&s)[64], float scale_log2, float (&max)[2], BlockSum (&block)[2]) {
+  bool trusted[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float shift = max[r] * scale_log2;
+    float sum = sum_relative(s, r, scale_log2, shift);
+    sum += __shfl_xor_sync(~0U, sum, 1);
+    sum += __shfl_xor_sync(~0U, sum, 2);
+    block[r] = {shift, sum};
+    trusted[r] = is_trusted(sum, shift);
+  }
+  if (__all_sync(~0U, trusted[0] && trusted[1])) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float largest = largest_of(s, r);
+    largest = fmaxf(largest, __shfl_xor_sync(~0U, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0U, largest, 2));
+    const float shift = Statistics::finite_or_zero(largest);
+    float sum = sum_exactly(s, r, scale_log2, shift);
+    sum += __shfl_xor_sync(~0U, sum, 1);
+    sum += __shfl_xor_sync(~0U, sum, 2);
+    if (trusted[r]) continue;
+    block[r] = {shift * scale_log2, sum};
+    max[r] = fmaxf(max[r], largest);
+  }
+}
+
+template <class T, int head_dim>
+__device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<head_dim>& shared) {
+  const int group = threadIdx.x / 128;
+  const int lane = threadIdx.x % 4;
+  const unsigned char* queries = shared.q[group / 2];
+  const int first_query = group % 2 * group_queries;
+  // Of this thread's two queries.
+  const auto query_of = [&](int r) {
+    return group * group_queries + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 +
+           8 * r;
+  };
+  const auto block_of = [&](int r) {  // -1: none
+    const int row = item.row + query_of(r) / p.query_lines;
+    return row < p.row_end ? p.first_row + row : -1;
+  };
+  float* sums = p.log_sums + blockIdx.z * p.head_sums - p.entries_before(p.row_begin) * p.query_lines;
+  std::int64_t to[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = item.row + query_of(r) / p.query_lines;
+    to[r] = p.entries_before(row) * p.query_lines + query_of(r) % p.query_lines * (p.first_row + row + std::int64_t{1});
+  }
+  float s[64];
+  const auto multiply = [&](unsigned stage) {
+    start_product<T, head_dim>(s, queries, first_query, shared.k[stage]);
+    sm90::wait<0>();
+    sm90::pin(s);
+    if (threadIdx.x % 32 == 0) shared.free[stage].arrive();
+  };
+  const auto pass_by = [&](unsigned stage) {
+    if (threadIdx.x % 32 == 0) shared.free[stage].arrive();
+  };
+
+  float max[2] = {-INFINITY, -INFINITY};
+  Ring<key_stages> stage;
+  shared.q_full.wait(0);
+  const int permuted = item.permuted_of(p, group);
+  const int permuted_end = min(item.end, item.permuted);
+  BlockSum held[2];  // of one of four blocks: that of this lane
+  int step = item.begin;
+  for (; step < permuted_end; ++step, stage.next()) {
+    shared.full[stage.at].wait(stage.parity);
+    if (step < permuted) {
+      multiply(stage.at);
+      BlockSum block[2];
+      sum_block(s, p.scale_log2, max, block);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (step % 4 == lane) held[r] = block[r];
+    } else {
+      pass_by(stage.at);
+    }
+    if (step % 4 == 3 || step + 1 == permuted_end) {
+      const int block = step / 4 * 4 + lane;
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (block <= step && block < p.own_begin(block_of(r))) sums[to[r] + block] = held[r].shift + log2f(held[r].sum);
+    }
+  }
+  for (; step < item.end; ++step) {
+    const int key_block = item.own_block(p, step);
+    if (key_block < 0) continue;
+    shared.full[stage.at].wait(stage.parity);
+    if (item.group_of_own(step) == group) {
+      multiply(stage.at);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int last_key = (block_of(r) - key_block) * block_tokens +
+                             p.place_of(block_of(r) - p.first_row, query_of(r) % p.query_lines);
+#pragma unroll
+        for (int i = 0; i < 64; i += 4)
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+            if (i * 2 + lane * 2 + c > last_key) s[i + 2 * r + c] = -INFINITY;
+      }
+      BlockSum block[2];
+      max[0] = max[1] = -INFINITY;
+      sum_block(s, p.scale_log2, max, block);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (lane == r && key_block >= p.own_begin(block_of(r)) && key_block <= block_of(r))
+          sums[to[r] + key_block] = block[r].shift + log2f(block[r].sum);
+    } else {
+      pass_by(stage.at);
+    }
+    stage.next();
+  }
+}
+
+template <class T, int head_dim>
+__global__ void __launch_bounds__(key_threads, 1)
+    score_keys(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
+  extern __shared__ unsigned char memory[];
+  auto& shared =
+      *reinterpret_cast<KeyShared<head_dim>*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
+  const KeyItem item(p);
+  if (item.begin >= item.end) return;
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  if (threadIdx.x / 128 < key_groups) {
+    sm90::take_registers<112>();
+    consume_keys<T, head_dim>(p, item, shared);
+  } else {
+    sm90::give_registers<32>();
+    if (threadIdx.x % 128 == 0) produce_keys<head_dim>(p, maps, item, shared);
+  }
+}
+
+}  // namespace pbsattn::cuda::mass
