@@ -100,37 +100,41 @@ __device__ void produce_keys(const Params& p, const Maps& maps, const KeyItem& i
   }
 }
 
-// log2 of a sum of exponentials is shift + log2(sum).
-struct BlockSum {
-  float shift, sum;
-};
+__device__ inline float add_quad(float x) {
+  x += __shfl_xor_sync(~0U, x, 1);
+  return x + __shfl_xor_sync(~0U, x, 2);
+}
 
-// Sums a product over its block's keys, for this thread's two queries, in all four lanes that share them. `max` is the
-// largest product that sums were relative to so far, -inf at first. A query's sums don't depend on those beside it.
-__device__ inline void sum_block(const float (&s)[64], float scale_log2, float (&max)[2], BlockSum (&block)[2]) {
+// Sums a product over its block's keys, for the r-th of this thread's two queries, in all four lanes that share it.
+// `max` becomes the largest product, if it was smaller.
+__device__ inline float log_sum_exactly(const float (&s)[64], int r, float scale_log2, float& max) {
+  float largest = largest_of(s, r);
+  largest = fmaxf(largest, __shfl_xor_sync(~0U, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(~0U, largest, 2));
+  const float shift = Statistics::finite_or_zero(largest);
+  max = fmaxf(max, largest);
+  return fmaf(shift, scale_log2, __log2f(add_quad(sum_exactly(s, r, scale_log2, shift))));
+}
+
+// The same of both queries, where it can be relative to `max`, the largest product that sums were relative to so far,
+// -inf at first. A query's sums don't depend on those beside it.
+__device__ inline void log_sum_block(const float (&s)[64], float scale_log2, float (&max)[2], float (&log_sum)[2]) {
   bool trusted[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float shift = max[r] * scale_log2;
-    float sum = sum_relative(s, r, scale_log2, shift);
-    sum += __shfl_xor_sync(~0U, sum, 1);
-    sum += __shfl_xor_sync(~0U, sum, 2);
-    block[r] = {shift, sum};
+    const float sum = add_quad(sum_relative(s, r, scale_log2, shift));
     trusted[r] = is_trusted(sum, shift);
+    log_sum[r] = shift + __log2f(sum);
   }
   if (__all_sync(~0U, trusted[0] && trusted[1])) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float largest = largest_of(s, r);
-    largest = fmaxf(largest, __shfl_xor_sync(~0U, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(~0U, largest, 2));
-    const float shift = Statistics::finite_or_zero(largest);
-    float sum = sum_exactly(s, r, scale_log2, shift);
-    sum += __shfl_xor_sync(~0U, sum, 1);
-    sum += __shfl_xor_sync(~0U, sum, 2);
+    float grown = max[r];
+    const float exact = log_sum_exactly(s, r, scale_log2, grown);
     if (trusted[r]) continue;
-    block[r] = {shift * scale_log2, sum};
-    max[r] = fmaxf(max[r], largest);
+    log_sum[r] = exact;
+    max[r] = grown;
   }
 }
 
@@ -149,12 +153,13 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
     const int row = item.row + query_of(r) / p.query_lines;
     return row < p.row_end ? p.first_row + row : -1;
   };
-  float* sums = p.log_sums + blockIdx.z * p.head_sums - p.entries_before(p.row_begin) * p.query_lines;
-  std::int64_t to[2];
+  float* sums = p.log_sums + blockIdx.z * p.head_sums;
+  int to[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = item.row + query_of(r) / p.query_lines;
-    to[r] = p.entries_before(row) * p.query_lines + query_of(r) % p.query_lines * (p.first_row + row + std::int64_t{1});
+    to[r] = static_cast<int>((p.entries_before(row) - p.entries_before(p.row_begin)) * p.query_lines) +
+            query_of(r) % p.query_lines * (p.first_row + row + 1);
   }
   float s[64];
   const auto multiply = [&](unsigned stage) {
@@ -172,17 +177,17 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
   shared.q_full.wait(0);
   const int permuted = item.permuted_of(p, group);
   const int permuted_end = min(item.end, item.permuted);
-  BlockSum held[2];  // of one of four blocks: that of this lane
+  float held[2];  // log2 of the sum of one of four blocks: that of this lane
   int step = item.begin;
   for (; step < permuted_end; ++step, stage.next()) {
     shared.full[stage.at].wait(stage.parity);
     if (step < permuted) {
       multiply(stage.at);
-      BlockSum block[2];
-      sum_block(s, p.scale_log2, max, block);
+      float log_sum[2];
+      log_sum_block(s, p.scale_log2, max, log_sum);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (step % 4 == lane) held[r] = block[r];
+        if (step % 4 == lane) held[r] = log_sum[r];
     } else {
       pass_by(stage.at);
     }
@@ -190,7 +195,7 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
       const int block = step / 4 * 4 + lane;
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (block <= step && block < p.own_begin(block_of(r))) sums[to[r] + block] = held[r].shift + log2f(held[r].sum);
+        if (block <= step && block < p.own_begin(block_of(r))) sums[to[r] + block] = held[r];
     }
   }
   for (; step < item.end; ++step) {
@@ -201,21 +206,16 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
       multiply(stage.at);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int last_key = (block_of(r) - key_block) * block_tokens +
-                             p.place_of(block_of(r) - p.first_row, query_of(r) % p.query_lines);
+        const int block = block_of(r);
+        const int last_key = (block - key_block) * block_tokens + p.place_of(block - p.first_row, query_of(r) % p.query_lines);
 #pragma unroll
         for (int i = 0; i < 64; i += 4)
 #pragma unroll
           for (int c = 0; c < 2; ++c)
             if (i * 2 + lane * 2 + c > last_key) s[i + 2 * r + c] = -INFINITY;
+        const float log_sum = log_sum_exactly(s, r, p.scale_log2, max[r]);
+        if (lane == r && key_block >= p.own_begin(block) && key_block <= block) sums[to[r] + key_block] = log_sum;
       }
-      BlockSum block[2];
-      max[0] = max[1] = -INFINITY;
-      sum_block(s, p.scale_log2, max, block);
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        if (lane == r && key_block >= p.own_begin(block_of(r)) && key_block <= block_of(r))
-          sums[to[r] + key_block] = block[r].shift + log2f(block[r].sum);
     } else {
       pass_by(stage.at);
     }

@@ -17,7 +17,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/ring.cuh"
 #include "cuda/score_fold.cuh"
 #include "cuda/tensor_map.h"
 
@@ -59,6 +58,17 @@ struct Maps {
 
 constexpr int max_own_blocks = max_segment / block_tokens;
 
+// A place in a ring of n buffers and the parity of its turn, in one register.
+template <int n>
+struct Turn {
+  static_assert((n & (n - 1)) == 0);
+  unsigned count = 0;
+
+  __device__ unsigned at() const { return count % n; }
+  __device__ unsigned parity() const { return count / n % 2; }
+  __device__ void next() { ++count; }
+};
+
 template <int head_dim>
 struct Shared {
   static constexpr int stages = head_dim == 128 ? 2 : 4;
@@ -94,24 +104,31 @@ struct Item {
   int tiles;  // of keys that some row sees
 };
 
+// Of a block's 128 tokens, those that are queries of this call: [x, y).
+__device__ inline int2 queries_of(const Params& p, int block) {
+  const std::int64_t first_token = block * std::int64_t{block_tokens} - p.q_offset;
+  return {static_cast<int>(max(-first_token, std::int64_t{0})),
+          static_cast<int>(min(p.q_len - first_token, std::int64_t{block_tokens}))};
+}
+
 template <int head_dim>
 __device__ void produce(const Params& p, const Maps& maps, Shared<head_dim>& shared) {
-  Ring<slots> slot;
-  Ring<Shared<head_dim>::stages> stage;
+  Turn<slots> slot;
+  Turn<Shared<head_dim>::stages> stage;
   for (int index = blockIdx.x; index < p.items(); index += gridDim.x, slot.next()) {
     const Item item(p, index);
     const int batch = item.head / p.q_heads;
     const int head = item.head % p.q_heads;
-    shared.q_free[slot.at].wait(slot.parity ^ 1);
-    shared.q_full[slot.at].arrive_expecting(sizeof(shared.q[0]));
+    shared.q_free[slot.at()].wait(slot.parity() ^ 1);
+    shared.q_full[slot.at()].arrive_expecting(sizeof(shared.q[0]));
     for (int i = 0; i < rows_of_item; ++i)
-      sm90::tma_load(shared.q[slot.at][i], maps.q, shared.q_full[slot.at], 0,
+      sm90::tma_load(shared.q[slot.at()][i], maps.q, shared.q_full[slot.at()], 0,
                      static_cast<int>((item.block + i) * std::int64_t{block_tokens} - p.q_offset), 0, head, batch);
     for (int step = 0; step < 2 * item.tiles; ++step, stage.next()) {
       const int tile = step < item.tiles ? step : step - item.tiles;
-      shared.k_free[stage.at].wait(stage.parity ^ 1);
-      shared.k_full[stage.at].arrive_expecting(sizeof(shared.k[0]));
-      sm90::tma_load(shared.k[stage.at], maps.pooled_k, shared.k_full[stage.at], 0, tile * tile_tokens, 0,
+      shared.k_free[stage.at()].wait(stage.parity() ^ 1);
+      shared.k_full[stage.at()].arrive_expecting(sizeof(shared.k[0]));
+      sm90::tma_load(shared.k[stage.at()], maps.pooled_k, shared.k_full[stage.at()], 0, tile * tile_tokens, 0,
                      head / p.heads_of_order, batch);
     }
   }
@@ -124,20 +141,20 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
   const int row_of_item = threadIdx.x / 128 / groups_of_row;
   const int first_of_half = threadIdx.x / 128 % groups_of_row * half;
   const int first_of_warp = first_of_half + warp * 16;
-  Ring<slots> slot;
-  Ring<Shared<head_dim>::stages> stage;
+  Turn<slots> slot;
+  Turn<Shared<head_dim>::stages> stage;
   float s[64];
   // Goes through the `tiles` tiles of keys that the row sees, and passes over the item's others. start(keys) starts a
   // tile's product in s, use(tile) takes it.
   const auto for_each_tile = [&](const Item& item, int tiles, auto&& start, auto&& use) {
     for (int tile = 0; tile < item.tiles; ++tile, stage.next()) {
-      shared.k_full[stage.at].wait(stage.parity);
+      shared.k_full[stage.at()].wait(stage.parity());
       if (tile < tiles) {
-        start(shared.k[stage.at]);
+        start(shared.k[stage.at()]);
         sm90::wait<0>();
         sm90::pin(s);
       }
-      if (lane == 0) shared.k_free[stage.at].arrive();
+      if (lane == 0) shared.k_free[stage.at()].arrive();
       if (tile < tiles) use(tile);
     }
   };
@@ -147,21 +164,19 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
     const int block = item.block + row_of_item;
     const int visible = Item::visible_of(p, block);
     const int tiles = (visible + tile_tokens - 1) / tile_tokens;
-    const unsigned char* queries = shared.q[slot.at][row_of_item];
-    const T* own_keys =
-        static_cast<const T*>(p.pooled_own) +
-        (static_cast<std::int64_t>(item.head / p.q_heads * p.kv_heads + item.head % p.q_heads / p.group) * p.blocks +
-         visible) *
-            head_dim;
+    const unsigned char* queries = shared.q[slot.at()][row_of_item];
     // Calls use(products, first of eight own blocks) for the warp's queries.
     const auto for_each_own = [&](auto&& use) {
+      const int kv_head = item.head / p.q_heads * p.kv_heads + item.head % p.q_heads / p.group;
+      const T* own_keys =
+          static_cast<const T*>(p.pooled_own) + (static_cast<std::int64_t>(kv_head) * p.blocks + visible) * head_dim;
       for (int own = 0; tiles > 0 && visible + own <= block; own += 8) {
         float d[4];
         multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, block + 1 - visible - own);
         use(d, own);
       }
     };
-    shared.q_full[slot.at].wait(slot.parity);
+    shared.q_full[slot.at()].wait(slot.parity());
 
     Statistics statistics[2];
     for_each_own([&](const float(&d)[4], int) {
@@ -172,14 +187,11 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
         item, tiles, [&](const unsigned char* keys) { start_product<T, head_dim>(s, queries, first_of_half, keys); },
         [&](int tile) { fold(s, visible - tile * tile_tokens, p.scale_log2, statistics); });
 
-    // Of the row's 128 tokens, those that are queries of this call.
-    const std::int64_t first_token = block * std::int64_t{block_tokens} - p.q_offset;
-    const int first = static_cast<int>(max(-first_token, std::int64_t{0}));
-    const int last = static_cast<int>(min(p.q_len - first_token, std::int64_t{block_tokens}));
-    LogSum* log_sums = shared.log_sums[slot.at][row_of_item];
-    float* shifts = shared.shifts[slot.at][row_of_item];
+    LogSum* log_sums = shared.log_sums[slot.at()][row_of_item];
+    float* shifts = shared.shifts[slot.at()][row_of_item];
     LogSum mine[2];
-    bool tame = first == 0 && last == tile_tokens;
+    const int2 present = queries_of(p, block);
+    bool tame = present.x == 0 && present.y == tile_tokens;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       statistics[r].merge_across_lanes(p.scale_log2);
@@ -199,13 +211,13 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
         const LogSum of_query = mine[x / 2];
         const int query = first_of_warp + lane / 4 + x / 2 * 8;
         const float weight = sm90::exp2_fast(fmaf(d[x] - of_query.max, p.scale_log2, -of_query.log2_sum));
-        if (query >= first && query < last) sum[x % 2] += weight;
+        if (query >= present.x && query < present.y) sum[x % 2] += weight;
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2) sum[c] += __shfl_xor_sync(~0U, sum[c], offset);
-        if (lane < 4) shared.own[slot.at][row_of_item][first_of_warp / 16][own + lane * 2 + c] = sum[c];
+        if (lane < 4) shared.own[slot.at()][row_of_item][first_of_warp / 16][own + lane * 2 + c] = sum[c];
       }
     });
     tame = wait_all(1 + row_of_item, groups_of_row * 128, tame);
@@ -213,11 +225,11 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
     const int row = block - p.first_row;
     float* scores = p.scores + item.head * p.causal_blocks + row * static_cast<std::int64_t>(p.first_row) +
                     row * (row + std::int64_t{1}) / 2;
-    const auto count = static_cast<float>(last - first);
+    const float share = 1.0F / static_cast<float>(present.y - present.x);  // of a query
     if (const int own = threadIdx.x % (groups_of_row * 128); tiles > 0 && visible + own <= block) {
       float sum = 0;
-      for (const auto& part : shared.own[slot.at][row_of_item]) sum += part[own];
-      scores[visible + own] = sum / count;
+      for (const auto& part : shared.own[slot.at()][row_of_item]) sum += part[own];
+      scores[visible + own] = sum * share;
     }
     for_each_tile(
         item, tiles, [&](const unsigned char* keys) { start_product<T, head_dim>(s, keys, first_of_half, queries); },
@@ -226,16 +238,16 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
           if (tame)
             sum_weights(s, p.scale_log2, shifts, sum);
           else
-            sum_weights(s, p.scale_log2, log_sums, first, last, sum);
+            sum_weights(s, p.scale_log2, log_sums, queries_of(p, block), sum);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             sum[r] += __shfl_xor_sync(~0U, sum[r], 1);
             sum[r] += __shfl_xor_sync(~0U, sum[r], 2);
             const int key_block = tile * tile_tokens + first_of_warp + lane / 4 + r * 8;
-            if (lane % 4 == 0 && key_block < visible) scores[key_block] = sum[r] / count;
+            if (lane % 4 == 0 && key_block < visible) scores[key_block] = sum[r] * share;
           }
         });
-    if (lane == 0) shared.q_free[slot.at].arrive();
+    if (lane == 0) shared.q_free[slot.at()].arrive();
   }
 }
 
