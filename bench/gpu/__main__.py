@@ -26,6 +26,14 @@ K = 1024
 MIB = 1 << 20
 # What the paper measured (arXiv 2510.21270), at which the whole op is timed.
 PAPER_DENSITY = {8 * K: 0.579, 32 * K: 0.405, 128 * K: 0.219}
+# What `choosing` times: lists short enough that it is about choosing, and every score that there is on CUDA.
+CHOOSING = {
+    "pbs": ("pbs", {"top_p": 0.5}),
+    "pbs-threshold": ("pbs-threshold", {"threshold": 0.01}),
+    "pbs-sampled": ("pbs-sampled", {"threshold": 0.01}),
+    "pbs+": ("pbs+", {"top_p": 0.5}),
+    "xattention": ("xattention", {"top_p": 0.5}),
+}
 
 
 class Bench:
@@ -103,12 +111,34 @@ class Bench:
         for n, target in PAPER_DENSITY.items():
             sets = [with_density(self.library, target, n, HEADS, KV_HEADS, 128, seed=11)]
             self.whole_op("pbs", "pbs", n, sets, self.reference)
-            self.whole_op("pbs-threshold", "pbs-threshold", n, sets)
+            for method in ("pbs-threshold", "pbs-sampled"):
+                self.whole_op(method, method, n, sets, threshold=BLOCK / n)
 
-    def whole_op(self, case, method, n, sets, reference=None):
+    def choosing(self):
+        """What it takes to choose blocks, method by method: permute and select, and their share of cuDNN's dense time."""
+        for n in PAPER_DENSITY:
+            q, k, v = with_density(self.library, PAPER_DENSITY[n], n, HEADS, KV_HEADS, 128, seed=11)
+            out = torch.empty_like(q)
+            plans = {name: self.library.plan(method, q, k, **options) for name, (method, options) in CHOOSING.items()}
+            seconds = {name: [] for name in plans}
+            dense = []
+            for _ in range(self.runs + 1):
+                dense += milliseconds({"cuDNN": lambda i: peers.cudnn(q, k, v)}, 1)["cuDNN"]
+                for name, plan in plans.items():
+                    keep_busy()
+                    stats = plan.stats(q, k, v, out)
+                    seconds[name].append(stats.permute_seconds + stats.select_seconds)
+            for name in plans:
+                times = [s * 1e3 for s in seconds[name][1:]]
+                params = {"n": n, "head_dim": 128, "method": name}
+                self.report.add("choosing", params, "permute + select", times, "ms", "cuDNN, whole", dense)
+                self.report.add("choosing", params, "share of cuDNN's time",
+                                [100 * t / statistics.median(dense) for t in times], "%")
+
+    def whole_op(self, case, method, n, sets, reference=None, **options):
         q, k, v = sets[0]
         out = torch.empty_like(q)
-        plan = self.library.plan(method, q, k)
+        plan = self.library.plan(method, q, k, **options)
         stats = []
         for _ in range(2 * self.runs + 1):
             keep_busy()
@@ -183,7 +213,7 @@ class Bench:
         self.whole_op("file", "pbs", sets[0][0].shape[2], sets, self.reference)
 
 
-CASES = ("ceilings", "dense", "density", "whole", "auto", "workspace", "million", "repeatable")
+CASES = ("ceilings", "dense", "density", "whole", "choosing", "auto", "workspace", "million", "repeatable")
 
 
 def commit():
