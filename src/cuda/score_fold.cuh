@@ -1,6 +1,7 @@
 // What score_per_query.cu does with products in registers, and the products of a few keys by one warp.
 #pragma once
 
+#include "cuda/lanes.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/score_exp.cuh"
 

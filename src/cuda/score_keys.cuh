@@ -2,12 +2,13 @@
 // a stream of keys, and of each block of keys the log-sum-exps.
 //
 // The queries stay in shared memory; a producer thread brings tiles of 128 keys, which are blocks, through the copy
-// engine into a ring. Each of four consumer warpgroups takes 64 of the queries: while one waits for its product the
-// exponentials of the others run.
+// engine into a ring. Each of four consumer warpgroups takes 64 of the queries. They start their products in turn
+// (score_turns.cuh), so that the exponentials of some run while the tensor cores work for another.
 #pragma once
 
 #include "cuda/score_exp.cuh"
 #include "cuda/score_mass.cuh"
+#include "cuda/score_turns.cuh"
 
 namespace pbsattn::cuda::mass {
 
@@ -100,20 +101,13 @@ __device__ void produce_keys(const Params& p, const Maps& maps, const KeyItem& i
   }
 }
 
-__device__ inline float add_quad(float x) {
-  x += __shfl_xor_sync(~0U, x, 1);
-  return x + __shfl_xor_sync(~0U, x, 2);
-}
-
 // Sums a product over its block's keys, for the r-th of this thread's two queries, in all four lanes that share it.
 // `max` becomes the largest product, if it was smaller.
 __device__ inline float log_sum_exactly(const float (&s)[64], int r, float scale_log2, float& max) {
-  float largest = largest_of(s, r);
-  largest = fmaxf(largest, __shfl_xor_sync(~0U, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(~0U, largest, 2));
+  const float largest = quad_max(largest_of(s, r));
   const float shift = Statistics::finite_or_zero(largest);
   max = fmaxf(max, largest);
-  return fmaf(shift, scale_log2, __log2f(add_quad(sum_exactly(s, r, scale_log2, shift))));
+  return fmaf(shift, scale_log2, __log2f(quad_sum(sum_exactly(s, r, scale_log2, shift))));
 }
 
 // The same of both queries, where it can be relative to `max`, the largest product that sums were relative to so far,
@@ -123,7 +117,7 @@ __device__ inline void log_sum_block(const float (&s)[64], float scale_log2, flo
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float shift = max[r] * scale_log2;
-    const float sum = add_quad(sum_relative(s, r, scale_log2, shift));
+    const float sum = quad_sum(sum_relative(s, r, scale_log2, shift));
     trusted[r] = is_trusted(sum, shift);
     log_sum[r] = shift + __log2f(sum);
   }
@@ -140,14 +134,14 @@ __device__ inline void log_sum_block(const float (&s)[64], float scale_log2, flo
 
 template <class T, int head_dim>
 __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<head_dim>& shared) {
-  const int group = threadIdx.x / 128;
+  const int group = warpgroup_index();
   const int lane = threadIdx.x % 4;
   const unsigned char* queries = shared.q[group / 2];
   const int first_query = group % 2 * group_queries;
   // Of this thread's two queries.
   const auto query_of = [&](int r) {
-    return group * group_queries + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 +
-           8 * r;
+    return group * group_queries + static_cast<int>(threadIdx.x) % 128 / 32 * 16 +
+           static_cast<int>(threadIdx.x) % 32 / 4 + 8 * r;
   };
   const auto block_of = [&](int r) {  // -1: none
     const int row = item.row + query_of(r) / p.query_lines;
@@ -162,13 +156,7 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
             query_of(r) % p.query_lines * (p.first_row + row + 1);
   }
   float s[64];
-  const auto multiply = [&](unsigned stage) {
-    start_product<T, head_dim>(s, queries, first_query, shared.k[stage]);
-    sm90::wait<0>();
-    sm90::pin(s);
-    if (threadIdx.x % 32 == 0) shared.free[stage].arrive();
-  };
-  const auto pass_by = [&](unsigned stage) {
+  const auto release = [&](unsigned stage) {
     if (threadIdx.x % 32 == 0) shared.free[stage].arrive();
   };
 
@@ -179,17 +167,24 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
   const int permuted_end = min(item.end, item.permuted);
   float held[2];  // log2 of the sum of one of four blocks: that of this lane
   int step = item.begin;
+  const Turns<key_groups> turns(group);
   for (; step < permuted_end; ++step, stage.next()) {
     shared.full[stage.at].wait(stage.parity);
+    turns.wait();
     if (step < permuted) {
-      multiply(stage.at);
+      start_product<T, head_dim>(s, queries, first_query, shared.k[stage.at]);
+      turns.pass();
+      sm90::wait<0>();
+      sm90::pin(s);
+      release(stage.at);
       float log_sum[2];
       log_sum_block(s, p.scale_log2, max, log_sum);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (step % 4 == lane) held[r] = log_sum[r];
     } else {
-      pass_by(stage.at);
+      turns.pass();
+      release(stage.at);
     }
     if (step % 4 == 3 || step + 1 == permuted_end) {
       const int block = step / 4 * 4 + lane;
@@ -198,16 +193,21 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
         if (block <= step && block < p.own_begin(block_of(r))) sums[to[r] + block] = held[r];
     }
   }
+  turns.finish();
   for (; step < item.end; ++step) {
     const int key_block = item.own_block(p, step);
     if (key_block < 0) continue;
     shared.full[stage.at].wait(stage.parity);
     if (item.group_of_own(step) == group) {
-      multiply(stage.at);
+      start_product<T, head_dim>(s, queries, first_query, shared.k[stage.at]);
+      sm90::wait<0>();
+      sm90::pin(s);
+      release(stage.at);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int block = block_of(r);
-        const int last_key = (block - key_block) * block_tokens + p.place_of(block - p.first_row, query_of(r) % p.query_lines);
+        const int last_key =
+            (block - key_block) * block_tokens + p.place_of(block - p.first_row, query_of(r) % p.query_lines);
 #pragma unroll
         for (int i = 0; i < 64; i += 4)
 #pragma unroll
@@ -217,7 +217,7 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
         if (lane == r && key_block >= p.own_begin(block) && key_block <= block) sums[to[r] + key_block] = log_sum;
       }
     } else {
-      pass_by(stage.at);
+      release(stage.at);
     }
     stage.next();
   }
@@ -227,8 +227,7 @@ template <class T, int head_dim>
 __global__ void __launch_bounds__(key_threads, 1)
     score_keys(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
   extern __shared__ unsigned char memory[];
-  auto& shared =
-      *reinterpret_cast<KeyShared<head_dim>*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
+  auto& shared = *reinterpret_cast<KeyShared<head_dim>*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
   const KeyItem item(p);
   if (item.begin >= item.end) return;
   if (threadIdx.x == 0) shared.init();

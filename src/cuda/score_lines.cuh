@@ -1,5 +1,5 @@
-// The first launch of score_mass.cu where a line is a patch of 8 queries or keys (antidiagonals): products of lines, tile
-// by tile, and of each tile the log-sum-exps over blocks.
+// The first launch of score_mass.cu where a line is a patch of 8 queries or keys (antidiagonals): products of lines,
+// tile by tile, and of each tile the log-sum-exps over blocks.
 #pragma once
 
 #include "cuda/score_mass.cuh"
@@ -105,16 +105,14 @@ __device__ inline void store_log_sums(const Params& p, const Item& item, float (
           if (n8 * 8 + lane * 2 + c > last_key) x = -INFINITY;
           max = fmaxf(max, x);
         }
-      max = fmaxf(max, __shfl_xor_sync(~0U, max, 1));
-      max = fmaxf(max, __shfl_xor_sync(~0U, max, 2));
+      max = quad_max(max);
       const float shift = Statistics::finite_or_zero(max);
       float sum = 0;
 #pragma unroll
       for (int n8 = b * n8_of_block; n8 < (b + 1) * n8_of_block; ++n8)
 #pragma unroll
         for (int c = 0; c < 2; ++c) sum += sm90::exp2_fast((s[4 * n8 + 2 * r + c] - shift) * p.scale_log2);
-      sum += __shfl_xor_sync(~0U, sum, 1);
-      sum += __shfl_xor_sync(~0U, sum, 2);
+      sum = quad_sum(sum);
       const int key_block = first_block + b;
       const bool counts = own ? key_block >= own_begin && key_block <= block : key_block < own_begin;
       if (lane == b % 4 && counts && row < p.row_end) to[key_block] = fmaf(shift, p.scale_log2, log2f(sum));

@@ -18,8 +18,8 @@
 //
 // The sums of some heads, or of some rows of one head, are in memory at a time: score_scratch_size().
 //
-// The least work at 128K tokens, 32 heads of 128, is 8.8 TFLOP for antidiagonals, 11 to 13 ms; of sampled 0.55 TFLOP and
-// 2.1 G exponentials for each of a row's queries, 0.7 to 0.8 ms.
+// The least work at 128K tokens, 32 heads of 128, is 8.8 TFLOP for antidiagonals, 11 to 13 ms; of sampled 0.55 TFLOP
+// and 2.1 G exponentials for each of a row's queries, 0.7 to 0.8 ms.
 #include <algorithm>
 #include <cmath>
 
@@ -33,7 +33,7 @@ namespace {
 
 using namespace mass;
 
-constexpr int share_threads = 512;
+constexpr int share_threads = 256;
 constexpr std::int64_t most_sums = std::int64_t{68} << 20;  // in memory at a time: 8 heads of 128K tokens in patches
 
 // Brings the sampled queries of a row together; zeros for those that a short row lacks.
@@ -70,16 +70,14 @@ __global__ void __launch_bounds__(share_threads) share_mass(const __grid_constan
                 : static_cast<int>(min(p.q_len - first_token, std::int64_t{block_tokens}) + p.patch - 1) / p.patch;
 
   for (int line = first + static_cast<int>(threadIdx.x) / 32; line < last; line += warps) {
-    Statistics total;
-    for (int b = threadIdx.x % 32; b < count; b += 32) total.merge({sums[line * (block + 1) + b], 1}, 1.0F);
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      Statistics other;
-      other.max = __shfl_xor_sync(~0U, total.max, offset);
-      other.sum = __shfl_xor_sync(~0U, total.sum, offset);
-      total.merge(other, 1.0F);
-    }
-    if (threadIdx.x % 32 == 0) totals[line] = total.max + log2f(total.sum);
+    const float* of_line = sums + line * (block + 1);
+    float max = -INFINITY;
+    for (int b = threadIdx.x % 32; b < count; b += 32) max = fmaxf(max, of_line[b]);
+    const float shift = Statistics::finite_or_zero(warp_max(max));
+    float sum = 0;
+    for (int b = threadIdx.x % 32; b < count; b += 32) sum += sm90::exp2_fast(of_line[b] - shift);
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) totals[line] = shift + log2f(sum);
   }
   __syncthreads();
   float* to = p.scores + (p.first_head + blockIdx.y) * p.causal_blocks + p.entries_before(row);
@@ -226,8 +224,8 @@ cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream) {
       args.permuted_k == nullptr
           ? args.k
           : ConstView{args.permuted_k, args.k.dtype, args.order_heads * permuted_head, permuted_head, g.shape.head_dim};
-  const Box box = tokens_of_line == 1 ? Box{tile_tokens, static_cast<int>(g.shape.head_dim)}
-                                      : Box{lines_of_box, panel, patch};
+  const Box box =
+      tokens_of_line == 1 ? Box{tile_tokens, static_cast<int>(g.shape.head_dim)} : Box{lines_of_box, panel, patch};
   ConstView q = args.q;
   std::int64_t q_tokens = g.shape.q_len;
   if (p.sampled) {
@@ -246,8 +244,11 @@ cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream) {
     constexpr int alignment = 1024;
     return tokens_of_line == 1
                ? score_all(args, p, maps,
-                           {score_keys<T, dim>, key_threads, static_cast<int>(sizeof(KeyShared<dim>)) + alignment, steps_of_item}, stream)
-               : score_all(args, p, maps, {score_lines<T, dim>, threads, static_cast<int>(sizeof(Shared)) + alignment, tiles_of_item},
+                           {score_keys<T, dim>, key_threads, static_cast<int>(sizeof(KeyShared<dim>)) + alignment,
+                            steps_of_item},
+                           stream)
+               : score_all(args, p, maps,
+                           {score_lines<T, dim>, threads, static_cast<int>(sizeof(Shared)) + alignment, tiles_of_item},
                            stream);
   });
 }

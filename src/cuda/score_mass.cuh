@@ -1,6 +1,7 @@
 // What both first launches of score_mass.cu work with.
 #pragma once
 
+#include "cuda/lanes.cuh"
 #include "cuda/permute_common.cuh"
 #include "cuda/ring.cuh"
 #include "cuda/stages.h"

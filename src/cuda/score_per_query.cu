@@ -5,12 +5,13 @@
 // two for each row, go through its pooled keys, 128 at a time, twice:
 //     S[query][block] = Q K^T      max and sum of exp2 of each query, in registers
 //     S^T[block][query] = K Q^T    weights exp2(S^T - log-sum-exp), summed over queries: no exchange between warps
-// A row's two warpgroups share its queries in the first pass and each tile's blocks in the second. While one waits for
-// its product the exponentials of the others run. The second product costs less than keeping the first would: 128
-// queries' scores of 1024 blocks are 512 KiB. The few blocks of the row's own segment, whose keys are in their original
-// order, are multiplied warp by warp (mma) before and after the first pass.
-// Beside them a *producer* thread brings queries and keys through the copy engine, ahead over items and passes. A
-// thread block stays resident and takes every n-th item; long rows come first, and heads side by side share L2.
+// A row's two warpgroups share its queries in the first pass and each tile's blocks in the second. They start their
+// products in turn (score_turns.cuh), so that the exponentials of some run while the tensor cores work for another. The
+// second product costs less than keeping the first would: 128 queries' scores of 1024 blocks are 512 KiB. The few
+// blocks of the row's own segment, whose keys are in their original order, are multiplied warp by warp (mma) before and
+// after the first pass. Beside them a *producer* thread brings queries and keys through the copy engine, ahead over
+// items and passes. A thread block stays resident and takes every n-th item; long rows come first, and heads side by
+// side share L2.
 //
 // The least work at 128K tokens, 32 heads, head_dim 128: 2 x 0.55 TFLOP of products and 2 x 2.1 G exponentials, which
 // take as long as each other and overlap: 1.4 to 1.6 ms.
@@ -18,6 +19,7 @@
 #include <cmath>
 
 #include "cuda/score_fold.cuh"
+#include "cuda/score_turns.cuh"
 #include "cuda/tensor_map.h"
 
 namespace pbsattn::cuda {
@@ -75,7 +77,7 @@ struct Shared {
   alignas(1024) unsigned char q[slots][rows_of_item][Tile<head_dim>::bytes];
   alignas(1024) unsigned char k[stages][Tile<head_dim>::bytes];
   LogSum log_sums[slots][rows_of_item][tile_tokens];
-  float shifts[slots][rows_of_item][tile_tokens];  // log_sums in one number
+  float shifts[slots][rows_of_item][tile_tokens];                     // log_sums in one number
   float own[slots][rows_of_item][groups_of_row * 4][max_own_blocks];  // a warp's part of the own segment's scores
   Barrier q_full[slots], q_free[slots], k_full[stages], k_free[stages];
 
@@ -138,24 +140,31 @@ template <class T, int head_dim>
 __device__ void consume(const Params& p, Shared<head_dim>& shared) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x % 128 / 32;
-  const int row_of_item = threadIdx.x / 128 / groups_of_row;
-  const int first_of_half = threadIdx.x / 128 % groups_of_row * half;
+  const int group = warpgroup_index();
+  const int row_of_item = group / groups_of_row;
+  const int first_of_half = group % groups_of_row * half;
   const int first_of_warp = first_of_half + warp * 16;
   Turn<slots> slot;
   Turn<Shared<head_dim>::stages> stage;
   float s[64];
+  const Turns<consumers> turns(group);
   // Goes through the `tiles` tiles of keys that the row sees, and passes over the item's others. start(keys) starts a
   // tile's product in s, use(tile) takes it.
   const auto for_each_tile = [&](const Item& item, int tiles, auto&& start, auto&& use) {
     for (int tile = 0; tile < item.tiles; ++tile, stage.next()) {
       shared.k_full[stage.at()].wait(stage.parity());
+      turns.wait();
       if (tile < tiles) {
         start(shared.k[stage.at()]);
+        turns.pass();
         sm90::wait<0>();
         sm90::pin(s);
+        if (lane == 0) shared.k_free[stage.at()].arrive();
+        use(tile);
+      } else {
+        turns.pass();
+        if (lane == 0) shared.k_free[stage.at()].arrive();
       }
-      if (lane == 0) shared.k_free[stage.at()].arrive();
-      if (tile < tiles) use(tile);
     }
   };
 
@@ -241,14 +250,14 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
             sum_weights(s, p.scale_log2, log_sums, queries_of(p, block), sum);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            sum[r] += __shfl_xor_sync(~0U, sum[r], 1);
-            sum[r] += __shfl_xor_sync(~0U, sum[r], 2);
             const int key_block = tile * tile_tokens + first_of_warp + lane / 4 + r * 8;
-            if (lane % 4 == 0 && key_block < visible) scores[key_block] = sum[r] * share;
+            const float of_queries = quad_sum(sum[r]);
+            if (lane % 4 == 0 && key_block < visible) scores[key_block] = of_queries * share;
           }
         });
     if (lane == 0) shared.q_free[slot.at()].arrive();
   }
+  turns.finish();
 }
 
 template <class T, int head_dim>

@@ -10,20 +10,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/lanes.cuh"
 #include "cuda/rule.h"
 
 namespace pbsattn::cuda {
-
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0U, x, offset);
-  return x;
-}
-__device__ inline float warp_max(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0U, x, offset));
-  return x;
-}
 
 // What a row keeps, by the bits of its weights: all of at least `above`, and the first `ties` of at least `least`.
 struct Threshold {
