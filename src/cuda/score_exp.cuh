@@ -1,40 +1,23 @@
-// Sums of exponentials of products, as fast as the tensor cores make products.
+// Sums of exponentials of products.
 //
 // For 64 x 128 products of 128 elements the tensor cores take 512 cycles, and the unit for exponentials as long for
-// theirs. So a quarter of the exponentials are polynomials on other units, and a sum doesn't begin by looking for its
-// largest product: exponents are relative to one of earlier products. Where that turns out too far below, or products
-// are so large that their exponents would be off by their rounding, the sum is made again with the largest subtracted
-// first. Far above, what is summed is 0 in float32 beside the earlier products.
+// theirs, so there are few cycles for anything else. A sum doesn't begin by looking for its largest product: exponents
+// are relative to one of earlier products. Where that turns out too far below, or products are so large that their
+// exponents would be off by their rounding, the sum is made again with the largest subtracted first. Far above, what is
+// summed is 0 in float32 beside the earlier products.
 #pragma once
 
 #include "cuda/permute_common.cuh"
 
 namespace pbsattn::cuda {
 
-// exp2 by what multiplies and adds, to 3e-6 of its value: 2^n by the exponent's bits times a polynomial of the rest.
-// From NaN and +inf it gives something huge or NaN.
-__device__ inline float exp2_polynomial(float x) {
-  constexpr float round = 12582912.0F;  // 1.5 x 2^23: adding it leaves the nearest integer in the low bits
-  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-126.0F));
-  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(127.0F));
-  const float rounded = x + round;
-  const float rest = x - (rounded - round);
-  float y = fmaf(0.0095701022F, rest, 0.0559178591F);
-  y = fmaf(y, rest, 0.2402474433F);
-  y = fmaf(y, rest, 0.6931217909F);
-  y = fmaf(y, rest, 0.9999992847F);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
-}
-
 // Of a product in registers, row r's elements in this thread are s[4 i + 2 r + c]: the sum of exp2(s * scale - shift).
 __device__ inline float sum_relative(const float (&s)[64], int r, float scale_log2, float shift) {
   float sum[2] = {};
 #pragma unroll
   for (int i = 0; i < 64; i += 4) {
-    const float low = fmaf(s[i + 2 * r], scale_log2, -shift);
-    const float high = fmaf(s[i + 2 * r + 1], scale_log2, -shift);
-    sum[0] += sm90::exp2_fast(low);
-    sum[1] += i % 8 == 0 ? exp2_polynomial(high) : sm90::exp2_fast(high);
+    sum[0] += sm90::exp2_fast(fmaf(s[i + 2 * r], scale_log2, -shift));
+    sum[1] += sm90::exp2_fast(fmaf(s[i + 2 * r + 1], scale_log2, -shift));
   }
   return sum[0] + sum[1];
 }

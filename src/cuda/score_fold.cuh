@@ -59,10 +59,8 @@ __device__ inline void sum_weights(const float (&s)[64], float scale_log2, const
     const float2 shift = *reinterpret_cast<const float2*>(shifts + i * 2 + threadIdx.x % 4 * 2);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float low = fmaf(s[i + 2 * r], scale_log2, -shift.x);
-      const float high = fmaf(s[i + 2 * r + 1], scale_log2, -shift.y);
-      part[r][0] += sm90::exp2_fast(low);
-      part[r][1] += i % 8 == 0 ? exp2_polynomial(high) : sm90::exp2_fast(high);
+      part[r][0] += sm90::exp2_fast(fmaf(s[i + 2 * r], scale_log2, -shift.x));
+      part[r][1] += sm90::exp2_fast(fmaf(s[i + 2 * r + 1], scale_log2, -shift.y));
     }
   }
 #pragma unroll
