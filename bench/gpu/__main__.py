@@ -26,13 +26,12 @@ K = 1024
 MIB = 1 << 20
 # What the paper measured (arXiv 2510.21270), at which the whole op is timed.
 PAPER_DENSITY = {8 * K: 0.579, 32 * K: 0.405, 128 * K: 0.219}
-# What `choosing` times: lists short enough that it is about choosing, and every score that there is on CUDA.
+# What `choosing` times: every score that there is on CUDA, with settings that keep few blocks, so that it's over soon.
 CHOOSING = {
-    "pbs": ("pbs", {"top_p": 0.5}),
-    "pbs-threshold": ("pbs-threshold", {"threshold": 0.01}),
-    "pbs-sampled": ("pbs-sampled", {"threshold": 0.01}),
-    "pbs+": ("pbs+", {"top_p": 0.5}),
-    "xattention": ("xattention", {"top_p": 0.5}),
+    **dict.fromkeys(("pbs", "pbs+", "xattention", "mean-pool", "prism", "flexprefill"), {"top_p": 0.5}),
+    **dict.fromkeys(("pbs-threshold", "pbs-sampled"), {"threshold": 0.01}),
+    "flashprefill": {"threshold": 0.5},
+    "minference": {},
 }
 
 
@@ -119,18 +118,18 @@ class Bench:
         for n in PAPER_DENSITY:
             q, k, v = with_density(self.library, PAPER_DENSITY[n], n, HEADS, KV_HEADS, 128, seed=11)
             out = torch.empty_like(q)
-            plans = {name: self.library.plan(method, q, k, **options) for name, (method, options) in CHOOSING.items()}
-            seconds = {name: [] for name in plans}
+            plans = {method: self.library.plan(method, q, k, **options) for method, options in CHOOSING.items()}
+            seconds = {method: [] for method in plans}
             dense = []
             for _ in range(self.runs + 1):
                 dense += milliseconds({"cuDNN": lambda i: peers.cudnn(q, k, v)}, 1)["cuDNN"]
-                for name, plan in plans.items():
+                for method, plan in plans.items():
                     keep_busy()
                     stats = plan.stats(q, k, v, out)
-                    seconds[name].append(stats.permute_seconds + stats.select_seconds)
-            for name in plans:
-                times = [s * 1e3 for s in seconds[name][1:]]
-                params = {"n": n, "head_dim": 128, "method": name}
+                    seconds[method].append(stats.permute_seconds + stats.select_seconds)
+            for method in plans:
+                times = [s * 1e3 for s in seconds[method][1:]]
+                params = {"n": n, "head_dim": 128, "method": method}
                 self.report.add("choosing", params, "permute + select", times, "ms", "cuDNN, whole", dense)
                 self.report.add("choosing", params, "share of cuDNN's time",
                                 [100 * t / statistics.median(dense) for t in times], "%")
