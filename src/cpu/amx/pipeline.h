@@ -238,7 +238,7 @@ class Pipeline {
     constexpr int pieces = Exponentials::pieces;
     // A step that goes backwards ends with its scores, and the exponentials of the next can't begin at once.
     constexpr int wait = steps == unit_groups && !Backwards ? 4 : 0;
-    const auto place = static_cast<std::size_t>(2 * step);
+    const std::size_t place = 2 * static_cast<std::size_t>(step);
     const std::byte* const fetched[] = {qk.fetched[place], qk.fetched[place + 1]};
     Exponentials exps(exp, behind * step_groups, scores_[1], scale_);
     const auto after = [&](auto index) __attribute__((always_inline)) {
