@@ -75,7 +75,10 @@ def test_each_head_keeps_what_its_options_keep(device):
     assert torch.equal(out, pbsattn.attention(q, k, v, heads=json.dumps(heads)))
     for h, options in enumerate(Heads(heads).over([{"method": "pbs"}], 4)):
         alone, alone_trace = pbsattn.trace(q, k, v, **options)
-        assert torch.equal(trace.kept[:, h], alone_trace.kept[:, h]) and torch.equal(out[:, h], alone[:, h])
+        assert torch.equal(trace.kept[:, h], alone_trace.kept[:, h])
+        # On a GPU a plan whose heads all keep every block has a kernel of its own, which rounds in another order.
+        rounding = 0 if device == "cpu" else 2**-7
+        torch.testing.assert_close(out[:, h], alone[:, h], rtol=2 * rounding, atol=rounding)
     assert len({int(trace.kept[0, h].sum()) for h in range(4)}) == 4
 
 
