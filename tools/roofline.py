@@ -135,8 +135,9 @@ def draw(records):
                      f'fill-opacity="0.8"><title>{who}, {label}: {y:.0f} {suite.unit}</title></circle>')
         if who == "ours":
             parts.append(text(x_of(suite, x), y_of(suite, y) - 9, label, "middle", 10, COLORS[who]))
-    for i, who in enumerate(who for who in COLORS if any(point[0] == who for point in drawn)):
-        y = HEIGHT - BOTTOM - 170 + 22 * i
+    named = [who for who in COLORS if any(point[0] == who for point in drawn)]
+    for i, who in enumerate(named):  # from below, where no roof is
+        y = HEIGHT - BOTTOM - 22 * (len(named) - i)
         parts.append(f'<circle cx="{WIDTH - RIGHT + 14}" cy="{y}" r="5" fill="{COLORS[who]}"/>')
         parts.append(text(WIDTH - RIGHT + 26, y + 4, who))
     first = records[0]
