@@ -12,7 +12,7 @@ namespace pbsattn::cpu::amx {
 namespace {
 
 constexpr int max_strips = max_block / strip;
-constexpr int chunk_bytes = 256 << 10;  // of keys and values: with the next one, a quarter of the second-level cache
+constexpr int chunk_bytes = 512 << 10;  // of keys and values, a quarter of the second-level cache
 constexpr int most_chunk_blocks = 32;
 
 constexpr std::int64_t strip_bytes(int pairs) {
@@ -122,10 +122,25 @@ bool needs_care(const AttendRow& row) {
   return !row.last_finite || row.block_count <= few_blocks;
 }
 
+int blocks_in_common(const AttendRow& a, const AttendRow& b) {
+  int common = 0;
+  for (int i = 0, j = 0; i < a.block_count && j < b.block_count;) {
+    const std::int32_t in_a = a.blocks[i];
+    const std::int32_t in_b = b.blocks[j];
+    common += in_a == in_b ? 1 : 0;
+    i += in_a <= in_b ? 1 : 0;
+    j += in_b <= in_a ? 1 : 0;
+  }
+  return common;
+}
+
+// Rows whose lists differ much would only take turns.
 Gang gang_at(const AttendRow* rows, int count) {
   Gang gang{rows, 1};
   const auto alike = [&](const AttendRow& row) {
-    return row.keys == rows->keys && row.far_keys == rows->far_keys && !needs_care(row) && !needs_care(*rows);
+    if (row.keys != rows->keys || row.far_keys != rows->far_keys || needs_care(row) || needs_care(*rows)) return false;
+    const int most = row.block_count > rows->block_count ? row.block_count : rows->block_count;
+    return 4 * blocks_in_common(*rows, row) >= 3 * most;
   };
   while (gang.count < most_rows && gang.count < count && alike(rows[gang.count])) ++gang.count;
   return gang;
