@@ -13,6 +13,7 @@ from pbsattn._settings import read_file
 from pbsattn.bench.attentions import Attention
 
 from . import kind
+from .answers import Answer, Score, Texts
 
 _HEAD_ROWS = 1024  # positions that go through the output layer at a time: 152K logits each are 0.6 GB
 _CACHED_TOKENS = 1 << 18  # of prompts whose caches are kept at a time: 7.5 GB under a 1.5B model
@@ -67,46 +68,6 @@ class Prefill:
     density: float
     layers: list[float]  # density of each layer
     seconds: float
-
-
-@dataclasses.dataclass
-class Score:
-    """How well one prefill predicted the judged tokens at a document's end."""
-
-    at: list[int]  # which of them, ascending: all, or evenly spaced ones
-    nll: list[float]  # of each
-    kl: list[float]  # KL(full || run) in nats, where each was predicted
-    same: list[float]  # 1 where the most likely token is full attention's, else 0
-    density: float
-    layers: list[float]
-    seconds: float
-
-
-@dataclasses.dataclass
-class Answer:
-    text: str
-    tokens: list[int]
-    density: float
-    seconds: float  # of the prefill
-
-
-class Texts:
-    """What engines have in common: text to tokens and back, by the model's tokenizer."""
-
-    def encode(self, text) -> list[int]:
-        return self.tokenizer(text, verbose=False).input_ids
-
-    def decode(self, ids) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def chat(self, prompt, begun="") -> list[int]:
-        """A user's message as the model's chat template has it, up to where the answer begins, or goes on behind `begun`;
-        without a template the message as it is."""
-        if not self.tokenizer.chat_template:
-            return self.encode(f"{prompt}\n{begun}" if begun else prompt)
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                                  add_generation_prompt=True)
-        return self.tokenizer(text + begun, add_special_tokens=False, verbose=False).input_ids
 
 
 class Engine(Texts):

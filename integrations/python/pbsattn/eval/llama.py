@@ -8,7 +8,7 @@ import tempfile
 from pbsattn.bench.attentions import Attention
 
 from . import kind
-from .engines import Answer, Score, Texts
+from .answers import Answer, Score, Texts
 
 _LOGITS = 1 << 29  # that may be kept: 2 GB of float32
 _REFUSED = ("prompt of", "--positions")  # how messages begin that are about the prompt, not about the model or the machine
