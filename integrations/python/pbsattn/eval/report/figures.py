@@ -55,7 +55,7 @@ class Run:
             at = header.index(metric.name, 4)
             line[at] = metric.form.format(row.mean)
             if metric.change:
-                line[at + 1] = summary._change(row, metric)
+                line[at + 1] = summary.change(row, metric)
         return header, list(lines.values())
 
 
