@@ -15,6 +15,7 @@
 #include "cuda/attend.h"
 #include "cuda/attend_softmax.cuh"
 #include "cuda/gather_tile.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/merge.cuh"
 #include "cuda/stages.h"
@@ -205,9 +206,7 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
   __syncthreads();  // the outputs take the means' place
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float sum = softmax.sum[r];
-    sum += __shfl_xor_sync(~0U, sum, 1);
-    sum += __shfl_xor_sync(~0U, sum, 2);
+    const float sum = quad_sum(softmax.sum[r]);
     const float inverse = sum == 0 ? 0 : 1 / sum;
     const int query = half + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4 + 8 * r;
     if (lane % 4 == 0)

@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/lanes.cuh"
+
 namespace pbsattn::cuda {
 
 constexpr int cut_threads = 1024;
@@ -43,11 +45,6 @@ __device__ void narrow(CutInterval& interval, double limit, int base_count, doub
   __shared__ double sums[warps][quarters];
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto over_warp = [](double x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0U, x, offset);
-    return x;
-  };
   while (!interval.low_exceeds || (interval.count_low - interval.count_high > 1 && interval.high - interval.low > 1)) {
     if (measure == Measure::number && interval.count_high == limit) return;
     const std::uint64_t width = interval.high - interval.low;
@@ -70,7 +67,7 @@ __device__ void narrow(CutInterval& interval, double limit, int base_count, doub
 #pragma unroll
     for (int q = 0; q < quarters; ++q) {
       count[q] = __reduce_add_sync(~0U, count[q]);
-      if constexpr (measure == Measure::sum) sum[q] = over_warp(sum[q]);
+      if constexpr (measure == Measure::sum) sum[q] = warp_sum(sum[q]);
       if (lane == 0) {
         counts[warp][q] = count[q];
         sums[warp][q] = sum[q];
@@ -80,7 +77,7 @@ __device__ void narrow(CutInterval& interval, double limit, int base_count, doub
 #pragma unroll
     for (int q = 0; q < quarters; ++q) {
       count[q] = base_count + __reduce_add_sync(~0U, counts[lane][q]);
-      sum[q] = measure == Measure::number ? count[q] : base + over_warp(sums[lane][q]);
+      sum[q] = measure == Measure::number ? count[q] : base + warp_sum(sums[lane][q]);
     }
     if (!interval.low_exceeds && sum[0] <= limit) {
       interval.high = interval.low;

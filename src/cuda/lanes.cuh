@@ -5,7 +5,8 @@
 
 namespace pbsattn::cuda {
 
-__device__ inline float warp_sum(float x) {
+template <class T>
+__device__ inline T warp_sum(T x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0U, x, offset);
   return x;

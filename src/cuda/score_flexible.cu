@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "cuda/cut.cuh"
+#include "cuda/lanes.cuh"
 #include "cuda/last_queries.h"
 #include "cuda/launch.h"
 #include "cuda/permute_common.cuh"
@@ -50,29 +51,19 @@ struct Params {
 // The sum over the thread block, in a fixed order; all threads call it and get the same.
 __device__ inline double block_sum(double x) {
   __shared__ double sums[32];
-  const auto over_warp = [](double of) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) of += __shfl_xor_sync(~0U, of, offset);
-    return of;
-  };
-  x = over_warp(x);
+  x = warp_sum(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
   __syncthreads();
-  return over_warp(threadIdx.x % 32 < judge_threads / 32 ? sums[threadIdx.x % 32] : 0);
+  return warp_sum(threadIdx.x % 32 < judge_threads / 32 ? sums[threadIdx.x % 32] : 0.0);
 }
 __device__ inline float block_max(float x) {
   __shared__ float largest[32];
-  const auto over_warp = [](float of) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) of = fmaxf(of, __shfl_xor_sync(~0U, of, offset));
-    return of;
-  };
-  x = over_warp(x);
+  x = warp_max(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = x;
   __syncthreads();
-  return over_warp(threadIdx.x % 32 < judge_threads / 32 ? largest[threadIdx.x % 32] : -INFINITY);
+  return warp_max(threadIdx.x % 32 < judge_threads / 32 ? largest[threadIdx.x % 32] : -INFINITY);
 }
 
 // x log(x / y), 0 where x is 0.
@@ -193,12 +184,10 @@ __device__ inline void normalise(float* scores, int count) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float max = -INFINITY;
   for (int i = lane; i < count; i += 32) max = fmaxf(max, scores[i]);
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) max = fmaxf(max, __shfl_xor_sync(~0U, max, offset));
+  max = warp_max(max);
   float sum = 0;
   for (int i = lane; i < count; i += 32) sum += exp2f(scores[i] - max);
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0U, sum, offset);
+  sum = warp_sum(sum);
   const bool valid = sum >= 1;
   for (int i = lane; i < count; i += 32) scores[i] = valid ? exp2f(scores[i] - max) / sum : 0;
 }

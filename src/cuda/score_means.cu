@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/pooled_product.cuh"
 #include "cuda/stages.h"
@@ -46,8 +47,7 @@ struct Squares {
 };
 
 __device__ double sum_of_threads(double x, double (&of_warp)[calibrate_threads / 32]) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0U, x, offset);
+  x = warp_sum(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
   __syncthreads();
