@@ -11,10 +11,15 @@ static int fail(void) {
 }
 
 int main(void) {
-  pbsattn_options options;
-  const pbsattn_shape shape = {
-      .batch = 1, .q_heads = heads, .kv_heads = heads, .q_len = tokens, .kv_len = tokens, .head_dim = head_dim};
-  const pbsattn_device device = {.kind = PBSATTN_DEVICE_CPU};
+  pbsattn_options options = {.struct_size = sizeof options};
+  const pbsattn_shape shape = {.struct_size = sizeof shape,
+                               .batch = 1,
+                               .q_heads = heads,
+                               .kv_heads = heads,
+                               .q_len = tokens,
+                               .kv_len = tokens,
+                               .head_dim = head_dim};
+  const pbsattn_device device = {.struct_size = sizeof device, .kind = PBSATTN_DEVICE_CPU};
   pbsattn_plan* plan = NULL;
   if (pbsattn_method("pbs", &options) != PBSATTN_OK) return fail();
   options.dense_last_rows = 1; /* the prompt's end, which holds the question, sees everything */
@@ -26,14 +31,24 @@ int main(void) {
   void* workspace = malloc(pbsattn_plan_workspace_size(plan));
   if (x == NULL || y == NULL || workspace == NULL) return EXIT_FAILURE;
   for (int i = 0; i < elements; ++i) x[i] = (float)rand() / (float)RAND_MAX - 0.4F;
-  pbsattn_view in = {.data = x, .dtype = PBSATTN_F32, .head_stride = tokens * head_dim, .token_stride = head_dim};
+  const pbsattn_view in = {.struct_size = sizeof in,
+                           .data = x,
+                           .head_stride = tokens * head_dim,
+                           .token_stride = head_dim,
+                           .dtype = PBSATTN_F32};
   pbsattn_view out = in;
   out.data = y;
 
-  pbsattn_stats stats;
-  if (pbsattn_plan_run(plan, &in, &in, &in, &out, NULL, workspace, pbsattn_plan_workspace_size(plan), &stats) !=
-      PBSATTN_OK)
-    return fail();
+  pbsattn_stats stats = {.struct_size = sizeof stats};
+  const pbsattn_run run = {.struct_size = sizeof run,
+                           .q = &in,
+                           .k = &in,
+                           .v = &in,
+                           .out = &out,
+                           .workspace = workspace,
+                           .workspace_size = pbsattn_plan_workspace_size(plan),
+                           .stats = &stats};
+  if (pbsattn_plan_run(plan, &run) != PBSATTN_OK) return fail();
   printf("pbs on %s: density %.3f, %.2f ms, first output %.4f\n", pbsattn_plan_path(plan),
          (double)stats.visited_blocks / (double)stats.causal_blocks,
          1e3 * (stats.permute_seconds + stats.select_seconds + stats.attend_seconds), (double)y[0]);

@@ -85,7 +85,7 @@ Attention attention_named(const std::string& spec, const AttentionFlags& flags) 
 }
 
 pbsattn_options to_c(const pbsattn::Options& options) {
-  pbsattn_options c{};
+  pbsattn_options c{.struct_size = sizeof c};
   pbsattn::visit_options(options, [&](std::string_view name, auto field) {
     if constexpr (std::is_enum_v<decltype(field)>)
       pbsattn_set_option(&c, name.data(), name_of(field).data());

@@ -76,10 +76,14 @@ void check_model_file(const std::string& path) {
 }
 
 void configure_plugin(const Attention& attention) {
-  ggml_pbsattn_config config;
+  pbsattn_options options{};
+  ggml_pbsattn_config config{.struct_size = sizeof config};
   ggml_backend_pbsattn_get_config(&config);
   config.mode = attention.by_ggml ? GGML_PBSATTN_MODE_GGML : GGML_PBSATTN_MODE_PBSATTN;
-  if (!attention.by_ggml) config.options = to_c(attention.options);
+  if (!attention.by_ggml) {
+    options = to_c(attention.options);
+    config.options = &options;
+  }
   config.min_tokens = GGML_PBSATTN_MIN_TOKENS_FLOOR;
   const char* const settings = attention.settings.empty() ? nullptr : attention.settings.c_str();
   if (!ggml_backend_pbsattn_configure(&config) || !ggml_backend_pbsattn_set_layers(settings))
@@ -221,7 +225,8 @@ std::vector<llama_token> Session::generate(int prompt_length, int count) {
 }
 
 std::vector<ggml_pbsattn_layer_stats> layer_stats() {
-  std::vector<ggml_pbsattn_layer_stats> layers(ggml_backend_pbsattn_stats_get(nullptr, 0));
+  std::vector<ggml_pbsattn_layer_stats> layers(ggml_backend_pbsattn_stats_get(nullptr, 0),
+                                               {.struct_size = sizeof(ggml_pbsattn_layer_stats)});
   layers.resize(std::min(layers.size(), ggml_backend_pbsattn_stats_get(layers.data(), layers.size())));
   return layers;
 }

@@ -15,33 +15,48 @@ i32, i64, f32, f64, size_t, void_p = (ctypes.c_int32, ctypes.c_int64, ctypes.c_f
                                       ctypes.c_void_p)
 
 
-class Options(ctypes.Structure):
-    _fields_ = [("permutation", i32), ("order_scope", i32), ("score", i32), ("keep", i32), ("correction", i32),
-                ("rules", i32), ("precision", i32), ("fallback", i32), ("top_p", f32), ("threshold", f32),
+class Struct(ctypes.Structure):
+    """One of pbsattn.h, which tells its size."""
+
+    def __init__(self, *values, **fields):
+        super().__init__(ctypes.sizeof(type(self)), *values, **fields)
+
+
+class Options(Struct):
+    _fields_ = [("struct_size", size_t), ("permutation", i32), ("order_scope", i32), ("score", i32), ("keep", i32),
+                ("correction", i32), ("rules", i32), ("precision", i32), ("fallback", i32), ("top_p", f32), ("threshold", f32),
                 ("floor_top_p", f32), ("top_k", i32), ("density", f32), ("vertical", i32), ("slash", i32), ("tau", f32),
                 ("min_budget", i32), ("block", i32), ("segment", i32), ("dense_last_rows", i32), ("sink_blocks", i32),
                 ("local_blocks", i32), ("scale", f32), ("expected_density", f32)]
 
 
-class Shape(ctypes.Structure):
-    _fields_ = [(name, i64) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim")]
+class Shape(Struct):
+    _fields_ = [("struct_size", size_t), ("batch", i64), ("q_heads", i64), ("kv_heads", i64), ("q_len", i64),
+                ("kv_len", i64), ("head_dim", i64)]
 
 
-class Device(ctypes.Structure):
-    _fields_ = [("kind", i32), ("threads", i32), ("index", i32)]
+class Device(Struct):
+    _fields_ = [("struct_size", size_t), ("kind", i32), ("threads", i32), ("index", i32), ("reserved", i32)]
 
 
-class View(ctypes.Structure):
-    _fields_ = [("data", void_p), ("dtype", i32), ("batch_stride", i64), ("head_stride", i64), ("token_stride", i64)]
+class View(Struct):
+    _fields_ = [("struct_size", size_t), ("data", void_p), ("batch_stride", i64), ("head_stride", i64),
+                ("token_stride", i64), ("dtype", i32), ("reserved", i32)]
 
 
-class Stats(ctypes.Structure):
-    _fields_ = [("visited_blocks", i64), ("causal_blocks", i64), ("permute_seconds", f64), ("select_seconds", f64),
-                ("attend_seconds", f64)]
+class Stats(Struct):
+    _fields_ = [("struct_size", size_t), ("visited_blocks", i64), ("causal_blocks", i64), ("permute_seconds", f64),
+                ("select_seconds", f64), ("attend_seconds", f64)]
 
     @property
     def density(self):
         return self.visited_blocks / self.causal_blocks
+
+
+class Run(Struct):
+    _fields_ = [("struct_size", size_t), *((name, ctypes.POINTER(View)) for name in ("q", "k", "v", "out")),
+                ("lse", void_p), ("workspace", void_p), ("workspace_size", size_t), ("stream", void_p),
+                ("stats", ctypes.POINTER(Stats))]
 
 
 def pointer(tensor):
@@ -50,7 +65,7 @@ def pointer(tensor):
 
 def view(tensor):
     """[batch, head, token, head_dim] with any strides but the last."""
-    return View(tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride()[:3])
+    return View(tensor.data_ptr(), *tensor.stride()[:3], DTYPES[tensor.dtype])
 
 
 class Library:
@@ -113,11 +128,10 @@ class Plan:
             self.library.c.pbsattn_plan_destroy(self.handle)
 
     def _run(self, q, k, v, out, lse, stats):
-        views = [view(t) for t in (q, k, v, out)]
-        self.library.check(self.library.c.pbsattn_plan_run_on_stream(
-            self.handle, *(ctypes.byref(x) for x in views), void_p(pointer(lse)), void_p(pointer(self.workspace)),
-            size_t(self.workspace_size), void_p(torch.cuda.current_stream().cuda_stream),
-            None if stats is None else ctypes.byref(stats)))
+        call = Run(*(ctypes.pointer(view(t)) for t in (q, k, v, out)), pointer(lse), pointer(self.workspace),
+                   self.workspace_size, torch.cuda.current_stream().cuda_stream,
+                   None if stats is None else ctypes.pointer(stats))
+        self.library.check(self.library.c.pbsattn_plan_run(self.handle, ctypes.byref(call)))
 
     def __call__(self, q, k, v, out, lse=None):
         self._run(q, k, v, out, lse, None)

@@ -2,7 +2,16 @@
  *
  * Every function that can fail returns a pbsattn_status. On anything but PBSATTN_OK,
  * pbsattn_last_error() gives the calling thread's one-line message, valid until that thread's next
- * call. No C++ exception crosses this interface. Enumerators have the values of their C++ namesakes. */
+ * call. No C++ exception crosses this interface. Enumerators have the values of their C++ namesakes.
+ *
+ * Every struct begins with struct_size, which the caller sets to the struct's sizeof, also where the library fills it:
+ *
+ *     pbsattn_options options = {.struct_size = sizeof options};
+ *
+ * From 0.2.0 on structs and enumerators only grow at their end, so a program keeps working with a newer library, which
+ * takes the defaults for the fields that the program doesn't know. A newer program works with an older library as long
+ * as it leaves the fields zero that the library doesn't know; others are refused. While the version is 0.x, the soname
+ * of the shared library follows the minor version: libpbsattn.so.0.2. */
 #ifndef PBSATTN_PBSATTN_H
 #define PBSATTN_PBSATTN_H
 
@@ -75,11 +84,13 @@ typedef enum pbsattn_device_kind {
 
 /* Sizes of one call; see pbsattn::Shape. */
 typedef struct pbsattn_shape {
+  size_t struct_size;
   int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
 } pbsattn_shape;
 
 /* A method; see pbsattn::Options. Fill it with pbsattn_method() and change what you need. */
 typedef struct pbsattn_options {
+  size_t struct_size;
   int32_t permutation; /* pbsattn_permutation */
   int32_t order_scope; /* pbsattn_order_scope */
   int32_t score;       /* pbsattn_block_score */
@@ -107,23 +118,39 @@ typedef struct pbsattn_options {
 } pbsattn_options;
 
 typedef struct pbsattn_device {
-  int32_t kind;    /* pbsattn_device_kind */
-  int32_t threads; /* 0: one for each processor this process may use */
-  int32_t index;   /* of a CUDA device */
+  size_t struct_size;
+  int32_t kind;     /* pbsattn_device_kind */
+  int32_t threads;  /* 0: one for each processor this process may use */
+  int32_t index;    /* of a CUDA device */
+  int32_t reserved; /* 0 */
 } pbsattn_device;
 
 /* A [batch][head][token][head_dim] tensor; strides count elements, head_dim is contiguous. `data` of an
  * input is only read. */
 typedef struct pbsattn_view {
+  size_t struct_size;
   void* data;
-  int32_t dtype; /* pbsattn_dtype */
   int64_t batch_stride, head_stride, token_stride;
+  int32_t dtype;    /* pbsattn_dtype */
+  int32_t reserved; /* 0 */
 } pbsattn_view;
 
 typedef struct pbsattn_stats {
+  size_t struct_size;
   int64_t visited_blocks, causal_blocks;
   double permute_seconds, select_seconds, attend_seconds;
 } pbsattn_stats;
+
+/* What one run reads and writes; see pbsattn::Plan::run. */
+typedef struct pbsattn_run {
+  size_t struct_size;
+  const pbsattn_view *q, *k, *v, *out;
+  float* lse;      /* [batch][q_heads][q_len]; may be NULL */
+  void* workspace; /* of workspace_size bytes, at least pbsattn_plan_workspace_size() */
+  size_t workspace_size;
+  void* stream;         /* of the plan's device: a cudaStream_t, NULL for the default stream */
+  pbsattn_stats* stats; /* filled if not NULL */
+} pbsattn_run;
 
 typedef struct pbsattn_plan pbsattn_plan;
 
@@ -136,7 +163,8 @@ PBSATTN_API const char* pbsattn_last_error(void);
 /* Names of the methods table: index 0, 1, ... until NULL. */
 PBSATTN_API const char* pbsattn_method_name(size_t index);
 
-/* Fills *options with a named method. */
+/* Fills *options with a named method. Refused, as in the functions below that fill options, where the method sets what
+ * an older program's options have no field for. */
 PBSATTN_API pbsattn_status pbsattn_method(const char* name, pbsattn_options* options);
 
 /* Sets one option by its name in pbsattn::Options, from text: "top_p" and "0.8", "keep" and "top_k". */
@@ -145,7 +173,8 @@ PBSATTN_API pbsattn_status pbsattn_set_option(pbsattn_options* options, const ch
 /* Checks and plans; SIZE_MAX as workspace_cap means no cap. *plan is NULL on failure. */
 PBSATTN_API pbsattn_status pbsattn_plan_create(const pbsattn_options* options, const pbsattn_shape* shape,
                                                const pbsattn_device* device, size_t workspace_cap, pbsattn_plan** plan);
-/* The same with options of each of the shape's q_heads query heads, which may differ as pbsattn::Plan::create says. */
+/* The same with options of each of the shape's q_heads query heads, which may differ as pbsattn::Plan::create says. All
+ * have the struct_size of the first. */
 PBSATTN_API pbsattn_status pbsattn_plan_create_by_head(const pbsattn_options* heads, const pbsattn_shape* shape,
                                                        const pbsattn_device* device, size_t workspace_cap,
                                                        pbsattn_plan** plan);
@@ -157,17 +186,9 @@ PBSATTN_API const char* pbsattn_plan_path(const pbsattn_plan* plan);      /* cod
 /* The plan's options, with scale and fallback resolved. */
 PBSATTN_API pbsattn_status pbsattn_plan_options(const pbsattn_plan* plan, pbsattn_options* options);
 
-/* Computes. lse ([batch][q_heads][q_len] floats) and stats may be NULL. */
-PBSATTN_API pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,
-                                            const pbsattn_view* v, const pbsattn_view* out, float* lse, void* workspace,
-                                            size_t workspace_size, pbsattn_stats* stats);
-
-/* The same on a stream of the plan's device (a cudaStream_t; NULL is the default stream): enqueues and
- * returns. With stats it waits for its work. */
-PBSATTN_API pbsattn_status pbsattn_plan_run_on_stream(const pbsattn_plan* plan, const pbsattn_view* q,
-                                                      const pbsattn_view* k, const pbsattn_view* v,
-                                                      const pbsattn_view* out, float* lse, void* workspace,
-                                                      size_t workspace_size, void* stream, pbsattn_stats* stats);
+/* Computes. On the CPU it returns when done; on a CUDA device it enqueues and returns, or with stats waits for its
+ * work. */
+PBSATTN_API pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_run* run);
 
 #ifdef __cplusplus
 }

@@ -96,7 +96,8 @@ float AttentionOp::scale() const {
 }
 
 pbsattn_shape AttentionOp::shape(std::int64_t kv_len) const {
-  return {.batch = 1,
+  return {.struct_size = sizeof(pbsattn_shape),
+          .batch = 1,
           .q_heads = q()->ne[2],
           .kv_heads = k()->ne[2],
           .q_len = queries(),
@@ -106,23 +107,30 @@ pbsattn_shape AttentionOp::shape(std::int64_t kv_len) const {
 
 pbsattn_view AttentionOp::view(const ggml_tensor* qkv) {
   const auto element = static_cast<std::int64_t>(ggml_type_size(qkv->type));
-  return {.data = qkv->data,
-          .dtype = *dtype_of(qkv->type),
+  return {.struct_size = sizeof(pbsattn_view),
+          .data = qkv->data,
           .batch_stride = 0,
           .head_stride = static_cast<std::int64_t>(qkv->nb[2]) / element,
-          .token_stride = static_cast<std::int64_t>(qkv->nb[1]) / element};
+          .token_stride = static_cast<std::int64_t>(qkv->nb[1]) / element,
+          .dtype = *dtype_of(qkv->type),
+          .reserved = 0};
 }
 
 pbsattn_view AttentionOp::output(float* data) const {
   const std::int64_t head_dim = tensor->ne[0], heads = tensor->ne[1];
-  return {
-      .data = data, .dtype = PBSATTN_F32, .batch_stride = 0, .head_stride = head_dim, .token_stride = head_dim * heads};
+  return {.struct_size = sizeof(pbsattn_view),
+          .data = data,
+          .batch_stride = 0,
+          .head_stride = head_dim,
+          .token_stride = head_dim * heads,
+          .dtype = PBSATTN_F32,
+          .reserved = 0};
 }
 
 }  // namespace pbsattn::ggml
 
 extern "C" ggml_pbsattn_reason ggml_backend_pbsattn_examine(const ggml_tensor* op) {
-  const ggml_pbsattn_config config = pbsattn::ggml::current_settings().config;
+  const pbsattn::ggml::Config config = pbsattn::ggml::current_settings().config;
   if (config.mode == GGML_PBSATTN_MODE_OFF || !pbsattn::ggml::is_attention(op)) return GGML_PBSATTN_BY_MODE;
   return pbsattn::ggml::examine(op, config.min_tokens);
 }

@@ -108,7 +108,7 @@ ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) {
 bool device_supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
   return guarded(false, [&] {
     if (!is_attention(op)) return computes_nothing(op);
-    const ggml_pbsattn_config config = current_settings().config;
+    const Config config = current_settings().config;
     if (config.mode == GGML_PBSATTN_MODE_OFF) return false;
     const ggml_pbsattn_reason reason = examine(op, config.min_tokens);
     if (reason != GGML_PBSATTN_TAKEN && reason != GGML_PBSATTN_FEW_TOKENS) record_refusal(reason);

@@ -36,7 +36,7 @@ Mask mask_of(const AttentionOp& op) {
 }  // namespace
 
 bool PlanCache::Key::operator==(const Key& other) const {
-  // Byte by byte: padding, or floats of equal value and other bits, only get a plan of their own.
+  // Byte by byte: the structs have no padding, and floats of equal value and other bits only get a plan of their own.
   // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
   return heads.size() == other.heads.size() &&
          std::memcmp(heads.data(), other.heads.data(), heads.size() * sizeof heads.front()) == 0 &&
@@ -131,10 +131,14 @@ ggml_status Computer::compute(const AttentionOp& op) {
 }
 
 ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& settings, ggml_pbsattn_layer_stats* stats) {
-  const ggml_pbsattn_config& config = settings.config;
+  const Config& config = settings.config;
   PlanCache::Key key{.heads = {config.options},
                      .shape = op.shape(stats->kv_len),
-                     .device = {.kind = config.device, .threads = threads_, .index = 0},
+                     .device = {.struct_size = sizeof(pbsattn_device),
+                                .kind = config.device,
+                                .threads = threads_,
+                                .index = 0,
+                                .reserved = 0},
                      .workspace_cap = config.workspace_cap};
   std::string error;
   if (settings.layers != nullptr) {
@@ -172,9 +176,18 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
 
   const pbsattn_view q = AttentionOp::view(op.q()), k = AttentionOp::view(op.k()), v = AttentionOp::view(op.v());
   const pbsattn_view output = op.output(out);
-  pbsattn_stats run_stats{};
-  if (pbsattn_plan_run(plan, &q, &k, &v, &output, nullptr, workspace_.get(), workspace_size_, &run_stats) !=
-      PBSATTN_OK) {
+  pbsattn_stats run_stats{.struct_size = sizeof run_stats};
+  const pbsattn_run run{.struct_size = sizeof run,
+                        .q = &q,
+                        .k = &k,
+                        .v = &v,
+                        .out = &output,
+                        .lse = nullptr,
+                        .workspace = workspace_.get(),
+                        .workspace_size = workspace_size_,
+                        .stream = nullptr,
+                        .stats = &run_stats};
+  if (pbsattn_plan_run(plan, &run) != PBSATTN_OK) {
     complain(pbsattn_last_error());
     return GGML_PBSATTN_RUN_FAILED;
   }

@@ -12,7 +12,8 @@
  * type, one stream, head_dim a multiple of 8 up to 256, no sinks, soft-cap, ALiBi or top-k, and a mask
  * that turns out to be plain causal for one sequence. Everything else is computed by ggml's own kernel.
  *
- * Settings and statistics belong to the process; all functions may be called from any thread. */
+ * Settings and statistics belong to the process; all functions may be called from any thread. Structs begin with
+ * struct_size and grow as those of pbsattn.h do. */
 #ifndef GGML_PBSATTN_H
 #define GGML_PBSATTN_H
 
@@ -43,17 +44,20 @@ enum ggml_pbsattn_mode {
 #define GGML_PBSATTN_MIN_TOKENS_FLOOR 257
 
 struct ggml_pbsattn_config {
-  enum ggml_pbsattn_mode mode; /* default PBSATTN */
-  pbsattn_options options;     /* default "pbs" with bf16 products; `scale` is ignored: the op brings its own */
-  int32_t device;              /* pbsattn_device_kind; default CPU */
-  int64_t min_tokens;          /* queries an op needs to be taken; default 512 */
-  size_t workspace_cap;        /* bytes a plan may use; SIZE_MAX (default): no cap */
-  bool check; /* compute each op with ggml's kernel too, record the difference and pass on ggml's result, so
-                 that every layer is compared on the inputs it has without pbsattn; default false */
+  size_t struct_size;
+  pbsattn_options* options; /* default "pbs" with bf16 products; `scale` is ignored: the op brings its own. NULL:
+                               get_config() doesn't fill them, configure() leaves those in force */
+  int64_t min_tokens;       /* queries an op needs to be taken; default 512 */
+  size_t workspace_cap;     /* bytes a plan may use; SIZE_MAX (default): no cap */
+  int32_t mode;             /* ggml_pbsattn_mode; default PBSATTN */
+  int32_t device;           /* pbsattn_device_kind; default CPU */
+  int32_t check;    /* 1: compute each op with ggml's kernel too, record the difference and pass on ggml's result, so
+                       that every layer is compared on the inputs it has without pbsattn; default 0 */
+  int32_t reserved; /* 0 */
 };
 
-/* The settings in force. */
-PBSATTN_API void ggml_backend_pbsattn_get_config(struct ggml_pbsattn_config* config);
+/* The settings in force. Returns false, filling nothing, if a struct_size is wrong. */
+PBSATTN_API bool ggml_backend_pbsattn_get_config(struct ggml_pbsattn_config* config);
 
 /* Puts settings in force from the next op on. Returns false, changing nothing, if a value breaks a rule;
  * ggml_backend_pbsattn_last_error() then says which. Which ops are routed here at all is decided when
@@ -87,13 +91,16 @@ enum ggml_pbsattn_reason {
   GGML_PBSATTN_RUN_FAILED,      /* Plan::run or an allocation failed; logged once for each message */
   GGML_PBSATTN_REASON_COUNT
 };
+#define GGML_PBSATTN_REASONS_MAX 32 /* that there is room for */
 
 /* A few words for a table, such as "mask not causal". */
 PBSATTN_API const char* ggml_backend_pbsattn_reason_name(enum ggml_pbsattn_reason reason);
 
 /* The ops of one layer since the last reset. Times are wall-clock seconds, summed over calls. */
 struct ggml_pbsattn_layer_stats {
+  size_t struct_size;
   int32_t layer;          /* as llama.cpp numbers its caches; -1: the op didn't tell */
+  int32_t reserved;       /* 0 */
   int64_t calls;          /* ops computed here, by either kernel */
   int64_t q_len, kv_len;  /* of the last call; kv_len is what the last query sees (padding excluded) if the
                              mask was read, else the tensor's size */
@@ -101,18 +108,19 @@ struct ggml_pbsattn_layer_stats {
   int64_t visited_blocks; /* (query block, key block) pairs pbsattn computed; density = visited / causal */
   int64_t causal_blocks;  /* pairs that dense causal attention would have computed in the same calls */
   double permute_seconds, select_seconds, attend_seconds;
-  double mask_seconds;                        /* reading masks */
-  double total_seconds;                       /* everything, ggml's kernel included (but not the check's ggml run) */
-  int64_t reasons[GGML_PBSATTN_REASON_COUNT]; /* ops by who computed them and why; they add up to calls */
-  int64_t checks;                             /* ops compared with ggml's kernel */
-  double check_max_abs;                       /* largest |ours - ggml's| */
-  double check_rel_rms;                       /* largest sqrt(sum (ours - ggml's)^2 / sum ggml's^2) of one op */
+  double mask_seconds;                       /* reading masks */
+  double total_seconds;                      /* everything, ggml's kernel included (but not the check's ggml run) */
+  int64_t reasons[GGML_PBSATTN_REASONS_MAX]; /* ops by who computed them and why; they add up to calls */
+  int64_t checks;                            /* ops compared with ggml's kernel */
+  double check_max_abs;                      /* largest |ours - ggml's| */
+  double check_rel_rms;                      /* largest sqrt(sum (ours - ggml's)^2 / sum ggml's^2) of one op */
 };
 
 /* Forgets all statistics. */
 PBSATTN_API void ggml_backend_pbsattn_stats_reset(void);
 
-/* Fills at most `capacity` entries, ascending by layer, and returns how many layers there are. */
+/* Fills at most `capacity` entries, ascending by layer, and returns how many layers there are; SIZE_MAX, filling
+ * nothing, if the entries' struct_size, of which all have the same, is wrong. */
 PBSATTN_API size_t ggml_backend_pbsattn_stats_get(struct ggml_pbsattn_layer_stats* layers, size_t capacity);
 
 /* Reasons for which ops of at least min_tokens queries were left to ggml when a graph was planned, since the
@@ -125,7 +133,7 @@ PBSATTN_API enum ggml_pbsattn_reason ggml_backend_pbsattn_examine(const struct g
 /* ------------------------------------------------------------------------------------------ observer */
 
 /* Called before an op is computed, whatever computes it, when it is a causal prefill that pbsattn can
- * take. The views are good until it returns. */
+ * take. The views are good until it returns; what has a struct_size has the plug-in's. */
 typedef void (*ggml_pbsattn_observer)(void* user, int32_t layer, const pbsattn_shape* shape, const pbsattn_view* q,
                                       const pbsattn_view* k, const pbsattn_view* v);
 

@@ -10,7 +10,10 @@
 #include <stdexcept>
 #include <string_view>
 
+#include "core/c_structs.h"
 #include "log.h"
+
+PBSATTN_SIZED_STRUCT(ggml_pbsattn_config, reserved, 48);
 
 namespace pbsattn::ggml {
 namespace {
@@ -93,31 +96,61 @@ State& state() {
   return *shared;
 }
 
+// What a caller's config asks for; `options` are those in force.
+Config read_config(const ggml_pbsattn_config* caller, const pbsattn_options& options) {
+  const ggml_pbsattn_config config = read_struct(caller, "config");
+  require_zero(config.reserved, "config");
+  if (config.check != 0 && config.check != 1) refuse(fmt::format("config.check {}: neither 0 nor 1", config.check));
+  return {
+      .mode = config.mode,
+      .options = config.options == nullptr ? options : read_struct(config.options, "config.options", default_options),
+      .device = config.device,
+      .min_tokens = config.min_tokens,
+      .workspace_cap = config.workspace_cap,
+      .check = config.check != 0};
+}
+
+void write_config(ggml_pbsattn_config* caller, const Config& config) {
+  pbsattn_options* options = read_struct(caller, "config").options;
+  if (options != nullptr) write_settings(options, "config.options", config.options, default_options);
+  write_struct(caller, "config",
+               {.struct_size = sizeof(ggml_pbsattn_config),
+                .options = options,
+                .min_tokens = config.min_tokens,
+                .workspace_cap = config.workspace_cap,
+                .mode = config.mode,
+                .device = config.device,
+                .check = config.check ? 1 : 0,
+                .reserved = 0});
+}
+
 }  // namespace
 
-ggml_pbsattn_config default_config() {
-  ggml_pbsattn_config config{};
-  config.mode = GGML_PBSATTN_MODE_PBSATTN;
+Config default_config() {
+  Config config;
   pbsattn_method("pbs", &config.options);
   config.options.precision = PBSATTN_PRECISION_BF16;
-  config.device = PBSATTN_DEVICE_CPU;
-  config.min_tokens = 512;
-  config.workspace_cap = SIZE_MAX;
-  config.check = false;
   return config;
 }
 
-std::optional<std::string> broken_rule(const ggml_pbsattn_config& config) {
+std::optional<std::string> broken_rule(const Config& config) {
   if (config.mode < GGML_PBSATTN_MODE_OFF || config.mode > GGML_PBSATTN_MODE_GGML)
-    return fmt::format("mode {}: no such mode; 0 is off, 1 pbsattn, 2 ggml", static_cast<int>(config.mode));
+    return fmt::format("mode {}: no such mode; 0 is off, 1 pbsattn, 2 ggml", config.mode);
   if (config.min_tokens < GGML_PBSATTN_MIN_TOKENS_FLOOR)
     return fmt::format(
         "min_tokens {}: under {}, where llama.cpp's -fa auto would find flash attention on a foreign device and "
         "turn it off; the default is 512",
         config.min_tokens, GGML_PBSATTN_MIN_TOKENS_FLOOR);
   // Options are judged where they always are: by planning a small call with them.
-  const pbsattn_shape shape{.batch = 1, .q_heads = 1, .kv_heads = 1, .q_len = 512, .kv_len = 512, .head_dim = 64};
-  const pbsattn_device device{.kind = config.device, .threads = 1, .index = 0};
+  const pbsattn_shape shape{.struct_size = sizeof shape,
+                            .batch = 1,
+                            .q_heads = 1,
+                            .kv_heads = 1,
+                            .q_len = 512,
+                            .kv_len = 512,
+                            .head_dim = 64};
+  const pbsattn_device device{
+      .struct_size = sizeof device, .kind = config.device, .threads = 1, .index = 0, .reserved = 0};
   pbsattn_plan* plan = nullptr;
   const pbsattn_status status = pbsattn_plan_create(&config.options, &shape, &device, SIZE_MAX, &plan);
   pbsattn_plan_destroy(plan);
@@ -129,14 +162,14 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
   error->clear();
   Settings settings;
   settings.config = default_config();
-  ggml_pbsattn_config& config = settings.config;
+  Config& config = settings.config;
   Reader reader(variable, error);
 
   using Choice = Reader::Choice;
   if (const auto mode = reader.choice("PBSATTN_MODE", std::array<Choice, 3>{{{"pbsattn", GGML_PBSATTN_MODE_PBSATTN},
                                                                              {"ggml", GGML_PBSATTN_MODE_GGML},
                                                                              {"off", GGML_PBSATTN_MODE_OFF}}}))
-    config.mode = static_cast<ggml_pbsattn_mode>(*mode);
+    config.mode = *mode;
   if (const auto name = reader.text("PBSATTN_METHOD")) {
     if (pbsattn_method(std::string(*name).c_str(), &config.options) == PBSATTN_OK)
       config.options.precision = PBSATTN_PRECISION_BF16;
@@ -193,56 +226,50 @@ Observer current_observer() {
   return shared.observer;
 }
 
+void set_last_error(const char* message) noexcept {
+  try {
+    last_error = message;
+  } catch (...) {
+    last_error.clear();
+  }
+}
+
 }  // namespace pbsattn::ggml
 
-using pbsattn::ggml::state;
+using namespace pbsattn::ggml;
 
 extern "C" {
 
-void ggml_backend_pbsattn_get_config(ggml_pbsattn_config* config) {
-  *config = pbsattn::ggml::current_settings().config;
+bool ggml_backend_pbsattn_get_config(ggml_pbsattn_config* config) {
+  return explained([&] { write_config(config, current_settings().config); });
 }
 
 bool ggml_backend_pbsattn_configure(const ggml_pbsattn_config* config) {
-  auto& error = pbsattn::ggml::last_error;
-  error.clear();
-  if (config == nullptr) {
-    error = "config: null pointer";
-    return false;
-  }
-  if (const auto rule = pbsattn::ggml::broken_rule(*config)) {
-    error = *rule;
-    return false;
-  }
-  auto& shared = state();
-  const std::lock_guard lock(shared.mutex);
-  shared.settings.config = *config;
-  return true;
+  return explained([&] {
+    const Config asked = read_config(config, current_settings().config.options);
+    if (const auto rule = broken_rule(asked)) pbsattn::refuse(*rule);
+    State& shared = state();
+    const std::lock_guard lock(shared.mutex);
+    shared.settings.config = asked;
+  });
 }
 
 bool ggml_backend_pbsattn_set_layers(const char* json) {
-  auto& error = pbsattn::ggml::last_error;
-  error.clear();
-  auto& shared = state();
-  const std::lock_guard lock(shared.mutex);
-  try {
-    shared.settings.layers = json == nullptr
-                                 ? nullptr
-                                 : std::make_shared<pbsattn::ggml::LayerSettings>(
-                                       pbsattn::ggml::LayerSettings::parse(json, shared.settings.config.options));
-  } catch (const std::runtime_error& wrong) {
-    error = wrong.what();
-    return false;
-  }
-  return true;
+  return explained([&] {
+    State& shared = state();
+    const std::lock_guard lock(shared.mutex);
+    shared.settings.layers =
+        json == nullptr ? nullptr
+                        : std::make_shared<LayerSettings>(LayerSettings::parse(json, shared.settings.config.options));
+  });
 }
 
 const char* ggml_backend_pbsattn_last_error(void) {
-  return pbsattn::ggml::last_error.c_str();
+  return last_error.c_str();
 }
 
 void ggml_backend_pbsattn_set_observer(ggml_pbsattn_observer observer, void* user) {
-  auto& shared = state();
+  State& shared = state();
   const std::lock_guard lock(shared.mutex);
   shared.observer = {observer, user};
 }

@@ -11,7 +11,11 @@
 #include <string>
 #include <vector>
 
+#include "core/sized_struct.h"
 #include "log.h"
+
+PBSATTN_SIZED_STRUCT(ggml_pbsattn_layer_stats, check_rel_rms, 384);
+static_assert(GGML_PBSATTN_REASON_COUNT <= GGML_PBSATTN_REASONS_MAX);
 
 namespace pbsattn::ggml {
 namespace {
@@ -56,6 +60,7 @@ void record(const ggml_pbsattn_layer_stats& op) {
   Table& shared = table();
   const std::lock_guard lock(shared.mutex);
   ggml_pbsattn_layer_stats& sum = shared.layers[op.layer];
+  sum.struct_size = sizeof sum;
   sum.layer = op.layer;
   sum.calls += op.calls;
   sum.q_len = op.q_len;
@@ -125,14 +130,20 @@ void ggml_backend_pbsattn_stats_reset(void) {
 }
 
 size_t ggml_backend_pbsattn_stats_get(ggml_pbsattn_layer_stats* layers, size_t capacity) {
-  auto& shared = table();
-  const std::lock_guard lock(shared.mutex);
-  size_t index = 0;
-  for (const auto& [layer, stats] : shared.layers) {
-    if (index == capacity) break;
-    layers[index++] = stats;
-  }
-  return shared.layers.size();
+  size_t count = SIZE_MAX;
+  pbsattn::ggml::explained([&] {
+    const pbsattn::StructArray<ggml_pbsattn_layer_stats> entries(layers, capacity, "layers");
+    auto& shared = table();
+    const std::lock_guard lock(shared.mutex);
+    size_t index = 0;
+    for (const auto& [layer, stats] : shared.layers) {
+      if (index == capacity) break;
+      pbsattn::write_struct(entries[index], entries.name(index), stats);
+      ++index;
+    }
+    count = shared.layers.size();
+  });
+  return count;
 }
 
 uint32_t ggml_backend_pbsattn_refusals(void) {

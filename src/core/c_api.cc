@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/c_structs.h"
 #include "core/validate.h"
 #include "pbsattn/options.hpp"
 #include "pbsattn/pbsattn.h"
@@ -52,10 +53,11 @@ pbsattn_status guarded(Body&& body) noexcept {
   }
 }
 
-void require_pointer(const void* pointer, const char* name) {
-  if (pointer == nullptr)
-    throw pbsattn::Error(pbsattn::ErrorCode::invalid_argument, std::string(name) + ": null pointer");
-}
+using pbsattn::default_options;
+using pbsattn::read_struct;
+using pbsattn::require_pointer;
+using pbsattn::require_zero;
+using pbsattn::to_c;
 
 // Enumerators travel as int32 so that a wrong value is data, not undefined behaviour: out of range of the
 // enum's byte becomes its last byte, which validation refuses.
@@ -91,55 +93,38 @@ pbsattn::Options to_cpp(const pbsattn_options& o) {
           .expected_density = o.expected_density};
 }
 
-pbsattn_options to_c(const pbsattn::Options& o) {
-  return {static_cast<std::int32_t>(o.permutation),
-          static_cast<std::int32_t>(o.order_scope),
-          static_cast<std::int32_t>(o.score),
-          static_cast<std::int32_t>(o.keep),
-          static_cast<std::int32_t>(o.correction),
-          static_cast<std::int32_t>(o.rules),
-          static_cast<std::int32_t>(o.precision),
-          static_cast<std::int32_t>(o.fallback),
-          o.top_p,
-          o.threshold,
-          o.floor_top_p,
-          o.top_k,
-          o.density,
-          o.vertical,
-          o.slash,
-          o.tau,
-          o.min_budget,
-          o.block,
-          o.segment,
-          o.dense_last_rows,
-          o.sink_blocks,
-          o.local_blocks,
-          o.scale,
-          o.expected_density};
+pbsattn::Options read_options(const pbsattn_options* options, const std::string& what) {
+  return to_cpp(read_struct(options, what, default_options));
+}
+
+void write_options(pbsattn_options* options, const pbsattn::Options& value) {
+  pbsattn::write_settings(options, "options", to_c(value), default_options);
 }
 
 template <class Void>
-pbsattn::BasicView<Void> to_cpp(const pbsattn_view& v) {
+pbsattn::BasicView<Void> read_view(const pbsattn_view* view, const std::string& what) {
+  const pbsattn_view v = read_struct(view, what);
+  require_zero(v.reserved, what);
   return {v.data, to_enum<pbsattn::DType>(v.dtype), v.batch_stride, v.head_stride, v.token_stride};
 }
 
-// Checks the pointers, translates shape and device, and makes the plan.
+// Translates shape and device, and makes the plan.
 template <class Create>
-pbsattn_status make_plan(const pbsattn_options* options, const char* name, const pbsattn_shape* shape,
-                         const pbsattn_device* device, pbsattn_plan** plan, Create&& create) {
+pbsattn_status make_plan(const pbsattn_shape* shape, const pbsattn_device* device, pbsattn_plan** plan,
+                         Create&& create) {
   if (plan != nullptr) *plan = nullptr;
   return guarded([&] {
-    require_pointer(options, name);
-    require_pointer(shape, "shape");
-    require_pointer(device, "device");
     require_pointer(plan, "plan");
-    const pbsattn::Shape cpp_shape{.batch = shape->batch,
-                                   .q_heads = shape->q_heads,
-                                   .kv_heads = shape->kv_heads,
-                                   .q_len = shape->q_len,
-                                   .kv_len = shape->kv_len,
-                                   .head_dim = shape->head_dim};
-    const pbsattn::Device cpp_device{to_enum<pbsattn::Device::Kind>(device->kind), device->threads, device->index};
+    const pbsattn_shape s = read_struct(shape, "shape");
+    const pbsattn_device d = read_struct(device, "device");
+    require_zero(d.reserved, "device");
+    const pbsattn::Shape cpp_shape{.batch = s.batch,
+                                   .q_heads = s.q_heads,
+                                   .kv_heads = s.kv_heads,
+                                   .q_len = s.q_len,
+                                   .kv_len = s.kv_len,
+                                   .head_dim = s.head_dim};
+    const pbsattn::Device cpp_device{to_enum<pbsattn::Device::Kind>(d.kind), d.threads, d.index};
     *plan = new pbsattn_plan{create(cpp_shape, cpp_device)};
   });
 }
@@ -161,36 +146,35 @@ const char* pbsattn_method_name(size_t index) {
 pbsattn_status pbsattn_method(const char* name, pbsattn_options* options) {
   return guarded([&] {
     require_pointer(name, "name");
-    require_pointer(options, "options");
-    *options = to_c(pbsattn::method(name));
+    write_options(options, pbsattn::method(name));
   });
 }
 
 pbsattn_status pbsattn_set_option(pbsattn_options* options, const char* name, const char* value) {
   return guarded([&] {
-    require_pointer(options, "options");
+    pbsattn::Options changed = read_options(options, "options");
     require_pointer(name, "name");
     require_pointer(value, "value");
-    pbsattn::Options changed = to_cpp(*options);
     pbsattn::set_option(changed, name, value);
-    *options = to_c(changed);
+    write_options(options, changed);
   });
 }
 
 pbsattn_status pbsattn_plan_create(const pbsattn_options* options, const pbsattn_shape* shape,
                                    const pbsattn_device* device, size_t workspace_cap, pbsattn_plan** plan) {
-  return make_plan(options, "options", shape, device, plan, [&](const pbsattn::Shape& s, const pbsattn::Device& d) {
-    return pbsattn::Plan::create(to_cpp(*options), s, d, workspace_cap);
+  return make_plan(shape, device, plan, [&](const pbsattn::Shape& s, const pbsattn::Device& d) {
+    return pbsattn::Plan::create(read_options(options, "options"), s, d, workspace_cap);
   });
 }
 
 pbsattn_status pbsattn_plan_create_by_head(const pbsattn_options* heads, const pbsattn_shape* shape,
                                            const pbsattn_device* device, size_t workspace_cap, pbsattn_plan** plan) {
-  return make_plan(heads, "heads", shape, device, plan, [&](const pbsattn::Shape& s, const pbsattn::Device& d) {
+  return make_plan(shape, device, plan, [&](const pbsattn::Shape& s, const pbsattn::Device& d) {
     pbsattn::validate(s);  // q_heads is how many there are
+    const pbsattn::StructArray<const pbsattn_options> all(heads, static_cast<std::size_t>(s.q_heads), "heads");
     std::vector<pbsattn::Options> options;
-    options.reserve(s.q_heads);
-    for (std::int64_t h = 0; h < s.q_heads; ++h) options.push_back(to_cpp(heads[h]));
+    options.reserve(all.count);
+    for (std::size_t h = 0; h < all.count; ++h) options.push_back(read_options(all[h], all.name(h)));
     return pbsattn::Plan::create(std::span<const pbsattn::Options>(options), s, d, workspace_cap);
   });
 }
@@ -210,33 +194,26 @@ const char* pbsattn_plan_path(const pbsattn_plan* plan) {
 pbsattn_status pbsattn_plan_options(const pbsattn_plan* plan, pbsattn_options* options) {
   return guarded([&] {
     require_pointer(plan, "plan");
-    require_pointer(options, "options");
-    *options = to_c(plan->plan.options());
+    write_options(options, plan->plan.options());
   });
 }
 
-pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,
-                                const pbsattn_view* v, const pbsattn_view* out, float* lse, void* workspace,
-                                size_t workspace_size, pbsattn_stats* stats) {
-  return pbsattn_plan_run_on_stream(plan, q, k, v, out, lse, workspace, workspace_size, nullptr, stats);
-}
-
-pbsattn_status pbsattn_plan_run_on_stream(const pbsattn_plan* plan, const pbsattn_view* q, const pbsattn_view* k,
-                                          const pbsattn_view* v, const pbsattn_view* out, float* lse, void* workspace,
-                                          size_t workspace_size, void* stream, pbsattn_stats* stats) {
+pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_run* run) {
   return guarded([&] {
     require_pointer(plan, "plan");
-    require_pointer(q, "q");
-    require_pointer(k, "k");
-    require_pointer(v, "v");
-    require_pointer(out, "out");
-    if (workspace_size > 0) require_pointer(workspace, "workspace");
-    pbsattn::Stats cpp_stats;
-    plan->plan.run({.q = to_cpp<const void>(*q), .k = to_cpp<const void>(*k), .v = to_cpp<const void>(*v)},
-                   {.out = to_cpp<void>(*out), .lse = lse}, {static_cast<std::byte*>(workspace), workspace_size},
-                   pbsattn::Stream{stream}, stats == nullptr ? nullptr : &cpp_stats);
-    if (stats != nullptr)
-      *stats = {cpp_stats.visited_blocks, cpp_stats.causal_blocks, cpp_stats.permute_seconds, cpp_stats.select_seconds,
-                cpp_stats.attend_seconds};
+    const pbsattn_run r = read_struct(run, "run");
+    const pbsattn::Inputs inputs{.q = read_view<const void>(r.q, "q"),
+                                 .k = read_view<const void>(r.k, "k"),
+                                 .v = read_view<const void>(r.v, "v")};
+    const pbsattn::Outputs outputs{.out = read_view<void>(r.out, "out"), .lse = r.lse};
+    if (r.workspace_size > 0) require_pointer(r.workspace, "workspace");
+    if (r.stats != nullptr) pbsattn::size_of_struct(r.stats, "stats");  // before the work
+    pbsattn::Stats stats;
+    plan->plan.run(inputs, outputs, {static_cast<std::byte*>(r.workspace), r.workspace_size}, pbsattn::Stream{r.stream},
+                   r.stats == nullptr ? nullptr : &stats);
+    if (r.stats != nullptr)
+      pbsattn::write_struct(r.stats, "stats",
+                            {sizeof(pbsattn_stats), stats.visited_blocks, stats.causal_blocks, stats.permute_seconds,
+                             stats.select_seconds, stats.attend_seconds});
   });
 }

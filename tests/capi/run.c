@@ -4,16 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "pbsattn/pbsattn.h"
+#include "check.h"
 
-static int failures = 0;
-
-static void check(int holds, const char* what, int line) {
-  if (holds) return;
-  fprintf(stderr, "line %d: %s (%s)\n", line, what, pbsattn_last_error());
-  ++failures;
-}
-#define CHECK(condition) check((condition) != 0, #condition, __LINE__)
+int failures = 0;
 
 enum { tokens = 300, head_dim = 8 };
 
@@ -25,16 +18,13 @@ static void dense_is_the_running_mean(int device_kind) {
   float* v = calloc(tokens * head_dim, sizeof(float));
   float* out = calloc(tokens * head_dim, sizeof(float));
   float* lse = calloc(tokens, sizeof(float));
-  pbsattn_options options;
-  const pbsattn_shape shape = {1, 1, 1, tokens, tokens, head_dim};
-  pbsattn_device device;
+  pbsattn_options options = {.struct_size = sizeof options};
+  const pbsattn_shape shape = {sizeof shape, 1, 1, 1, tokens, tokens, head_dim};
+  const pbsattn_device device = {.struct_size = sizeof device, .kind = device_kind, .threads = 2};
   pbsattn_plan* plan = NULL;
-  pbsattn_stats stats;
+  pbsattn_stats stats = {.struct_size = sizeof stats};
   int t, d;
 
-  memset(&device, 0, sizeof device);
-  device.kind = device_kind;
-  device.threads = 2;
   for (t = 0; t < tokens; ++t)
     for (d = 0; d < head_dim; ++d) v[t * head_dim + d] = (float)(t + d);
 
@@ -46,27 +36,41 @@ static void dense_is_the_running_mean(int device_kind) {
   {
     const size_t size = pbsattn_plan_workspace_size(plan);
     void* workspace = malloc(size + 1);
-    pbsattn_view view = {NULL, PBSATTN_F32, 0, 0, head_dim};
+    const pbsattn_view view = {.struct_size = sizeof view, .dtype = PBSATTN_F32, .token_stride = head_dim};
     pbsattn_view q_view = view, k_view = view, v_view = view, out_view = view;
+    pbsattn_run run = {.struct_size = sizeof run,
+                       .q = &q_view,
+                       .k = &k_view,
+                       .v = &v_view,
+                       .out = &out_view,
+                       .lse = lse,
+                       .workspace = workspace,
+                       .workspace_size = size,
+                       .stats = &stats};
     q_view.data = q;
     k_view.data = k;
     v_view.data = v;
     out_view.data = out;
-    CHECK(pbsattn_plan_run(plan, &q_view, &k_view, &v_view, &out_view, lse, workspace, size, &stats) == PBSATTN_OK);
+    CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
     CHECK(stats.visited_blocks == 6 && stats.causal_blocks == 6);
     for (t = 0; t < tokens; ++t) {
       CHECK(fabs(lse[t] - log(t + 1.0)) < 1e-5);
       for (d = 0; d < head_dim; ++d) CHECK(fabs(out[t * head_dim + d] - (t / 2.0 + d)) < 1e-3);
     }
     /* lse and stats may be NULL; q may not. */
-    CHECK(pbsattn_plan_run(plan, &q_view, &k_view, &v_view, &out_view, NULL, workspace, size, NULL) == PBSATTN_OK);
-    CHECK(pbsattn_plan_run(plan, NULL, &k_view, &v_view, &out_view, NULL, workspace, size, NULL) ==
-          PBSATTN_INVALID_ARGUMENT);
+    run.lse = NULL;
+    run.stats = NULL;
+    CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
+    run.q = NULL;
+    CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_INVALID_ARGUMENT);
     CHECK(strstr(pbsattn_last_error(), "q: null pointer") != NULL);
+    run.q = &q_view;
     if (size > 0) {
-      CHECK(pbsattn_plan_run(plan, &q_view, &k_view, &v_view, &out_view, NULL, workspace, size - 1, NULL) ==
-            PBSATTN_OUT_OF_MEMORY);
+      run.workspace_size = size - 1;
+      CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OUT_OF_MEMORY);
     }
+    CHECK(pbsattn_plan_run(plan, NULL) == PBSATTN_INVALID_ARGUMENT);
+    CHECK(pbsattn_plan_run(NULL, &run) == PBSATTN_INVALID_ARGUMENT);
     free(workspace);
   }
   pbsattn_plan_destroy(plan);
@@ -78,12 +82,11 @@ static void dense_is_the_running_mean(int device_kind) {
 }
 
 static void errors_have_codes_and_messages(void) {
-  pbsattn_options options;
-  pbsattn_shape shape = {1, 1, 1, 8, 8, 100};
-  pbsattn_device cpu;
+  pbsattn_options options = {.struct_size = sizeof options};
+  pbsattn_shape shape = {sizeof shape, 1, 1, 1, 8, 8, 100};
+  const pbsattn_device cpu = {.struct_size = sizeof cpu}; /* with all its threads */
   pbsattn_plan* plan = (pbsattn_plan*)&options;
 
-  memset(&cpu, 0, sizeof cpu); /* the CPU, with all its threads */
   CHECK(pbsattn_method("pbz", &options) == PBSATTN_INVALID_ARGUMENT);
   CHECK(strstr(pbsattn_last_error(), "\"pbs\"?") != NULL);
   CHECK(pbsattn_method("full", &options) == PBSATTN_OK);
@@ -103,12 +106,11 @@ static void errors_have_codes_and_messages(void) {
 
 /* `auto` takes full attention for a sequence this short, and the plan says so. */
 static void a_plan_tells_its_options(void) {
-  pbsattn_options options;
-  const pbsattn_shape shape = {1, 1, 1, tokens, tokens, head_dim};
-  pbsattn_device cpu;
+  pbsattn_options options = {.struct_size = sizeof options};
+  const pbsattn_shape shape = {sizeof shape, 1, 1, 1, tokens, tokens, head_dim};
+  const pbsattn_device cpu = {.struct_size = sizeof cpu};
   pbsattn_plan* plan = NULL;
 
-  memset(&cpu, 0, sizeof cpu);
   CHECK(pbsattn_method("auto", &options) == PBSATTN_OK);
   CHECK(options.keep == PBSATTN_KEEP_TOP_P && options.fallback == PBSATTN_FALLBACK_WHEN_FASTER);
   CHECK(pbsattn_plan_create(&options, &shape, &cpu, SIZE_MAX, &plan) == PBSATTN_OK);
@@ -122,7 +124,7 @@ static void a_plan_tells_its_options(void) {
 
 static void methods_are_listed(void) {
   size_t count = 0;
-  pbsattn_options options;
+  pbsattn_options options = {.struct_size = sizeof options};
   while (pbsattn_method_name(count) != NULL) {
     CHECK(pbsattn_method(pbsattn_method_name(count), &options) == PBSATTN_OK);
     ++count;
@@ -137,5 +139,6 @@ int main(void) {
   errors_have_codes_and_messages();
   a_plan_tells_its_options();
   methods_are_listed();
+  structs_grow();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -19,14 +19,18 @@ bool one_short_line(std::string_view message) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  pbsattn_options options{};
+  pbsattn_options options{.struct_size = sizeof options};
   const std::string name(reinterpret_cast<const char*>(data), size);
   if (pbsattn_method(name.c_str(), &options) != PBSATTN_OK) require(one_short_line(pbsattn_last_error()));
 
   pbsattn::fuzz::Bytes bytes(data, size);
   options = bytes.take<pbsattn_options>();
-  const auto shape = bytes.take<pbsattn_shape>();
-  const auto device = bytes.take<pbsattn_device>();
+  auto shape = bytes.take<pbsattn_shape>();
+  auto device = bytes.take<pbsattn_device>();
+  options.struct_size = sizeof options;
+  shape.struct_size = sizeof shape;
+  device.struct_size = sizeof device;
+  device.reserved = 0;
   pbsattn_plan* plan = nullptr;
   // A plan of a gigabyte and more is as good as any here: nothing is allocated until it runs.
   const pbsattn_status status = pbsattn_plan_create(&options, &shape, &device, SIZE_MAX, &plan);

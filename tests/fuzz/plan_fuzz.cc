@@ -17,7 +17,7 @@ constexpr std::int64_t small = 320;               // tokens; enough for two segm
 constexpr std::int64_t largest_tensor = 1 << 17;  // elements
 
 pbsattn_options take_options(Bytes& bytes) {
-  pbsattn_options options{};
+  pbsattn_options options{.struct_size = sizeof options};
   const char* const names[] = {"pbs", "full", "pbs-unpermuted", "auto", "pbs-threshold"};
   pbsattn_method(names[bytes.take<std::uint8_t>() % 5], &options);
   options.permutation = static_cast<std::int32_t>(bytes.take_near(0, 1));
@@ -43,7 +43,7 @@ pbsattn_options take_options(Bytes& bytes) {
 }
 
 pbsattn_shape take_shape(Bytes& bytes) {
-  pbsattn_shape shape{};
+  pbsattn_shape shape{.struct_size = sizeof shape};
   shape.batch = bytes.take_near(1, 2);
   shape.kv_heads = bytes.take_near(1, 2);
   shape.q_heads = bytes.take_near(1, 2) * (shape.kv_heads & 0xFF);
@@ -75,12 +75,12 @@ struct Tensor {
     view.data = memory.data();
   }
 
-  pbsattn_view view{};
+  pbsattn_view view{.struct_size = sizeof(pbsattn_view)};
   std::vector<std::uint8_t> memory;
   bool fits = false;
 };
 
-void run(const pbsattn_plan* plan, const pbsattn_shape& s, Bytes& bytes) {
+void run_plan(const pbsattn_plan* plan, const pbsattn_shape& s, Bytes& bytes) {
   Tensor q(bytes, s.batch, s.q_heads, s.q_len, s.head_dim);
   Tensor k(bytes, s.batch, s.kv_heads, s.kv_len, s.head_dim);
   Tensor v(bytes, s.batch, s.kv_heads, s.kv_len, s.head_dim);
@@ -89,11 +89,18 @@ void run(const pbsattn_plan* plan, const pbsattn_shape& s, Bytes& bytes) {
   std::vector<float> lse(static_cast<std::size_t>(s.batch * s.q_heads * s.q_len));
   const std::size_t size = pbsattn_plan_workspace_size(plan);
   const std::unique_ptr<std::byte[]> workspace(new std::byte[size]);
-  pbsattn_stats stats{};
-  if (pbsattn_plan_run(plan, &q.view, &k.view, &v.view, &out.view,
-                       bytes.take<std::uint8_t>() % 2 == 0 ? lse.data() : nullptr, workspace.get(), size,
-                       &stats) != PBSATTN_OK)
-    return;
+  pbsattn_stats stats{.struct_size = sizeof stats};
+  const pbsattn_run run{.struct_size = sizeof run,
+                        .q = &q.view,
+                        .k = &k.view,
+                        .v = &v.view,
+                        .out = &out.view,
+                        .lse = bytes.take<std::uint8_t>() % 2 == 0 ? lse.data() : nullptr,
+                        .workspace = workspace.get(),
+                        .workspace_size = size,
+                        .stream = nullptr,
+                        .stats = &stats};
+  if (pbsattn_plan_run(plan, &run) != PBSATTN_OK) return;
   const bool counted = 0 < stats.visited_blocks && stats.visited_blocks <= stats.causal_blocks;
   if (!counted) std::abort();
 }
@@ -104,7 +111,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   Bytes bytes(data, size);
   const pbsattn_options options = take_options(bytes);
   const pbsattn_shape shape = take_shape(bytes);
-  pbsattn_device device{};
+  pbsattn_device device{.struct_size = sizeof device};
   device.kind = static_cast<std::int32_t>(bytes.take_near(0, 2));
   device.threads = static_cast<std::int32_t>(bytes.take_near(0, 2));
   const std::size_t cap = bytes.take<std::uint8_t>() % 4 == 0 ? bytes.take<std::uint32_t>() : SIZE_MAX;
@@ -115,7 +122,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   // Naive loops make the reference too slow for all that the CPU may run here.
   const std::int64_t affordable = device.kind == PBSATTN_DEVICE_REFERENCE ? 64 : small;
   if (plan != nullptr && shape.kv_len <= affordable && shape.batch * shape.q_heads <= 8 && shape.head_dim <= 64)
-    run(plan, shape, bytes);
+    run_plan(plan, shape, bytes);
   pbsattn_plan_destroy(plan);
   return 0;
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention_graph.h"
+#include "interface.h"
 
 namespace pbsattn::ggml::test {
 namespace {
@@ -29,16 +30,8 @@ std::ostream& operator<<(std::ostream& out, const Expectation& e) {
   return out << e.name;
 }
 
-ggml_pbsattn_config exact_config() {
-  ggml_pbsattn_config config;
-  ggml_backend_pbsattn_get_config(&config);
-  config = {.mode = GGML_PBSATTN_MODE_PBSATTN,
-            .options = {},
-            .device = PBSATTN_DEVICE_CPU,
-            .min_tokens = 512,
-            .workspace_cap = SIZE_MAX,
-            .check = false};
-  pbsattn_method("pbs", &config.options);
+Config exact_config() {
+  Config config = default_config();
   config.options.top_p = 1.0F;
   config.options.precision = PBSATTN_PRECISION_F32;
   return config;
@@ -52,14 +45,8 @@ class AttentionOp : public testing::TestWithParam<Expectation> {
   }
   void TearDown() override { ggml_backend_pbsattn_set_observer(nullptr, nullptr); }
 
-  static void configure(const ggml_pbsattn_config& config) {
-    ASSERT_TRUE(ggml_backend_pbsattn_configure(&config)) << ggml_backend_pbsattn_last_error();
-  }
-  static std::vector<ggml_pbsattn_layer_stats> stats() {
-    std::vector<ggml_pbsattn_layer_stats> layers(ggml_backend_pbsattn_stats_get(nullptr, 0));
-    ggml_backend_pbsattn_stats_get(layers.data(), layers.size());
-    return layers;
-  }
+  static void configure(Config config) { ASSERT_TRUE(test::configure(config)) << ggml_backend_pbsattn_last_error(); }
+  static std::vector<ggml_pbsattn_layer_stats> stats() { return layer_stats(); }
 };
 using SingleOp = AttentionOp;
 
@@ -149,7 +136,7 @@ INSTANTIATE_TEST_SUITE_P(, AttentionOp, testing::ValuesIn(expectations),
 
 TEST_F(SingleOp, BothDevicesAgree) {
   const AttentionGraph graph({.q_heads = 2, .kv_heads = 1});
-  ggml_pbsattn_config config = exact_config();
+  Config config = exact_config();
   config.options.top_p = 0.5F;
   configure(config);
   const auto fast = graph.compute(Backends(true).all());
@@ -160,7 +147,7 @@ TEST_F(SingleOp, BothDevicesAgree) {
 }
 
 TEST_F(SingleOp, Bfloat16ProductsStayCloseToGgml) {
-  ggml_pbsattn_config config = exact_config();
+  Config config = exact_config();
   config.options.precision = PBSATTN_PRECISION_BF16;
   configure(config);
   const AttentionGraph graph({});
@@ -179,7 +166,7 @@ TEST_F(SingleOp, CacheOfAnotherNameHasNoLayer) {
 }
 
 TEST_F(SingleOp, SparseVisitsLessAndChangesTheResult) {
-  ggml_pbsattn_config config = exact_config();
+  Config config = exact_config();
   config.options.top_p = 0.3F;
   configure(config);
   const AttentionGraph graph({.n_q = 2048, .n_kv = 2048});
@@ -201,7 +188,7 @@ TEST_F(SingleOp, ChangedMaskIsReadAgainThoughNobodyAnnouncedAGraph) {
 }
 
 TEST_F(SingleOp, GgmlModeTimesGgmlsKernel) {
-  ggml_pbsattn_config config = exact_config();
+  Config config = exact_config();
   config.mode = GGML_PBSATTN_MODE_GGML;
   configure(config);
   const AttentionGraph graph({});
@@ -213,14 +200,14 @@ TEST_F(SingleOp, GgmlModeTimesGgmlsKernel) {
 }
 
 TEST_F(SingleOp, OffTakesNothing) {
-  ggml_pbsattn_config config = exact_config();
+  Config config = exact_config();
   config.mode = GGML_PBSATTN_MODE_OFF;
   configure(config);
   EXPECT_FALSE(AttentionGraph({}).compute(Backends(true).all()).routed);
 }
 
 TEST_F(SingleOp, CheckPassesOnGgmlsResultAndRecordsTheDifference) {
-  ggml_pbsattn_config config = exact_config();
+  Config config = exact_config();
   config.check = true;
   configure(config);
   const AttentionGraph graph({});
@@ -231,7 +218,7 @@ TEST_F(SingleOp, CheckPassesOnGgmlsResultAndRecordsTheDifference) {
 }
 
 TEST_F(SingleOp, RefusedPlanFallsBack) {
-  ggml_pbsattn_config config = exact_config();
+  Config config = exact_config();
   config.workspace_cap = 1;
   configure(config);
   const AttentionGraph graph({});
@@ -273,17 +260,19 @@ TEST_F(SingleOp, AbortsBetweenOps) {
 }
 
 TEST_F(SingleOp, ConfigureRefusesAndKeepsWhatWas) {
-  ggml_pbsattn_config config = exact_config();
+  Config config = exact_config();
   config.options.top_p = 1.5F;
-  EXPECT_FALSE(ggml_backend_pbsattn_configure(&config));
+  EXPECT_FALSE(test::configure(config));
   EXPECT_NE(std::string(ggml_backend_pbsattn_last_error()).find("top_p 1.5"), std::string::npos);
   config = exact_config();
   config.min_tokens = 256;
-  EXPECT_FALSE(ggml_backend_pbsattn_configure(&config));
+  EXPECT_FALSE(test::configure(config));
   EXPECT_NE(std::string(ggml_backend_pbsattn_last_error()).find("min_tokens 256"), std::string::npos);
-  ggml_backend_pbsattn_get_config(&config);
-  EXPECT_EQ(config.options.top_p, 1.0F);
-  EXPECT_EQ(config.min_tokens, 512);
+  pbsattn_options options{.struct_size = sizeof options};
+  ggml_pbsattn_config kept{.struct_size = sizeof kept, .options = &options};
+  EXPECT_TRUE(ggml_backend_pbsattn_get_config(&kept));
+  EXPECT_EQ(options.top_p, 1.0F);
+  EXPECT_EQ(kept.min_tokens, 512);
 }
 
 }  // namespace

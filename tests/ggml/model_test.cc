@@ -10,6 +10,7 @@
 
 #include "attention_graph.h"
 #include "ggml-pbsattn.h"
+#include "interface.h"
 #include "llama.h"
 #include "real_text.h"
 
@@ -21,14 +22,9 @@ constexpr std::int32_t prompt_tokens = 2200;
 constexpr std::int32_t scored_tokens = 1100;  // the last ones count for perplexity
 constexpr int threads = 2;
 
-ggml_pbsattn_config config_of(const char* method, float top_p, pbsattn_precision precision) {
-  ggml_pbsattn_config config{.mode = GGML_PBSATTN_MODE_PBSATTN,
-                             .options = {},
-                             .device = PBSATTN_DEVICE_CPU,
-                             .min_tokens = 512,
-                             .workspace_cap = SIZE_MAX,
-                             .check = false};
-  pbsattn_method(method, &config.options);
+Config config_of(const char* method, float top_p, pbsattn_precision precision) {
+  Config config;
+  EXPECT_EQ(pbsattn_method(method, &config.options), PBSATTN_OK);
   config.options.top_p = top_p;
   config.options.precision = precision;
   return config;
@@ -93,8 +89,8 @@ class Model : public testing::Test {
   static const llama_vocab* vocabulary() { return llama_model_get_vocab(model_); }
   static std::int32_t layers() { return llama_model_n_layer(model_); }
 
-  static Prefill prefill(const ggml_pbsattn_config& config, std::uint32_t ubatch = prompt_tokens) {
-    EXPECT_TRUE(ggml_backend_pbsattn_configure(&config)) << ggml_backend_pbsattn_last_error();
+  static Prefill prefill(Config config, std::uint32_t ubatch = prompt_tokens) {
+    EXPECT_TRUE(configure(config)) << ggml_backend_pbsattn_last_error();
     llama_context_params params = llama_context_default_params();
     params.n_ctx = prompt_tokens;
     params.n_batch = prompt_tokens;
@@ -124,15 +120,14 @@ class Model : public testing::Test {
     llama_batch_free(batch);
     llama_free(context);
 
-    result.layers.resize(ggml_backend_pbsattn_stats_get(nullptr, 0));
-    ggml_backend_pbsattn_stats_get(result.layers.data(), result.layers.size());
+    result.layers = layer_stats();
     return result;
   }
 
   // The model without us; computed once.
   static const Prefill& ggmls() {
     static const Prefill result = [] {
-      ggml_pbsattn_config config = config_of("full", 1.0F, PBSATTN_PRECISION_F32);
+      Config config = config_of("full", 1.0F, PBSATTN_PRECISION_F32);
       config.mode = GGML_PBSATTN_MODE_OFF;
       return prefill(config);
     }();
@@ -163,7 +158,7 @@ TEST_F(Model, EveryLayerEqualsGgmlsOnTheSameInputs) {
   } const cases[] = {{PBSATTN_PRECISION_F32, 5e-4},  // ggml rounds queries, and on some machines sums, to f16
                      {PBSATTN_PRECISION_BF16, 2e-2}};
   for (const auto& [precision, tolerance] : cases) {
-    ggml_pbsattn_config config = config_of("pbs", 1.0F, precision);
+    Config config = config_of("pbs", 1.0F, precision);
     config.check = true;
     const Prefill checked = prefill(config);
     expect_each_layer_taken(checked, layers(), 1);
@@ -201,7 +196,7 @@ TEST_F(Model, SparseVisitsLessAndStaysClose) {
 }
 
 TEST_F(Model, ChunksOfAPrefillAreTakenAndTheShortLastOneLeft) {
-  ggml_pbsattn_config config = config_of("pbs", 1.0F, PBSATTN_PRECISION_F32);
+  Config config = config_of("pbs", 1.0F, PBSATTN_PRECISION_F32);
   config.check = true;
   const Prefill chunked = prefill(config, 512);
   expect_each_layer_taken(chunked, layers(), prompt_tokens / 512);

@@ -27,7 +27,7 @@ Outcome read(const std::map<std::string, std::string>& variables) {
 TEST(Settings, DefaultsArePbsWithBfloat16Products) {
   const Outcome outcome = read({});
   EXPECT_EQ(outcome.error, "");
-  const ggml_pbsattn_config& config = outcome.settings.config;
+  const Config& config = outcome.settings.config;
   EXPECT_EQ(config.mode, GGML_PBSATTN_MODE_PBSATTN);
   EXPECT_EQ(config.options.keep, PBSATTN_KEEP_TOP_P);
   EXPECT_EQ(config.options.permutation, PBSATTN_PERMUTATION_LAST_QUERIES);
@@ -59,7 +59,7 @@ TEST(Settings, EveryVariableIsHeard) {
                                 {"PBSATTN_STATS", "/somewhere/stats.txt"},
                                 {"PBSATTN_VERBOSE", "1"}});
   EXPECT_EQ(outcome.error, "");
-  const ggml_pbsattn_config& config = outcome.settings.config;
+  const Config& config = outcome.settings.config;
   EXPECT_EQ(config.mode, GGML_PBSATTN_MODE_GGML);
   EXPECT_EQ(config.options.permutation, PBSATTN_PERMUTATION_NONE);
   EXPECT_EQ(config.options.top_p, 0.75F);
