@@ -11,28 +11,27 @@ or, for a while:
     with pbsattn.transformers.enable(model):
         model.generate(**inputs)
 
-Any model whose attention goes through transformers' AttentionInterface will do. What pbsattn takes is causal
-attention of one prompt or of a batch of equally long ones, in one or several chunks over a cache. Everything else
-(decoding, padding, sliding windows, soft-cap, sinks, training, ...) goes to PyTorch's SDPA; the first time something
-long does, a FallbackWarning names the reason.
+Any model whose attention goes through transformers' AttentionInterface will do, unless it is sparse by an indexer of its
+own. What pbsattn takes is causal attention of one prompt or of a batch of equally long ones, in one or several chunks over
+a cache. Everything else (decoding, padding, cross attention, sliding windows, soft-cap, sinks, training, ...) goes to
+PyTorch's SDPA, or to the model's own attention where SDPA can't compute it; the first time something long does, a
+FallbackWarning names the reason.
 """
 
 import dataclasses
 import json
-import sys
-import threading
 import warnings
 import weakref
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import _core
 from ._op import attention
 from ._settings import Layers
+from ._transformers_fallback import HARMLESS, describe, fall_back, indexer, own, unknown
+from ._transformers_masks import CausalMask, causal_mask
 
 NAME = "pbsattn"  # of our attention in transformers' tables
 # Least queries of a call for pbsattn, by device. On a GPU a shorter prefill is bound by the host, which is no faster with us.
@@ -47,7 +46,7 @@ class FallbackWarning(UserWarning):
 class LayerStats:
     """What the last prefill did in one layer, summed over its chunks."""
 
-    layer: int
+    layer: int | None  # its index, where its module has one
     taken: int = 0  # calls computed by pbsattn
     left: int = 0  # calls of min_tokens or more left to SDPA
     reason: str | None = None  # why the last of them was left
@@ -55,6 +54,7 @@ class LayerStats:
     causal_blocks: int = 0
     seconds: float = 0.0
     measured: bool = False  # on CUDA only with enable(..., stats=True)
+    module: str = ""  # the name of its attention module in the model
 
     @property
     def density(self) -> float | None:
@@ -65,18 +65,16 @@ class LayerStats:
 class _State:
     """What enable() set for one model."""
 
-    def __init__(self, model, options, by_layer, min_tokens, layers, measure):
-        self.options = options
-        self.by_layer = by_layer  # of the layers that have settings of their own
+    def __init__(self, model, min_tokens, measure):
         self.min_tokens = min_tokens
-        self.layers = layers
         self.measure = measure
         self.model_name = type(model).__name__
-        self.previous = _implementations(model)
-        self.configs = []
-        self.records = {}
+        self.before = [(config, _implementation_before(config)) for config in _configs(model)]
         self.warned = set()
-        self.forward = threading.local()  # what the mask function saw in this thread's current forward
+
+    def __setstate__(self, values):  # of a copy of a model, which is enabled as the model is
+        self.__dict__.update(values)
+        _states.add(self)
 
     def warn(self, reason, layer):
         if reason not in self.warned:
@@ -84,123 +82,79 @@ class _State:
             warnings.warn(f"{self.model_name}: attention of layer {layer} goes to SDPA, not to pbsattn: {reason}",
                           FallbackWarning, stacklevel=2)
 
-    def record(self, layer, first_chunk):
-        if first_chunk or layer not in self.records:
-            self.records[layer] = LayerStats(layer)
-        return self.records[layer]
+
+_states = weakref.WeakSet()  # of the models that are enabled; their modules hold them
 
 
-_states = {}  # by the id of the config that attention modules and mask functions hold
+@dataclasses.dataclass
+class _Layer:
+    """What a module of an enabled model knows of it, as its attribute `_pbsattn`."""
 
+    state: _State
+    name: str
+    index: int | None
+    options: dict | None = None  # attention()'s; None where it is left to SDPA without a word
+    record: LayerStats | None = None
 
-def _state_of(config):
-    return _states.get(id(config))
-
-
-# ------------------------------------------------------------------------------------------------- masks
-
-
-def _plain_causal(q_length, kv_length, q_offset, attention_mask):
-    """Whether nothing but causality masks the keys, which may go on unused behind the last query (StaticCache)."""
-    end = q_offset + q_length
-    if torch.compiler.is_compiling():  # a graph can't look into a mask
-        return attention_mask is None and end == kv_length
-    if attention_mask is None:
-        return end == kv_length or q_offset == 0
-    mask = attention_mask[:, :kv_length].bool()
-    return (end == kv_length or q_offset == 0) and bool(mask[:, :end].all()) and not bool(mask[:, end:].any())
-
-
-def _mask(*, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None,
-          local_size=None, allow_is_causal_skip=True, config=None, **kwargs):
-    """None for what is plainly causal, else SDPA's mask.
-
-    SDPA's own function gives None only to the first chunk of a prefill, and builds Sq x Skv booleans for the others.
-    """
-    state = _state_of(config)
-    plain = (state is not None and allow_is_causal_skip and mask_function is causal_mask_function
-             and local_size is None and kv_offset == 0 and isinstance(q_offset, int)
-             and _plain_causal(q_length, kv_length, q_offset, attention_mask))
-    if state is not None and mask_function is causal_mask_function and not torch.compiler.is_compiling():
-        state.forward.unused_keys = kv_length - q_offset - q_length if plain else 0
-    if plain:
-        return None
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-                     mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
-                     allow_is_causal_skip=allow_is_causal_skip and q_length in (1, kv_length), config=config, **kwargs)
+    def of_call(self, first_chunk):
+        if first_chunk or self.record is None:
+            self.record = LayerStats(self.index, module=self.name)
+        return self.record
 
 
 # --------------------------------------------------------------------------------------------- attention
 
 
-def _reason_to_leave(module, query, key, value, mask, dropout, is_causal, kwargs):
+def _reason_to_leave(query, key, value, mask, names, dropout, scaling, causal, kwargs):
     """Why a call isn't one that pbsattn takes; None if it is."""
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if mask is None and not causal:
         return "it is not causal (an encoder, or cross attention)"
-    if kwargs.get("softcap") is not None:
-        return "its logits are soft-capped"
-    if kwargs.get("s_aux") is not None:
-        return "it has attention sinks"
-    if kwargs.get("position_bias") is not None:
-        return "it has a position bias"
+    if names:
+        return describe(names)
     window = kwargs.get("sliding_window")
     if window is not None and key.shape[2] > window:
         return f"it is a sliding window of {window} tokens"
-    if mask is not None:
+    if mask is not None and type(mask) is not CausalMask:
         return "its mask is more than causal (padding, packed sequences, or one passed in)"
+    if query.shape[2] != key.shape[2] if mask is None else not mask.fits(query, key):
+        return "its keys are of other tokens than its queries, and no mask says which it sees"
     if kwargs.get("output_attentions"):
         return "the attention weights are asked for"
     if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
         return "it is training: pbsattn computes no gradient; use torch.no_grad()"
     if value.shape[-1] != query.shape[-1]:
         return f"its values have head_dim {value.shape[-1]}, its keys {query.shape[-1]}"
+    if isinstance(scaling, torch.Tensor):
+        return "its scale is a tensor"
     return None
-
-
-def _sdpa(module, query, key, value, mask, **kwargs):
-    """SDPA, told of the causal offset that a mask of None stands for here; the model's own where SDPA is wrong."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    if softcap is None and sinks is None:
-        if mask is None and 1 < q_len < kv_len:
-            mask = causal_lower_right(q_len, kv_len)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    # SDPA would ignore either without a word.
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
-        raise NotImplementedError(f"{type(module).__name__}: has soft-capped logits or sinks, which SDPA can't compute, and "
-                                  "no eager attention of its own; disable pbsattn for this model")
-    if mask is None and q_len > 1:
-        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)[None, None]
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(query.dtype).min)
-    return eager(module, query, key, value, mask, **kwargs)
 
 
 def _forward(module, query, key, value, attention_mask, **kwargs):
     """The function behind AttentionInterface: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D] -> [B, Sq, Hq, D]."""
-    state = _state_of(getattr(module, "config", None))
+    layer = getattr(module, "_pbsattn", None)
     # Short prompts wait for the host, so the plainest calls go to SDPA before anything else is asked.
-    if (state is not None and query.shape[2] < state.min_tokens and query.shape[2] == key.shape[2]
-            and kwargs.get("softcap") is None and kwargs.get("s_aux") is None):
+    if ((layer is None or query.shape[2] < layer.state.min_tokens) and type(attention_mask) is not CausalMask
+            and _PLAIN.issuperset(kwargs) and not own(module).only):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _pick(state, module, query, key, value, attention_mask, **kwargs)
+    return _pick(layer, module, query, key, value, attention_mask, **kwargs)
 
 
-def _pick(state, module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-    """A call of any kind: computed by pbsattn, or why not by SDPA."""
-    if state is not None and attention_mask is None and not torch.compiler.is_compiling():
-        if unused := getattr(state.forward, "unused_keys", 0):
-            key, value = key[:, :, :-unused], value[:, :, :-unused]
-    layer = getattr(module, "layer_idx", None)
-    long = state is not None and query.shape[2] >= state.min_tokens
-    if long and (state.layers is None or layer in state.layers):
-        reason = _reason_to_leave(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
-        record = state.record(layer, first_chunk=query.shape[2] == key.shape[2])
+_PLAIN = HARMLESS | {"dropout", "scaling", "is_causal"}
+
+
+def _pick(layer, module, query, key, value, mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    """A call of any kind: computed by pbsattn, or why not by the model's own attention."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if type(mask) is CausalMask and mask.q_offset == 0 and not causal:
+        mask = None  # as SDPA has it: the mask was left out for the module to say
+    names = unknown(kwargs)
+    if layer is not None and layer.options is not None and query.shape[2] >= layer.state.min_tokens:
+        reason = _reason_to_leave(query, key, value, mask, names, dropout, scaling, causal, kwargs)
+        first_chunk = mask.q_offset == 0 if type(mask) is CausalMask else query.shape[2] == key.shape[2]
+        record = layer.of_call(first_chunk)
         if reason is None:
             try:
-                out = _attend(state, record, query, key, value, scaling)
+                out = _attend(layer, query, key, value, mask, scaling)
                 record.taken += 1
                 return out, None
             except NotImplementedError as refusal:  # this device takes no such tensors
@@ -208,18 +162,20 @@ def _pick(state, module, query, key, value, attention_mask, dropout=0.0, scaling
         record.left += 1
         record.reason = reason
         if not torch.compiler.is_compiling():  # a graph holds no warning
-            state.warn(reason, layer)
-    return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
-                 **kwargs)
+            layer.state.warn(reason, layer.name if layer.index is None else layer.index)
+    return fall_back(module, query, key, value, mask, names, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
 
 
-def _attend(state, record, query, key, value, scaling):
-    options = {"scale": scaling, **state.by_layer.get(record.layer, state.options)}
+def _attend(layer, query, key, value, mask, scaling):
+    if mask is not None and mask.keys < key.shape[2]:
+        key, value = key[:, :, :mask.keys], value[:, :, :mask.keys]
+    options = {"scale": None if scaling is None else float(scaling), **layer.options}
     # Tokens before heads, by strides alone, so that the output comes in the order that the model wants.
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if not (state.measure or q.device.type == "cpu") or torch.compiler.is_compiling():
+    if not (layer.state.measure or q.device.type == "cpu") or torch.compiler.is_compiling():
         return attention(q, k, v, layout="bshd", **options)
     out, stats = attention(q, k, v, layout="bshd", return_stats=True, **options)
+    record = layer.record
     record.visited_blocks += stats.visited_blocks
     record.causal_blocks += stats.causal_blocks
     record.seconds += stats.seconds
@@ -228,23 +184,54 @@ def _attend(state, record, query, key, value, scaling):
 
 
 AttentionInterface.register(NAME, _forward)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, causal_mask)
 
 
 # ------------------------------------------------------------------------------------------------- models
 
 
-def _implementations(model):
-    """The attention of a model and of its parts, as set_attn_implementation takes them."""
-    config = model.config
-    parts = {key: getattr(config, key, None) for key in config.sub_configs}
-    return {"": config._attn_implementation,
-            **{key: part._attn_implementation for key, part in parts.items() if part is not None}}
+def _configs(model):
+    """The configs of a model and of its parts, outer ones first."""
+    found = {}
+
+    def visit(config):
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            for key in config.sub_configs:
+                visit(getattr(config, key, None))
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            visit(module.config)
+    return list(found.values())
+
+
+def _implementation_before(config):
+    """The attention that a config had before any model was enabled with it."""
+    if config._attn_implementation != NAME:
+        return config._attn_implementation
+    return next((before for state in list(_states) for each, before in state.before if each is config), "sdpa")
+
+
+def _restore(state):
+    """Gives its configs back what they had, but for those that another enabled model shares."""
+    _states.discard(state)
+    for config, before in state.before:
+        shared = any(each is config for other in list(_states) for each, _ in other.before)
+        config._attn_implementation = {"": NAME if shared else before}
+
+
+def _layers(model):
+    return [module._pbsattn for module in model.modules() if hasattr(module, "_pbsattn")]
 
 
 def _attention_modules(model):
     return [module for module in model.modules()
             if hasattr(module, "layer_idx") and getattr(module, "is_causal", False) and hasattr(module, "config")]
+
+
+def _indices(modules):
+    return {module.layer_idx for module in modules if module.layer_idx is not None}
 
 
 def _never_taken(module):
@@ -269,17 +256,16 @@ class Enabled:
         disable(self._model)
 
 
-def _options_by_layer(modules, settings, base):
-    """What `settings` make of attention()'s options, layer by layer."""
-    by_layer = {}
+def _options_by_module(modules, settings, base):
+    """What `settings` make of attention()'s options, by module."""
+    by_module = {}
     settings = Layers(settings)
-    settings.check({module.layer_idx for module in modules})
+    settings.check(_indices(modules))
     for module in modules:
-        config = module.config
-        heads = settings.of(module.layer_idx, base, config.num_attention_heads)
-        by_layer[module.layer_idx] = heads[0] if len(heads) == 1 else dict(
+        heads = settings.of(module.layer_idx, base, module.config.num_attention_heads)
+        by_module[module] = heads[0] if len(heads) == 1 else dict(
             heads[0], heads=json.dumps({h: options for h, options in enumerate(heads)}))
-    return by_layer
+    return by_module
 
 
 def enable(model, *, method="pbs", min_tokens=None, layers=None, settings=None, stats=False, **options) -> Enabled:
@@ -292,60 +278,71 @@ def enable(model, *, method="pbs", min_tokens=None, layers=None, settings=None, 
     layers whose index is not in `layers`, if that is given.
     stats: measure density and time on CUDA too, where that waits for every layer; on the CPU they are always measured.
 
-    Raises ValueError if no layer of the model can be taken, or an option is wrong; RuntimeError if it is enabled
-    already; TypeError for what is not a transformers model.
+    Raises ValueError if no layer of the model can be taken, if it is sparse by itself, or an option is wrong; RuntimeError
+    if it is enabled already; TypeError for what is not a transformers model.
     """
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model: a {type(model).__name__}; pass a transformers PreTrainedModel")
-    if model.config._attn_implementation == NAME:
-        raise RuntimeError(f"{type(model).__name__}: pbsattn is enabled already; disable it first, to change its settings")
+    name = type(model).__name__
+    if _layers(model):
+        raise RuntimeError(f"{name}: pbsattn is enabled already; disable it first, to change its settings")
     # Checks the options now, not in the middle of a prefill; the reference takes whatever one of the devices takes.
     _core.Plan(_core.options(method, **options), "reference", 0, 1, (1, 1, 1, 1, 1, 64))
+    if own_choice := indexer(model):
+        raise ValueError(f"{name}: it is sparse already: its {own_choice} picks the keys that each query sees, and hands them "
+                         "to attention functions of its own; pbsattn would attend to others. Use the model without pbsattn")
     modules = _attention_modules(model)
+    no_interface = f"{name}: has no causal attention that goes through transformers' AttentionInterface"
     if not modules or not model._can_set_attn_implementation():
-        raise ValueError(f"{type(model).__name__}: has no causal attention that goes through transformers' AttentionInterface")
+        raise ValueError(no_interface)
     reasons = {_never_taken(module) for module in modules}
     if None not in reasons:
-        raise ValueError(f"{type(model).__name__}: pbsattn can take none of its layers: {'; '.join(sorted(reasons))}")
+        raise ValueError(f"{name}: pbsattn can take none of its layers: {'; '.join(sorted(reasons))}")
     if layers is not None:
-        layers = frozenset(layers)
-        if unknown := layers - {module.layer_idx for module in modules}:
-            raise ValueError(f"layers {sorted(unknown)}: {type(model).__name__} has no such layers; it has "
-                             f"0 .. {max(module.layer_idx for module in modules)}")
+        layers, indices = frozenset(layers), _indices(modules)
+        if unknown_layers := layers - indices:
+            raise ValueError(f"layers {sorted(unknown_layers)}: {name} has no such layers; it has "
+                             f"{f'0 .. {max(indices)}' if indices else 'none with an index'}")
     if min_tokens is None:
         min_tokens = MIN_TOKENS.get(model.device.type, 512)
     if min_tokens < 2:
         raise ValueError(f"min_tokens {min_tokens}: decoding is not for pbsattn; 2 is the least")
-    by_layer = {} if settings is None else _options_by_layer(modules, settings, dict(method=method, **options))
-    state = _State(model, dict(method=method, **options), by_layer, min_tokens, layers, stats)
-    state.configs = list({id(module.config): module.config for module in modules}.values())
-    model.set_attn_implementation(NAME)
-    for config in state.configs:
-        _states[id(config)] = state
-    weakref.finalize(model, _forget, [id(config) for config in state.configs], state)
+    base = dict(method=method, **options)
+    by_module = {} if settings is None else _options_by_module(modules, settings, base)
+    state = _State(model, min_tokens, stats)
+    _states.add(state)
+    try:
+        model.set_attn_implementation(NAME)
+        if all(module.config._attn_implementation != NAME for module in modules):
+            raise ValueError(no_interface)
+    except BaseException:
+        _restore(state)
+        raise
+    for module_name, module in model.named_modules():
+        if hasattr(module, "config") and not isinstance(module, PreTrainedModel):
+            index = getattr(module, "layer_idx", None)
+            left = layers is not None and index not in layers
+            module._pbsattn = _Layer(state, module_name, index, None if left else by_module.get(module, base))
+            own(module)  # looked up now, not while a graph is compiled
     return Enabled(model)
 
 
-def _forget(ids, state):
-    for each in ids:
-        if _states.get(each) is state:
-            del _states[each]
-
-
-def _require_state(model):
-    for module in _attention_modules(model):
-        if (state := _state_of(module.config)) is not None:
-            return state
-    raise RuntimeError(f"{type(model).__name__}: pbsattn is not enabled; call pbsattn.transformers.enable(model)")
+def _require_layers(model):
+    layers = _layers(model)
+    if not layers:
+        raise RuntimeError(f"{type(model).__name__}: pbsattn is not enabled; call pbsattn.transformers.enable(model)")
+    return layers
 
 
 def disable(model):
     """Gives a model the attention back that it had before enable(). RuntimeError if it is not enabled."""
-    state = _require_state(model)
-    model.set_attn_implementation(state.previous)
-    _forget([id(config) for config in state.configs], state)
+    for state in {layer.state for layer in _require_layers(model)}:
+        _restore(state)
+    for module in model.modules():
+        module.__dict__.pop("_pbsattn", None)
 
 
 def stats(model) -> list[LayerStats]:
-    """What the last prefill did, layer by layer. RuntimeError if pbsattn is not enabled."""
-    return [record for _, record in sorted(_require_state(model).records.items())]
+    """What the last prefill did, by layer; layers without an index come last. RuntimeError if pbsattn is not enabled."""
+    records = [layer.record for layer in _require_layers(model) if layer.record is not None]
+    return sorted(records, key=lambda record: (record.layer is None, record.layer or 0))
