@@ -178,7 +178,7 @@ struct Options {
                      // by columns and distances
   int min_budget = 1024;    // of KeepRule::coverage: tokens of columns, and of distances, that a head keeps at least
   int block = 128;          // tokens of a query block and of a key block
-  int segment = 256;        // tokens of a segment: a multiple of `block`
+  int segment = 256;        // tokens of a segment: a multiple of `block`, up to 2^30, the longest sequence
   int dense_last_rows = 0;  // the call's last query blocks that attend to every key block
   int sink_blocks = 0;      // the first blocks of the permuted sequence that every query block attends to
   int local_blocks = 0;     // the last blocks, up to its own, that every query block attends to
@@ -205,7 +205,8 @@ Options method(std::string_view name);
 struct Device {
   enum class Kind : std::uint8_t { cpu, reference, cuda };
   Kind kind = Kind::cpu;
-  int threads = 0;  // 0: one for each processor this process may use
+  int threads = 0;  // up to 8192; 0: one for each processor this process may use, by its affinity and by the CPU quota
+                    // of its container
   int index = 0;    // of a CUDA device
 
   // SIMD and multithreaded; the code path is chosen from what the processor has when the plan is made.
@@ -225,8 +226,9 @@ struct Stream {
 struct DeviceInfo {
   std::string name;                // "cpu"
   std::string processor;           // the processor's own name
-  int threads = 0;                 // processors this process may use
-  std::vector<std::string> paths;  // code paths this machine can run, fastest first
+  int threads = 0;                 // processors this process may use, as Device::cpu() counts them
+  std::vector<std::string> paths;  // code paths this machine can run, fastest first; where the system must permit one
+                                   // (AMX), it is asked by the first plan that takes it, which may be refused
   std::string f32_path;            // the path f32 products take
   std::string bf16_path;           // the path bf16 products take
 };
@@ -303,7 +305,9 @@ class Plan {
   std::size_t workspace_size() const noexcept;  // bytes, any alignment
   std::string_view path() const noexcept;       // the code path chosen, e.g. "avx512_bf16"
 
-  // Computes. Throws Error when a pointer is null, a stride overlaps, or the workspace is too small.
+  // Computes. Throws Error when a pointer is null, the workspace is too small, or what is written - out, lse, and
+  // workspace_size() bytes of the workspace - shares memory with the rest or out with itself; tensors may lie between
+  // each other's rows, as slices of a packed one. Throws nothing but Error, also when memory is out.
   // Calls from several threads are safe when each brings its own workspace.
   void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats = nullptr,
            Trace* trace = nullptr) const;

@@ -1,6 +1,9 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
+#include <new>
+#include <stdexcept>
 #include <utility>
 
 #include "core/executor.h"
@@ -11,13 +14,39 @@
 namespace pbsattn {
 namespace {
 
-constexpr int max_threads = 1024;
+// Made when the program starts, since memory for it would be wanted when there is none. Copies share its text.
+const Error& no_memory() {
+  static const Error error(ErrorCode::out_of_memory,
+                           "out of memory: the system gives this process no more; free some, or raise its limit");
+  return error;
+}
+[[maybe_unused]] const Error& made_early = no_memory();
+
+// The body's result; what it throws leaves as Error.
+template <class Body>
+auto throwing_errors(Body&& body) {
+  try {
+    try {
+      return body();
+    } catch (const Error&) {
+      throw;
+    } catch (const std::bad_alloc&) {
+      throw no_memory();
+    } catch (const std::length_error&) {  // of a container larger than any memory
+      throw no_memory();
+    } catch (const std::exception& error) {
+      throw Error(ErrorCode::internal, fmt::format("{}: unexpected; please report it", error.what()));
+    }
+  } catch (const std::bad_alloc&) {  // for a message
+    throw no_memory();
+  }
+}
 
 int resolve_threads(int threads) {
   if (threads < 0 || threads > max_threads)
     throw Error(ErrorCode::invalid_argument,
                 fmt::format("threads {}: outside 0 .. {}; 0 takes one for each processor", threads, max_threads));
-  return threads == 0 ? available_processors() : threads;
+  return threads == 0 ? std::min(available_processors(), max_threads) : threads;
 }
 
 void check_and_clear(const Plan& plan, const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace,
@@ -27,6 +56,7 @@ void check_and_clear(const Plan& plan, const Inputs& inputs, const Outputs& outp
     throw Error(ErrorCode::out_of_memory, fmt::format("workspace of {} bytes: this plan needs {}; allocate "
                                                       "plan.workspace_size() or plan under a cap",
                                                       workspace.size(), plan.workspace_size()));
+  refuse_overlaps(inputs, outputs, workspace.first(plan.workspace_size()), plan.shape());
   if (stats != nullptr) *stats = {};
   if (trace != nullptr) *trace = {};
 }
@@ -72,15 +102,19 @@ Plan& Plan::operator=(Plan&&) noexcept = default;
 Plan::~Plan() = default;
 
 Plan Plan::create(const Options& options, const Shape& shape, const Device& device, std::size_t workspace_cap) {
-  validate(options);
-  validate(shape);
-  return Plan(make_executor(options, {}, shape, device, workspace_cap));
+  return throwing_errors([&] {
+    validate(options);
+    validate(shape);
+    return Plan(make_executor(options, {}, shape, device, workspace_cap));
+  });
 }
 
 Plan Plan::create(std::span<const Options> heads, const Shape& shape, const Device& device, std::size_t workspace_cap) {
-  validate(shape);
-  validate(heads, shape);
-  return Plan(make_executor(heads.front(), heads, shape, device, workspace_cap));
+  return throwing_errors([&] {
+    validate(shape);
+    validate(heads, shape);
+    return Plan(make_executor(heads.front(), heads, shape, device, workspace_cap));
+  });
 }
 const Options& Plan::options() const noexcept {
   return executor_->spec.options;
@@ -97,14 +131,18 @@ std::string_view Plan::path() const noexcept {
 
 void Plan::run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
                Trace* trace) const {
-  check_and_clear(*this, inputs, outputs, workspace, stats, trace);
-  executor_->run(inputs, outputs, workspace, stats, trace);
+  throwing_errors([&] {
+    check_and_clear(*this, inputs, outputs, workspace, stats, trace);
+    executor_->run(inputs, outputs, workspace, stats, trace);
+  });
 }
 
 void Plan::run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stream stream,
                Stats* stats, Trace* trace) const {
-  check_and_clear(*this, inputs, outputs, workspace, stats, trace);
-  executor_->run_on(stream, inputs, outputs, workspace, stats, trace);
+  throwing_errors([&] {
+    check_and_clear(*this, inputs, outputs, workspace, stats, trace);
+    executor_->run_on(stream, inputs, outputs, workspace, stats, trace);
+  });
 }
 
 }  // namespace pbsattn

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/overlap.h"
 #include "pbsattn/options.hpp"
 
 namespace pbsattn {
@@ -39,12 +40,30 @@ void validate_view(const V& view, const char* name, std::int64_t batch, std::int
   const auto check = [&](std::int64_t extent, std::int64_t stride, const char* axis) {
     if (extent <= 1) return;
     require(stride >= 0, "{}: {} stride {} is negative; pass a tensor that runs forward", name, axis, stride);
+    require(stride <= max_reach / static_cast<std::int64_t>(size_of(view.dtype)) / (extent - 1),
+            "{}: {} stride {} reaches beyond any memory over {} of them; strides count elements", name, axis, stride,
+            extent);
     require(!written || stride >= head_dim, "{}: {} stride {} is under head_dim {}, so elements would overlap", name,
             axis, stride, head_dim);
   };
   check(tokens, view.token_stride, "token");
   check(heads, view.head_stride, "head");
   check(batch, view.batch_stride, "batch");
+}
+
+template <class V>
+Region region_of(const V& view, std::int64_t batch, std::int64_t heads, std::int64_t tokens, std::int64_t head_dim) {
+  const auto size = static_cast<std::int64_t>(size_of(view.dtype));
+  const auto axis = [&](std::int64_t extent, std::int64_t stride) {
+    return Region::Axis{.stride = extent > 1 ? stride * size : 0, .extent = extent};
+  };
+  return {.begin = reinterpret_cast<std::uintptr_t>(view.data),
+          .row_bytes = head_dim * size,
+          .axes = {axis(batch, view.batch_stride), axis(heads, view.head_stride), axis(tokens, view.token_stride)}};
+}
+
+Region region_of(const void* data, std::int64_t bytes) {
+  return {.begin = reinterpret_cast<std::uintptr_t>(data), .row_bytes = std::min(bytes, max_reach)};
 }
 
 }  // namespace
@@ -81,6 +100,9 @@ void validate(const Options& options) {
   require(options.block >= 1, "block {}: not positive; the paper's setting is 128", options.block);
   require(options.segment >= options.block && options.segment % options.block == 0,
           "segment {}: no multiple of the block of {}; try {}", options.segment, options.block, 2LL * options.block);
+  require(options.segment <= max_kv_len,
+          "segment {}: over {}, the longest sequence; one as long as the sequence already keeps every block",
+          options.segment, max_kv_len);
   require(options.dense_last_rows >= 0, "dense_last_rows {}: negative; 0 turns it off", options.dense_last_rows);
   require(std::isfinite(options.scale) && options.scale >= 0.0F,
           "scale {}: not a finite, non-negative number; 0 stands for 1/sqrt(head_dim)", options.scale);
@@ -147,6 +169,37 @@ void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
   validate_view(outputs.out, "out", s.batch, s.q_heads, s.q_len, s.head_dim, true);
   require(reinterpret_cast<std::uintptr_t>(outputs.lse) % sizeof(float) == 0,
           "lse: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
+}
+
+void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<const std::byte> workspace,
+                     const Shape& s) {
+  struct Named {
+    const char* name;
+    Region region;
+  };
+  const View& out = outputs.out;
+  const Region out_region = region_of(out, s.batch, s.q_heads, s.q_len, s.head_dim);
+  require(!overlaps_itself(out_region),
+          "out: strides {}, {} and {} of batch, head and token put rows of head_dim {} over each other; pass a tensor "
+          "whose elements have memory of their own",
+          out.batch_stride, out.head_stride, out.token_stride, s.head_dim);
+  // Rows that lie apart are so few that this doesn't overflow.
+  const std::int64_t lse_bytes =
+      outputs.lse == nullptr ? 0 : s.batch * s.q_heads * s.q_len * static_cast<std::int64_t>(sizeof(float));
+  const auto workspace_bytes =
+      static_cast<std::int64_t>(std::min(workspace.size(), static_cast<std::size_t>(max_reach)));
+  const std::array<Named, 6> all{{{"out", out_region},
+                                  {"lse", region_of(outputs.lse, lse_bytes)},
+                                  {"workspace", region_of(workspace.data(), workspace_bytes)},
+                                  {"q", region_of(inputs.q, s.batch, s.q_heads, s.q_len, s.head_dim)},
+                                  {"k", region_of(inputs.k, s.batch, s.kv_heads, s.kv_len, s.head_dim)},
+                                  {"v", region_of(inputs.v, s.batch, s.kv_heads, s.kv_len, s.head_dim)}}};
+  constexpr std::size_t written = 3;
+  for (std::size_t i = 0; i < written; ++i)
+    for (std::size_t other = i + 1; other < all.size(); ++other)
+      require(!overlap(all[i].region, all[other].region),
+              "{}: at {:#x}, over {} at {:#x}; a run writes {} while it needs {}, so pass memory that they don't share",
+              all[i].name, all[i].region.begin, all[other].name, all[other].region.begin, all[i].name, all[other].name);
 }
 
 }  // namespace pbsattn

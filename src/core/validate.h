@@ -7,12 +7,17 @@ namespace pbsattn {
 
 inline constexpr std::int64_t max_kv_len = std::int64_t{1} << 30;  // slots of a permutation are int32
 inline constexpr std::int64_t max_heads = 1 << 16;
+inline constexpr int max_threads = 1 << 13;  // as many processors as Linux can be built for
 
 // Throw Error(invalid_argument) naming value, rule and way out.
 void validate(const Options& options);
 void validate(const Shape& shape);
 void validate(std::span<const Options> heads, const Shape& shape);  // one of each query head
 void validate(const Inputs& inputs, const Outputs& outputs, const Shape& shape);
+// What a run writes - out, lse and the part of the workspace that the plan uses - must lie apart from the rest, out's
+// rows from each other. Of checked views.
+void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<const std::byte> workspace,
+                     const Shape& shape);
 
 std::size_t size_of(DType dtype);
 
