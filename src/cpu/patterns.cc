@@ -1,6 +1,7 @@
 // What a head keeps by its columns and diagonals (reference/vertical_slash.cc defines both patterns), from two passes
 // over the keys: one for the softmax's maxima and sums, one for its weights.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <numeric>
 #include <span>
@@ -118,52 +119,94 @@ double distance(const float* p, double p_total, const float* q, std::int64_t cou
   return std::sqrt(std::max(divergence, 0.0));
 }
 
-// weights[b] = exp(the mean query's score of block b - max); returns their sum.
-double score_pooled(const StageContext& c, std::int64_t head, const float* query, std::int64_t blocks,
-                    const SelectScratch& scratch, float* weights) {
+// Products of up to a strip of mean queries with the blocks' mean keys, into sums.
+void score_pooled(const StageContext& c, std::int64_t head, const float* queries, int count, std::int64_t blocks,
+                  const SelectScratch& scratch) {
   const auto dim = static_cast<int>(c.geometry().shape.head_dim);
   const std::int64_t stored = ceil_div(c.geometry().blocks(), row_tile) * row_tile;
   const auto scored = static_cast<int>(ceil_div(blocks, row_tile) * row_tile);
-  c.f32_kernels.pack_queries({query, DType::f32, dim, nullptr}, 1, dim, scratch.packed);
+  c.f32_kernels.pack_queries({queries, DType::f32, dim, nullptr}, count, dim, scratch.packed);
   c.f32_kernels.scores(c.pass.original_pooled + c.kv_head(head) * stored * dim, scratch.packed, scored, dim,
                        scratch.sums);
+}
+
+// weights[b] = exp(the query's score of block b - max); returns their sum.
+double exponentiate(const float* sums, int query, std::int64_t blocks, float scale, float* weights) {
   float max = -std::numeric_limits<float>::infinity();
-  const float scale = c.spec.options.scale;
-  for (std::int64_t b = 0; b < blocks; ++b) max = std::max(max, scratch.sums[b * strip] * scale);
+  for (std::int64_t b = 0; b < blocks; ++b) max = std::max(max, sums[b * strip + query] * scale);
   double total = 0;
-  for (std::int64_t b = 0; b < blocks; ++b) total += weights[b] = std::exp(scratch.sums[b * strip] * scale - max);
+  for (std::int64_t b = 0; b < blocks; ++b) total += weights[b] = std::exp(sums[b * strip + query] * scale - max);
   return total;
+}
+
+// Calls body(row, cells) for each row's pooled attention of the blocks up to its own.
+template <class Body>
+void for_each_row(const StageContext& c, std::int64_t head, const SelectScratch& scratch, Body&& body) {
+  const Geometry& g = c.geometry();
+  for (std::int64_t first = 0; first < g.rows(); first += strip) {
+    const auto rows = static_cast<int>(std::min<std::int64_t>(strip, g.rows() - first));
+    for (int i = 0; i < rows; ++i) pool_queries(c, head, first + i, scratch.pooled + i * g.shape.head_dim);
+    score_pooled(c, head, scratch.pooled, rows, g.diagonal(first + rows - 1) + 1, scratch);
+    for (int i = 0; i < rows; ++i) {
+      const std::span cells(scratch.weights, static_cast<std::size_t>(g.diagonal(first + i) + 1));
+      const double total = exponentiate(scratch.sums, i, std::ssize(cells), c.spec.options.scale, scratch.weights);
+      for (float& cell : cells) cell = total > 0 ? static_cast<float>(static_cast<double>(cell) / total) : 0.0F;
+      body(first + i, cells);
+    }
+  }
+}
+
+// Of the cells of a head: all whose bits are at least `from`, and the first `ties` whose bits are `tie`.
+struct CellCut {
+  std::uint64_t from = 0;
+  std::uint32_t tie = 0;
+  std::int64_t ties = 0;
+};
+
+// The highest cells whose sum stays within `most`. There are as many as pairs of blocks, so they aren't kept but made
+// again for each eleven bits of the least: cells aren't negative, so that their bits order as they do.
+CellCut find_cut(const StageContext& c, std::int64_t head, double most, const SelectScratch& scratch) {
+  CellCut cut;
+  double above = 0;
+  std::uint32_t known = 0;  // the higher bits of the least
+  std::int64_t equal = 0;   // cells that share them
+  for (int shift = 21; shift > -11; shift -= 11) {
+    const int low = std::max(shift, 0);
+    const std::uint64_t end = std::uint64_t{1} << (shift + 11);  // of what lies in one range
+    std::fill_n(scratch.bins, cell_bins, CellBin{});
+    for_each_row(c, head, scratch, [&](std::int64_t, std::span<const float> cells) {
+      for (const float cell : cells) {
+        const std::uint32_t offset = std::bit_cast<std::uint32_t>(cell) - known;
+        if (offset >= end) continue;
+        CellBin& bin = scratch.bins[offset >> low];
+        bin.sum += static_cast<double>(cell);
+        ++bin.count;
+      }
+    });
+    auto i = static_cast<std::int64_t>((end - 1) >> low);
+    for (; i >= 0 && above + scratch.bins[i].sum <= most; --i) above += scratch.bins[i].sum;
+    cut.from = known + (static_cast<std::uint64_t>(i + 1) << low);
+    if (i < 0) return cut;
+    known += static_cast<std::uint32_t>(i << low);
+    equal = scratch.bins[i].count;
+  }
+  cut.tie = known;
+  const auto value = static_cast<double>(std::bit_cast<float>(known));
+  while (cut.ties < equal && (above += value) <= most) ++cut.ties;
+  return cut;
 }
 
 // Of the rows' pooled attention, highest first, what stays within top_p of it.
 void mark_pooled(const StageContext& c, std::int64_t head, const SelectScratch& scratch) {
-  const Geometry& g = c.geometry();
-  const std::int64_t count = g.causal_blocks_per_head();
-  float* const cells = scratch.cells;
-  float* cell = cells;
-  for (std::int64_t row = 0; row < g.rows(); ++row) {
-    const std::int64_t blocks = g.diagonal(row) + 1;
-    pool_queries(c, head, row, scratch.pooled);
-    const double total = score_pooled(c, head, scratch.pooled, blocks, scratch, cell);
-    for (std::int64_t b = 0; b < blocks; ++b, ++cell)
-      *cell = total > 0 ? static_cast<float>(static_cast<double>(*cell) / total) : 0.0F;
-  }
-  float* const sorted = cells + count;
-  std::copy_n(cells, count, sorted);
-  std::sort(sorted, sorted + count, std::greater<>());
-  const double most = static_cast<double>(c.options(head).top_p) * static_cast<double>(g.rows());
-  std::int64_t kept = 0;
-  for (double sum = 0; kept < count; ++kept) {
-    sum += static_cast<double>(sorted[kept]);
-    if (sum > most) break;
-  }
-  if (kept == 0) return;
-  const float least = sorted[kept - 1];
-  std::int64_t ties = kept - (std::lower_bound(sorted, sorted + kept, least, std::greater<>()) - sorted);
-  cell = cells;
-  for (std::int64_t row = 0; row < g.rows(); ++row)
-    for (std::int64_t b = 0; b <= g.diagonal(row); ++b, ++cell)
-      if (*cell > least || (*cell == least && ties-- > 0)) set_bit(mask_of(c, head, row), b);
+  const double most = static_cast<double>(c.options(head).top_p) * static_cast<double>(c.geometry().rows());
+  CellCut cut = find_cut(c, head, most, scratch);
+  for_each_row(c, head, scratch, [&](std::int64_t row, std::span<const float> cells) {
+    std::uint64_t* const mask = mask_of(c, head, row);
+    for (std::size_t b = 0; b < cells.size(); ++b) {
+      const auto bits = std::bit_cast<std::uint32_t>(cells[b]);
+      if (bits >= cut.from || (bits == cut.tie && cut.ties-- > 0)) set_bit(mask, static_cast<std::int64_t>(b));
+    }
+  });
 }
 
 // Blocks that the heaviest tokens would fill whose masses stay within `share`, and one more.
@@ -210,7 +253,8 @@ void mark_flexible(const StageContext& c, std::int64_t head, const SelectScratch
   const auto queries = static_cast<int>(g.scoring_queries());
   c.f32_kernels.sum_rows(c.q_rows(head, g.shape.q_len - queries), queries, dim, scratch.pooled);
   for (int d = 0; d < dim; ++d) scratch.pooled[d] /= static_cast<float>(queries);
-  const double total = score_pooled(c, head, scratch.pooled, blocks, scratch, scratch.weights);
+  score_pooled(c, head, scratch.pooled, 1, blocks, scratch);
+  const double total = exponentiate(scratch.sums, 0, blocks, c.spec.options.scale, scratch.weights);
   const bool by_pooling =
       total > 0 && distance(scratch.weights, total, scratch.columns, blocks) < static_cast<double>(options.tau);
   if (by_pooling) columns = distances = least;

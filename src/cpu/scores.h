@@ -26,6 +26,13 @@ inline bool pools_originals(BlockScore score) {
          score == BlockScore::energy || score == BlockScore::dual_band || score == BlockScore::flexible;
 }
 
+// Cells (row, block) of pooled attention whose bits lie in one range.
+struct CellBin {
+  double sum;
+  std::int64_t count;
+};
+constexpr int cell_bins = 1 << 11;
+
 // A thread's memory for selecting.
 struct SelectScratch {
   SelectScratch(const detail::PlanSpec& spec, std::int64_t far_blocks, std::byte* memory);
@@ -46,7 +53,7 @@ struct SelectScratch {
   float* columns;         // [kv_len]
   float* diagonals;       // [kv_len]
   std::int32_t* ranked;   // [kv_len + 1]
-  float* cells;           // [2][causal blocks of a head], of flexible
+  CellBin* bins;          // [cell_bins], of flexible
   std::int64_t size = 0;  // bytes
 };
 

@@ -212,7 +212,7 @@ SelectScratch::SelectScratch(const detail::PlanSpec& spec, std::int64_t far_bloc
   take(columns, pattern ? g.shape.kv_len : 0);
   take(diagonals, pattern ? g.shape.kv_len : 0);
   take(ranked, pattern ? g.shape.kv_len + 1 : 0);
-  take(cells, options.score == BlockScore::flexible ? 2 * g.causal_blocks_per_head() : 0);
+  take(bins, options.score == BlockScore::flexible ? cell_bins : 0);
 }
 
 std::int64_t SelectScratch::bytes(const detail::PlanSpec& spec, std::int64_t far_blocks) {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "core/keep_rule.h"
 #include "cpu/correction.h"
@@ -21,6 +22,12 @@ class Arena {
   template <class T>
   void take(T*& pointer, std::int64_t count) {
     if (base_ != nullptr) pointer = reinterpret_cast<T*>(base_ + used_);
+    constexpr std::size_t most = std::numeric_limits<std::ptrdiff_t>::max() - 2 * alignment;
+    if (static_cast<std::size_t>(count) > (most - used_) / sizeof(T))
+      throw Error(ErrorCode::out_of_memory,
+                  fmt::format("workspace: over {} bytes, more than can be addressed; take fewer heads or threads, or "
+                              "split the prompt into chunks",
+                              most));
     used_ += (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
   }
   std::size_t used() const { return used_; }
@@ -67,7 +74,7 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
                                                           (corrected ? correction_bytes(g, far_blocks) : 0));
   const std::int64_t pooled_rows = ceil_div(far_blocks, row_tile) * row_tile;
   const std::int64_t select = SelectScratch::bytes(spec, far_blocks);
-  const std::int64_t sort = g.segment * 12;
+  const std::int64_t sort = permuted ? std::int64_t{g.segment} * 12 : 0;
   scratch_bytes = ceil_div(std::max({attend, select, sort}), alignment) * alignment;
 
   Arena arena(base);

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <thread>
 
 #include "cpu/path.h"
@@ -181,6 +182,48 @@ TEST(CpuPlan, AMillionTokensPlanUnderACap) {
   const std::size_t cap = std::size_t{4} << 30;
   const Plan plan = Plan::create(method("pbs"), shape, Device::cpu(2), cap);
   EXPECT_LE(plan.workspace_size(), cap);
+}
+
+// The memory of a method doesn't grow with the square of the length, but for a bit a pair of blocks and head.
+TEST(CpuPlan, NoMethodTakesMoreThanABitAPair) {
+  for (const MethodInfo& info : methods()) {
+    const auto bytes = [&](std::int64_t tokens, int threads) {
+      const Shape shape{.q_heads = 1, .kv_heads = 1, .q_len = tokens, .kv_len = tokens, .head_dim = 64};
+      return static_cast<double>(Plan::create(info.options, shape, Device::cpu(threads)).workspace_size());
+    };
+    constexpr std::int64_t million = 1'000'000;
+    constexpr double mask = 6.0 * million / 128 * 6 * million / 128 / 8;
+    EXPECT_LT(bytes(6 * million, 16) - mask, 6.5 * bytes(million, 16)) << info.name;
+    // A thread's own: by tokens, not by their square.
+    EXPECT_LT(bytes(6 * million, 2) - bytes(6 * million, 1), 20.0 * 6 * million) << info.name;
+  }
+}
+
+// At the limits of what validation accepts sizes either fit or are refused; nothing wraps around.
+TEST(CpuPlan, NumbersAtTheirLimits) {
+  constexpr int most = std::numeric_limits<int>::max();
+  for (const MethodInfo& info : methods()) {
+    Options options = info.options;
+    options.top_k = options.vertical = options.slash = options.min_budget = most;
+    options.dense_last_rows = options.sink_blocks = options.local_blocks = most;
+    Problem problem({.shape = {.q_heads = 2, .kv_heads = 1, .q_len = 300, .kv_len = 700, .head_dim = 8}});
+    for (const int segment : {options.segment, 1 << 30}) {
+      options.segment = segment;
+      const RunResult result = run(options, problem, {.device = Device::cpu(2)});
+      EXPECT_EQ(result.stats.visited_blocks, result.stats.causal_blocks) << info.name;
+      EXPECT_LT(result.workspace_size, std::size_t{8} << 20) << info.name;
+    }
+    const std::int64_t heads = 1 << 16;
+    const std::int64_t tokens = 1 << 30;
+    options.block = options.segment = 32;
+    const Shape large{.q_heads = heads, .kv_heads = heads, .q_len = tokens, .kv_len = tokens, .head_dim = 256};
+    for (const int threads : {1, 8192}) {
+      const double least = static_cast<double>(tokens) * 256 * 2 * 2;  // of one head's keys and values in bf16
+      const auto size = static_cast<double>(Plan::create(options, large, Device::cpu(threads)).workspace_size());
+      EXPECT_GT(size, least) << info.name;
+      EXPECT_LT(size, 1e18) << info.name;
+    }
+  }
 }
 
 TEST(Plan, HeadsKeepByTheirOwnRules) {
