@@ -2,7 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
+#include <atomic>
 #include <bit>
 
 #include "core/fallback.h"
@@ -20,9 +20,10 @@ class CpuExecutor final : public detail::Executor {
  public:
   explicit CpuExecutor(const detail::PlanSpec& plan_spec)
       : Executor(plan_spec),
-        automatic_(&kernels_for(spec.options.precision == Precision::bf16 ? Precision::bf16 : Precision::f32)),
-        all_bf16_(spec.options.precision == Precision::f32 ? automatic_ : &kernels_for(Precision::bf16)),
-        f32_(&choose_f32_kernels()),
+        automatic_(&choose(kernels_for(spec.options.precision == Precision::bf16 ? Precision::bf16 : Precision::f32))),
+        for_bf16_(spec.options.precision == Precision::automatic ? kernels_for(Precision::bf16)
+                                                                 : KernelList{automatic_}),
+        f32_(&f32_path()),
         pass_(choose_pass(spec, paths())),
         workspace_size_(pass_bytes(spec, paths(), pass_)) {}
 
@@ -33,7 +34,7 @@ class CpuExecutor final : public detail::Executor {
            Trace* trace) const override {
     const Geometry& g = spec.geometry;
     const bool bf16 = inputs.q.dtype == DType::bf16 && inputs.k.dtype == DType::bf16 && inputs.v.dtype == DType::bf16;
-    const Kernels& kernels = bf16 ? *all_bf16_ : *automatic_;
+    const Kernels& kernels = bf16 ? bf16_path() : *automatic_;
     Stats total;
     if (trace != nullptr) *trace = detail::start_trace(g);
     const Pass pass(spec, kernels, pass_, workspace.data());
@@ -57,19 +58,30 @@ class CpuExecutor final : public detail::Executor {
   }
 
  private:
-  const Kernels& kernels_for(Precision products) const {
-    const Kernels& chosen = choose_kernels(products);
+  KernelList kernels_for(Precision products) const {
+    KernelList list = candidates(products);
     // A correction begins a row's softmax, so it takes a path that attends block by block.
-    if (spec.options.correction == Correction::none || chosen.attend_rows == nullptr) return chosen;
+    if (spec.options.correction == Correction::none || list.front()->attend_rows == nullptr) return list;
     for (const Kernels* other : runnable_kernels())
-      if (other->products == chosen.products && other->attend_rows == nullptr) return *other;
-    return choose_f32_kernels();
+      if (other->products == list.front()->products && other->attend_rows == nullptr) return {other};
+    return {&f32_path()};
   }
 
-  static const Kernels& choose_f32_kernels() {
-    const Kernels& chosen = choose_kernels(Precision::f32);
-    if (chosen.products == Precision::f32) return chosen;
-    return **std::ranges::find(runnable_kernels(), Precision::f32, &Kernels::products);
+  static const Kernels& f32_path() {
+    const Kernels& first = *candidates(Precision::f32).front();
+    if (first.products == Precision::f32) return first;
+    const KernelList list = runnable_kernels();
+    return **std::ranges::find(list, Precision::f32, &Kernels::products);
+  }
+
+  // The path of inputs that are all bf16: chosen by the first run that has them, which is known only then, and kept.
+  const Kernels& bf16_path() const {
+    const Kernels* chosen = bf16_.load();
+    if (chosen == nullptr) {
+      const Kernels* const found = &choose(for_bf16_);
+      chosen = bf16_.compare_exchange_strong(chosen, found) ? found : chosen;
+    }
+    return *chosen;
   }
 
   // The pass that starts at a query head: as many whole groups as a pass takes, or a group's next part.
@@ -101,10 +113,15 @@ class CpuExecutor final : public detail::Executor {
   }
 
   // Which of these a run takes depends on its inputs.
-  std::array<const Kernels*, 2> paths() const { return {automatic_, all_bf16_}; }
+  KernelList paths() const {
+    KernelList list = for_bf16_;
+    list.push_back(automatic_);
+    return list;
+  }
 
   const Kernels* automatic_;
-  const Kernels* all_bf16_;
+  KernelList for_bf16_;
+  mutable std::atomic<const Kernels*> bf16_ = nullptr;
   const Kernels* f32_;
   PassShape pass_;
   std::size_t workspace_size_;

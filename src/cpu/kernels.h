@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -99,6 +100,12 @@ struct AttendArgs {
   std::byte* scratch;  // attend_scratch_bytes(head_dim, block), on a cache line's border
 };
 
+// Of a path that the system must allow, process-wide and for good: so it is asked when the path is chosen, not before.
+struct Permission {
+  bool (*ask)();
+  bool (*refused)();  // when last asked
+};
+
 // Every path has the first group of functions; the f32 paths serve the second for all of them. A path attends
 // either a block at a time (attend_block, then the second group's finish) or by rows (attend_rows).
 struct Kernels {
@@ -145,6 +152,7 @@ struct Kernels {
   // Attention of rows, with bytes of scratch. It is fastest with most_rows rows of one head after each other.
   void (*attend_rows)(const AttendRow* rows, int count, const AttendArgs& args) = nullptr;
   std::int64_t (*attend_scratch_bytes)(int head_dim, int block) = nullptr;
+  const Permission* permission = nullptr;  // none is needed
 
   int rows_together() const { return attend_rows != nullptr ? most_rows : 1; }
   std::int64_t packed_head_dim(std::int64_t head_dim) const {
@@ -152,15 +160,22 @@ struct Kernels {
   }
 };
 
-// The tables this processor can run, fastest first; never empty. f32 and bf16 paths are both listed.
-const std::vector<const Kernels*>& runnable_kernels();
+using KernelList = std::vector<const Kernels*>;
 
-// The path for these products: the first of runnable_kernels() whose products match, or the f32 one where
-// bf16 has no fast path. PBSATTN_CPU_PATH=name in the environment, read when a plan is made, forces one.
-const Kernels& choose_kernels(Precision products);
+// The tables this processor can run, fastest first; never empty. f32 and bf16 paths are both listed, and not those that
+// the system has refused.
+KernelList runnable_kernels();
 
-std::vector<const Kernels*> f32_kernels();  // Highway's targets, best first
-// Null where not compiled in or not supported.
+// Those that products may take: of runnable_kernels() those whose products match, down to the first that needs no
+// permission, or the f32 one where bf16 has no fast path. PBSATTN_CPU_PATH=name in the environment, read when a plan is
+// made, forces one.
+KernelList candidates(Precision products);
+
+// The first that is permitted, for which its permission is asked. Throws unsupported if none is.
+const Kernels& choose(std::span<const Kernels* const> candidates);
+
+KernelList f32_kernels();  // Highway's targets, best first
+// Null where not compiled in or not supported. Nothing is asked of the system.
 const Kernels* amx_bf16_kernels();
 const Kernels* avx512_bf16_kernels();
 

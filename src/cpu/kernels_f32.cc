@@ -300,9 +300,9 @@ HWY_AFTER_NAMESPACE();
 namespace pbsattn::cpu {
 HWY_EXPORT(table);
 
-std::vector<const Kernels*> f32_kernels() {
+KernelList f32_kernels() {
   // Highway dispatches to the best target left enabled: disable them one by one, best first.
-  std::vector<const Kernels*> found;
+  KernelList found;
   std::int64_t disabled = 0;
   for (std::int64_t left = hwy::SupportedTargets() & HWY_TARGETS; left != 0; left &= left - 1) {
     hwy::DisableTargets(disabled);

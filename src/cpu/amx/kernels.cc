@@ -7,6 +7,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <atomic>
 #endif
 
 namespace pbsattn::cpu::amx {
@@ -123,15 +125,17 @@ void weigh_keys(const void* exps, int strips, int count, const float* factors, f
 
 #ifdef PBSATTN_EMULATE_AMX
 
-bool allowed() {
+bool supported() {
   return true;
 }
+constexpr const Permission* permission = nullptr;
 
 #else
 
-// The processor has the instructions, the kernel saves the registers, and it lets this process use them: it
-// refuses where a thread's alternate signal stack is too small for the tiles.
-bool allowed() {
+constexpr int tile_data = 18;  // the kernel's number of this feature
+
+// The processor has the instructions, and the kernel saves the registers.
+bool supported() {
   unsigned a = 0;
   unsigned b = 0;
   unsigned c = 0;
@@ -142,10 +146,25 @@ bool allowed() {
   if (__builtin_cpu_supports("avx512bf16") == 0 || __builtin_cpu_supports("avx512bw") == 0 ||
       __builtin_cpu_supports("avx512vl") == 0 || __builtin_cpu_supports("avx512dq") == 0)
     return false;
-  constexpr int request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr int tile_data = 18;
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  constexpr int get_supported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  std::uint64_t features = 0;
+  return syscall(SYS_arch_prctl, get_supported, &features) == 0 && (features >> tile_data & 1) != 0;
 }
+
+// The kernel lets this process use them: it refuses where a thread's alternate signal stack is too small for the tiles,
+// and once it has agreed, it refuses such stacks.
+enum class Answer : std::uint8_t { none, refused, allowed };
+std::atomic<Answer> answer = Answer::none;
+
+bool ask() {
+  if (answer == Answer::allowed) return true;
+  constexpr int request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  const bool allowed = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  answer = allowed ? Answer::allowed : Answer::refused;
+  return allowed;
+}
+constexpr Permission asked{.ask = ask, .refused = [] { return answer == Answer::refused; }};
+constexpr const Permission* permission = &asked;
 
 #endif
 
@@ -171,8 +190,9 @@ const pbsattn::cpu::Kernels* pbsattn::cpu::amx_bf16_kernels() {
                                    .head_dim_step = 32,
                                    .key_step = amx::unit_keys,
                                    .attend_rows = amx::attend_rows,
-                                   .attend_scratch_bytes = amx::attend_scratch_bytes};
-  return amx::allowed() ? &kernels : nullptr;
+                                   .attend_scratch_bytes = amx::attend_scratch_bytes,
+                                   .permission = amx::permission};
+  return amx::supported() ? &kernels : nullptr;
 }
 
 #else
