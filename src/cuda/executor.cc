@@ -55,7 +55,8 @@ class CudaExecutor final : public detail::Executor {
               Trace* trace) const override {
     const CurrentDevice device(spec.device_index);
     // Peeking leaves the error to whoever caused it.
-    check(cudaPeekAtLastError(), "earlier work, before this run");
+    if (const cudaError_t earlier = cudaPeekAtLastError(); earlier != cudaSuccess)
+      fail(earlier, "earlier work, before this run");
     check_buffers(spec, inputs, outputs, workspace.data());
     const auto stream = static_cast<cudaStream_t>(on.handle);
     Call call{.inputs = inputs, .outputs = outputs, .base = aligned(workspace.data()), .stream = stream};

@@ -11,11 +11,20 @@
 
 namespace pbsattn::cuda {
 
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
+[[noreturn]] inline void fail(cudaError_t error, const char* what) {
   throw Error(error == cudaErrorMemoryAllocation ? ErrorCode::out_of_memory : ErrorCode::internal,
               fmt::format("{}: CUDA error {} ({}); the stream's work up to here is not to be trusted", what,
                           static_cast<int>(error), cudaGetErrorString(error)));
+}
+
+// The run-time library also keeps a thread's last error for whoever asks next. Those of our calls are thrown, or don't
+// matter, so we take them back: a caller who asks after a call of its own isn't to find ours.
+inline bool succeeded(cudaError_t error) {
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error == cudaSuccess;
+}
+inline void check(cudaError_t error, const char* what) {
+  if (!succeeded(error)) fail(error, what);
 }
 
 // Makes a device current for as long as this lives.
@@ -28,7 +37,7 @@ class CurrentDevice {
     changed_ = true;
   }
   ~CurrentDevice() {
-    if (changed_) cudaSetDevice(previous_);
+    if (changed_) succeeded(cudaSetDevice(previous_));
   }
   CurrentDevice(const CurrentDevice&) = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;
@@ -43,7 +52,7 @@ class Timeline {
  public:
   explicit Timeline(cudaStream_t stream) : stream_(stream) {}
   ~Timeline() {
-    for (const cudaEvent_t event : events_) cudaEventDestroy(event);
+    for (const cudaEvent_t event : events_) succeeded(cudaEventDestroy(event));
   }
   Timeline(const Timeline&) = delete;
   Timeline& operator=(const Timeline&) = delete;

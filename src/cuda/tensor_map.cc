@@ -2,20 +2,26 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
+#include "cuda/runtime.h"
+
 namespace pbsattn::cuda {
 namespace {
 
-// The driver's function, found at run time so that nothing links to libcuda.
-auto encoder() {
-  static const auto function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    const bool ok = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return ok ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found) : nullptr;
-  }();
-  return function;
+using Encoder = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found at run time so that nothing links to libcuda. Kept once it is found: where the look-up
+// fails, as before a driver is loaded, the next call tries again.
+Encoder encoder() {
+  static std::atomic<Encoder> known = nullptr;
+  if (const Encoder function = known) return function;
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  const bool called =
+      succeeded(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+  if (called && result == cudaDriverEntryPointSuccess) known = reinterpret_cast<Encoder>(found);
+  return known;
 }
 
 }  // namespace
@@ -37,10 +43,11 @@ bool make_tensor_map(CUtensorMap& map, const void* data, DType dtype, std::int64
                                static_cast<cuuint32_t>(box.columns / panel), 1, 1};
   const cuuint32_t steps[5] = {1, step, 1, 1, 1};
   const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encoder() != nullptr &&
-         encoder()(&map, type, 5, const_cast<void*>(data), extents, strides, sizes, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const Encoder encode = encoder();
+  return encode != nullptr &&
+         encode(&map, type, 5, const_cast<void*>(data), extents, strides, sizes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace pbsattn::cuda

@@ -55,7 +55,7 @@ void check_view(const V& view, const char* name, const Shape& shape, std::int64_
 
 void check_device(int index) {
   int count = 0;
-  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess)
+  if (const cudaError_t error = cudaGetDeviceCount(&count); !succeeded(error))
     refuse(
         fmt::format("device cuda: no CUDA device can be used here ({}); use Device::cpu()", cudaGetErrorString(error)));
   if (index < 0 || index >= count)

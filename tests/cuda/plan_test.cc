@@ -120,7 +120,7 @@ TEST(CudaPlan, RefusesBadBuffers) {
   inputs.v.data = nullptr;
   refusal(ErrorCode::invalid_argument, [&] { plan.run(inputs, device.outputs(), memory); });
   inputs = device.inputs();
-  inputs.q.token_stride += 1;
+  inputs.q.token_stride -= 1;
   refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
   inputs = device.inputs();
   inputs.q.dtype = DType::f32;
@@ -134,6 +134,14 @@ TEST(CudaPlan, RefusesBadBuffers) {
   outputs = device.outputs();
   outputs.lse = reinterpret_cast<float*>(reinterpret_cast<std::byte*>(outputs.lse) + 1);
   refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); });
+  outputs = device.outputs();
+  outputs.out.data = const_cast<void*>(device.inputs().q.data);
+  EXPECT_NE(refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); }).find("over q"),
+            std::string::npos);
+  outputs.out = device.outputs().out;
+  outputs.lse = reinterpret_cast<float*>(memory.data());
+  EXPECT_NE(refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); }).find("lse: at"),
+            std::string::npos);
   refusal(ErrorCode::out_of_memory, [&] { plan.run(device.inputs(), device.outputs(), memory.subspan(1)); });
   std::vector<std::byte> host(plan.workspace_size());
   refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), device.outputs(), host); });
@@ -154,6 +162,25 @@ TEST(CudaPlan, ReportsEarlierErrors) {
   EXPECT_NE(cudaGetLastError(), cudaSuccess) << "the error stays with its owner";
   plan.run(device.inputs(), device.outputs(), {workspace.data(), plan.workspace_size()});
   expect_success(cudaDeviceSynchronize());
+}
+
+// Whoever asks the run-time library for errors after a call of its own isn't to find ours.
+TEST(CudaPlan, TakesItsErrorsBack) {
+  const Plan plan = Plan::create(pbs(), small, Device::cuda());
+  Problem problem(spec(small));
+  const DeviceProblem device(problem);
+  const DeviceMemory workspace(plan.workspace_size());
+  const std::span<std::byte> memory(workspace.data(), workspace.size());
+  const OwnedStream on;
+  expect_success(cudaStreamBeginCapture(on.stream, cudaStreamCaptureModeGlobal));
+  Stats stats;  // would wait, which a capture can't
+  refusal(ErrorCode::internal, [&] { plan.run(device.inputs(), device.outputs(), memory, Stream{on.stream}, &stats); });
+  EXPECT_EQ(cudaPeekAtLastError(), cudaSuccess);
+  cudaGraph_t graph = nullptr;
+  EXPECT_NE(cudaStreamEndCapture(on.stream, &graph), cudaSuccess);
+  EXPECT_NE(cudaGetLastError(), cudaSuccess) << "that is the caller's own";
+  plan.run(device.inputs(), device.outputs(), memory, Stream{on.stream});
+  expect_success(cudaStreamSynchronize(on.stream));
 }
 
 TEST(CudaPlan, CapsGiveTheSameBits) {
