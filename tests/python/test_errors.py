@@ -59,6 +59,39 @@ def test_a_gradient_is_refused_under_compile_too():
         compiled(Q.clone().requires_grad_(), K, V)
 
 
+OP = torch.ops.pbsattn.attention.default
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_gradient_through_the_op_is_refused(compiled):
+    call = (lambda f: torch.compile(f, backend="aot_eager")) if compiled else (lambda f: f)
+    weight = torch.ones(1, dtype=V.dtype, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="computes no gradient"):
+        call(lambda q: OP(q, K, V)[0])(Q.clone().requires_grad_())
+    with pytest.raises(NotImplementedError, match="computes no gradient"):
+        call(lambda v: OP(Q, K, v * weight)[0])(V)
+    with torch.no_grad():
+        assert torch.equal(call(lambda v: OP(Q, K, v * weight)[0])(V), pbsattn.attention(Q, K, V))
+
+
+def test_gradients_of_other_kinds_are_refused():
+    forward_ad = torch.autograd.forward_ad
+    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=40, kv_len=40, head_dim=64)
+    workspace = torch.empty(plan.workspace_size, dtype=torch.uint8)
+    calls = [lambda q: OP(q, K, V)[0], lambda q: pbsattn.attention(q, K, V),
+             lambda q: pbsattn.attention(q, K, V, return_stats=True)[0], lambda q: pbsattn.trace(q, K, V)[0],
+             lambda q: plan.run(q, K, V, torch.empty_like(Q), workspace)]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="no gradient"):
+            call(Q.clone().requires_grad_())
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has a tangent"):
+            call(forward_ad.make_dual(Q, torch.ones_like(Q)))
+        call(Q)
+    for call in calls[:2]:
+        with pytest.raises(NotImplementedError, match="no gradient"):
+            torch.func.grad(lambda q: call(q).float().sum())(Q)
+
+
 def test_gpu_limits(device):
     if device == "cpu":
         pytest.skip("the GPU's limits")

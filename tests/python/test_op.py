@@ -72,6 +72,27 @@ def test_slices_of_a_cache(device):
     assert torch.equal(pbsattn.attention(q, cache[0, :, :, :900], cache[1, :, :, :900]), pbsattn.attention(q, k, v))
 
 
+def test_lazily_negated_tensors(device):
+    """Their memory holds the other sign; every way in has to mind that."""
+    q, k, v = qkv(device, 300, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    expected = pbsattn.attention(q, k, v)
+    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=64, device=device)
+    workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
+    for which in range(3):
+        given = [q, k, v]
+        given[which] = torch._neg_view(-given[which])
+        assert given[which].is_neg()
+        out = torch.empty_like(q)
+        plan.run(*given, out, workspace)
+        for got in (pbsattn.attention(*given), pbsattn.attention(*given, return_stats=True)[0], pbsattn.trace(*given)[0],
+                    OP(*given)[0], out):
+            assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="out: lazily negated"):
+        plan.run(q, k, v, torch._neg_view(out), workspace)
+    with pytest.raises(ValueError, match="lse: lazily negated"):
+        plan.run(q, k, v, out, workspace, lse=torch._neg_view(torch.empty(1, 4, 300, device=device)))
+
+
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_opcheck(device, layout):
     q, k, v = qkv(device, 256, batch=2)

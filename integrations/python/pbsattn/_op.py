@@ -8,7 +8,7 @@ import threading
 import torch
 
 from . import _core
-from ._plan import check_inputs, check_tensor, head_options, plan_of, run
+from ._plan import check_inputs, check_tensor, head_options, plan_of, refuse_gradient, run
 
 _library = torch.library.Library("pbsattn", "DEF")
 # `settings` are the options that replace the method's own, written as "name=value,name=value": a schema can't be added to
@@ -100,6 +100,16 @@ _library.impl("attention", _attention, "CompositeExplicitAutograd")
 torch.library.register_fake("pbsattn::attention", _attention_fake, lib=_library)
 
 
+def _attention_autograd(keyset, q, k, v, **given):
+    """Refuses what would be cut from the graph in silence; else does what PyTorch does for an op without a gradient."""
+    refuse_gradient("pbsattn::attention", q, k, v)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.pbsattn.attention.default.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, **given)
+
+
+_library.impl("attention", _attention_autograd, "Autograd", with_keyset=True)
+
+
 def _nobody_watches():
     """Whether a call is plain eager code, which need not pay 10 microseconds for the way through PyTorch's dispatcher."""
     return not torch.compiler.is_compiling() and _modes() == 0 and _transforms() is None
@@ -142,9 +152,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str 
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if not isinstance(tensor, torch.Tensor):
                 check_tensor(name, tensor)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError("pbsattn.attention computes no gradient, and an input requires one; "
-                                  "call it under torch.no_grad(), or detach the inputs")
+    refuse_gradient("pbsattn.attention", q, k, v)
     if options or not (top_p is threshold is dense_last_rows is scale is None):
         settings = _write_settings(dict(top_p=top_p, threshold=threshold, dense_last_rows=dense_last_rows, scale=scale,
                                         **options))
@@ -177,8 +185,8 @@ def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "p
           layout: str = "bhsd", **options: float | int | str | None) -> tuple[torch.Tensor, Trace]:
     """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`."""
     check_inputs(q, k, v, layout)
-    with torch.no_grad():
-        out, _, ran = _compute(q, k, v, method, _write_settings(options), _write_heads(heads), layout, False, True, trace=True)
+    refuse_gradient("pbsattn.trace", q, k, v)
+    out, _, ran = _compute(q, k, v, method, _write_settings(options), _write_heads(heads), layout, False, True, trace=True)
     return out, trace_of(ran, q.shape[0], q.shape[1 if layout == "bhsd" else 2])
 
 

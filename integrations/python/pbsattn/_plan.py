@@ -68,6 +68,20 @@ def check_inputs(q, k, v, layout):
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty; pass at least one token")
 
 
+def refuse_gradient(who, q, k, v):
+    """Raises if somebody waits for a gradient by these tensors: by backward() or in forward mode."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise NotImplementedError(f"{who} computes no gradient, and an input requires one; "
+                                  "call it under torch.no_grad(), or detach the inputs")
+    if _dual_level() >= 0 and any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)):
+        raise NotImplementedError(f"{who} computes no gradient, and an input has a tangent; pass it without one")
+
+
+def _dual_level():
+    """That of forward-mode differentiation, below 0 outside of it."""
+    return getattr(torch.autograd.forward_ad, "_current_level", -1)
+
+
 def head_options(method, options, heads, q_heads):
     """The library's options of a call: one for all heads, or one of each."""
     base = {"method": method, **options}
@@ -116,6 +130,8 @@ current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", current_stream)
 
 def run(plan, q, k, v, out, lse, workspace, layout, stats=False, trace=False):
     """Runs a plan on tensors that go with it. Returns Stats or None, with `trace` Stats and Trace."""
+    if q.is_neg() or k.is_neg() or v.is_neg():  # as .imag of a conjugate is: memory holds the other sign
+        q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
     q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
     if q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1:
         for name, tensor, stride in (("q", q, q_stride), ("k", k, k_stride), ("v", v, v_stride)):
@@ -175,6 +191,10 @@ class Plan:
         for name, tensor in (("q", q), ("out", out), ("workspace", workspace), ("lse", lse)):
             if tensor is not None and tensor.device != self.device:
                 raise ValueError(f"{name} on {tensor.device}: the plan is for {self.device}; move it")
+        for name, tensor in (("out", out), ("lse", lse)):
+            if tensor is not None and tensor.is_neg():
+                raise ValueError(f"{name}: lazily negated, so its memory holds the other sign; pass a tensor of its own")
+        refuse_gradient("Plan.run", q, k, v)
         return run(self._core, q, k, v, out, lse, workspace, layout, stats)
 
 
