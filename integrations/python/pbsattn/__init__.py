@@ -11,6 +11,19 @@
 Source of the method: "Sparser Block-Sparse Attention via Token Permutation", arXiv 2510.21270.
 """
 
+import sys as _sys
+
+from . import _program
+
+# First of all, and before our own module: another copy of the C++ library that it may bring must not be the process's first.
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as _error:
+    _message = f"pbsattn: {_program.missing(_error)}"
+    if _sys.argv[:1] == ["-m"] and _sys.orig_argv[_sys.orig_argv.index("-m") + 1].partition(".")[0] == __name__:
+        _sys.exit(_message)  # python -m pbsattn: a line for people, no traceback
+    raise ImportError(_message, name=_error.name) from None
+
 from ._core import Stats, version as _version
 from ._op import Trace, attention, trace
 from ._plan import METHODS, Plan, plan

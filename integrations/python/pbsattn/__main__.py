@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from . import METHODS, __version__, _core, plan
+from . import METHODS, __version__, _core, _program, plan
 
 
 def _devices():
@@ -45,11 +45,12 @@ def main(arguments):
     if command == "":
         return _list()
     if command in ("eval", "report"):
-        from .eval import program
+        with _program.needs("pbsattn eval"):
+            from .eval import program
 
         return program.run_main(rest if command == "eval" else ["report", *rest])
     return f'pbsattn: command "{command}": no such command; there are eval and report, and without a command the devices and methods'
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _program.run("pbsattn", lambda: main(sys.argv[1:]), NotImplementedError, RuntimeError)

@@ -9,9 +9,12 @@ import sys
 
 import torch
 
-from . import lists, models, op, prefill, report
-from .attentions import Attention
-from .public_code import CODES
+from .. import _program
+
+with _program.needs("pbsattn.bench"):
+    from . import lists, models, op, prefill, report
+    from .attentions import Attention
+    from .public_code import CODES
 
 
 def _say(message):
@@ -71,7 +74,7 @@ def _parser():
 
     command = commands.add_parser("lists", parents=[written],
                                   help="blocks that methods keep, against their public code's; fails where fewer than "
-                                       f"{lists.BAR:.1%} of decisions agree in float32")
+                                       f"{lists.BAR:.1%}% of decisions agree in float32")
     command.add_argument("--public", required=True, metavar="FOLDER",
                          help="of checkouts named OWNER+NAME: " + ", ".join(dict.fromkeys(code.repository for code in CODES.values())))
     command.add_argument("--method", default=",".join(CODES), help="only these (default " + ",".join(CODES) + ")")
@@ -104,8 +107,8 @@ def main(arguments=None):
     else:
         made, table = op.overhead(given.attn, given.device, given.heads, given.kv_heads, given.tokens, given.head_dim,
                                   given.runs)
-    print(f"{report.device_name(given.device)}; median of {given.runs} run(s)\n\n{table}")
     _write(given, made)
+    print(f"{report.device_name(given.device)}; median of {given.runs} run(s)\n\n{table}")
     return made
 
 
@@ -159,8 +162,8 @@ def _lists(given):
         name = pathlib.Path(given.model).name
         inputs[name] = list(_of_model(given, name, max(lengths)))
     made, table, wrong = lists.run(given.public, given.method.split(","), inputs, _say)
-    print(table)
     _write(given, made)
+    print(table)
     if wrong:
         raise RuntimeError(f"fewer than {lists.BAR:.1%} of decisions agree: " + "; ".join(wrong))
     return made
@@ -197,18 +200,15 @@ def _prefill(given):
             models.set_yarn(model, given.yarn if length > models.native_length(model) else 1)
         ids = _prompt(model, tokenizer, text, length, device)
         results += prefill.measure(model, ids, given.attn, given.runs, tokenizer is not None, _say)
-    print(f"{name}; {source}; {report.device_name(device)}; median of {given.runs} run(s), "
-          f"largest spread {report.spread_of(results):.0%}\n")
-    print(report.table(results))
     made = report.records(results, name, source)
     _write(given, made)
     if given.plot:
         report.plot(made, given.plot, f"{name}\n{report.device_name(device)}")
+    print(f"{name}; {source}; {report.device_name(device)}; median of {given.runs} run(s), "
+          f"largest spread {report.spread_of(results):.0%}\n")
+    print(report.table(results))
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
-        sys.exit(f"pbsattn.bench: {error}")
+    _program.run("pbsattn.bench", lambda: (main(), 0)[1], ValueError, NotImplementedError, RuntimeError)

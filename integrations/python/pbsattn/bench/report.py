@@ -9,6 +9,7 @@ import subprocess
 import torch
 
 import pbsattn
+from pbsattn._program import write_whole
 
 
 def table(results):
@@ -97,7 +98,7 @@ def records(results, model, text):
 
 
 def write_json(path, made):
-    pathlib.Path(path).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(made, indent=1) + "\n")
 
 
 def plot(made, base, title):

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import math
 
-from . import folder, ppl, summary
+from .._program import write_whole
+from . import ppl, summary
 
 BLOCK = 128
 SPLITS = (1.0, 0.75, 0.5, 0.25, 0.0)  # columns, as a share of a budget; the rest are diagonals
@@ -151,6 +152,6 @@ def run(given, say):
         ppl.read_text(path)
     engine = engines.make(given, say)
     settings, rows = search(engine, [ppl.document(engine, path, tokens) for path, tokens in documents], given.density, say)
-    folder.write_whole(given.to, json.dumps(settings, indent=1) + "\n")
+    write_whole(given.to, json.dumps(settings, indent=1) + "\n")
     print(summary.plain(rows, names=1))
     return 0

@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 
+from .._program import write_whole
+
 FORMAT = 1
 # Of run.json: what may differ when a run goes on.
 FREE = ("command", "commit", "date")
@@ -156,16 +158,3 @@ def read_items(path):
         if "error" not in record and not isinstance(record.get("metrics"), dict):
             raise FolderError(f"{path}, line {number}: field \"metrics\" is missing; it has to be of type dict")
         yield record
-
-
-def write_whole(path, text):
-    """Writes a file that appears whole or not at all."""
-    partial = pathlib.Path(f"{path}.partial-{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 
+from .._program import write_whole
 from . import curves, folder, kind, summary
 
 PUBLISHED = "pbs:top_p=0.9"  # what other settings have to beat
@@ -32,8 +33,8 @@ def write(runs, base):
         mark = f"<!-- run {run.name} -->\n{block}<!-- /run -->"
         found = re.compile(rf"<!-- run {re.escape(run.name)} -->\n.*?<!-- /run -->", re.DOTALL)
         text = found.sub(lambda _: mark, text) if found.search(text) else f"{text.rstrip()}\n\n{mark}\n"
-    folder.write_whole(page, text)
-    folder.write_whole(f"{base}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_whole(page, text)
+    write_whole(f"{base}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def markdown(header, lines):

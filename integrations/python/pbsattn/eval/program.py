@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 
+from .. import _program
 from . import budgets, folder, kind, page, summary
 
 
@@ -150,17 +151,14 @@ def _run(given, argv):
             engine = engines.make(given, _say)
             items = the_kind.items(given, engine)
             _measure(run, given.kind, the_kind, engine, items, attentions)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             _say(f"\npbsattn eval: interrupted; {len(run.done)} record(s) are kept in {out}: run the same command to go on")
-            return 130
+            return _program.status_of(interrupt)
         wanted = {(item.id, each.name) for item in items for each in attentions}
         records = [run.done[item.id, each.name] for item in items for each in attentions]
         if extra := set(run.done) - wanted:
             raise ValueError(f"{out}: holds {len(extra)} record(s) that this run has no items for; pass another --out")
-    status = _finish(pathlib.Path(out), folder.read_header(out), the_kind, records, given.json)
-    if given.page:
-        page.write([out], given.page)
-    return status
+    return _finish(pathlib.Path(out), folder.read_header(out), the_kind, records, given.json, given.page)
 
 
 def _measure(run, name, the_kind, engine, items, attentions):
@@ -193,18 +191,18 @@ def _measure(run, name, the_kind, engine, items, attentions):
                 bar.update()
 
 
-def _finish(out, header, the_kind, records, to_json):
+def _finish(out, header, the_kind, records, to_json, to_page=None):
+    """Writes the files, then prints: who reads only a part of that loses nothing."""
     rows = summary.rows(records, the_kind.metrics, list(header["methods"]))
     made = summary.as_json(rows, header)
-    folder.write_whole(out / "summary.json", json.dumps(made, indent=1) + "\n")
+    _program.write_whole(out / "summary.json", json.dumps(made, indent=1) + "\n")
     text = "\n".join([f"{header['model']['name']}, {header['engine']}, {header['device']}; {header['kind']} in {out}", "",
                       summary.table(rows, the_kind.metrics), the_kind.report(records, header["methods"]), *summary.errors(records)])
-    if to_json == "-":
-        print(json.dumps(made, indent=1))
-    else:
-        print(text.rstrip())
-        if to_json:
-            folder.write_whole(to_json, json.dumps(made, indent=1) + "\n")
+    if to_json and to_json != "-":
+        _program.write_whole(to_json, json.dumps(made, indent=1) + "\n")
+    if to_page:
+        page.write([out], to_page)
+    print(json.dumps(made, indent=1) if to_json == "-" else text.rstrip())
     return 0
 
 
@@ -237,9 +235,14 @@ def run_main(argv=None):
     """main(), with what may go wrong told in one line."""
     try:
         return main(argv)
+    except BrokenPipeError:
+        raise  # nobody reads on: no fault
+    except ImportError as error:
+        _say(f"pbsattn eval: {_program.missing(error)}")
+        return 1
     except (ValueError, OSError, NotImplementedError, RuntimeError, MemoryError) as error:
         _say(f"pbsattn eval: {error}")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _say("pbsattn eval: interrupted; nothing had begun")
-        return 130
+        return _program.status_of(interrupt)

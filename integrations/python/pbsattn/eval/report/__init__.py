@@ -5,6 +5,7 @@ import pathlib
 import jinja2
 import markupsafe
 
+from ..._program import write_whole
 from .. import folder, kind
 from . import figures
 
@@ -36,6 +37,6 @@ def render(runs):
 def write(folders, to=None):
     """Makes the page `to`, by default report.html in the first run's folder, and prints where it is."""
     to = pathlib.Path(to or pathlib.Path(folders[0], "report.html"))
-    folder.write_whole(to, render([read(path) for path in folders]))
+    write_whole(to, render([read(path) for path in folders]))
     print(to)
     return 0

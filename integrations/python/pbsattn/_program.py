@@ -1,0 +1,92 @@
+"""How the commands end, and how they write files. The tools of the source tree take it from here, too, so it imports nothing
+but the standard library."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import signal
+import stat
+import sys
+
+CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of a program that this signal ended
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: whatever cleans up after Ctrl-C cleans up after this."""
+
+
+def _terminate(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
+    raise Terminated
+
+
+def status_of(interrupt):
+    """The exit status that an interrupted command ends with."""
+    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+
+
+def missing(error):
+    """What an ImportError says is not installed, and the way out, in a line."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"needs {package}, which is not installed; pip install {package}"
+    return f"something it needs is missing or too old: {' '.join(str(error).split())}"
+
+
+@contextlib.contextmanager
+def needs(name):
+    """Around a program's imports: one that fails ends it with a line."""
+    try:
+        yield
+    except ImportError as error:
+        sys.exit(f"{name}: {missing(error)}")
+
+
+def run(name, main, *failures, interrupted="interrupted"):
+    """Ends the process with what main() returns. Exceptions of the types `failures`, something that isn't installed, an
+    interruption and a standard output that can't be written become a line and a status; a reader that closes the pipe early
+    has what it wanted, so it isn't even told.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = main()
+    except SystemExit as end:
+        status = end.code
+    except BrokenPipeError:
+        status = CLOSED_PIPE
+    except ImportError as error:
+        status = f"{name}: {missing(error)}"
+    except (*failures, OSError) as error:
+        status = f"{name}: {error}"
+    except KeyboardInterrupt as interrupt:
+        with contextlib.suppress(OSError):
+            print(f"{name}: {interrupted}", file=sys.stderr)
+        status = status_of(interrupt)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more, and complains
+        if error.errno == errno.EPIPE:
+            status = status or CLOSED_PIPE
+        else:
+            status = status or f"{name}: standard output: {error.strerror}; make room or write elsewhere, and run it again"
+    sys.exit(status)
+
+
+def write_whole(path, text):
+    """Writes a file that appears whole or not at all. A symbolic link stays, and what it names is written; a pipe or a
+    device, which can't be replaced, is written to as it is."""
+    path = pathlib.Path(os.path.realpath(path))
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        path.write_text(text, encoding="utf-8")
+        return
+    partial = pathlib.Path(f"{path}.partial-{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
