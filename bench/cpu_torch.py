@@ -16,9 +16,13 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tools"))
+from common import run_main, write_whole  # noqa: E402
 
 HEADS = 1  # so that a sample is short: a core seldom stays undisturbed for long
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
@@ -158,9 +162,9 @@ def main():
             for dtype in (torch.bfloat16, torch.float32):
                 rates(library, report, tokens, head_dim, dtype, arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps(report.records, indent=2) + "\n")
+        write_whole(arguments.json, json.dumps(report.records, indent=2) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -73,9 +73,9 @@ def main():
         say(f"{source}: {arguments.tokens} tokens under full, {', '.join(arguments.attention)}")
         report = report_of(arguments.program, model, prompt, arguments.tokens, ["full", *arguments.attention[:-1]],
                            ["--method", arguments.attention[-1], "--positions", arguments.positions, *options])
-        print_report(report, pathlib.Path(source).name)
         records += [{**each, **when} for each in records_of(report, arguments.model, pathlib.Path(source).name)]
-    write_records(records, arguments.json)
+        write_records(records, arguments.json)
+        print_report(report, pathlib.Path(source).name)
     return 0
 
 

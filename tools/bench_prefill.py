@@ -10,13 +10,12 @@ comparison, in which the attentions follow one another. Any other options go to 
 import argparse
 import datetime
 import json
-import os
 import statistics
 import subprocess
 
 import models
 import text
-from common import Failure, run_main, say
+from common import Failure, run_child, run_main, say, write_whole
 
 TEXT_OF = {"smollm2-135m": "prose", "qwen2.5-coder-1.5b": "code"}
 # metric: unit, and the run it is compared with; for all of them less is better.
@@ -32,7 +31,7 @@ def report_of(program, model, prompt, tokens, compared, options):
     """What `pbsattn prefill` finds, its own method next to the attentions `compared`."""
     command = [program, "prefill", "--model", str(model), "--prompt-file", str(prompt), "--tokens", str(tokens),
                "--generate", "0", "--compare", ",".join(compared), "--json", *options]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    run = run_child(command, stdout=subprocess.PIPE, text=True)
     if run.returncode != 0:
         raise Failure(f"pbsattn prefill of {tokens} tokens ended with status {run.returncode}; its message is above")
     return json.loads(run.stdout)
@@ -93,10 +92,7 @@ def print_records(records):
 def write_records(records, path):
     """Writes them to the file, which appears whole or not at all; without a path does nothing."""
     if path:
-        partial = f"{path}.partial-{os.getpid()}"
-        with open(partial, "w") as file:
-            json.dump(records, file, indent=2)
-        os.replace(partial, path)
+        write_whole(path, json.dumps(records, indent=2) + "\n")
 
 
 def main():
@@ -117,8 +113,8 @@ def main():
             reports.append(report_of(arguments.program, model, prompt, tokens, ["ggml", "full"], options))
             verify(reports[-1])
         records += [{**each, **when} for each in records_of(reports, arguments.model)]
-    print_records(records)
     write_records(records, arguments.json)
+    print_records(records)
     return 0
 
 

@@ -7,12 +7,27 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 
 import pip_resume
+
+
+def _load_program():
+    """The package's module of that name by its path: the package itself needs PyTorch, the tools don't."""
+    path = pathlib.Path(__file__).parent.parent / "integrations/python/pbsattn/_program.py"
+    spec = importlib.util.spec_from_file_location("_program", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_program = _load_program()
+write_whole = _program.write_whole
 
 
 class Failure(Exception):
@@ -21,20 +36,37 @@ class Failure(Exception):
 
 def run_main(main):
     """Runs main() and turns what may go wrong into one line and an exit status."""
-    try:
-        sys.exit(main())
-    except Failure as failure:
-        sys.exit(f"{sys.argv[0]}: {failure}")
-    except KeyboardInterrupt:
-        print(f"{sys.argv[0]}: interrupted; run it again to go on", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        advice = "fix that and run it again"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = f"free some space in {cache_dir()}, or set XDG_CACHE_HOME to a larger disk, and run it again"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            advice = "set XDG_CACHE_HOME to a folder that you may write to, and run it again"
-        sys.exit(f"{sys.argv[0]}: {error.strerror}: {error.filename or 'disk'}; {advice}")
+    def guarded():
+        try:
+            return main()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            advice = "fix that and run it again"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                advice = f"free some space in {cache_dir()}, or set XDG_CACHE_HOME to a larger disk, and run it again"
+            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+                advice = "set XDG_CACHE_HOME to a folder that you may write to, and run it again"
+            raise Failure(f"{error.strerror}: {error.filename or 'disk or standard output'}; {advice}") from None
+
+    _program.run(sys.argv[0], guarded, Failure, interrupted="interrupted; run it again to go on")
+
+
+def run_child(command, **options):
+    """subprocess.run for what may take long: where we are interrupted, the child and all that it started are, too, and have
+    ended when this raises. They form a process group, since SIGTERM, unlike Ctrl-C, comes to one process alone."""
+    with subprocess.Popen(command, start_new_session=True, **options) as child:
+        try:
+            out, err = child.communicate()
+        except BaseException:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=5)
+                    break
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
 def cache_dir():
@@ -94,11 +126,9 @@ def _no_space(folder):
 
 def _resume(python, requirement, target, sha256, source):
     """Downloads by pip_resume.py, which goes on where it stopped. False: it can't here, pip itself must do it."""
-    command = [python, str(pathlib.Path(__file__).with_name("pip_resume.py")), requirement, str(target)]
-    command += ["--sha256", sha256] if sha256 else []
+    command = [python, str(pathlib.Path(__file__).with_name("pip_resume.py")), requirement, str(target), sha256]
     command += ["--source"] if source else []
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True,
-                         stderr=None if sys.stderr.isatty() else subprocess.DEVNULL)
+    run = run_child(command, stdout=subprocess.PIPE, text=True, stderr=None if sys.stderr.isatty() else subprocess.DEVNULL)
     said = run.stdout.strip()
     if run.returncode == pip_resume.BROKEN:
         raise Failure(f"{requirement}: download failed, {said}; check the network and run it again to go on from there")
@@ -109,31 +139,50 @@ def _resume(python, requirement, target, sha256, source):
     return run.returncode == 0
 
 
-def pip_download(requirement, target, sha256=None, source=False):
-    """Downloads the one file of `requirement` (name==version) to the path `target`, which appears whole or not at all.
+def error_line(stderr):
+    """What went wrong, of a program's many words."""
+    said = [line.strip() for line in stderr.splitlines() if line.strip()]
+    return next((line for line in said if line.startswith("ERROR")), said[-1] if said else "nothing")[:200]
 
-    `source` asks for the source package. `sha256` pins the file.
+
+def changed_package(stderr):
+    """The package that pip refused since it has another SHA-256 than pinned, if that is why it failed."""
+    refused = re.search(r"DO NOT MATCH THE HASHES.*\n\s+(\S+)", stderr)
+    return refused and refused[1]
+
+
+def pip_download(requirement, target, sha256, source=False):
+    """Downloads the one file of `requirement` (name==version), which has that SHA-256, to the path `target`, which appears
+    whole or not at all. What stands there already is hashed, too, and fetched anew if it is another file.
+
+    `source` asks for the source package.
     """
+    if target.exists():
+        if sha256_of(target) == sha256:
+            return
+        say(f"{target} is damaged; fetching it anew")
+        target.unlink()
     python = _python_with_pip()
     if _resume(python, requirement, target, sha256, source):
         return
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
         pinned = pathlib.Path(folder) / "requirements.txt"
-        pinned.write_text(requirement + (f" --hash=sha256:{sha256}" if sha256 else "") + "\n")
+        pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
         name = requirement.split("==")[0]
-        command = [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--dest", folder,
+        command = [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--dest", folder,
                    "-r", str(pinned), *(["--no-binary", name] if source else ["--only-binary", ":all:"])]
         # pip's progress bar is for people, and stdout is for what the tools print; pip's errors become one line of ours.
-        pip = subprocess.run(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
+        pip = run_child(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
+                        stderr=subprocess.PIPE, text=True)
         files = [path for path in pathlib.Path(folder).iterdir() if path != pinned]
         if pip.returncode != 0 or len(files) != 1:
             if pip.returncode == 130 or "KeyboardInterrupt" in pip.stderr:
                 raise KeyboardInterrupt
             if "No space left" in pip.stderr:
                 raise _no_space(target.parent)
-            said = [line.strip() for line in pip.stderr.splitlines() if line.strip()]
-            said = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "nothing")
-            raise Failure(f"{requirement}: download failed, pip said \"{said[:200]}\"; "
+            if (changed := changed_package(pip.stderr)):
+                raise Failure(f"{changed}: download failed, its SHA-256 is not {sha256[:12]}...; the connection broke, or the index "
+                              "or something on the way changed it: run it again")
+            raise Failure(f"{requirement}: download failed, pip said \"{error_line(pip.stderr)}\"; "
                           "check the network and run it again: what is complete is kept")
         os.replace(files[0], target)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 
-from common import Failure, cache_dir, locked, pip_download, require_space, run_main, say
+from common import Failure, cache_dir, locked, pip_download, require_space, run_child, run_main, say
 
 # The Python binding's source package carries llama.cpp's whole source, at ggml 0.25.3.
 PACKAGE = "llama-cpp-python"
@@ -85,7 +85,7 @@ def extract(archive, target):
 
 def run(command, log, step):
     with open(log, "a") as out:
-        if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode != 0:
+        if run_child(command, stdout=out, stderr=subprocess.STDOUT).returncode != 0:
             raise Failure(f"llama.cpp: {step} failed; the last lines of {log} say why")
 
 
@@ -101,7 +101,7 @@ def build(targets):
             archive = root / "source.tar.gz"
             if not archive.exists():
                 say(f"llama.cpp: fetching the source ({PACKAGE} {VERSION}, 77 MB)")
-                pip_download(f"{PACKAGE}=={VERSION}", archive, SHA256, source=True)
+            pip_download(f"{PACKAGE}=={VERSION}", archive, SHA256, source=True)
             extract(archive, source)
             archive.unlink()
         stamp = binary / f".built-{targets}"

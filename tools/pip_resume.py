@@ -1,14 +1,14 @@
 """Downloads one file of a package index and, unlike pip, goes on where a broken download stopped.
 
-    pip_resume.py REQUIREMENT TARGET [--sha256 HEX] [--source]      common.py runs it, in a Python that has pip
+    pip_resume.py REQUIREMENT TARGET SHA256 [--source]      common.py runs it, in a Python that has pip
 
 The finder and the session are pip's own, so the index, proxy, certificates and credentials of the user's configuration
-apply. What has come so far stands beside TARGET in a file named by the SHA-256 that the whole must have; TARGET appears
+apply. What has come so far stands beside TARGET in a file named by the SHA256 that the whole must have; TARGET appears
 only with that content. Ends with 0, or with a line on stdout and
     3   the connection broke: the part is kept, run it again
     4   the content has another SHA-256: the part is removed
     5   the disk is full: the part is removed
-Any other status, where pip has no such insides or the index tells no SHA-256, leaves the work to `pip download`.
+Any other status, where pip has no such insides or the index no such file, leaves the work to `pip download`.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("requirement")
     parser.add_argument("target", type=pathlib.Path)
-    parser.add_argument("--sha256")
+    parser.add_argument("sha256")
     parser.add_argument("--source", action="store_true")
     arguments = parser.parse_args()
     logging.disable()
@@ -96,8 +96,8 @@ def main():
     options, _ = command.parse_args([*kind, "--no-deps", "--disable-pip-version-check", arguments.requirement])
     with command.main_context():
         link, session = link_and_session(command, options, name, version)
-        sha256 = arguments.sha256 or (link.hash if link and link.hash_name == "sha256" else None)
-        if not link or not sha256:
+        sha256 = arguments.sha256
+        if not link:
             return UNABLE
         part = arguments.target.with_name(f"{arguments.target.name}.{sha256[:12]}.part")
         url = link.url.partition("#")[0]
@@ -124,4 +124,7 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # common.py tells of it
+        sys.exit(130)

@@ -17,7 +17,7 @@ import re
 import statistics
 import subprocess
 
-from common import Failure, run_main
+from common import Failure, run_main, write_whole
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 RESULTS = README.parent / "docs/results"
@@ -263,7 +263,7 @@ def main():
         if paths:
             records = [record for path in paths for record in json.loads(path.read_text())]
             text = replace_between(arguments.page, text, marker, make(records))
-    arguments.page.write_text(text)
+    write_whole(arguments.page, text)
     return 0
 
 

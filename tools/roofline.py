@@ -13,7 +13,7 @@ import math
 import pathlib
 import sys
 
-from common import Failure, run_main
+from common import Failure, run_main, write_whole
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 500, 70, 250, 30, 60
 COLORS = {"ours": "#0b6e4f", "cuDNN": "#d1495b", "FlashAttention-2": "#8d6a9f", "FlexAttention": "#c98f1a",
@@ -151,7 +151,7 @@ def draw(records):
 def main():
     if len(sys.argv) != 3:
         raise Failure("takes two arguments: the JSON that ./dev bench gpu or cpu wrote, and the SVG to write")
-    pathlib.Path(sys.argv[2]).write_text(draw(json.loads(pathlib.Path(sys.argv[1]).read_text())))
+    write_whole(sys.argv[2], draw(json.loads(pathlib.Path(sys.argv[1]).read_text())))
     return 0
 
 

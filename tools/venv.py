@@ -4,7 +4,8 @@
     tools/venv.py tests     prints the path of its Python: what the tests of the package and evaluations run with
     tools/venv.py lint      the same, with clang-tidy beside it
 
-It holds what a file of requirements names; other requirements, or another Python, make another one.
+It holds what a file of requirements names, down to the SHA-256 of what is downloaded (tools/pin.py writes these); other
+requirements, or another Python, make another one.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sys
 
-from common import Failure, cache_dir, locked, require_space, run_main, say
+from common import Failure, cache_dir, changed_package, error_line, locked, require_space, run_child, run_main, say
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -42,13 +43,15 @@ def make(folder, environment):
     commands = [
         [sys.executable, "-m", "venv", str(folder)],
         [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir",
-         "--no-compile", "--no-deps", "--only-binary=:all:", "-r", str(environment.requirements)],
+         "--no-compile", "--no-deps", "--only-binary=:all:", "--require-hashes", "-r", str(environment.requirements)],
     ]
     for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:
-            said = (done.stderr or done.stdout).strip().splitlines()
-            raise Failure(f"{' '.join(command[:4])} ...: failed, it said \"{said[-1][:200] if said else 'nothing'}\"; "
+            if (changed := changed_package(done.stderr)):
+                raise Failure(f"{changed}: its SHA-256 is none of those in {environment.requirements}; the index or something on "
+                              "the way changed it, or its version was changed without tools/pin.py")
+            raise Failure(f"{' '.join(command[:4])} ...: failed, it said \"{error_line(done.stderr or done.stdout)}\"; "
                           f"check the network and the Python ({versions(environment)}), and run it again")
     (folder / "complete").touch()
 

@@ -11,14 +11,18 @@ import argparse
 import pathlib
 import statistics
 import subprocess
+import sys
 import traceback
 
 import torch
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools"))  # for timing.py, too
 
 import peers
 from check import check
 from inputs import from_file, random_mask, random_set, shuffle, to_lists, with_density
 from library import BLOCK, SEGMENT, Library
+from common import run_main
 from timing import Report, keep_busy, milliseconds, milliseconds_in_graphs
 
 HEADS, KV_HEADS = 32, 8
@@ -246,6 +250,8 @@ def main():
     for name, case in cases.items():
         try:
             case()
+        except BrokenPipeError:
+            raise
         except Exception:  # the other cases' measurements are worth having all the same
             traceback.print_exc()
             failed.append(name)
@@ -258,4 +264,4 @@ def main():
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -2,11 +2,11 @@
 
 import datetime
 import json
-import os
-import pathlib
 import statistics
 
 import torch
+
+from common import write_whole
 
 
 def spread(times):
@@ -76,6 +76,4 @@ class Report:
             self.add(case, params, "time", ours, "ms", peer, times, statistics.median(times) / statistics.median(ours))
 
     def write(self, path):
-        partial = pathlib.Path(f"{path}.partial")
-        partial.write_text(json.dumps(self.records, indent=1) + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(self.records, indent=1) + "\n")

