@@ -20,7 +20,7 @@ try:
     import torch as _torch  # noqa: F401
 except ImportError as _error:
     _message = f"pbsattn: {_program.missing(_error)}"
-    if _sys.argv[:1] == ["-m"] and _sys.orig_argv[_sys.orig_argv.index("-m") + 1].partition(".")[0] == __name__:
+    if _sys.argv[:1] == ["-m"] and any(word.partition(".")[0] == __name__ for word in _sys.orig_argv):
         _sys.exit(_message)  # python -m pbsattn: a line for people, no traceback
     raise ImportError(_message, name=_error.name) from None
 
