@@ -145,8 +145,10 @@ _PLAIN = HARMLESS | {"dropout", "scaling", "is_causal"}
 def _pick(layer, module, query, key, value, mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """A call of any kind: computed by pbsattn, or why not by the model's own attention."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if type(mask) is CausalMask and mask.q_offset == 0 and not causal:
-        mask = None  # as SDPA has it: the mask was left out for the module to say
+    if type(mask) is CausalMask and mask.q_offset == 0 and not getattr(module, "is_causal", True):
+        # As SDPA has it: the mask was left out for the module to say. A causal module that says is_causal=False in a call has
+        # seen a mask that says it instead (Moonshine).
+        mask = None
     names = unknown(kwargs)
     if layer is not None and layer.options is not None and query.shape[2] >= layer.state.min_tokens:
         reason = _reason_to_leave(query, key, value, mask, names, dropout, scaling, causal, kwargs)
@@ -214,11 +216,14 @@ def _implementation_before(config):
 
 
 def _restore(state):
-    """Gives its configs back what they had, but for those that another enabled model shares."""
+    """Gives its configs back what they had, but for those that another enabled model shares.
+
+    A config passes a name on to its parts, which come later and then get their own; not all configs take a dict.
+    """
     _states.discard(state)
     for config, before in state.before:
         shared = any(each is config for other in list(_states) for each, _ in other.before)
-        config._attn_implementation = {"": NAME if shared else before}
+        config._attn_implementation = NAME if shared else before
 
 
 def _layers(model):
