@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/shown.h"
 #include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn {
@@ -86,12 +87,11 @@ std::span<const MethodInfo> methods() {
 Options method(std::string_view name) {
   const auto found = std::ranges::find(table, name, &MethodInfo::name);
   if (found != table.end()) return found->options;
-  constexpr std::size_t longest_name = 64;  // bounds the distance's cost whatever the caller sends
-  const std::string_view shown = name.substr(0, longest_name);
+  const std::string wanted = shown(name);  // short, which bounds the distance's cost whatever the caller sends
   const auto nearest =
-      std::ranges::min_element(table, {}, [&](const MethodInfo& info) { return edit_distance(shown, info.name); });
-  throw Error(ErrorCode::invalid_argument, "method \"" + std::string(shown) + "\": no such method; did you mean \"" +
-                                               std::string(nearest->name) + "\"?");
+      std::ranges::min_element(table, {}, [&](const MethodInfo& info) { return edit_distance(wanted, info.name); });
+  throw Error(ErrorCode::invalid_argument,
+              "method \"" + wanted + "\": no such method; did you mean \"" + std::string(nearest->name) + "\"?");
 }
 
 }  // namespace pbsattn

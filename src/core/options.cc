@@ -6,10 +6,10 @@
 #include <string>
 #include <type_traits>
 
+#include "core/shown.h"
+
 namespace pbsattn {
 namespace {
-
-constexpr std::size_t longest_shown = 64;  // of what the caller sends, in a message
 
 template <class... Args>
 [[noreturn]] void refuse(fmt::format_string<Args...> message, Args&&... args) {
@@ -27,13 +27,12 @@ void read(Field& field, std::string_view name, std::string_view value) {
       }
       known += fmt::format("{}{}", known.empty() ? "" : ", ", one);
     }
-    refuse("{} \"{}\": no such value; there are {}", name, value.substr(0, longest_shown), known);
+    refuse("{} \"{}\": no such value; there are {}", name, shown(value), known);
   } else {
     Field number{};
     const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
     if (error != std::errc() || end != value.data() + value.size())
-      refuse("{} \"{}\": not a{} number", name, value.substr(0, longest_shown),
-             std::is_integral_v<Field> ? " whole" : "");
+      refuse("{} \"{}\": not a{} number", name, shown(value), std::is_integral_v<Field> ? " whole" : "");
     field = number;
   }
 }
@@ -49,7 +48,7 @@ void set_option(Options& options, std::string_view name, std::string_view value)
     found = true;
     read(field, name, value);
   });
-  if (!found) refuse("option \"{}\": no such option of a method; there are {}", name.substr(0, longest_shown), known);
+  if (!found) refuse("option \"{}\": no such option of a method; there are {}", shown(name), known);
 }
 
 }  // namespace pbsattn

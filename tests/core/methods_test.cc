@@ -2,6 +2,7 @@
 
 #include <set>
 #include <string>
+#include <utility>
 
 #include "pbsattn/options.hpp"
 #include "pbsattn/pbsattn.hpp"
@@ -100,6 +101,21 @@ TEST(Methods, UnknownNamesSuggestTheNearest) {
   EXPECT_NE(message_of("pbs-unpermutd").find("\"pbs-unpermuted\"?"), std::string::npos);
   EXPECT_NE(message_of("").find("no such method"), std::string::npos);
   EXPECT_LT(message_of(std::string(1 << 20, 'x')).size(), 200U) << "a long name is cut";
+}
+
+TEST(Methods, MessagesAreOneLineOfWholeCharacters) {
+  EXPECT_NE(message_of("p\nb\x1Bs\x7F").find("method \"p?b?s?\""), std::string::npos);
+  std::string umlauts;  // of two bytes each, the first at an odd place
+  for (int i = 0; i < 100; ++i) umlauts += "ü";
+  EXPECT_NE(message_of("x" + umlauts).find("\"x" + umlauts.substr(0, 62) + "\""), std::string::npos);
+  Options options;
+  for (const auto& [name, value] : {std::pair{"keep", "to\tp"}, {"top_p", "\v"}, {"to\np", "1"}}) try {
+      set_option(options, name, value);
+      ADD_FAILURE() << name << " was accepted";
+    } catch (const Error& error) {
+      for (const char c : std::string_view(error.what()))
+        EXPECT_GE(static_cast<unsigned char>(c), 0x20) << error.what();
+    }
 }
 
 }  // namespace
