@@ -12,7 +12,7 @@ else()
   set(PBSATTN_LIBRARY_FMT fmt::fmt-header-only)
 endif()
 
-if(PBSATTN_LLAMA_SOURCE OR PBSATTN_BUILD_BENCH)
+if(PBSATTN_LLAMA_SOURCE OR PBSATTN_BUILD_BENCH OR PBSATTN_BUILD_FUZZ)
   find_package(CLI11 2.1 REQUIRED)           # program, bench: command line
   find_package(nlohmann_json 3.11 REQUIRED)  # program, bench, plug-in: JSON
 endif()

@@ -51,7 +51,9 @@ LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options&
           throw std::runtime_error(fmt::format("{}, head {}, {}: neither a number nor a name", where, head, name));
         changes.emplace_back(name, value.is_string() ? value.get<std::string>() : value.dump());
       }
-      std::ranges::stable_partition(changes, [](const auto& change) { return change.first == "method"; });
+      // (The form with iterators: Clang 14 can't read that with ranges in GCC 12's library.)
+      std::stable_partition(changes.begin(), changes.end(),
+                            [](const auto& change) { return change.first == "method"; });
       try {
         pbsattn_options tried = base;
         apply(changes, &tried);
