@@ -66,7 +66,17 @@ class Dev(unittest.TestCase):
         self.refused("./dev", "demo", "--model", "gpt-2", says=['"gpt-2"', "smollm2-135m"])
         self.refused("./dev", "demo", "--fast", says=["--fast", "no such option"])
         self.refused("./dev", "format", "--chekc", says=["--chekc", "--check"])
+        self.refused("./dev", "sanitize", "adress", says=["adress", "address, thread"])
+        self.refused("./dev", "check", "pahts", says=["pahts", "paths"])
+        self.refused("./dev", "check", "--fuzz-seconds", "0", says=["--fuzz-seconds 0", "from 1 up"])
+        self.refused("./dev", "fuzz", "soon", says=["soon", "seconds"])
         self.refused(sys.executable, "tools/models.py", "get", "gpt-2", says=['"gpt-2"', "smollm2-135m"])
+
+    def test_gpu_sanitizers_without_their_tool_or_a_gpu(self):
+        self.program("nvidia-smi", "exit 9")
+        self.refused("./dev", "sanitize", "gpu", says=["compute-sanitizer", "cuda-sanitizer"], CUDA_PATH=str(self.folder))
+        self.program("compute-sanitizer", "exit 0")
+        self.refused("./dev", "sanitize", "gpu", says=["no GPU", "Hopper"], CUDA_PATH=str(self.folder))
 
     def test_half_a_llama_cpp(self):
         tool = (sys.executable, "tools/llama.py", "libraries")
