@@ -1,5 +1,6 @@
 #include "attention_op.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cstring>
 #include <optional>
@@ -31,19 +32,31 @@ bool strided(const ggml_tensor* t) {
   return t->nb[0] == element && t->nb[1] % element == 0 && t->nb[2] % element == 0 && t->ne[3] == 1;
 }
 
-// op_params of FLASH_ATTN_EXT.
+// op_params of FLASH_ATTN_EXT, all of them: the words that have no meaning yet must be zero.
 struct Params {
   float scale;
   float max_bias;
   float soft_cap;
-  std::int32_t precision;
-  std::int32_t n_kv_max[4];
+  std::int32_t precision;  // ggml_prec
+  std::int32_t n_kv_max;
+  std::int32_t without_meaning[GGML_MAX_OP_PARAMS / sizeof(std::int32_t) - 5];
 };
 Params params_of(const ggml_tensor* op) {
-  static_assert(sizeof(Params) <= sizeof(op->op_params));
+  static_assert(sizeof(Params) == sizeof(op->op_params));
   Params params;
   std::memcpy(&params, op->op_params, sizeof params);
   return params;
+}
+
+// Sources are q, k, v, mask and sinks. A ggml that hands over more means more by the op than we compute.
+constexpr int known_sources = 5;
+
+bool has_unknown_inputs(const ggml_tensor* op, const Params& params) {
+  const auto is_zero = [](std::int32_t word) { return word == 0; };
+  return std::any_of(op->src + known_sources, op->src + GGML_MAX_SRC,
+                     [](const auto* source) { return source != nullptr; }) ||
+         (params.precision != GGML_PREC_DEFAULT && params.precision != GGML_PREC_F32) ||
+         !std::ranges::all_of(params.without_meaning, is_zero);
 }
 
 }  // namespace
@@ -62,16 +75,16 @@ bool computes_nothing(const ggml_tensor* op) {
 ggml_pbsattn_reason examine(const ggml_tensor* op, std::int64_t min_tokens) {
   const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
   if (q->ne[1] < min_tokens) return GGML_PBSATTN_FEW_TOKENS;
+  const Params params = params_of(op);
+  if (has_unknown_inputs(op, params)) return GGML_PBSATTN_UNKNOWN_INPUTS;
   if (q->type != GGML_TYPE_F32 || k->type != v->type || !dtype_of(k->type) || op->type != GGML_TYPE_F32)
     return GGML_PBSATTN_TYPES;
   const std::int64_t head_dim = q->ne[0];
   if (k->ne[0] != head_dim || v->ne[0] != head_dim || head_dim % 8 != 0 || head_dim > 256) return GGML_PBSATTN_HEAD_DIM;
   if (sinks != nullptr) return GGML_PBSATTN_SINKS;
-  const Params params = params_of(op);
   if (params.soft_cap != 0.0F) return GGML_PBSATTN_SOFT_CAP;
   if (params.max_bias != 0.0F) return GGML_PBSATTN_ALIBI;
-  for (const std::int32_t limit : params.n_kv_max)
-    if (limit != 0) return GGML_PBSATTN_TOP_K;
+  if (params.n_kv_max != 0) return GGML_PBSATTN_TOP_K;
   if (mask == nullptr) return GGML_PBSATTN_NO_MASK;
   if (!strided(q) || !strided(k) || !strided(v) || !ggml_is_contiguous(op) || !(params.scale > 0.0F) ||
       k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] != 0 || mask->type != GGML_TYPE_F16 ||
@@ -130,7 +143,7 @@ pbsattn_view AttentionOp::output(float* data) const {
 }  // namespace pbsattn::ggml
 
 extern "C" ggml_pbsattn_reason ggml_backend_pbsattn_examine(const ggml_tensor* op) {
-  const pbsattn::ggml::Config config = pbsattn::ggml::current_settings().config;
+  const pbsattn::ggml::Config config = pbsattn::ggml::current_config();
   if (config.mode == GGML_PBSATTN_MODE_OFF || !pbsattn::ggml::is_attention(op)) return GGML_PBSATTN_BY_MODE;
   return pbsattn::ggml::examine(op, config.min_tokens);
 }

@@ -1,13 +1,12 @@
 // ggml's backend interface: registration, one device of type ACCEL, one backend for each context. The table
 // of functions is ggml's; what they do is in compute.cc. No exception crosses into ggml.
-#include <exception>
 #include <string_view>
 
 #include "attention_op.h"
 #include "compute.h"
 #include "ggml-backend-impl.h"
 #include "ggml-pbsattn.h"
-#include "log.h"
+#include "guard.h"
 #include "settings.h"
 #include "stats.h"
 
@@ -15,19 +14,6 @@ namespace pbsattn::ggml {
 namespace {
 
 constexpr const char* name = "PBSAttn";
-
-// Runs `body`; an exception becomes a log line and `otherwise`.
-template <class Result, class Body>
-Result guarded(Result otherwise, Body&& body) noexcept {
-  try {
-    return body();
-  } catch (const std::exception& error) {
-    log(GGML_LOG_LEVEL_ERROR, error.what());
-  } catch (...) {
-    log(GGML_LOG_LEVEL_ERROR, "unknown exception");
-  }
-  return otherwise;
-}
 
 // ------------------------------------------------------------------------------------------- backend
 
@@ -108,7 +94,7 @@ ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) {
 bool device_supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
   return guarded(false, [&] {
     if (!is_attention(op)) return computes_nothing(op);
-    const Config config = current_settings().config;
+    const Config config = current_config();
     if (config.mode == GGML_PBSATTN_MODE_OFF) return false;
     const ggml_pbsattn_reason reason = examine(op, config.min_tokens);
     if (reason != GGML_PBSATTN_TAKEN && reason != GGML_PBSATTN_FEW_TOKENS) record_refusal(reason);
@@ -194,10 +180,7 @@ struct ReportAtExit {
 extern "C" ggml_backend_reg_t ggml_backend_pbsattn_reg(void) {
   using namespace pbsattn::ggml;
   static ggml_backend_reg reg = [] {
-    guarded(0, [] {
-      current_settings();  // so that a bad variable is named when the plug-in loads
-      return 0;
-    });
+    static_cast<void>(current_config());  // so that a bad variable is named when the plug-in loads
     return ggml_backend_reg{.api_version = GGML_BACKEND_API_VERSION,
                             .iface = {.get_name = reg_name,
                                       .get_device_count = reg_device_count,

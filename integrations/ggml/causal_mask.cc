@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <system_error>
+#include <exception>
 #include <thread>
 
 namespace pbsattn::ggml {
@@ -53,7 +53,7 @@ std::optional<std::int64_t> causal_offset(const Mask& mask, int threads) {
   std::int64_t started = 1;  // part 0 is the caller's
   try {
     for (; started < parts; ++started) helpers.emplace_back(check, started);
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     // No more threads to be had: the caller does the parts that are left.
   }
   check(0);

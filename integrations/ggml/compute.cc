@@ -6,9 +6,9 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <new>
-#include <stdexcept>
 
 #include "log.h"
 #include "stats.h"
@@ -31,6 +31,12 @@ Mask mask_of(const AttentionOp& op) {
           .queries = op.queries(),
           .keys = mask->ne[0],
           .row_stride = static_cast<std::int64_t>(mask->nb[1] / sizeof(std::uint16_t))};
+}
+
+void observe(const AttentionOp& op, const Observer& observer, const ggml_pbsattn_layer_stats& stats) {
+  const pbsattn_shape shape = op.shape(stats.kv_len);
+  const pbsattn_view q = AttentionOp::view(op.q()), k = AttentionOp::view(op.k()), v = AttentionOp::view(op.v());
+  observer.call(observer.user, stats.layer, &shape, &q, &k, &v);
 }
 
 }  // namespace
@@ -93,22 +99,23 @@ ggml_status Computer::compute(const AttentionOp& op) {
 
   const Timer total;
   ggml_pbsattn_reason reason = examine(op.tensor, settings.config.min_tokens);
-  if (reason == GGML_PBSATTN_TAKEN && (ours || observer.call != nullptr)) {
-    const Timer reading;
-    const auto offset = masks_.offset(mask_of(op), stats.layer, threads_);
-    stats.mask_seconds = reading.seconds();
-    if (offset) {
-      stats.kv_len = *offset + op.queries();
-      if (observer.call != nullptr) {
-        const pbsattn_shape shape = op.shape(stats.kv_len);
-        const pbsattn_view q = AttentionOp::view(op.q()), k = AttentionOp::view(op.k()), v = AttentionOp::view(op.v());
-        observer.call(observer.user, stats.layer, &shape, &q, &k, &v);
+  try {
+    if (reason == GGML_PBSATTN_TAKEN && (ours || observer.call != nullptr)) {
+      const Timer reading;
+      const auto offset = masks_.offset(mask_of(op), stats.layer, threads_);
+      stats.mask_seconds = reading.seconds();
+      if (offset) {
+        stats.kv_len = *offset + op.queries();
+        if (observer.call != nullptr) observe(op, observer, stats);
+      } else {
+        reason = GGML_PBSATTN_MASK_NOT_CAUSAL;
       }
-    } else {
-      reason = GGML_PBSATTN_MASK_NOT_CAUSAL;
     }
+    if (reason == GGML_PBSATTN_TAKEN) reason = ours ? run(op, settings, &stats) : GGML_PBSATTN_BY_MODE;
+  } catch (const std::exception& wrong) {  // memory is out
+    complain(wrong.what());
+    reason = GGML_PBSATTN_RUN_FAILED;
   }
-  if (reason == GGML_PBSATTN_TAKEN) reason = ours ? run(op, settings, &stats) : GGML_PBSATTN_BY_MODE;
 
   ggml_status status = GGML_STATUS_SUCCESS;
   if (reason != GGML_PBSATTN_TAKEN) status = kernel_.compute(op.tensor, threads_);
@@ -144,7 +151,7 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
   if (settings.layers != nullptr) {
     try {
       key.heads = settings.layers->heads(op.layer(), key.shape.q_heads, config.options);
-    } catch (const std::runtime_error& wrong) {
+    } catch (const std::exception& wrong) {
       complain(wrong.what());
       return GGML_PBSATTN_PLAN_REFUSED;
     }

@@ -9,8 +9,9 @@
  * Register before the model's context is made: a context looks for accelerators once.
  *
  * What is taken: F32 queries of at least min_tokens tokens, F16, BF16 or F32 keys and values of one
- * type, one stream, head_dim a multiple of 8 up to 256, no sinks, soft-cap, ALiBi or top-k, and a mask
- * that turns out to be plain causal for one sequence. Everything else is computed by ggml's own kernel.
+ * type, one stream, head_dim a multiple of 8 up to 256, no sinks, soft-cap, ALiBi or top-k, nothing that
+ * ggml's FLASH_ATTN_EXT hasn't had when this was written, and a mask that turns out to be plain causal for one
+ * sequence. Everything else is computed by ggml's own kernel.
  *
  * Settings and statistics belong to the process; all functions may be called from any thread. Structs begin with
  * struct_size and grow as those of pbsattn.h do. */
@@ -89,6 +90,7 @@ enum ggml_pbsattn_reason {
   GGML_PBSATTN_MASK_NOT_CAUSAL, /* sliding window, several sequences, bidirectional, shifted cache, ... */
   GGML_PBSATTN_PLAN_REFUSED,    /* Plan::create refused; logged once for each message */
   GGML_PBSATTN_RUN_FAILED,      /* Plan::run or an allocation failed; logged once for each message */
+  GGML_PBSATTN_UNKNOWN_INPUTS,  /* sources or parameters that this plug-in doesn't know: a newer ggml's */
   GGML_PBSATTN_REASON_COUNT
 };
 #define GGML_PBSATTN_REASONS_MAX 32 /* that there is room for */

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
@@ -25,6 +26,30 @@ std::int64_t index_of(std::string_view key, std::string_view what, std::int64_t 
   return index;
 }
 
+// The text as JSON. What is wrong is told with the keys that led there.
+json parsed(std::string_view text) {
+  std::vector<std::string> keys;
+  const auto remember = [&keys](int depth, json::parse_event_t event, const json& value) {
+    if (event != json::parse_event_t::key) return true;
+    keys.resize(static_cast<std::size_t>(depth) - 1);
+    keys.push_back(value.get<std::string>());
+    return true;
+  };
+  try {
+    return json::parse(text, remember);
+  } catch (const json::exception& error) {
+    constexpr std::array names{"layer ", ", head ", ", "};
+    std::string where;
+    for (std::size_t i = 0; i < keys.size(); ++i) where += (i < names.size() ? names[i] : ", ") + keys[i];
+    if (!keys.empty()) where += ": ";
+    std::string_view said = error.what();  // "[json.exception.out_of_range.406] number overflow parsing '1e999'"
+    said.remove_prefix(std::min(said.find("] ") + 2, said.size()));
+    constexpr int overflow = 406;
+    throw std::runtime_error(error.id == overflow ? fmt::format("{}{}; write one that a double holds", where, said)
+                                                  : fmt::format("{}not JSON: {}", where, said));
+  }
+}
+
 // The value as an object's members, to go through.
 auto members(const json& value, const std::string& what) {
   if (!value.is_object()) throw std::runtime_error(fmt::format("{}: not an object in braces", what));
@@ -34,12 +59,7 @@ auto members(const json& value, const std::string& what) {
 }  // namespace
 
 LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options& base) {
-  json document;
-  try {
-    document = json::parse(text);
-  } catch (const json::parse_error& error) {
-    throw std::runtime_error(fmt::format("not JSON: {}", error.what()));
-  }
+  const json document = parsed(text);
   LayerSettings settings;
   for (const auto& [layer, heads] : members(document, "settings")) {
     const std::string where = fmt::format("layer {}", layer);
@@ -68,7 +88,8 @@ LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options&
 LayerSettings LayerSettings::read(const std::string& path, const pbsattn_options& base) {
   std::ifstream file(path);
   std::stringstream text;
-  if (!file || !(text << file.rdbuf()))
+  constexpr auto nothing = std::ifstream::traits_type::eof();
+  if (file.peek() == nothing ? !file.eof() : !(text << file.rdbuf()))
     throw std::runtime_error(fmt::format("{}: can't be read ({})", path, std::strerror(errno)));
   try {
     return parse(text.str(), base);

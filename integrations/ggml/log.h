@@ -14,6 +14,14 @@ inline void log(ggml_log_level level, const std::string& line) {
   if (callback != nullptr) callback(level, ("pbsattn: " + line + "\n").c_str(), user_data);
 }
 
+// The same where no exception may leave: a line that there is no memory for is lost.
+inline void try_log(ggml_log_level level, const char* line) noexcept {
+  try {
+    log(level, line);
+  } catch (...) {
+  }
+}
+
 // What the user asked to see (PBSATTN_STATS, PBSATTN_VERBOSE) goes out as a warning: llama.cpp's tools hide
 // the information level of backends unless told otherwise.
 constexpr ggml_log_level asked_for = GGML_LOG_LEVEL_WARN;

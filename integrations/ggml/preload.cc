@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <exception>
 #include <string>
 
 #include "ggml-backend.h"
@@ -37,7 +38,12 @@ __attribute__((constructor)) void register_plugin() {
   if (count() == 0) load_all();
   const char* named = std::getenv("GGML_BACKEND_PATH");
   if (registered("PBSAttn") == nullptr && named != nullptr && *named != '\0') load(named);
-  if (registered("PBSAttn") == nullptr) load(plugin_beside_this_library().c_str());
+  if (registered("PBSAttn") != nullptr) return;
+  try {
+    load(plugin_beside_this_library().c_str());
+  } catch (const std::exception&) {
+    // No memory for the path: the process does without us.
+  }
 }
 
 }  // namespace

@@ -6,11 +6,12 @@
 #include <charconv>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
-#include <stdexcept>
 #include <string_view>
 
 #include "core/c_structs.h"
+#include "guard.h"
 #include "log.h"
 
 PBSATTN_SIZED_STRUCT(ggml_pbsattn_config, reserved, 48);
@@ -85,13 +86,17 @@ struct State {
   Observer observer;
 };
 
-State& state() {
-  static State* shared = [] {
-    auto* made = new State;  // never destroyed: contexts may outlive static destruction
-    std::string error;
-    made->settings = read_environment([](const char* name) { return std::getenv(name); }, &error);
-    if (!error.empty()) log(GGML_LOG_LEVEL_ERROR, error + "; attention stays with ggml's own kernel");
-    return made;
+State& state() noexcept {
+  static State* const shared = [] {
+    State& made = immortal<State>();
+    made.settings.config.mode = GGML_PBSATTN_MODE_OFF;  // unless the environment can be read
+    guarded(0, [&made] {
+      std::string error;
+      made.settings = read_environment([](const char* name) { return std::getenv(name); }, &error);
+      if (!error.empty()) log(GGML_LOG_LEVEL_ERROR, error + "; attention stays with ggml's own kernel");
+      return 0;
+    });
+    return &made;
   }();
   return *shared;
 }
@@ -202,7 +207,7 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
   if (const auto path = reader.text("PBSATTN_SETTINGS")) {
     try {
       settings.layers = std::make_shared<LayerSettings>(LayerSettings::read(std::string(*path), config.options));
-    } catch (const std::runtime_error& wrong) {
+    } catch (const std::exception& wrong) {
       reader.fail(fmt::format("PBSATTN_SETTINGS {}", wrong.what()));
     }
   }
@@ -218,6 +223,12 @@ Settings current_settings() {
   State& shared = state();
   const std::lock_guard lock(shared.mutex);
   return shared.settings;
+}
+
+Config current_config() noexcept {
+  State& shared = state();
+  const std::lock_guard lock(shared.mutex);
+  return shared.settings.config;
 }
 
 Observer current_observer() {
@@ -241,12 +252,12 @@ using namespace pbsattn::ggml;
 extern "C" {
 
 bool ggml_backend_pbsattn_get_config(ggml_pbsattn_config* config) {
-  return explained([&] { write_config(config, current_settings().config); });
+  return explained([&] { write_config(config, current_config()); });
 }
 
 bool ggml_backend_pbsattn_configure(const ggml_pbsattn_config* config) {
   return explained([&] {
-    const Config asked = read_config(config, current_settings().config.options);
+    const Config asked = read_config(config, current_config().options);
     if (const auto rule = broken_rule(asked)) pbsattn::refuse(*rule);
     State& shared = state();
     const std::lock_guard lock(shared.mutex);

@@ -62,8 +62,10 @@ bool explained(Body&& body) noexcept {
   return false;
 }
 
-// The process's settings. The first call reads the environment and logs what is wrong with it.
+// The process's settings. The first call reads the environment and logs what is wrong with it; no exception comes of
+// it.
 Settings current_settings();
+Config current_config() noexcept;
 Observer current_observer();
 
 }  // namespace pbsattn::ggml

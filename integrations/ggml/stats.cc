@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/sized_struct.h"
+#include "guard.h"
 #include "log.h"
 
 PBSATTN_SIZED_STRUCT(ggml_pbsattn_layer_stats, check_rel_rms, 384);
@@ -21,8 +22,10 @@ namespace pbsattn::ggml {
 namespace {
 
 constexpr std::array<const char*, GGML_PBSATTN_REASON_COUNT> reason_names = {
-    "taken",    "by mode", "few tokens", "tensor types", "head_dim",        "layout",       "sinks",
-    "soft-cap", "ALiBi",   "top-k",      "no mask",      "mask not causal", "plan refused", "run failed"};
+    "taken", "by mode", "few tokens", "tensor types",    "head_dim",     "layout",     "sinks",         "soft-cap",
+    "ALiBi", "top-k",   "no mask",    "mask not causal", "plan refused", "run failed", "unknown inputs"};
+
+static_assert(reason_names.back() != nullptr, "a name for each reason");
 
 struct Table {
   std::mutex mutex;
@@ -31,9 +34,8 @@ struct Table {
   bool unreported = false;
 };
 
-Table& table() {
-  static auto* shared = new Table;  // never destroyed: contexts may outlive static destruction
-  return *shared;
+Table& table() noexcept {
+  return immortal<Table>();
 }
 
 std::string line(const ggml_pbsattn_layer_stats& s) {

@@ -61,6 +61,8 @@ AttentionGraph::AttentionGraph(const Case& c) : case_(c) {
                             1.0F / std::sqrt(static_cast<float>(c.head_dim)), c.max_bias, c.soft_cap);
   if (c.n_kv_max != 0) ggml_flash_attn_ext_set_n_kv_max(op_, c.n_kv_max);
   ggml_flash_attn_ext_add_sinks(op_, sinks);
+  if (c.more_source != 0) op_->src[c.more_source] = q_storage;
+  if (c.parameter != 0) op_->op_params[c.parameter] = 1;
   ggml_tensor* flat = ggml_reshape_2d(context_, op_, value_dim * c.q_heads, c.n_q * c.streams);
   result_ = ggml_scale(context_, flat, 1.0F);
   ggml_set_output(result_);

@@ -34,6 +34,8 @@ struct Case {
   float max_bias = 0.0F;
   float soft_cap = 0.0F;
   std::int32_t n_kv_max = 0;
+  int more_source = 0;  // a source of this number that no ggml of today has; 0: none
+  int parameter = 0;    // the word of op_params to set, where ggml of today has none; 0: none
   std::string cache_name = "cache_k_l3";
 };
 

@@ -130,9 +130,22 @@ const std::vector<Expectation> expectations = {
     {"Alibi", {.max_bias = 8.0F}, Route::ggml, GGML_PBSATTN_ALIBI},
     {"TopK", {.n_kv_max = 64}, Route::ggml, GGML_PBSATTN_TOP_K},
     {"NoMask", {.masked = false}, Route::ggml, GGML_PBSATTN_NO_MASK},
+    {"SixthSource", {.more_source = 5}, Route::ggml, GGML_PBSATTN_UNKNOWN_INPUTS},
+    {"LastSource", {.more_source = GGML_MAX_SRC - 1}, Route::ggml, GGML_PBSATTN_UNKNOWN_INPUTS},
+    {"SixthParameter", {.parameter = 5}, Route::ggml, GGML_PBSATTN_UNKNOWN_INPUTS},
+    {"NinthParameter", {.parameter = 8}, Route::ggml, GGML_PBSATTN_UNKNOWN_INPUTS},
+    {"LastParameter",
+     {.parameter = GGML_MAX_OP_PARAMS / static_cast<int>(sizeof(std::int32_t)) - 1},
+     Route::ggml,
+     GGML_PBSATTN_UNKNOWN_INPUTS},
 };
 INSTANTIATE_TEST_SUITE_P(, AttentionOp, testing::ValuesIn(expectations),
                          [](const auto& test) { return test.param.name; });
+
+TEST_F(SingleOp, PrecisionOfNoNameIsLeftToGgml) {
+  // ggml ends the process over it, so it is only examined.
+  EXPECT_EQ(ggml_backend_pbsattn_examine(AttentionGraph({.parameter = 3}).op()), GGML_PBSATTN_UNKNOWN_INPUTS);
+}
 
 TEST_F(SingleOp, BothDevicesAgree) {
   const AttentionGraph graph({.q_heads = 2, .kv_heads = 1});

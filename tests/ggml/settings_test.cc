@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -151,6 +154,45 @@ TEST(LayerSettings, WhatIsWrongIsNamed) {
   const Outcome outcome = read({{"PBSATTN_SETTINGS", "/nowhere/settings.json"}});
   EXPECT_NE(outcome.error.find("/nowhere/settings.json: can't be read"), std::string::npos) << outcome.error;
   EXPECT_EQ(outcome.settings.config.mode, GGML_PBSATTN_MODE_OFF);
+}
+
+// Numbers that overflow a double are no parse errors to the JSON library, but exceptions of another kind.
+constexpr const char* overflows = R"({"0": {"7": {"top_p": 0.8}}, "3": {"*": {"threshold": 1e999}}})";
+
+TEST(LayerSettings, NumberThatOverflowsIsNamedByEveryWayIn) {
+  const std::string complaint =
+      "layer 3, head *, threshold: number overflow parsing '1e999'; write one that a double holds";
+  EXPECT_EQ(refusal_of(overflows), complaint);
+
+  EXPECT_FALSE(ggml_backend_pbsattn_set_layers(overflows));
+  EXPECT_EQ(ggml_backend_pbsattn_last_error(), complaint);
+
+  const auto file = std::filesystem::path(testing::TempDir()) / "pbsattn-settings-overflow.json";
+  std::ofstream(file) << overflows;
+  const Outcome outcome = read({{"PBSATTN_SETTINGS", file.string()}});
+  std::filesystem::remove(file);
+  EXPECT_EQ(outcome.error, "PBSATTN_SETTINGS " + file.string() + ": " + complaint);
+  EXPECT_EQ(outcome.settings.config.mode, GGML_PBSATTN_MODE_OFF);
+}
+
+TEST(LayerSettings, NoFileEndsTheProcess) {
+  // The plug-in's first call, as ggml makes it when it loads the file: in a process that starts anew.
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto file = std::filesystem::path(testing::TempDir()) / "pbsattn-settings-bad.json";
+  for (const std::string text : {overflows, "", "{", "[1e999]", "{\"0\": {\"*\": {\"top_p\": \"\xff\"}}}", "\0"}) {
+    std::ofstream(file, std::ios::binary) << text;
+    EXPECT_EXIT(
+        {
+          setenv("PBSATTN_SETTINGS", file.c_str(), 1);
+          ggml_backend_pbsattn_reg();
+          ggml_pbsattn_config config{.struct_size = sizeof config};
+          ggml_backend_pbsattn_get_config(&config);
+          std::_Exit(config.mode == GGML_PBSATTN_MODE_OFF ? 0 : 1);
+        },
+        testing::ExitedWithCode(0), "pbsattn-settings-bad.json: .*attention stays with ggml's own kernel")
+        << text;
+  }
+  std::filesystem::remove(file);
 }
 
 }  // namespace
