@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "commands.h"
+#include "files.h"
 #include "pbsattn/pbsattn.hpp"
 
 namespace app {
@@ -21,13 +22,13 @@ void print_devices(bool json) {
                                   {"f32_path", cpu.f32_path},
                                   {"bf16_path", cpu.bf16_path}},
                                  {{"name", "reference"}, {"threads", 1}, {"paths", {"fp64"}}}};
-    fmt::print("{}\n", list.dump(2));
+    print(list.dump(2) + "\n");
     return;
   }
-  fmt::print("{:10} {}, {} thread(s)\n", cpu.name, cpu.processor, cpu.threads);
-  fmt::print("{:10} f32 products take {}, bf16 products take {}; it can run {}\n", "", cpu.f32_path, cpu.bf16_path,
-             fmt::join(cpu.paths, ", "));
-  fmt::print("{:10} the definition: naive loops in double precision, for tests and for reading\n", "reference");
+  print(fmt::format("{:10} {}, {} thread(s)\n", cpu.name, cpu.processor, cpu.threads) +
+        fmt::format("{:10} f32 products take {}, bf16 products take {}; it can run {}\n", "", cpu.f32_path,
+                    cpu.bf16_path, fmt::join(cpu.paths, ", ")) +
+        fmt::format("{:10} the definition: naive loops in double precision, for tests and for reading\n", "reference"));
 }
 
 }  // namespace

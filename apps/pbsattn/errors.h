@@ -6,16 +6,16 @@
 
 namespace app {
 
-enum ExitStatus { success = 0, failed = 1, usage = 2, interrupted_by_user = 130 };
+// Beyond these, 128 and a signal's number: that of what ended the program early.
+enum ExitStatus { success = 0, failed = 1, usage = 2 };
 
 class Failure : public std::runtime_error {
  public:
-  explicit Failure(const std::string& message, ExitStatus status = failed)
-      : std::runtime_error(message), status_(status) {}
-  ExitStatus status() const noexcept { return status_; }
+  explicit Failure(const std::string& message, int status = failed) : std::runtime_error(message), status_(status) {}
+  int status() const noexcept { return status_; }
 
  private:
-  ExitStatus status_;
+  int status_;
 };
 
 // A command line that can't be right, whatever the files hold.
@@ -24,8 +24,15 @@ class UsageError : public Failure {
   explicit UsageError(const std::string& message) : Failure(message, usage) {}
 };
 
-// From here on Ctrl-C makes interrupted() true; a second Ctrl-C ends the process at once.
-void catch_interrupt();
+// Nobody reads what the program prints any more, as under `| head`: it ends, and there is nobody to tell.
+class NobodyReads : public Failure {
+ public:
+  NobodyReads();
+};
+
+// From here on Ctrl-C or SIGTERM makes interrupted() true, and the same signal again ends the process at once; a pipe
+// that nobody reads is an error of writing.
+void catch_signals();
 bool interrupted() noexcept;
 void throw_if_interrupted();
 

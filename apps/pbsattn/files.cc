@@ -1,9 +1,11 @@
 #include "files.h"
 
 #include <fmt/format.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -39,6 +41,25 @@ std::optional<std::size_t> first_bad_utf8(std::string_view text) {
   return std::nullopt;
 }
 
+// The file that a path names at the end of its symbolic links, whether or not there is one yet.
+std::string behind_links(std::filesystem::path path) {
+  constexpr int most_links = 40;  // as Linux has it
+  for (int links = 0; std::filesystem::is_symlink(path); ++links) {
+    if (links == most_links) {
+      throw Failure(fmt::format("output file {}: its symbolic links lead nowhere; name a file", path.string()));
+    }
+    path = path.parent_path() / std::filesystem::read_symlink(path);
+  }
+  return path.string();
+}
+
+bool is_standard_output(const std::string& path) {
+  struct stat file {
+  }, output{};
+  return stat(path.c_str(), &file) == 0 && fstat(STDOUT_FILENO, &output) == 0 && file.st_dev == output.st_dev &&
+         file.st_ino == output.st_ino;
+}
+
 }  // namespace
 
 std::string read_prompt(const std::string& path) {
@@ -69,33 +90,49 @@ std::string read_prompt(const std::string& path) {
 std::string read_settings(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::stringstream text;
-  if (!file || !(text << file.rdbuf()))
+  constexpr auto nothing = std::ifstream::traits_type::eof();
+  if (file.peek() == nothing ? !file.eof() : !(text << file.rdbuf()))
     throw Failure(fmt::format("settings {}: {}; name a JSON file", path, std::strerror(errno)));
   return text.str();
 }
 
+void print(std::string_view text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0) return;
+  if (errno == EPIPE) throw NobodyReads();
+  throw Failure(fmt::format("standard output: {}; free some space or print to another place", std::strerror(errno)));
+}
+
 OutputFile::OutputFile(std::string path) : path_(std::move(path)) {
-  const bool special = std::filesystem::exists(path_) && !std::filesystem::is_regular_file(path_);
-  partial_ = special ? path_ : fmt::format("{}.partial-{}", path_, getpid());
-  if (!std::ofstream(partial_, std::ios::binary)) {
-    throw Failure(fmt::format("output file {}: {}; name a place that can be written", path_, std::strerror(errno)));
+  namespace fs = std::filesystem;
+  std::error_code ignored;
+  const fs::file_status status = fs::status(path_, ignored);
+  const bool special = fs::exists(status) && !fs::is_regular_file(status);
+  if (fs::is_regular_file(status) && is_standard_output(path_)) {
+    throw Failure(fmt::format(
+        "output file {}: it is the standard output; give --json no file to print there, or another file", path_));
   }
+  target_ = special ? path_ : behind_links(path_);
+  partial_ = special ? target_ : fmt::format("{}.partial-{}", target_, getpid());
+  file_.open(partial_, std::ios::binary);
+  if (!file_) fail("name a place that can be written");
 }
 
 OutputFile::~OutputFile() {
   std::error_code ignored;
-  if (partial_ != path_) std::filesystem::remove(partial_, ignored);
+  if (partial_ != target_) std::filesystem::remove(partial_, ignored);
 }
 
 void OutputFile::commit(const std::string& text) {
-  std::ofstream file(partial_, std::ios::binary);
-  file << text;
-  file.close();
-  if (!file) {
-    throw Failure(
-        fmt::format("output file {}: {}; free some space or name another place", path_, std::strerror(errno)));
-  }
-  if (partial_ != path_) std::filesystem::rename(partial_, path_);
+  throw_if_interrupted();
+  file_ << text;
+  file_.close();
+  if (!file_ && errno == EPIPE) throw NobodyReads();
+  if (!file_) fail("free some space or name another place");
+  if (partial_ != target_ && std::rename(partial_.c_str(), target_.c_str()) != 0) fail("name another place");
+}
+
+void OutputFile::fail(const char* way_out) const {
+  throw Failure(fmt::format("output file {}: {}; {}", path_, std::strerror(errno), way_out));
 }
 
 }  // namespace app

@@ -1,17 +1,21 @@
 // pbsattn: what Permuted Block-Sparse Attention does to a real model's prefill, on this machine.
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
 #include <new>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "commands.h"
 #include "errors.h"
+#include "files.h"
 #include "pbsattn/pbsattn.hpp"
 
 namespace {
@@ -46,11 +50,24 @@ int run(int argc, char** argv) {
   try {
     program.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return program.exit(error);  // --help
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) {  // --help
+      std::ostringstream help;
+      program.exit(error, help, help);
+      app::print(help.str());
+      return app::success;
+    }
     throw app::UsageError(
         fmt::format("{}; pbsattn --help lists the commands, pbsattn COMMAND --help their options", error.what()));
   }
   return app::success;
+}
+
+// Without a standard stream, a file of ours would take its number, and with it what is meant for the stream. What takes
+// it here can't be written to, so printing fails as it should.
+void fill_closed_streams() {
+  for (const int stream : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (fcntl(stream, F_GETFD) == -1) static_cast<void>(open("/dev/null", O_RDONLY));
+  }
 }
 
 int fail(const char* message, int status) noexcept {
@@ -62,8 +79,11 @@ int fail(const char* message, int status) noexcept {
 
 int main(int argc, char** argv) {
   try {
-    app::catch_interrupt();
+    fill_closed_streams();
+    app::catch_signals();
     return run(argc, argv);
+  } catch (const app::NobodyReads& failure) {
+    return failure.status();
   } catch (const app::Failure& failure) {
     return fail(failure.what(), failure.status());
   } catch (const pbsattn::Error& error) {

@@ -145,8 +145,8 @@ void mask(const MaskOptions& options) {
   const std::vector<MaskPanel> panels = {panel("Keys where they stand", before, capture, threads),
                                          panel("Keys permuted inside segments", after, capture, threads)};
   file.commit(mask_svg(title, panels));
-  fmt::print("{}: density {:.3f} before the permutation, {:.3f} after it\n", options.out, panels[0].density,
-             panels[1].density);
+  print(fmt::format("{}: density {:.3f} before the permutation, {:.3f} after it\n", options.out, panels[0].density,
+                    panels[1].density));
 }
 
 }  // namespace

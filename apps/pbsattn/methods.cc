@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "commands.h"
+#include "files.h"
 
 namespace app {
 namespace {
@@ -16,12 +17,14 @@ void print_methods(bool json) {
     for (const auto& info : pbsattn::methods()) {
       list.push_back({{"name", info.name}, {"summary", info.summary}, {"options", to_json(info.options)}});
     }
-    fmt::print("{}\n", list.dump(2));
+    print(list.dump(2) + "\n");
     return;
   }
+  std::string text;
   for (const auto& info : pbsattn::methods()) {
-    fmt::print("{:15} {}\n{:15} {}\n", info.name, info.summary, "", describe(info.options));
+    text += fmt::format("{:15} {}\n{:15} {}\n", info.name, info.summary, "", describe(info.options));
   }
+  print(text);
 }
 
 }  // namespace

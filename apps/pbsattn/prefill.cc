@@ -134,20 +134,23 @@ void check_logits_fit(std::size_t positions, const ModelInfo& model) {
   }
 }
 
+// How long the prompt takes to its first token.
+double time_prefill(Session& session, const std::vector<llama_token>& prompt, const std::vector<int>& positions,
+                    const Attention& attention) {
+  using clock = std::chrono::steady_clock;
+  const Progress progress(attention.name, [layers = session.info().layers] {
+    return static_cast<double>(ggml_backend_pbsattn_stats_get(nullptr, 0)) / layers;
+  });
+  const auto start = clock::now();
+  session.prefill(prompt, positions, attention);
+  static_cast<void>(session.most_likely(static_cast<int>(prompt.size()) - 1));
+  return std::chrono::duration<double>(clock::now() - start).count();
+}
+
 Run measure(Session& session, const std::vector<llama_token>& prompt, const std::vector<int>& positions,
             const Attention& attention, FidelityJudge& judge, int generate) {
-  using clock = std::chrono::steady_clock;
   Run run{.attention = attention};
-  const int last = static_cast<int>(prompt.size()) - 1;
-  {
-    const Progress progress(attention.name, [layers = session.info().layers] {
-      return static_cast<double>(ggml_backend_pbsattn_stats_get(nullptr, 0)) / layers;
-    });
-    const auto start = clock::now();
-    session.prefill(prompt, positions, attention);
-    static_cast<void>(session.most_likely(last));
-    run.first_token_seconds = std::chrono::duration<double>(clock::now() - start).count();
-  }
+  run.first_token_seconds = time_prefill(session, prompt, positions, attention);
   run.layers = layer_stats();
   run.fidelity = judge.judge([&](int position) { return session.logits(position); });
   run.continuation = session.generate(static_cast<int>(prompt.size()), generate);
@@ -223,9 +226,17 @@ void prefill(const PrefillOptions& options) {
         measure(session, prompt, positions, *attention, judge, options.generate);
   }
 
+  constexpr int most_repeats = 3;
+  for (int i = 0; i < most_repeats; ++i) {
+    Run* const run = report.disturbed();
+    if (run == nullptr) break;
+    const double seconds = time_prefill(session, prompt, positions, run->attention);
+    run->time_again(seconds, layer_stats());
+  }
+
   const std::string json = to_json(report).dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
   if (json_file) json_file->commit(json);
-  fmt::print("{}", options.json == "-" ? json : table(report));
+  print(options.json == "-" ? json : table(report));
 }
 
 }  // namespace

@@ -57,16 +57,39 @@ std::string quoted(const std::string& text) {
   return nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
+// What the times are worth, where that is in doubt.
+std::string disturbance(const PrefillReport& report) {
+  std::string text;
+  for (const Run& run : report.runs) {
+    if (run.repeats > 0)
+      text +=
+          fmt::format("\n{} was timed {} times, of which the best counts: the machine was busy with something else.",
+                      run.attention.name, run.repeats + 1);
+  }
+  if (const Run* run = report.disturbed()) {
+    const auto [least, most] = std::ranges::minmax(report.runs, {}, &Run::other_seconds);
+    text += fmt::format(
+        "\nDisturbed: all but attention is the same work in every run, but took {:.2f} to {:.2f} s, in {} longer than\n"
+        "another run as a whole. Don't rely on the speed-ups; measure again on an idle machine.",
+        least.other_seconds(), most.other_seconds(), run->attention.name);
+  }
+  return text;
+}
+
 std::string footer(const PrefillReport& report) {
   const Run& baseline = report.runs.front();
   std::string text = fmt::format(
       "\nIf attention took no time, the first token would come after {:.2f} s instead of {:.2f} s: {:.2f}x.",
-      baseline.first_token_seconds - baseline.attention_seconds(), baseline.first_token_seconds, report.bound());
+      baseline.other_seconds(), baseline.first_token_seconds, report.bound());
   if (report.runs.size() > 1) {
     const double reached = baseline.first_token_seconds / report.runs.back().first_token_seconds;
-    text += fmt::format(" {} reaches {:.2f}x, {:.0f} % of that.", report.runs.back().attention.name, reached,
-                        100 * reached / report.bound());
+    const std::string& name = report.runs.back().attention.name;
+    if (reached <= report.bound())
+      text += fmt::format(" {} reaches {:.2f}x, {:.0f} % of that.", name, reached, 100 * reached / report.bound());
+    else
+      text += fmt::format(" {} reaches {:.2f}x, which is more than can be.", name, reached);
   }
+  text += disturbance(report);
   text += fmt::format(
       "\nPerplexity, its change against {} (± standard error, token by token), KL divergence (nats) and agreement of "
       "the\n"
@@ -99,6 +122,8 @@ nlohmann::json run_json(const Run& run, const PrefillReport& report) {
   nlohmann::json json = {{"name", run.attention.name},
                          {"first_token_seconds", run.first_token_seconds},
                          {"attention_seconds", run.attention_seconds()},
+                         {"other_seconds", run.other_seconds()},
+                         {"repeats", run.repeats},
                          {"attention_share", run.attention_seconds() / run.first_token_seconds},
                          {"stages",
                           {{"mask_seconds", stage_seconds(run, &ggml_pbsattn_layer_stats::mask_seconds)},
@@ -132,6 +157,17 @@ double Run::attention_seconds() const {
   return stage_seconds(*this, &ggml_pbsattn_layer_stats::total_seconds);
 }
 
+double Run::other_seconds() const {
+  return first_token_seconds - attention_seconds();
+}
+
+void Run::time_again(double seconds, std::vector<ggml_pbsattn_layer_stats> again) {
+  ++repeats;
+  if (seconds >= first_token_seconds) return;
+  first_token_seconds = seconds;
+  layers = std::move(again);
+}
+
 double Run::density() const {
   std::int64_t visited = 0;
   std::int64_t causal = 0;
@@ -145,7 +181,13 @@ double Run::density() const {
 
 double PrefillReport::bound() const {
   const Run& baseline = runs.front();
-  return baseline.first_token_seconds / (baseline.first_token_seconds - baseline.attention_seconds());
+  return baseline.first_token_seconds / baseline.other_seconds();
+}
+
+Run* PrefillReport::disturbed() {
+  const auto worst = std::ranges::max_element(runs, {}, &Run::other_seconds);
+  const auto quickest = std::ranges::min_element(runs, {}, &Run::first_token_seconds);
+  return worst->other_seconds() > quickest->first_token_seconds ? &*worst : nullptr;
 }
 
 std::string table(const PrefillReport& report) {
@@ -192,6 +234,7 @@ nlohmann::json to_json(const PrefillReport& report) {
           {"left_to_ggml", report.left_to_ggml},
           {"baseline", report.runs.front().attention.name},
           {"bound_speedup", report.bound()},
+          {"disturbed", report.disturbed() != nullptr},
           {"runs", runs}};
 }
 

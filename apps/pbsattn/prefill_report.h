@@ -19,8 +19,12 @@ struct Run {
   Fidelity fidelity = {};
   std::vector<llama_token> continuation = {};
   std::string continuation_text = {};
+  int repeats = 0;  // how often it was timed again
 
   double attention_seconds() const;
+  double other_seconds() const;  // all but attention: the same work in every run
+  // Takes the times of another run of the same if they are better.
+  void time_again(double seconds, std::vector<ggml_pbsattn_layer_stats> again);
   double density() const;  // visited over causal blocks, all layers
 };
 
@@ -38,6 +42,11 @@ struct PrefillReport {
 
   // The first run's speed-up if its attention took no time.
   double bound() const;
+  // A run that no attention explains, the worst of them, or null: all but its attention, the same work in every run,
+  // took longer than another run as a whole, so something else kept the machine busy. The baseline is one where a
+  // speed-up is above the bound.
+  Run* disturbed();
+  const Run* disturbed() const { return const_cast<PrefillReport*>(this)->disturbed(); }
 };
 
 std::string table(const PrefillReport& report);
