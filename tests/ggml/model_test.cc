@@ -1,4 +1,4 @@
-// A whole model through libllama: every layer against ggml's kernel on the same inputs, and perplexity.
+// A whole model through libllama: every layer against ggml's kernel on the same inputs, and what tokens it expects.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace {
 
 // Neither a multiple of the block nor of the cache's padding: tails everywhere.
 constexpr std::int32_t prompt_tokens = 2200;
-constexpr std::int32_t scored_tokens = 1100;  // the last ones count for perplexity
+constexpr std::int32_t scored_tokens = 1100;  // the last ones, whose surprise is compared
 constexpr int threads = 2;
 
 Config config_of(const char* method, float top_p, pbsattn_precision precision) {
@@ -27,6 +27,12 @@ Config config_of(const char* method, float top_p, pbsattn_precision precision) {
   EXPECT_EQ(pbsattn_method(method, &config.options), PBSATTN_OK);
   config.options.top_p = top_p;
   config.options.precision = precision;
+  return config;
+}
+
+Config off() {
+  Config config = config_of("full", 1.0F, PBSATTN_PRECISION_F32);
+  config.mode = GGML_PBSATTN_MODE_OFF;
   return config;
 }
 
@@ -39,7 +45,7 @@ double surprise(std::span<const float> logits, llama_token token) {
 }
 
 struct Prefill {
-  double perplexity = 0;
+  std::vector<double> surprises;  // of the scored tokens
   std::vector<ggml_pbsattn_layer_stats> layers;
 
   double density() const {
@@ -56,6 +62,26 @@ struct Prefill {
     return worst;
   }
 };
+
+// How two runs differ, token by token, in nats: pairing takes out how hard a token is.
+struct Change {
+  double mean = 0;
+  double standard_error = 0;
+  double rms = 0;
+};
+Change change(const Prefill& run, const Prefill& from) {
+  const auto count = static_cast<double>(run.surprises.size());
+  double sum = 0, squares = 0;
+  for (std::size_t i = 0; i < run.surprises.size(); ++i) {
+    const double difference = run.surprises[i] - from.surprises[i];
+    sum += difference;
+    squares += difference * difference;
+  }
+  const double mean = sum / count;
+  return {.mean = mean,
+          .standard_error = std::sqrt((squares / count - mean * mean) / (count - 1)),
+          .rms = std::sqrt(squares / count)};
+}
 
 class Model : public testing::Test {
  protected:
@@ -89,7 +115,8 @@ class Model : public testing::Test {
   static const llama_vocab* vocabulary() { return llama_model_get_vocab(model_); }
   static std::int32_t layers() { return llama_model_n_layer(model_); }
 
-  static Prefill prefill(Config config, std::uint32_t ubatch = prompt_tokens) {
+  static Prefill prefill(const Config& config, std::uint32_t ubatch = prompt_tokens,
+                         llama_flash_attn_type flash_attention = LLAMA_FLASH_ATTN_TYPE_ENABLED) {
     EXPECT_TRUE(configure(config)) << ggml_backend_pbsattn_last_error();
     llama_context_params params = llama_context_default_params();
     params.n_ctx = prompt_tokens;
@@ -97,7 +124,7 @@ class Model : public testing::Test {
     params.n_ubatch = ubatch;
     params.n_seq_max = 1;
     params.n_threads = params.n_threads_batch = threads;
-    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    params.flash_attn_type = flash_attention;
     llama_context* context = llama_init_from_model(model_, params);
     ggml_backend_pbsattn_stats_reset();
 
@@ -112,11 +139,9 @@ class Model : public testing::Test {
     }
     Prefill result;
     EXPECT_EQ(llama_decode(context, batch), 0);
-    double sum = 0;
     const auto words = static_cast<std::size_t>(llama_vocab_n_tokens(vocabulary()));
     for (std::int32_t i = prompt_tokens - scored_tokens; i + 1 < prompt_tokens; ++i)
-      sum += surprise({llama_get_logits_ith(context, i), words}, batch.token[i + 1]);
-    result.perplexity = std::exp(sum / (scored_tokens - 1));
+      result.surprises.push_back(surprise({llama_get_logits_ith(context, i), words}, batch.token[i + 1]));
     llama_batch_free(batch);
     llama_free(context);
 
@@ -124,13 +149,18 @@ class Model : public testing::Test {
     return result;
   }
 
-  // The model without us; computed once.
+  // Runs that several tests look at, computed once: the model without us, by each of ggml's own two attentions,
   static const Prefill& ggmls() {
-    static const Prefill result = [] {
-      Config config = config_of("full", 1.0F, PBSATTN_PRECISION_F32);
-      config.mode = GGML_PBSATTN_MODE_OFF;
-      return prefill(config);
-    }();
+    static const Prefill result = prefill(off());
+    return result;
+  }
+  static const Prefill& ggmls_without_flash_attention() {
+    static const Prefill result = prefill(off(), prompt_tokens, LLAMA_FLASH_ATTN_TYPE_DISABLED);
+    return result;
+  }
+  // and with us as we are by default.
+  static const Prefill& usual() {
+    static const Prefill result = prefill(config_of("pbs", 0.9F, PBSATTN_PRECISION_BF16));
     return result;
   }
 
@@ -169,30 +199,36 @@ TEST_F(Model, EveryLayerEqualsGgmlsOnTheSameInputs) {
       EXPECT_LE(layer.check_rel_rms, tolerance) << "layer " << layer.layer << ", precision " << precision;
     }
     // What the layers passed on was ggml's result.
-    EXPECT_DOUBLE_EQ(checked.perplexity, theirs.perplexity);
+    EXPECT_EQ(checked.surprises, theirs.surprises);
   }
 }
 
 TEST_F(Model, PerplexityAgreesAtTopPOne) {
-  // Differences of 1e-7 in attention flip roundings in quantised matrix products: at 2K tokens perplexity
-  // wanders by some 0.4 % either way.
-  const double expected = ggmls().perplexity;
+  // Any difference in attention, if only of 1e-7, flips roundings of activations to 8 bits in the quantised matrix
+  // products. Flips make more of them in each layer, until tokens wander as far as quantisation lets them, whatever
+  // began it. How far that is depends on the processor, so it is measured here, between ggml's own two ways to
+  // compute the same attention: .096 nats on an AMD Zen 5, where ours differ by .090 to .099 at either precision. A
+  // fault isn't rounding and takes tokens further: to .31 nats if the least third of all blocks are left out, which is
+  // asked for too, lest the bound let faults pass.
+  const double wandering = change(ggmls_without_flash_attention(), ggmls()).rms;
+  ASSERT_GT(wandering, 0.0);
+  ASSERT_GT(change(usual(), ggmls()).rms, 2 * wandering) << "blocks left out would pass";
   for (const pbsattn_precision precision : {PBSATTN_PRECISION_F32, PBSATTN_PRECISION_BF16}) {
-    const Prefill ours = prefill(config_of("pbs", 1.0F, precision));
-    EXPECT_NEAR(ours.perplexity / expected, 1.0, 5e-3) << "precision " << precision;
+    const Change ours = change(prefill(config_of("pbs", 1.0F, precision)), ggmls());
+    EXPECT_LE(ours.rms, 1.5 * wandering) << "precision " << precision;
+    // Wandering goes either way: its mean is zero but for its own standard error, which no processor exceeds six times.
+    EXPECT_LE(std::abs(ours.mean), 6 * ours.standard_error) << "precision " << precision;
   }
 }
 
 TEST_F(Model, SparseVisitsLessAndStaysClose) {
-  const double expected = ggmls().perplexity;
-  const Prefill usual = prefill(config_of("pbs", 0.9F, PBSATTN_PRECISION_BF16));
   const Prefill sparser = prefill(config_of("pbs", 0.5F, PBSATTN_PRECISION_BF16));
-  expect_each_layer_taken(usual, layers(), 1);
-  EXPECT_LT(usual.density(), 0.95);
-  EXPECT_LT(sparser.density(), usual.density() - 0.05);
-  EXPECT_NE(usual.perplexity, expected);
-  EXPECT_NE(sparser.perplexity, usual.perplexity);
-  EXPECT_NEAR(usual.perplexity / expected, 1.0, 0.1);
+  expect_each_layer_taken(usual(), layers(), 1);
+  EXPECT_LT(usual().density(), 0.95);
+  EXPECT_LT(sparser.density(), usual().density() - 0.05);
+  // The blocks left out at top_p .9 change tokens by .3 nats, but perplexity by -3 +- 1 %: what wandering adds to that
+  // is .3 % (a standard error), so that a tenth is seven standard errors away on any processor.
+  EXPECT_LT(std::abs(change(usual(), ggmls()).mean), 0.1);
 }
 
 TEST_F(Model, ChunksOfAPrefillAreTakenAndTheShortLastOneLeft) {
