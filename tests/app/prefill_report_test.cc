@@ -11,7 +11,7 @@ namespace app {
 namespace {
 
 std::vector<ggml_pbsattn_layer_stats> layers_taking(double seconds) {
-  std::vector<ggml_pbsattn_layer_stats> layers(2);
+  std::vector<ggml_pbsattn_layer_stats> layers(2, {.struct_size = sizeof(ggml_pbsattn_layer_stats)});
   for (auto& layer : layers) layer.total_seconds = seconds / 2;
   return layers;
 }
