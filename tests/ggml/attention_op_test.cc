@@ -60,7 +60,7 @@ TEST_P(AttentionOp, TakenOrNotTheResultIsGgmls) {
 
   EXPECT_EQ(ours.routed, expected.route != Route::ggml);
   if (expected.route == Route::pbsattn)
-    EXPECT_LE(relative_rms(ours.values, theirs.values), expected.tolerance);
+    EXPECT_LE(relative_rms(ours.values, theirs.values), f32_tolerance(expected.tolerance, 1e-2));
   else
     EXPECT_EQ(ours.values, theirs.values);
 
@@ -156,7 +156,7 @@ TEST_F(SingleOp, BothDevicesAgree) {
   config.device = PBSATTN_DEVICE_REFERENCE;
   configure(config);
   const auto reference = graph.compute(Backends(true).all());
-  EXPECT_LE(relative_rms(fast.values, reference.values), 1e-5);
+  EXPECT_LE(relative_rms(fast.values, reference.values), f32_tolerance(1e-5, 3e-2));
 }
 
 TEST_F(SingleOp, Bfloat16ProductsStayCloseToGgml) {
@@ -227,7 +227,7 @@ TEST_F(SingleOp, CheckPassesOnGgmlsResultAndRecordsTheDifference) {
   EXPECT_EQ(graph.compute(Backends(true).all()).values, graph.compute(Backends(false).all()).values);
   ASSERT_EQ(stats()[0].checks, 1);
   EXPECT_GT(stats()[0].check_max_abs, 0.0);
-  EXPECT_LE(stats()[0].check_rel_rms, 2e-5);
+  EXPECT_LE(stats()[0].check_rel_rms, f32_tolerance(2e-5, 1e-2));
 }
 
 TEST_F(SingleOp, RefusedPlanFallsBack) {

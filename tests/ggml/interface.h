@@ -1,6 +1,8 @@
 // The plug-in's C interface, as the tests call it.
 #pragma once
 
+#include <cstdlib>
+#include <string_view>
 #include <vector>
 
 #include "ggml-pbsattn.h"
@@ -18,6 +20,13 @@ inline bool configure(Config config) {
                                   .check = config.check,
                                   .reserved = 0};
   return ggml_backend_pbsattn_configure(&asked);
+}
+
+// A tolerance for products in f32, or what those in bf16 need where PBSATTN_CPU_PATH forces them on whoever asks for
+// f32.
+inline double f32_tolerance(double tolerance, double of_bf16) {
+  const char* path = std::getenv("PBSATTN_CPU_PATH");
+  return path != nullptr && std::string_view(path).find("bf16") != std::string_view::npos ? of_bf16 : tolerance;
 }
 
 inline std::vector<ggml_pbsattn_layer_stats> layer_stats() {

@@ -185,8 +185,9 @@ TEST_F(Model, EveryLayerEqualsGgmlsOnTheSameInputs) {
   struct {
     pbsattn_precision precision;
     double tolerance;
-  } const cases[] = {{PBSATTN_PRECISION_F32, 5e-4},  // ggml rounds queries, and on some machines sums, to f16
-                     {PBSATTN_PRECISION_BF16, 2e-2}};
+  } const cases[] = {
+      {PBSATTN_PRECISION_F32, f32_tolerance(5e-4, 2e-2)},  // ggml rounds queries, and on some machines sums, to f16
+      {PBSATTN_PRECISION_BF16, 2e-2}};
   for (const auto& [precision, tolerance] : cases) {
     Config config = config_of("pbs", 1.0F, precision);
     config.check = true;
@@ -208,8 +209,8 @@ TEST_F(Model, PerplexityAgreesAtTopPOne) {
   // products. Flips make more of them in each layer, until tokens wander as far as quantisation lets them, whatever
   // began it. How far that is depends on the processor, so it is measured here, between ggml's own two ways to
   // compute the same attention: .096 nats on an AMD Zen 5, where ours differ by .090 to .099 at either precision. A
-  // fault isn't rounding and takes tokens further: to .31 nats if the least third of all blocks are left out, which is
-  // asked for too, lest the bound let faults pass.
+  // fault isn't rounding and takes tokens further: to .30 nats if the scale is wrong by a tenth, and to .31 if the
+  // least third of all blocks are left out, which is asked for too, lest the bound let faults pass.
   const double wandering = change(ggmls_without_flash_attention(), ggmls()).rms;
   ASSERT_GT(wandering, 0.0);
   ASSERT_GT(change(usual(), ggmls()).rms, 2 * wandering) << "blocks left out would pass";
@@ -238,7 +239,7 @@ TEST_F(Model, ChunksOfAPrefillAreTakenAndTheShortLastOneLeft) {
   expect_each_layer_taken(chunked, layers(), prompt_tokens / 512);
   EXPECT_EQ(chunked.layers[0].queries, prompt_tokens / 512 * 512);
   EXPECT_EQ(chunked.layers[0].kv_len, prompt_tokens / 512 * 512);
-  EXPECT_LE(chunked.worst_relative_rms(), 5e-4);
+  EXPECT_LE(chunked.worst_relative_rms(), f32_tolerance(5e-4, 2e-2));
 }
 
 }  // namespace
