@@ -268,7 +268,8 @@ struct Trace {
   std::int64_t first_row = 0;
   std::int64_t rows = 0;
   std::int64_t blocks = 0;  // key blocks: ceil(kv_len / block)
-  // [batch][q_heads][kv_len]: the token whose key stands at each slot of the permuted sequence
+  // [batch][q_heads][kv_len]: the token whose key stands at each slot of the permuted sequence. Where a plan keeps every
+  // block, a device may leave keys where they are.
   std::vector<std::int32_t> order;
   // CSR over [batch][q_heads][rows]: key blocks each row attends to, ascending. A block of the row's own
   // segment means the tokens in their original order; any other, slots of the permuted sequence.

@@ -5,10 +5,12 @@
 // So exponentials are kept, each block's measured from its own maximum: storing them is cheaper than a
 // second product.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
-#include <limits>
+#include <numeric>
 #include <span>
+#include <utility>
 
 #include "cpu/pool.h"
 #include "cpu/scores.h"
@@ -118,39 +120,33 @@ void finish_scores(const StageContext& c) {
   });
 }
 
-// Moves the `count` tokens of highest rank, ties by token, into `taken`; both they and those left, which close up,
-// stay in ascending order. A binary search for the lowest rank taken costs less than a sort, and the order inside a
-// block changes nothing.
-void take_highest(std::span<std::uint32_t> rank, std::int32_t* tokens, std::int32_t* taken, std::int32_t count) {
-  const auto reaching = [&](std::uint32_t bound) {
-    std::int32_t found = 0;
-    for (const std::uint32_t r : rank) found += r >= bound ? 1 : 0;
-    return found;
-  };
-  std::uint32_t lowest = 0;
-  std::int32_t found = static_cast<std::int32_t>(rank.size());  // that reach it, at least count
-  for (std::uint32_t bit = std::uint32_t{1} << 31; bit != 0 && found != count; bit >>= 1) {
-    const std::int32_t candidates = reaching(lowest | bit);
-    if (candidates < count) continue;
-    lowest |= bit;
-    found = candidates;
+// Writes the tokens begin .. begin + weights.size() - 1 in descending weight, of equal ones in their order, NaN last: a
+// radix sort, byte by byte from the lowest, which keeps equal keys in place and has no branch to mispredict.
+void sort_by_weight(std::span<const float> weights, std::int64_t begin, std::uint32_t* keys, std::int32_t* other,
+                    std::int32_t* order) {
+  constexpr int bytes = 4;
+  const auto size = static_cast<std::int32_t>(weights.size());
+  const auto byte_of = [](std::uint32_t key, int byte) { return key >> (8 * byte) & 0xFF; };
+  std::array<std::array<std::int32_t, 256>, bytes> places{};  // how many keys have a byte, then where the next one goes
+  for (std::int32_t i = 0; i < size; ++i) {
+    // Weights are not negative, so their bits order as they do.
+    keys[i] = std::isnan(weights[i]) ? ~std::uint32_t{0} : ~std::bit_cast<std::uint32_t>(weights[i]) - 1;
+    order[i] = i;
+    for (int byte = 0; byte < bytes; ++byte) ++places[byte][byte_of(keys[i], byte)];
   }
-  // Of those that equal the lowest, the last are one too many.
-  std::int32_t ties = found == count ? count : count - reaching(lowest + 1);
-  std::size_t left = 0;
-  for (std::size_t i = 0; i < rank.size(); ++i) {
-    const bool tie = rank[i] == lowest;
-    if (rank[i] > lowest || (tie && ties > 0)) {
-      *taken++ = tokens[i];
-      ties -= tie ? 1 : 0;
-    } else {
-      rank[left] = rank[i];
-      tokens[left++] = tokens[i];
-    }
+  std::int32_t* from = order;
+  std::int32_t* to = other;
+  for (int byte = 0; byte < bytes; ++byte) {
+    auto& place = places[byte];
+    std::exclusive_scan(place.begin(), place.end(), place.begin(), 0);
+    for (std::int32_t i = 0; i < size; ++i) to[place[byte_of(keys[from[i]], byte)]++] = from[i];
+    std::swap(from, to);
   }
+  static_assert(bytes % 2 == 0, "or the last byte's order is in `other`");
+  for (std::int32_t i = 0; i < size; ++i) order[i] += static_cast<std::int32_t>(begin);
 }
 
-// Orders one segment: its keys in blocks of descending score.
+// Orders one segment: its keys in descending score.
 void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t begin, std::byte* scratch) {
   const Geometry& g = c.geometry();
   const std::int64_t heads = c.pass.shared_order ? g.group() : 1;
@@ -164,16 +160,10 @@ void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t 
                            c.pass.score_factors + place * strip, weights + i);
     }
   }
-  auto* const rank = reinterpret_cast<std::uint32_t*>(weights + g.segment);
-  auto* const tokens = reinterpret_cast<std::int32_t*>(rank + g.segment);
-  for (std::int64_t i = 0; i < g.segment; ++i) {
-    // Weights are not negative, so their bits order as they do; NaN comes last.
-    rank[i] = std::isnan(weights[i]) ? 0 : std::bit_cast<std::uint32_t>(weights[i]) + 1;
-    tokens[i] = static_cast<std::int32_t>(begin + i);
-  }
+  auto* const keys = reinterpret_cast<std::uint32_t*>(weights + g.segment);
+  auto* const other = reinterpret_cast<std::int32_t*>(keys + g.segment);
   std::int32_t* const order = c.pass.order + order_head * g.permuted_len() + begin;
-  for (std::int64_t i = 0; i < g.segment; i += g.block)
-    take_highest({rank, static_cast<std::size_t>(g.segment - i)}, tokens, order + i, g.block);
+  sort_by_weight({weights, static_cast<std::size_t>(g.segment)}, begin, keys, other, order);
   if (begin == 0) c.pass.sink_block[order_head] = (std::find(order, order + g.segment, 0) - order) / g.block;
 }
 

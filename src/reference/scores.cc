@@ -132,8 +132,12 @@ Scoring prepare_scores(const Head& head, const Options& options, const Geometry&
       scoring.original_keys = pool_original_keys(head, geometry, options.rules);
       scoring.bands = calibrate_bands(head, options, geometry, scoring.original_keys);
       break;
-    case BlockScore::vertical_slash: scoring.pattern = vertical_slash_pattern(head, options, geometry); break;
-    case BlockScore::flexible: scoring.pattern = flexible_pattern(head, options, geometry); break;
+    case BlockScore::vertical_slash:
+      scoring.pattern = vertical_slash_pattern(head, options, geometry, &scoring.pattern_margin);
+      break;
+    case BlockScore::flexible:
+      scoring.pattern = flexible_pattern(head, options, geometry, &scoring.pattern_margin);
+      break;
     default: break;
   }
   return scoring;

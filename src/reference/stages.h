@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -133,7 +134,12 @@ using Pattern = std::vector<std::vector<bool>>;
 // first 30 before all others; of the diagonals the `slash` heaviest, at least 50, those of distance under 100 before
 // all others. A block is kept that a column stands in or a diagonal passes through: MInference reads single columns,
 // whole blocks read more.
-Pattern vertical_slash_pattern(const Head& head, const Options& options, const Geometry& geometry);
+//
+// `margin`, of this and of the next, is lowered to the distance of the closest of a head's choices from its opposite: a
+// share of the lighter mass's heavier rival, or a difference of shares. Within rounding backends may choose the
+// opposite.
+Pattern vertical_slash_pattern(const Head& head, const Options& options, const Geometry& geometry,
+                               double* margin = nullptr);
 
 // BlockScore::flexible with its keep rule (FlexPrefill, arXiv 2502.20766).
 //
@@ -144,7 +150,7 @@ Pattern vertical_slash_pattern(const Head& head, const Options& options, const G
 //     of distances, as the tokens that hold top_p of the mass would fill, and one more; min_budget at least.
 //
 // Block 0 and the diagonal are always among them; up to two blocks or min_budget tokens everything is.
-Pattern flexible_pattern(const Head& head, const Options& options, const Geometry& geometry);
+Pattern flexible_pattern(const Head& head, const Options& options, const Geometry& geometry, double* margin = nullptr);
 
 // What the scores of a head's rows share.
 struct Scoring {
@@ -152,6 +158,7 @@ struct Scoring {
   Matrix original_keys;  // pool_original_keys(), of mean_pool_causal, energy and dual_band
   std::vector<Band> bands;
   Pattern pattern;  // of vertical_slash and flexible, whose scores are 1 for what is kept
+  double pattern_margin = std::numeric_limits<double>::infinity();
 };
 Scoring prepare_scores(const Head& head, const Options& options, const Geometry& geometry,
                        std::span<const std::int32_t> order);

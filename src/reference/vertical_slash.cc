@@ -40,13 +40,23 @@ std::vector<std::int64_t> descending(std::span<const double> values) {
   return index;
 }
 
+void note(double* margin, double distance) {
+  if (margin != nullptr) *margin = std::min(*margin, std::abs(distance));
+}
+
+// How far two masses are from a tie, as a share of the heavier one.
+double gap(double heavier, double lighter) {
+  return heavier > 0 ? (heavier - lighter) / heavier : 0.0;
+}
+
 // Marks the `count` heaviest, the first `forced` before all others.
-std::vector<bool> heaviest(std::vector<double> masses, std::int64_t count, std::int64_t forced) {
+std::vector<bool> heaviest(std::vector<double> masses, std::int64_t count, std::int64_t forced, double* margin) {
   for (std::int64_t i = 0; i < std::min<std::int64_t>(forced, std::ssize(masses)); ++i)
     masses[i] = 2;  // above any mass
   std::vector<bool> marked(masses.size(), false);
   const auto order = descending(masses);
   for (std::int64_t i = 0; i < std::min<std::int64_t>(count, std::ssize(order)); ++i) marked[order[i]] = true;
+  if (count < std::ssize(order)) note(margin, gap(masses[order[count - 1]], masses[order[count]]));
   return marked;
 }
 
@@ -68,11 +78,12 @@ double distance(std::span<const double> p, std::span<const double> q) {
 }
 
 // Blocks that the heaviest tokens would fill whose masses stay within `share`, and one more.
-std::int64_t blocks_of(std::span<const double> masses, double share, std::int64_t block) {
+std::int64_t blocks_of(std::span<const double> masses, double share, std::int64_t block, double* margin) {
   std::int64_t tokens = 1;
   double sum = 0;
   for (const std::int64_t i : descending(masses)) {
     sum += masses[i];
+    note(margin, sum - share);
     if (sum > share) break;
     ++tokens;
   }
@@ -87,7 +98,7 @@ Pattern nothing_of(const Geometry& geometry) {
 
 // Adds what of the rows' pooled attention, highest first, stays within top_p of it.
 void keep_pooled(const Head& head, const Options& options, const Geometry& geometry, const Matrix& pooled_keys,
-                 Pattern& pattern) {
+                 Pattern& pattern, double* margin) {
   struct Cell {
     double score;
     std::int64_t row, block;
@@ -99,25 +110,34 @@ void keep_pooled(const Head& head, const Options& options, const Geometry& geome
     for (std::int64_t b = 0; b < std::ssize(scores); ++b) cells.push_back({scores[b], row, b});
   }
   std::ranges::stable_sort(cells, [](const Cell& a, const Cell& b) { return a.score > b.score; });
+  const auto rows = static_cast<double>(geometry.rows());
   double sum = 0;
+  double last = 0;
   for (const Cell& cell : cells) {
     sum += cell.score;
-    if (sum > static_cast<double>(options.top_p) * static_cast<double>(geometry.rows())) break;
+    note(margin, sum / rows - static_cast<double>(options.top_p));
+    if (sum > static_cast<double>(options.top_p) * rows) {
+      if (last > 0) note(margin, gap(last, cell.score));
+      break;
+    }
     pattern[cell.row][cell.block] = true;
+    last = cell.score;
   }
 }
 
 }  // namespace
 
-Pattern vertical_slash_pattern(const Head& head, const Options& options, const Geometry& geometry) {
+Pattern vertical_slash_pattern(const Head& head, const Options& options, const Geometry& geometry, double* margin) {
   constexpr std::int64_t last = 64;  // all of this is MInference's
   constexpr std::int64_t least_columns = 30;
   constexpr std::int64_t least_diagonals = 50;
   constexpr std::int64_t near = 100;
   const auto masses =
       last_queries_masses(head, geometry, options.scale, std::min<std::int64_t>(last, geometry.shape.q_len));
-  const auto columns = heaviest(masses.column, std::max<std::int64_t>(options.vertical, least_columns), least_columns);
-  const auto diagonals = heaviest(masses.diagonal, std::max<std::int64_t>(options.slash, least_diagonals), near);
+  const auto columns =
+      heaviest(masses.column, std::max<std::int64_t>(options.vertical, least_columns), least_columns, margin);
+  const auto diagonals =
+      heaviest(masses.diagonal, std::max<std::int64_t>(options.slash, least_diagonals), near, margin);
 
   Pattern pattern = nothing_of(geometry);
   for (std::int64_t row = 0; row < geometry.rows(); ++row)
@@ -127,7 +147,7 @@ Pattern vertical_slash_pattern(const Head& head, const Options& options, const G
   return pattern;
 }
 
-Pattern flexible_pattern(const Head& head, const Options& options, const Geometry& geometry) {
+Pattern flexible_pattern(const Head& head, const Options& options, const Geometry& geometry, double* margin) {
   const std::int64_t block = geometry.block;
   const std::int64_t blocks = geometry.blocks();
   const std::int64_t least = std::min((options.min_budget + block - 1) / block, blocks);
@@ -150,20 +170,23 @@ Pattern flexible_pattern(const Head& head, const Options& options, const Geometr
       query[d] += head.q[geometry.shape.q_len - 1 - i][d] / static_cast<double>(geometry.scoring_queries());
   const auto predicted = block_scores(query, pooled_keys, blocks, options.scale);
   const bool no_value = std::ranges::all_of(predicted, [](double s) { return s == 0; });
-  const bool by_pooling = !no_value && distance(predicted, by_column) < static_cast<double>(options.tau);
+  const double apart = distance(predicted, by_column);
+  const auto tau = static_cast<double>(options.tau);
+  const bool by_pooling = !no_value && apart < tau;
+  if (!no_value) note(margin, apart * apart - tau * tau);  // the root would magnify rounding near 0
 
   const auto share = static_cast<double>(options.top_p);
   const auto budget = [&](std::span<const double> tokens) {
-    return by_pooling ? least : std::clamp(blocks_of(tokens, share, block), least, blocks);
+    return by_pooling ? least : std::clamp(blocks_of(tokens, share, block, margin), least, blocks);
   };
-  const auto columns = heaviest(by_column, std::max<std::int64_t>(budget(masses.column), 1), 1);
-  const auto distances = heaviest(by_distance, std::max<std::int64_t>(budget(masses.diagonal), 1), 1);
+  const auto columns = heaviest(by_column, std::max<std::int64_t>(budget(masses.column), 1), 1, margin);
+  const auto distances = heaviest(by_distance, std::max<std::int64_t>(budget(masses.diagonal), 1), 1, margin);
   for (std::int64_t row = 0; row < geometry.rows(); ++row) {
     const std::int64_t diagonal = geometry.diagonal(row);
     for (std::int64_t b = 0; b <= diagonal; ++b)
       if (columns[b] || distances[diagonal - b]) pattern[row][b] = true;
   }
-  if (by_pooling) keep_pooled(head, options, geometry, pooled_keys, pattern);
+  if (by_pooling) keep_pooled(head, options, geometry, pooled_keys, pattern, margin);
   return pattern;
 }
 

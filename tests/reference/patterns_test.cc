@@ -139,5 +139,17 @@ TEST(Flexible, NanGoesByColumns) {
   for (std::int64_t row = 0; row < 8; ++row) EXPECT_TRUE(kept(pattern, row)[0] && kept(pattern, row)[row]);
 }
 
+// Two columns draw every query's attention, and there is room for one of them.
+TEST(VerticalSlash, MarginTellsOfNearTies) {
+  for (const double apart : {0.0, 1e-6, 0.1}) {
+    SCOPED_TRACE(apart);
+    Head head = looking_at(320, 320, 140);
+    head.k[60][0] = 20 - apart;
+    double margin = 1;
+    vertical_slash_pattern(head, minference(31, 100), geometry(320, 320, 32), &margin);
+    EXPECT_NEAR(margin, 1 - std::exp(-apart), 1e-9);
+  }
+}
+
 }  // namespace
 }  // namespace pbsattn::reference

@@ -1,8 +1,10 @@
 // Says whether a backend's order, lists and outputs are right, given that it computes in float32.
 #pragma once
 
+#include <optional>
 #include <vector>
 
+#include "reference/stages.h"
 #include "support/problem.h"
 
 namespace pbsattn::test {
@@ -15,13 +17,27 @@ struct Tolerance {
 // exponentials kept in bf16 where products are bf16, and then inputs that bf16 does not hold exactly.
 Tolerance tolerance_for(const Problem& problem, Precision products);
 
-// Order: a permutation of each complete segment, identity after it, whose blocks descend in key score but
-// for near ties. All of a KV head's query heads agree when the order is shared.
+// Order: a permutation of each complete segment, identity after it, that descends in key score but for near ties,
+// inside blocks too. All of a KV head's query heads agree when the order is shared.
 void expect_order(const Problem& problem, const Options& options, const Trace& trace, const Tolerance& tolerance);
 
-// Lists, given the trace's own order: ascending, own segment up to the diagonal, token 0's block, all of
-// dense rows, and of the rest what the keep rule takes but for near ties.
+// The key scores that the order of query head `flat` follows, and by what share of the higher one two of them differ,
+// at most, that stand in the wrong order. What float32 can't hold counts as equal.
+std::vector<double> ordering_scores(const Problem& problem, const Options& options, const Geometry& geometry,
+                                    std::int64_t flat);
+double farthest_swap(const Geometry& geometry, const std::vector<double>& scores,
+                     const std::vector<std::int32_t>& order);
+
+// Lists, given the trace's own order: the reference's but for near ties (tie_behind).
 void expect_lists(const Problem& problem, const Options& options, const Trace& trace, const Tolerance& tolerance);
+
+// By how much the reference's scores of a row would have to change for the definition to list exactly `list`: 0 where
+// it does, nothing where a change of `tolerance` is too small. The change favours the listed blocks, so whatever stands
+// behind the difference, it is that near to a tie. Of patterns it is how near the closest of the head's choices was.
+std::optional<double> tie_behind(const Options& options, const Geometry& geometry, std::int64_t row,
+                                 const reference::Scoring& scoring, const reference::RowScores& scores,
+                                 const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& list,
+                                 double tolerance);
 
 // Outputs over the trace's own order and lists: error against double precision at most twice that of
 // attend_plain(), in the largest and in the root mean square, plus one unit of float32 of the largest value

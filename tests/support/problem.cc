@@ -28,6 +28,7 @@ Problem::Problem(const ProblemSpec& spec)
       out(spec.out, spec.layout, shape.batch, shape.q_heads, shape.q_len, shape.head_dim),
       lse(static_cast<std::size_t>(shape.batch * shape.q_heads * shape.q_len)) {
   Normal normal(spec.seed);
+  const auto on_grid = [&](double x) { return spec.grid == 0 ? x : std::round(x / spec.grid) * spec.grid; };
   const double width = std::sqrt(static_cast<double>(shape.head_dim));
   const std::int64_t group = shape.q_heads / shape.kv_heads;
   std::vector<std::vector<double>> topics;
@@ -40,7 +41,7 @@ Problem::Problem(const ProblemSpec& spec)
         const double pull = 0.5 * std::exp(normal());
         const auto& topic = topics[n / topic_length];
         for (std::int64_t d = 0; d < shape.head_dim; ++d) {
-          k.set(b, h, n, d, normal() + (pull * shared[d] + 2.0 * topic[d]) * width / 2);
+          k.set(b, h, n, d, on_grid(normal() + (pull * shared[d] + 2.0 * topic[d]) * width / 2));
           v.set(b, h, n, d, normal());
         }
       }
@@ -50,14 +51,15 @@ Problem::Problem(const ProblemSpec& spec)
         const std::int64_t token = shape.kv_len - shape.q_len + query;
         const auto& topic = topics[(token / 128 * 7919) % (token / topic_length + 1)];
         for (std::int64_t d = 0; d < shape.head_dim; ++d)
-          q.set(b, h * group + i / shape.q_len, query, d, normal() + (shared[d] + topic[d]) * width / 2);
+          q.set(b, h * group + i / shape.q_len, query, d, on_grid(normal() + (shared[d] + topic[d]) * width / 2));
       }
     }
   }
 }
 
-RunResult run(const Options& options, Problem& problem, const RunOptions& how) {
-  const Plan plan = Plan::create(options, problem.shape, how.device, how.cap);
+namespace {
+
+RunResult run(const Plan& plan, Problem& problem, const RunOptions& how) {
   RunResult result{.stats = {},
                    .trace = {},
                    .options = plan.options(),
@@ -77,6 +79,17 @@ RunResult run(const Options& options, Problem& problem, const RunOptions& how) {
   for (std::size_t i = memory.size() - guard; i < memory.size(); ++i)
     EXPECT_EQ(memory[i], nan_pattern) << "byte after the workspace";
   return result;
+}
+
+}  // namespace
+
+RunResult run(const Options& options, Problem& problem, const RunOptions& how) {
+  return run(Plan::create(options, problem.shape, how.device, how.cap), problem, how);
+}
+
+RunResult run(std::span<const Options> heads, Problem& problem, const RunOptions& how) {
+  if (heads.size() == 1) return run(heads.front(), problem, how);
+  return run(Plan::create(heads, problem.shape, how.device, how.cap), problem, how);
 }
 
 Options resolved(Options options, const Shape& shape) {

@@ -1,6 +1,7 @@
 // One attention call with everything that it needs.
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,9 @@ struct ProblemSpec {
   DType q = DType::f32, k = DType::f32, v = DType::f32, out = DType::f32;
   Layout layout = Layout::bhsd;
   std::uint64_t seed = 1;
+  // Where not 0, q and k are multiples of it: of 1/8, say, so that products of two and sums of a block are exact in
+  // float32, and what is pooled is rounded alike by whoever adds it up.
+  double grid = 0;
 };
 
 // Inputs look like attention's: some keys draw most queries, and neighbouring tokens share a topic that
@@ -47,6 +51,8 @@ struct RunResult {
 
 // Plans and runs in a workspace full of NaN, and checks that nothing outside views and workspace changed.
 RunResult run(const Options& options, Problem& problem, const RunOptions& how = {});
+// The same with options of all heads, or of each; the result has the first head's.
+RunResult run(std::span<const Options> heads, Problem& problem, const RunOptions& how = {});
 
 inline Geometry geometry_of(const Options& options, const Shape& shape) {
   return {.shape = shape, .block = options.block, .segment = options.segment};
