@@ -86,8 +86,9 @@ void DeviceProblem::poison_outputs() {
   lse_.poison();
 }
 
-RunResult run_on_device(const Options& options, Problem& problem, const DeviceRunOptions& how) {
-  const Plan plan = Plan::create(options, problem.shape, Device::cuda(), how.cap);
+namespace {
+
+RunResult run_on_device(const Plan& plan, Problem& problem, const DeviceRunOptions& how) {
   RunResult result{.stats = {},
                    .trace = {},
                    .options = plan.options(),
@@ -103,6 +104,17 @@ RunResult run_on_device(const Options& options, Problem& problem, const DeviceRu
   EXPECT_TRUE(workspace.guards_intact());
   device.download_outputs(problem);
   return result;
+}
+
+}  // namespace
+
+RunResult run_on_device(const Options& options, Problem& problem, const DeviceRunOptions& how) {
+  return run_on_device(Plan::create(options, problem.shape, Device::cuda(), how.cap), problem, how);
+}
+
+RunResult run_on_device(std::span<const Options> heads, Problem& problem, const DeviceRunOptions& how) {
+  if (heads.size() == 1) return run_on_device(heads.front(), problem, how);
+  return run_on_device(Plan::create(heads, problem.shape, Device::cuda(), how.cap), problem, how);
 }
 
 }  // namespace pbsattn::test

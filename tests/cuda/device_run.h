@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <functional>
+#include <span>
 
 #include "support/problem.h"
 
@@ -55,6 +56,7 @@ struct DeviceRunOptions {
 
 // support/problem.h's run(), on CUDA device 0.
 RunResult run_on_device(const Options& options, Problem& problem, const DeviceRunOptions& how = {});
+RunResult run_on_device(std::span<const Options> heads, Problem& problem, const DeviceRunOptions& how = {});
 
 // Leaves NaN of every dtype in the shared memory of all multiprocessors, where a kernel that reads too early finds it.
 void poison_shared_memory();
