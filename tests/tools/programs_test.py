@@ -46,6 +46,12 @@ class Programs(unittest.TestCase):
             self.assertEqual(run.returncode, 1)
             self.assertRegex(run.stderr, r"\A[^\n]*standard output[^\n]*\n\Z")
 
+    def test_closed_standard_output(self):
+        run = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, TOOLS / "models.py", "list"],
+                             stderr=subprocess.PIPE, text=True, env=self.environment())
+        self.assertEqual(run.returncode, 1)
+        self.assertRegex(run.stderr, r"\A[^\n]*standard output: it is closed[^\n]*\n\Z")
+
     def wait_for(self, path):
         for _ in range(600):
             if path.exists():
@@ -98,6 +104,12 @@ common.run_main(main)
         bench_prefill.write_records([], os.devnull)
         self.assertTrue(pathlib.Path(os.devnull).is_char_device())
         self.assertEqual(list(self.folder.glob("*partial*")), [])
+
+    def test_standard_output_by_its_name(self):
+        """Of a pipe: what /dev/stdout leads to then is no path."""
+        code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import common; common.write_whole('/dev/stdout', 'text')"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        self.assertEqual((run.returncode, run.stdout), (0, "text"), run.stderr)
 
     def test_a_file_that_cannot_be_written_leaves_the_old_one(self):
         target = self.folder / "target.json"

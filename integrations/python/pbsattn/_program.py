@@ -63,6 +63,8 @@ def run(name, main, *failures, interrupted="interrupted"):
         with contextlib.suppress(OSError):
             print(f"{name}: {interrupted}", file=sys.stderr)
         status = status_of(interrupt)
+    if sys.stdout is None:  # it was closed before Python began, which prints to nowhere then
+        sys.exit(status or f"{name}: standard output: it is closed; let it lead somewhere, and run it again")
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -77,10 +79,11 @@ def run(name, main, *failures, interrupted="interrupted"):
 def write_whole(path, text):
     """Writes a file that appears whole or not at all. A symbolic link stays, and what it names is written; a pipe or a
     device, which can't be replaced, is written to as it is."""
-    path = pathlib.Path(os.path.realpath(path))
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    path = pathlib.Path(path)
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):  # asked of the path as it is: /dev/stdout of a pipe leads to no file
         path.write_text(text, encoding="utf-8")
         return
+    path = pathlib.Path(os.path.realpath(path))
     partial = pathlib.Path(f"{path}.partial-{os.getpid()}")
     try:
         with open(partial, "w", encoding="utf-8") as file:
