@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "cpu/kernels.h"
+#include "cpu/path.h"
 
 namespace pbsattn::cpu {
 namespace {
@@ -28,6 +29,7 @@ class Choice : public testing::Test {
     asked = 0;
     permits = true;
   }
+  test::ForcedPath none_{""};  // whatever the environment forces
   Kernels tiles_ = named("tiles", &counted), plain_ = named("plain", nullptr), slow_ = named("slow", nullptr);
 };
 

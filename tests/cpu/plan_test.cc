@@ -126,6 +126,7 @@ TEST(CpuPlan, RunsOnTheThreadsThereAreWhereNoMoreCanBeMade) {
 // With automatic precision a run's inputs decide on its path, and paths keep different things in the workspace: those
 // of bf16 a copy of permuted keys for each query head.
 TEST(CpuPlan, WorkspaceServesInputsOfAnyDType) {
+  const ForcedPath none("");  // the inputs choose, whatever the environment forces
   for (const DType dtype : {DType::f32, DType::bf16}) {
     Problem problem({.shape = {.q_heads = 8, .kv_heads = 1, .q_len = 128, .kv_len = 1024, .head_dim = 256},
                      .q = dtype,
