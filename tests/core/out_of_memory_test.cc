@@ -161,7 +161,7 @@ TEST(OutOfMemory, UnderALimitOfAddressSpace) {
     const Plan plan = Plan::create(method("full"), shape, Device::reference());
     std::int64_t pages = 0;
     std::ifstream("/proc/self/statm") >> pages;
-    const auto limit = static_cast<rlim_t>(pages * 4096 + (256 << 20));
+    const auto limit = static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE) + (256 << 20));
     const rlimit tight{limit, limit};
     if (setrlimit(RLIMIT_AS, &tight) != 0) _exit(2);
     try {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <malloc.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <fstream>
 
@@ -19,7 +20,7 @@ namespace {
 void limit_memory(rlim_t room, const rlimit& before) {
   std::int64_t pages = 0;
   ASSERT_TRUE(std::ifstream("/proc/self/statm") >> pages);
-  const rlimit tight{static_cast<rlim_t>(pages) * 4096 + room, before.rlim_max};
+  const rlimit tight{static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE)) + room, before.rlim_max};
   ASSERT_EQ(setrlimit(RLIMIT_AS, &tight), 0);
 }
 
