@@ -8,9 +8,12 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace pbsattn::ggml {
 namespace {
+
+using namespace std::string_view_literals;
 
 struct Outcome {
   Settings settings;
@@ -179,7 +182,8 @@ TEST(LayerSettings, NoFileEndsTheProcess) {
   // The plug-in's first call, as ggml makes it when it loads the file: in a process that starts anew.
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   const auto file = std::filesystem::path(testing::TempDir()) / "pbsattn-settings-bad.json";
-  for (const std::string text : {overflows, "", "{", "[1e999]", "{\"0\": {\"*\": {\"top_p\": \"\xff\"}}}", "\0"}) {
+  for (const std::string_view text :
+       {std::string_view(overflows), "{"sv, ""sv, "[1e999]"sv, "{\"0\": {\"*\": {\"top_p\": \"\xff\"}}}"sv, "\0"sv}) {
     std::ofstream(file, std::ios::binary) << text;
     EXPECT_EXIT(
         {
