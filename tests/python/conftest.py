@@ -1,5 +1,7 @@
 """What the Python tests share. Every test of an op runs on the CPU, and where there is a GPU that pbsattn takes, on it."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,15 @@ import torch.nn.functional as F
 import pbsattn
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from all the other animals in the wood " * 100
+
+
+# Whether PBSATTN_CPU_PATH forces products in bf16 on whoever asks for f32.
+FORCED_BF16 = "bf16" in os.environ.get("PBSATTN_CPU_PATH", "")
+
+
+def f32_tolerance(tolerance, of_bf16):
+    """A tolerance for products in f32 on the CPU, or what those in bf16 need where they are forced."""
+    return of_bf16 if FORCED_BF16 else tolerance
 
 
 def has_gpu():

@@ -1,6 +1,7 @@
 """One of transformers' classes for each way to attend, by the model sweep (tests/models), each in a process of its own."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -22,7 +23,9 @@ class Answers:
     """Starts the sweep of the classes to test, and reads its answers as they come."""
 
     def __init__(self, names):
-        self.process = subprocess.Popen([sys.executable, str(SWEEP), "--json", "-", *names], stdout=subprocess.PIPE, text=True)
+        # It is about which calls are whose, in f32, whatever path the environment forces.
+        self.process = subprocess.Popen([sys.executable, str(SWEEP), "--json", "-", *names], stdout=subprocess.PIPE, text=True,
+                                        env={**os.environ, "PBSATTN_CPU_PATH": ""})
         self.come = {}
 
     def __getitem__(self, name):

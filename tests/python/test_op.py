@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from conftest import dense, error, qkv, sdpa_error
+from conftest import FORCED_BF16, dense, error, f32_tolerance, qkv, sdpa_error
 
 import pbsattn
 from pbsattn import _core, _op, _plan
@@ -21,13 +21,13 @@ def test_all_blocks_is_dense_attention(device, method, dtype, shape):
     q, k, v = qkv(device, dtype=dtype, **shape)
     out, lse = pbsattn.attention(q, k, v, return_lse=True, **method)
     truth, true_lse = dense(q, k, v)
-    assert error(out, truth) <= 2 * sdpa_error(q, k, v, truth)
+    assert error(out, truth) <= max(2 * sdpa_error(q, k, v, truth), f32_tolerance(0, 1e-2))
     torch.testing.assert_close(lse.double().cpu(), true_lse, rtol=0, atol=1e-2)
 
 
 def test_float32_on_the_cpu():
     q, k, v = qkv("cpu", 400, dtype=torch.float32)
-    assert error(pbsattn.attention(q, k, v, method="full"), dense(q, k, v)[0]) < 1e-5
+    assert error(pbsattn.attention(q, k, v, method="full"), dense(q, k, v)[0]) < f32_tolerance(1e-5, 1e-2)
 
 
 def test_mixed_dtypes_on_the_cpu():
@@ -184,6 +184,8 @@ def test_plan(device):
 
 @pytest.mark.parametrize("method", pbsattn.METHODS)
 def test_every_method_is_the_references(device, method):
+    if device == "cpu" and FORCED_BF16:
+        pytest.skip("products in bf16 are forced")
     # Multiples of 1/8, so that sums are exact however they are made: no decision hangs on rounding, with margins of 1e-5.
     torch.manual_seed(1)
     q, k, v = ((torch.randn(1, heads, tokens, 64) * 12).round().to(device) / 8 for heads, tokens in ((2, 300), (1, 1300), (1, 1300)))

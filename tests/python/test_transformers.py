@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pbsattn
+from conftest import f32_tolerance
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
@@ -49,8 +50,8 @@ def prompt(device="cpu", tokens=TOKENS, batch=1):
 
 def close(got, expected):
     """Equal up to rounding: float32 on the CPU, bfloat16 on a GPU."""
-    exact = expected.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=0, atol=(1e-4 if exact else 3e-2) * float(expected.abs().max()))
+    tolerance = f32_tolerance(1e-4, 3e-2) if expected.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,7 @@ def test_sparse_differs_and_is_measured(device):
     with enable(model, top_p=0.3, stats=True):
         logits = model(ids).logits
         assert all(layer.density < 1 for layer in pt.stats(model))
-    assert not torch.equal(logits, expected)
+    assert float((logits - expected).abs().max() / expected.abs().max()) > 0.1  # roundings are 3e-2 at most
 
 
 def test_batch(device):
