@@ -246,8 +246,8 @@ struct Outputs {
   View out;              // [batch][q_heads][q_len][head_dim]
   float* lse = nullptr;  // [batch][q_heads][q_len] contiguous, natural log-sum-exp of scaled scores; optional
 };
-// A query whose every visible score is -inf gives output 0 and log-sum-exp -inf. A NaN or +inf in an
-// input spoils (as NaN) the outputs that dense attention would spoil, and no others.
+// A query whose every visible score is -inf gives output 0 and log-sum-exp -inf. A NaN or +inf in an input spoils (as
+// NaN) the outputs that dense attention would spoil, and no others: a value that isn't finite, even with a weight of 0.
 
 struct Stats {
   std::int64_t visited_blocks = 0;  // (query block, key block) pairs computed, over heads and batch
@@ -268,8 +268,8 @@ struct Trace {
   std::int64_t first_row = 0;
   std::int64_t rows = 0;
   std::int64_t blocks = 0;  // key blocks: ceil(kv_len / block)
-  // [batch][q_heads][kv_len]: the token whose key stands at each slot of the permuted sequence. Where a plan keeps every
-  // block, a device may leave keys where they are.
+  // [batch][q_heads][kv_len]: the token whose key stands at each slot of the permuted sequence. Where a plan keeps
+  // every block, a device may leave keys where they are.
   std::vector<std::int32_t> order;
   // CSR over [batch][q_heads][rows]: key blocks each row attends to, ascending. A block of the row's own
   // segment means the tokens in their original order; any other, slots of the permuted sequence.

@@ -111,11 +111,9 @@ __device__ void merge_row(const Params& p, const Row& at, const Shared<head_dim>
     if (!present) continue;
     auto* const to = reinterpret_cast<uint4*>(out + query * p.out.token_stride);
     float sums[8] = {};
-    if (merger.lse != -INFINITY) {  // else whatever stands there is 0 times nothing
-      add_to<T>(sums, *to);
+    add_to<T>(sums, *to);  // NaN spoils them whatever its factor
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sums[i] = merger.a * sums[i] + merger.b * shared.out[query][chunk * 8 + i];
-    }
+    for (int i = 0; i < 8; ++i) sums[i] = merger.a * sums[i] + merger.b * shared.out[query][chunk * 8 + i];
     *to = make_uint4(pack<T>(sums[0], sums[1]), pack<T>(sums[2], sums[3]), pack<T>(sums[4], sums[5]),
                      pack<T>(sums[6], sums[7]));
     if (chunk == 0) lse[query] = merger.lse;

@@ -52,16 +52,18 @@ QueryResult attend_query(const Head& head, const Geometry& geometry, double scal
   }
 
   QueryResult result{std::vector<double>(head.v.columns, 0.0), -infinity};
-  if (std::ranges::all_of(keys, [](const Key& key) { return key.score == -infinity; })) return result;
-
   double max = -infinity;
   for (const Key& key : keys) max = std::max(max, key.score);
+  // Of scores that all are -inf every weight is 0, and still 0 times NaN or infinity is NaN.
+  const bool hidden = std::ranges::all_of(keys, [](const Key& key) { return key.score == -infinity; });
+  const auto weight = [&](const Key& key) { return hidden ? 0.0 : key.count * std::exp(key.score - max); };
   double sum = 0;
-  for (const Key& key : keys) sum += key.count * std::exp(key.score - max);
+  for (const Key& key : keys) sum += weight(key);
   for (const Key& key : keys) {
-    const double share = key.count * std::exp(key.score - max) / sum;
+    const double share = hidden ? 0.0 : weight(key) / sum;
     for (std::int64_t d = 0; d < head.v.columns; ++d) result.out[d] += share * key.value[d];
   }
+  if (hidden) return result;
   result.lse = max + std::log(sum);
   return result;
 }

@@ -97,6 +97,25 @@ TEST(AttendQuery, NanSpoilsThoseWhoSeeIt) {
   EXPECT_TRUE(std::isnan(attend_query(head, geometry(6), 1.0, 1, in_order, List{0}).out[0]));
 }
 
+TEST(AttendQuery, OfScoresOfMinusInfinityToo) {
+  Head head = weighted();
+  for (double& k : head.k.values) k = -infinity;
+  head.v[1][0] = nan;
+  head.v[3][1] = infinity;
+  const auto out = [&](std::int64_t query, const List& list, const PooledBlocks* pooled = nullptr) {
+    const auto result = attend_query(head, geometry(6), 1.0, query, in_order, list, pooled);
+    EXPECT_EQ(result.lse, -infinity);
+    return result.out;
+  };
+  EXPECT_EQ(out(0, {0}), (std::vector<double>{0, 0}));
+  EXPECT_TRUE(std::isnan(out(1, {0})[0]));
+  EXPECT_EQ(out(1, {0})[1], 0);
+  EXPECT_TRUE(std::isnan(out(3, {0, 1})[1]));
+  EXPECT_EQ(out(4, {2}), (std::vector<double>{0, 0}));  // lists neither block
+  const PooledBlocks pooled{pool_keys(head, geometry(6), in_order), pool_values(head, geometry(6), in_order)};
+  EXPECT_TRUE(std::isnan(out(4, {2}, &pooled)[0]) && std::isnan(out(4, {2}, &pooled)[1]));
+}
+
 TEST(AttendQuery, PrunedBlocksAnswerAsTheirMeans) {
   // Blocks of 2, segments of 2: query 5 lists blocks 0 and 2, so block 1 is two keys of its mean score log 3 and
   // value 7.

@@ -49,7 +49,11 @@ void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k
   }
   out.assign(dim, 0.0F);
   lse = -infinity;
-  if (std::ranges::all_of(weight, [](float s) { return s == -infinity; })) return;
+  if (max == -infinity && std::ranges::none_of(weight, [](float s) { return std::isnan(s); })) {
+    for (const std::int64_t n : keys)
+      for (std::int64_t d = 0; d < dim; ++d) out[d] += 0.0F * v[n * dim + d];
+    return;
+  }
   // An online softmax measures from a maximum so far, not from the last one. So where weights are rounded the
   // largest is not to be the 1 that bf16 happens to hold.
   if (products == Precision::bf16) max += 0.3F;

@@ -69,6 +69,15 @@ std::vector<HostileCase> hostile_cases(const Shape& shape, int block) {
          p.q.fill(1.0);
          p.k.fill(-infinity);
        }},
+      // Nobody weighs anything, and still who sees a value that is no number has none.
+      {"all_minus_infinity_with_values_that_are_not_finite",
+       [=](Problem& p) {
+         p.q.fill(1.0);
+         p.k.fill(-infinity);
+         p.v.set(0, 0, block + 12, 7, nan);
+         p.v.set(0, 0, n / 2, 9, infinity);
+         p.v.set(0, 0, last, 11, -infinity);
+       }},
       // One scoring query without any finite score leaves no order to speak of, whatever the others say.
       {"a_scoring_query_of_minus_infinity",
        [=](Problem& p) {
