@@ -74,7 +74,7 @@ Totals score_pooled_causal(const StageContext& c, std::int64_t head, std::int64_
 // The factors of dual_band's two bands for a pass's head, from all its pooled queries and keys.
 void calibrate_bands(const StageContext& c, std::int64_t head, const SelectScratch& scratch);
 
-// exact, sampled and the antidiagonal scores, by softmax over keys themselves: as above.
+// exact, sampled and the antidiagonal scores, by softmax over keys themselves: as for per_query.
 double score_by_keys(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);
 
 // vertical_slash and flexible: marks in the masks of a head's rows what its columns and diagonals keep.

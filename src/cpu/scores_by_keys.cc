@@ -1,6 +1,7 @@
 // Block scores by softmax over keys themselves: of all of a row's queries, of eight, or of patches' antidiagonals.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cpu/scores.h"
 
@@ -147,11 +148,12 @@ void BlockMasses::add_to(float* weights, int queries) const {
 }
 
 double score_by_keys(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch) {
-  switch (c.spec.options.score) {
-    case BlockScore::exact: return score_exact(c, head, row, scratch);
-    case BlockScore::sampled: return score_sampled(c, head, row, scratch);
-    default: return score_antidiagonal(c, head, row, scratch);
-  }
+  const auto score = c.spec.options.score == BlockScore::exact     ? score_exact
+                     : c.spec.options.score == BlockScore::sampled ? score_sampled
+                                                                   : score_antidiagonal;
+  const double total = score(c, head, row, scratch);
+  // A query without a softmax has made every weight NaN.
+  return std::isnan(scratch.weights[0]) ? std::numeric_limits<double>::quiet_NaN() : total;
 }
 
 }  // namespace pbsattn::cpu

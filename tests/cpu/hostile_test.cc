@@ -43,7 +43,7 @@ INSTANTIATE_TEST_SUITE_P(Paths, Hostile, testing::ValuesIn(describe_cpu().paths)
 
 TEST_P(Hostile, DenseAndSparseAgreeWithTheReference) {
   for (const HostileCase& hostile : hostile_cases(small_shape, small_block)) {
-    for (const char* name : {"full", "pbs", "pbs-unpermuted"}) {
+    for (const char* name : {"full", "pbs", "pbs-unpermuted", "oracle", "pbs-sampled"}) {
       SCOPED_TRACE(hostile.name + ", " + name);
       Problem problem = make();
       hostile.change(problem);
