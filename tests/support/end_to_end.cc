@@ -171,7 +171,7 @@ void expect_reference_decisions(const RandomPlan& plan, const Backend& backend, 
     const bool same_order = dense || order == head_order(truth.trace, flat, shape.kv_len);
     ++agreement.heads;
     if (!same_order) {
-      const double swap = farthest_swap(geometry, ordering_scores(problem, options, geometry, flat), order);
+      const double swap = farthest_swap(geometry, ordering_scores(problem.inputs(), options, geometry, flat), order);
       ++agreement.other_orders;
       agreement.key_tie = std::max(agreement.key_tie, swap);
     }

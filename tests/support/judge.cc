@@ -41,14 +41,6 @@ void expect_ties_by_token(const Geometry& geometry, const std::vector<double>& s
   }
 }
 
-// Scores at most `change` higher for some blocks, and lower for the others.
-reference::RowScores favouring(const std::vector<std::int32_t>& list, reference::RowScores scores, double change) {
-  for (auto& one : scores)
-    for (std::int64_t b = 0; b < std::ssize(one); ++b)
-      one[b] = std::max(one[b] + (std::ranges::binary_search(list, b) ? change : -change), 0.0);
-  return scores;
-}
-
 void expect_row_list(const Options& options, const Geometry& geometry, std::int64_t row,
                      const reference::Scoring& scoring, const reference::RowScores& scores,
                      const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& list, double tolerance) {
@@ -87,73 +79,6 @@ Tolerance tolerance_for(const Problem& problem, Precision products) {
   return tolerance;
 }
 
-std::vector<double> ordering_scores(const Problem& problem, const Options& options, const Geometry& geometry,
-                                    std::int64_t flat) {
-  const std::int64_t batch = flat / problem.shape.q_heads;
-  const std::int64_t h = flat % problem.shape.q_heads;
-  const bool shared = options.order_scope == OrderScope::kv_head;
-  const std::int64_t first = shared ? geometry.kv_head(h) * geometry.group() : h;
-  const std::int64_t count = shared ? geometry.group() : 1;
-  std::vector<double> mean(geometry.permuted_len(), 0.0);
-  for (std::int64_t i = first; i < first + count; ++i) {
-    const auto scores =
-        reference::key_scores(reference::load_head(problem.inputs(), geometry, batch, i), geometry, options.scale);
-    for (std::size_t n = 0; n < mean.size(); ++n) mean[n] += scores[n] / static_cast<double>(count);
-  }
-  return mean;
-}
-
-double farthest_swap(const Geometry& geometry, const std::vector<double>& scores,
-                     const std::vector<std::int32_t>& order) {
-  constexpr double float_underflow = 1e-37;
-  double farthest = 0;
-  double lowest = 0;
-  for (std::int64_t slot = 0; slot < geometry.permuted_len(); ++slot) {
-    const double score = scores[order[slot]];
-    lowest = slot % geometry.segment == 0 ? score : std::min(lowest, score);
-    if (score > 0) farthest = std::max(farthest, (score - lowest - float_underflow) / score);
-  }
-  return farthest;
-}
-
-std::optional<double> tie_behind(const Options& options, const Geometry& geometry, std::int64_t row,
-                                 const reference::Scoring& scoring, const reference::RowScores& scores,
-                                 const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& list,
-                                 double tolerance) {
-  if (reference::select_blocks(options, geometry, row, scores, order) == list) return 0.0;
-  const bool rule_decides =
-      reads_scores(options) && row < geometry.rows() - options.dense_last_rows && geometry.own_begin(row) > 0;
-  const bool without_value = std::ranges::all_of(
-      scores, [](const auto& one) { return std::ranges::all_of(one, [](double s) { return s == 0; }); });
-  if (!rule_decides || without_value || !std::ranges::is_sorted(list)) return std::nullopt;
-  if (options.keep == KeepRule::vertical_slash || options.keep == KeepRule::coverage)
-    return scoring.pattern_margin <= tolerance ? std::optional(scoring.pattern_margin) : std::nullopt;
-
-  // What is always kept may be there by the rule too, or only because it must.
-  Options nothing = options;
-  nothing.keep = KeepRule::none;
-  std::vector<std::int32_t> by_rule;
-  std::ranges::set_difference(list, reference::select_blocks(nothing, geometry, row, scores, order),
-                              std::back_inserter(by_rule));
-  // A change of each score changes the mass of the blocks that are kept by up to their number times as much.
-  const float just_below_1 = std::nextafter(1.0F, 0.0F);
-  constexpr double smallest_part = 1.0 / 256;
-  for (double part = smallest_part; part <= 1; part *= 4) {
-    const double change = part * tolerance;
-    for (const auto& favoured : {list, by_rule}) {
-      const reference::RowScores changed = favouring(favoured, scores, change);
-      for (std::int64_t kept = -2; kept <= std::ssize(list) + 2; ++kept) {
-        Options nearly = options;
-        const auto shift = static_cast<float>(change * static_cast<double>(kept));
-        nearly.top_p = std::clamp(options.top_p + shift, 1e-6F, just_below_1);
-        if (options.floor_top_p > 0) nearly.floor_top_p = std::clamp(options.floor_top_p + shift, 1e-6F, just_below_1);
-        if (reference::select_blocks(nearly, geometry, row, changed, order) == list) return change;
-      }
-    }
-  }
-  return std::nullopt;
-}
-
 void expect_order(const Problem& problem, const Options& options, const Trace& trace, const Tolerance& tolerance) {
   const Geometry geometry = geometry_of(options, problem.shape);
   ASSERT_EQ(trace.order.size(), problem.lse.size() / problem.shape.q_len * problem.shape.kv_len);
@@ -170,7 +95,7 @@ void expect_order(const Problem& problem, const Options& options, const Trace& t
       std::sort(sorted.begin() + begin, sorted.begin() + begin + geometry.segment);
     for (std::int64_t slot = 0; slot < problem.shape.kv_len; ++slot)
       ASSERT_EQ(sorted[slot], slot) << "a segment keeps its keys";
-    const auto scores = ordering_scores(problem, options, geometry, flat);
+    const auto scores = ordering_scores(problem.inputs(), options, geometry, flat);
     if (std::ranges::any_of(scores, [](double s) { return std::isnan(s); })) {
       EXPECT_EQ(order, reference::order_keys(geometry, scores));
     } else {

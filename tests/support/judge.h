@@ -6,6 +6,7 @@
 
 #include "reference/stages.h"
 #include "support/problem.h"
+#include "support/ties.h"
 
 namespace pbsattn::test {
 
@@ -21,23 +22,8 @@ Tolerance tolerance_for(const Problem& problem, Precision products);
 // inside blocks too. All of a KV head's query heads agree when the order is shared.
 void expect_order(const Problem& problem, const Options& options, const Trace& trace, const Tolerance& tolerance);
 
-// The key scores that the order of query head `flat` follows, and by what share of the higher one two of them differ,
-// at most, that stand in the wrong order. What float32 can't hold counts as equal.
-std::vector<double> ordering_scores(const Problem& problem, const Options& options, const Geometry& geometry,
-                                    std::int64_t flat);
-double farthest_swap(const Geometry& geometry, const std::vector<double>& scores,
-                     const std::vector<std::int32_t>& order);
-
 // Lists, given the trace's own order: the reference's but for near ties (tie_behind).
 void expect_lists(const Problem& problem, const Options& options, const Trace& trace, const Tolerance& tolerance);
-
-// By how much the reference's scores of a row would have to change for the definition to list exactly `list`: 0 where
-// it does, nothing where a change of `tolerance` is too small. The change favours the listed blocks, so whatever stands
-// behind the difference, it is that near to a tie. Of patterns it is how near the closest of the head's choices was.
-std::optional<double> tie_behind(const Options& options, const Geometry& geometry, std::int64_t row,
-                                 const reference::Scoring& scoring, const reference::RowScores& scores,
-                                 const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& list,
-                                 double tolerance);
 
 // Outputs over the trace's own order and lists: error against double precision at most twice that of
 // attend_plain(), in the largest and in the root mean square, plus one unit of float32 of the largest value
