@@ -304,7 +304,7 @@ class Plan {
   const Options& options() const noexcept;  // with scale and fallback resolved
   const Shape& shape() const noexcept;
   std::size_t workspace_size() const noexcept;  // bytes, any alignment
-  std::string_view path() const noexcept;       // the code path chosen, e.g. "avx512_bf16"
+  std::string_view path() const noexcept;       // the code path of inputs that are not all bf16, e.g. "avx512_f32"
 
   // Computes. Throws Error when a pointer is null, the workspace is too small, or what is written - out, lse, and
   // workspace_size() bytes of the workspace - shares memory with the rest or out with itself; tensors may lie between
