@@ -21,13 +21,13 @@ sanitize() {
 sanitize_address() {
   build asan
   # SSE4 is AVX2's code on shorter vectors; `./dev test` runs it.
-  GTEST_FILTER='-*sse4*' ctest --preset asan -j "$(nproc)" -E "$with_llama"
+  GTEST_FILTER='-*sse4*' tested asan -j "$(nproc)" -E "$with_llama"
 }
 
 sanitize_thread() {
   build tsan cpu_plan_test
   # What only this sanitizer finds lies between threads: thread counts, concurrent runs, caps.
-  GTEST_FILTER='*SameBits*:*Threads*' ctest --preset tsan -R '^cpu_plan_test$'
+  GTEST_FILTER='*SameBits*:*Threads*' tested tsan -R '^cpu_plan_test$'
 }
 
 # sanitize_plugin asan|tsan: our code alone is built so. llama.cpp isn't, so its tools can't load our plug-in here.
@@ -37,7 +37,7 @@ sanitize_plugin() {
   step "building the plug-in and the program, $1"
   cmake --build --preset "$1" --target ggml_test ggml_memory_test ggml_model_test pbsattn-cli
   test_data
-  GTEST_FILTER='-Tools.*' ctest --preset "$1" -R "$with_llama"
+  GTEST_FILTER='-Tools.*' tested "$1" -R "$with_llama"
 }
 
 sanitize_python() {
@@ -52,10 +52,13 @@ sanitize_python() {
   for library in libasan.so libstdc++.so; do
     preload+=("$(readlink -f "$(g++ -print-file-name=$library)")")
   done
+  step "testing the Python package"
   # Python and PyTorch keep memory to their end.
   LD_PRELOAD="${preload[*]}" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     PYTHONPATH=$PWD/build/python-sanitized/site "$python" -m pytest -q -rs \
-    tests/python/test_op.py tests/python/test_errors.py tests/python/test_settings.py
+    tests/python/test_op.py tests/python/test_errors.py tests/python/test_settings.py \
+    --junitxml build/python-sanitized/tests.xml
+  tools/skips.py build/python-sanitized/tests.xml
 }
 
 # Small tests that together launch every kernel: dense and sparse, each score, corrections, methods of whole heads, merging.
@@ -161,8 +164,8 @@ check_part() {
   case $1 in
     address | plugin | plugin-thread | python | gpu) sanitize "$1" ;;
     thread)
-      build tsan
-      ctest --preset tsan -R '^(core_test|cpu_plan_test|capi_test)$'
+      build tsan core_test cpu_plan_test capi_test
+      tested tsan -R '^(core_test|cpu_plan_test|capi_test)$'
       ;;
     fuzz) fuzz "${PBSATTN_FUZZ_SECONDS:-600}" ;;
     models) on_tests_python tests/models --all ;;
@@ -184,11 +187,12 @@ check_paths() {
     python3 -c 'import json, sys; print(*json.load(sys.stdin)[0]["paths"])')
   for path in $paths; do
     step "testing with PBSATTN_CPU_PATH=$path"
-    PBSATTN_CPU_PATH=$path ctest --preset release -j "$(nproc)"
+    PBSATTN_CPU_PATH=$path tested release -j "$(nproc)"
     PBSATTN_CPU_PATH=$path python_tests
   done
   step "testing with AMX in plain C++"
   configure release --llama-tools -B build/amx -DPBSATTN_EMULATE_AMX=ON -DPBSATTN_BUILD_BENCH=OFF
   cmake --build build/amx
-  PBSATTN_CPU_PATH=amx_bf16 ctest --test-dir build/amx --output-on-failure -j "$(nproc)"
+  PBSATTN_CPU_PATH=amx_bf16 ctest --test-dir build/amx --output-on-failure -j "$(nproc)" --output-junit "$PWD/build/amx/tests.xml"
+  tools/skips.py build/amx/tests.xml build/amx/Testing/Temporary/LastTest.log
 }
