@@ -58,7 +58,7 @@ static void a_program_of_0_2_runs(void) {
   pbsattn_plan* plan = NULL;
   int i;
 
-  for (i = 0; i < elements; ++i) v[i] = (float)(i / head_dim % tokens);
+  for (i = 0; i < elements; ++i) v[i] = (float)(i / head_dim % tokens - 150); /* which bf16 holds too */
   v_view.data = v;
   out_view.data = out;
   CHECK(strlen(version_0_2()) >= 5 && method_name_0_2(0) != NULL);
@@ -78,7 +78,7 @@ static void a_program_of_0_2_runs(void) {
   run.workspace = malloc(run.workspace_size + 1);
   CHECK(plan_run_0_2(plan, (const pbsattn_run*)&run) == PBSATTN_OK);
   CHECK(stats.visited_blocks == 6 * heads && stats.attend_seconds >= 0);
-  for (i = 0; i < elements; ++i) CHECK(fabs(out[i] - i / head_dim % tokens / 2.0) < 1e-3);
+  for (i = 0; i < elements; ++i) CHECK(fabs(out[i] - (i / head_dim % tokens / 2.0 - 150)) < 1e-3);
   CHECK(strcmp(last_error_0_2(), "") == 0);
   plan_destroy_0_2(plan);
   free(run.workspace);
