@@ -12,6 +12,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "core/shown.h"
+
 namespace pbsattn::ggml {
 namespace {
 
@@ -22,7 +24,8 @@ std::int64_t index_of(std::string_view key, std::string_view what, std::int64_t 
   std::int64_t index = 0;
   const auto [end, code] = std::from_chars(key.data(), key.data() + key.size(), index);
   if (code != std::errc() || end != key.data() + key.size() || index < 0)
-    throw std::runtime_error(fmt::format("{} \"{}\": not a number from 0 up, nor \"*\" for every one", what, key));
+    throw std::runtime_error(
+        fmt::format("{} \"{}\": not a number from 0 up, nor \"*\" for every one", what, shown(key)));
   return index;
 }
 
@@ -40,7 +43,7 @@ json parsed(std::string_view text) {
   } catch (const json::exception& error) {
     constexpr std::array names{"layer ", ", head ", ", "};
     std::string where;
-    for (std::size_t i = 0; i < keys.size(); ++i) where += (i < names.size() ? names[i] : ", ") + keys[i];
+    for (std::size_t i = 0; i < keys.size(); ++i) where += (i < names.size() ? names[i] : ", ") + shown(keys[i]);
     if (!keys.empty()) where += ": ";
     std::string_view said = error.what();  // "[json.exception.out_of_range.406] number overflow parsing '1e999'"
     said.remove_prefix(std::min(said.find("] ") + 2, said.size()));
@@ -48,6 +51,13 @@ json parsed(std::string_view text) {
     throw std::runtime_error(error.id == overflow ? fmt::format("{}{}; write one that a double holds", where, said)
                                                   : fmt::format("{}not JSON: {}", where, said));
   }
+}
+
+// A C string would end at it, and be another name.
+void refuse_nul(std::string_view text, const std::string& where) {
+  if (text.find('\0') != std::string_view::npos)
+    throw std::runtime_error(
+        fmt::format("{}: \"{}\" contains a NUL character, which no option has; take it out", where, shown(text)));
 }
 
 // The value as an object's members, to go through.
@@ -62,14 +72,17 @@ LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options&
   const json document = parsed(text);
   LayerSettings settings;
   for (const auto& [layer, heads] : members(document, "settings")) {
-    const std::string where = fmt::format("layer {}", layer);
+    const std::string where = fmt::format("layer {}", shown(layer));
     auto& of_layer = settings.layers_[index_of(layer, "layer", every)];
     for (const auto& [head, options] : members(heads, where)) {
       Changes& changes = of_layer[index_of(head, where + ", head", every)];
-      for (const auto& [name, value] : members(options, fmt::format("{}, head {}", where, head))) {
+      const std::string of_head = fmt::format("{}, head {}", where, shown(head));
+      for (const auto& [name, value] : members(options, of_head)) {
+        refuse_nul(name, of_head);
         if (!value.is_string() && !value.is_number())
-          throw std::runtime_error(fmt::format("{}, head {}, {}: neither a number nor a name", where, head, name));
+          throw std::runtime_error(fmt::format("{}, {}: neither a number nor a name", of_head, shown(name)));
         changes.emplace_back(name, value.is_string() ? value.get<std::string>() : value.dump());
+        refuse_nul(changes.back().second, of_head);
       }
       // (The form with iterators: Clang 14 can't read that with ranges in GCC 12's library.)
       std::stable_partition(changes.begin(), changes.end(),
@@ -78,7 +91,7 @@ LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options&
         pbsattn_options tried = base;
         apply(changes, &tried);
       } catch (const std::runtime_error& error) {
-        throw std::runtime_error(fmt::format("{}, head {}: {}", where, head, error.what()));
+        throw std::runtime_error(fmt::format("{}: {}", of_head, error.what()));
       }
     }
   }

@@ -159,6 +159,27 @@ TEST(LayerSettings, WhatIsWrongIsNamed) {
   EXPECT_EQ(outcome.settings.config.mode, GGML_PBSATTN_MODE_OFF);
 }
 
+TEST(LayerSettings, MessagesAreOneLineWhateverTheKeys) {
+  for (const std::string json :
+       {R"({"a\nb": {}})", R"({"a\nb": 1})", R"({"1": {"a\nb": {}}})", R"({"1": {"a\nb": 1}})",
+        R"({"1": {"2": {"a\nb": 1}}})", R"({"1": {"2": {"a\nb": []}}})", R"({"1": {"2": {"a\nb": 1e999}}})",
+        R"({"1\n": {"2\n": {"\n": [}}})", R"({"1": {"2": {"keep": "a\nb"}}})", R"({"1": {"2": {"method": "a\nb"}}})"}) {
+    const std::string message = refusal_of(json);
+    EXPECT_NE(message, "none") << json;
+    for (const char c : message) EXPECT_GE(static_cast<unsigned char>(c), 0x20) << json << " gave: " << message;
+  }
+  EXPECT_NE(refusal_of(R"({"a\nb": {}})").find("layer \"a?b\": not a number"), std::string::npos);
+}
+
+TEST(LayerSettings, NamesDoNotEndAtANul) {
+  const std::string rule = " contains a NUL character, which no option has; take it out";
+  EXPECT_EQ(refusal_of(R"({"3": {"*": {"top_k\u0000x": 2}}})"), "layer 3, head *: \"top_k?x\"" + rule);
+  EXPECT_EQ(refusal_of(R"({"3": {"1": {"keep": "all\u0000"}}})"), "layer 3, head 1: \"all?\"" + rule);
+  EXPECT_EQ(refusal_of(R"({"*": {"1": {"method": "pbs\u0000x"}}})"), "layer *, head 1: \"pbs?x\"" + rule);
+  EXPECT_NE(refusal_of(R"({"3\u0000": {}})").find("layer \"3?\": not a number"), std::string::npos);
+  EXPECT_NE(refusal_of(R"({"3": {"1\u0000": {}}})").find("head \"1?\": not a number"), std::string::npos);
+}
+
 // Numbers that overflow a double are no parse errors to the JSON library, but exceptions of another kind.
 constexpr const char* overflows = R"({"0": {"7": {"top_p": 0.8}}, "3": {"*": {"threshold": 1e999}}})";
 

@@ -15,6 +15,12 @@ EVERY = "*"
 _CALLERS = ("precision", "scale")  # options that a head's method leaves as the caller has them
 
 
+def _shown(text):
+    """As the library's messages show what came: its first 64 bytes, on one line."""
+    start = text.encode(errors="replace")[:64].decode(errors="ignore")
+    return "".join("?" if ord(c) < 0x20 or ord(c) == 0x7F else c for c in start)
+
+
 def _by_index(given, what, place):
     """A mapping whose keys are numbers or "*": {None or index: value}, that of "*" first."""
     if not isinstance(given, dict):
@@ -23,7 +29,7 @@ def _by_index(given, what, place):
     for key, value in given.items():
         text = str(key)
         if text != EVERY and not (text.isascii() and text.isdecimal()):
-            raise ValueError(f'{place}{what} "{key}": not a number from 0 up, nor "*" for every one')
+            raise ValueError(f'{place}{what} "{_shown(text)}": not a number from 0 up, nor "*" for every one')
         found.setdefault(None if text == EVERY else int(text), []).append(value)
     return dict(sorted(found.items(), key=lambda item: -1 if item[0] is None else item[0]))
 
@@ -37,6 +43,9 @@ def _over(base, changes):
 def _options(options, place):
     """The library's options of a dict with "method"; raises what is wrong with a name or a value, and where it stands."""
     for name, value in options.items():
+        for text in (name, value):
+            if isinstance(text, str) and "\0" in text:
+                raise ValueError(f'{place}"{_shown(text)}" contains a NUL character, which no option has; take it out')
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float, str))):
             raise ValueError(f"{place}{name} {value!r}: neither a number nor a name")
     try:
