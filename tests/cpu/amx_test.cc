@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <optional>
 
 #include "cpu/path.h"
 #include "support/hostile.h"
@@ -21,9 +22,11 @@ class Amx : public testing::Test {
     const auto paths = describe_cpu().paths;
     if (std::ranges::find(paths, path) == paths.end())
       GTEST_SKIP() << "this machine and build have no " << path << " path; PBSATTN_EMULATE_AMX=ON builds one";
-    setenv("PBSATTN_CPU_PATH", path, 1);
+    forced_.emplace(path);
   }
-  void TearDown() override { unsetenv("PBSATTN_CPU_PATH"); }
+
+ private:
+  std::optional<ForcedPath> forced_;
 };
 
 Problem make(std::int64_t tokens, std::int64_t head_dim, std::int64_t q_heads = 2) {

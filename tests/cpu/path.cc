@@ -10,10 +10,14 @@ constexpr const char* variable = "PBSATTN_CPU_PATH";
 }  // namespace
 
 ForcedPath::ForcedPath(const std::string& name) {
+  if (const char* forced = std::getenv(variable)) before_ = forced;
   setenv(variable, name.c_str(), 1);
 }
 ForcedPath::~ForcedPath() {
-  unsetenv(variable);
+  if (before_)
+    setenv(variable, before_->c_str(), 1);
+  else
+    unsetenv(variable);
 }
 
 Precision products_of(const std::string& path) {
