@@ -9,6 +9,7 @@
 #include <exception>
 #include <limits>
 #include <new>
+#include <utility>
 
 #include "log.h"
 #include "stats.h"
@@ -59,8 +60,10 @@ const pbsattn_plan* PlanCache::find(const Key& key, std::string* error) {
     pbsattn_plan* plan = nullptr;
     const auto create = key.heads.size() == 1 ? pbsattn_plan_create : pbsattn_plan_create_by_head;
     const pbsattn_status status = create(key.heads.data(), &key.shape, &key.device, key.workspace_cap, &plan);
-    entries_.push_front({key, {}, status == PBSATTN_OK ? "" : pbsattn_last_error()});
-    entries_.front().plan.reset(plan);
+    Entry made{key, {}, ""};
+    made.plan.reset(plan);  // owned before anything else can fail
+    if (status != PBSATTN_OK) made.error = pbsattn_last_error();
+    entries_.push_front(std::move(made));
     if (entries_.size() > kept) entries_.pop_back();
   } else {
     entries_.splice(entries_.begin(), entries_, entry);
@@ -223,9 +226,12 @@ void Computer::compare(const AttentionOp& op, ggml_pbsattn_layer_stats* stats) c
   stats->check_rel_rms = norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
 }
 
-void Computer::complain(const std::string& message) {
-  if (complaints_.insert(message).second)
-    log(GGML_LOG_LEVEL_WARN, message + " (this attention is left to ggml's own kernel)");
+void Computer::complain(const std::string& message) noexcept {
+  try {
+    if (complaints_.insert(message).second)
+      log(GGML_LOG_LEVEL_WARN, message + " (this attention is left to ggml's own kernel)");
+  } catch (const std::exception&) {  // memory is out: what is left to ggml is left to it without a word
+  }
 }
 
 }  // namespace pbsattn::ggml

@@ -59,7 +59,7 @@ class Computer {
   // By pbsattn, into dst, or into scratch_ when checking. TAKEN if it did.
   ggml_pbsattn_reason run(const AttentionOp& op, const Settings& settings, ggml_pbsattn_layer_stats* stats);
   void compare(const AttentionOp& op, ggml_pbsattn_layer_stats* stats) const;
-  void complain(const std::string& message);  // once for each message
+  void complain(const std::string& message) noexcept;  // once for each message
 
   int threads_ = 1;
   ggml_abort_callback abort_ = nullptr;

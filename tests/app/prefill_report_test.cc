@@ -58,6 +58,12 @@ TEST(PrefillReport, DisturbanceOfAnotherRunIsFoundToo) {
   EXPECT_TRUE(says(busy, "took 2.00 to 9.00 s, in pbs longer")) << table(busy);
 }
 
+TEST(PrefillReport, NoiseOfAShortPromptIsNoDisturbance) {
+  const auto calm = report({run("ggml", 0.02, 2.0), run("pbs", 0.01, 1.985)});
+  EXPECT_EQ(calm.disturbed(), nullptr);
+  EXPECT_TRUE(says(calm, "pbs reaches 1.01x, 100 % of that.")) << table(calm);
+}
+
 TEST(PrefillReport, RunAloneIsNeverDisturbed) {
   EXPECT_EQ(report({run("ggml", 8, 2)}).disturbed(), nullptr);
 }

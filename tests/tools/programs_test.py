@@ -111,6 +111,16 @@ common.run_main(main)
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         self.assertEqual((run.returncode, run.stdout), (0, "text"), run.stderr)
 
+    def test_the_file_that_is_standard_output(self):
+        target = self.folder / "target.json"
+        code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import common; common.write_whole({str(target)!r}, 'text')"
+        with open(target, "w", encoding="utf-8") as out:
+            out.write("table")
+            out.flush()
+            run = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True)
+        self.assertIn("is standard output", run.stderr)
+        self.assertEqual(target.read_text(), "table")
+
     def test_a_file_that_cannot_be_written_leaves_the_old_one(self):
         target = self.folder / "target.json"
         target.write_text("old")

@@ -76,6 +76,13 @@ def run(name, main, *failures, interrupted="interrupted"):
     sys.exit(status)
 
 
+def _is_standard_output(path):
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:  # one of them isn't there
+        return False
+
+
 def write_whole(path, text):
     """Writes a file that appears whole or not at all. A symbolic link stays, and what it names is written; a pipe or a
     device, which can't be replaced, is written to as it is."""
@@ -84,6 +91,8 @@ def write_whole(path, text):
         path.write_text(text, encoding="utf-8")
         return
     path = pathlib.Path(os.path.realpath(path))
+    if _is_standard_output(path):
+        raise OSError(f"{path}: is standard output, which the table goes to; name another file")
     partial = pathlib.Path(f"{path}.partial-{os.getpid()}")
     try:
         with open(partial, "w", encoding="utf-8") as file:
