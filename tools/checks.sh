@@ -37,7 +37,7 @@ sanitize_plugin() {
   step "building the plug-in and the program, $1"
   cmake --build --preset "$1" --target ggml_test ggml_memory_test ggml_model_test pbsattn-cli
   test_data
-  GTEST_FILTER='-Tools.*' tested "$1" -R "$with_llama"
+  TSAN_OPTIONS="suppressions=$PWD/tests/ggml/tsan.supp" GTEST_FILTER='-Tools.*' tested "$1" -R "$with_llama"
 }
 
 sanitize_python() {
