@@ -1,6 +1,6 @@
 // The attend stage behind one C function, for lists of any density. Tensors are [batch][heads][tokens][head_dim];
 // strides are {batch, head, token} in elements. Lists and permuted K and V may be null.
-#include "cuda/attend.h"
+#include "cuda/attend/attend.h"
 
 using namespace pbsattn;
 

@@ -54,13 +54,4 @@ struct Geometry {
   }
 };
 
-// BlockScore::sampled takes this many of a row's queries, evenly spaced, the row's last among them: the i-th is
-// sampled_query().
-inline std::int64_t sampled_queries(std::int64_t queries) {
-  return std::min<std::int64_t>(queries, 8);
-}
-inline std::int64_t sampled_query(std::int64_t queries, std::int64_t i) {
-  return (i + 1) * queries / sampled_queries(queries) - 1;
-}
-
 }  // namespace pbsattn

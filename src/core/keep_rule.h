@@ -41,13 +41,6 @@ inline int common_dense_rows(std::span<const Options> heads) {
   return std::ranges::min(heads, {}, &Options::dense_last_rows).dense_last_rows;
 }
 
-// Of a score of all causal blocks: whether what is always kept counts first toward top_p, because the score shares out
-// a row's whole attention. Else these blocks compete with the others.
-inline bool counts_kept_first(BlockScore score) {
-  return score == BlockScore::antidiagonal_causal || score == BlockScore::exact || score == BlockScore::sampled ||
-         score == BlockScore::per_query;
-}
-
 // How many of blocks 0 .. own_begin-1 a rule that counts (top_k, density) keeps of the row on this diagonal.
 inline std::int64_t kept_count(const Options& options, std::int64_t own_begin, std::int64_t diagonal) {
   if (options.keep == KeepRule::top_k) return std::min<std::int64_t>(options.top_k, own_begin);

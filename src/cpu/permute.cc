@@ -54,10 +54,10 @@ void pool_far(const StageContext& c, std::int64_t far_head, std::int64_t block, 
 // The mean of a block's keys in their original order; the last block's follows the rules.
 void pool_original(const StageContext& c, std::int64_t kv_head, std::int64_t block, const Rows& keys, int count) {
   const Geometry& g = c.geometry();
-  if (!c.pass.scored || !pools_originals(c.spec.options.score)) return;
-  const bool mean = c.spec.options.rules == Rules::paper || c.spec.options.score == BlockScore::flexible;
+  if (!c.pass.scored || !pools_own(c.spec.options.score)) return;
   const std::int64_t stored = ceil_div(g.blocks(), row_tile) * row_tile;
-  pool(c, keys, count, mean ? count : g.block, c.pass.original_pooled + (kv_head * stored + block) * g.shape.head_dim);
+  pool(c, keys, count, divides_by_count(c.spec.options) ? count : g.block,
+       c.pass.original_pooled + (kv_head * stored + block) * g.shape.head_dim);
 }
 
 void pack_scoring_queries(const StageContext& c) {

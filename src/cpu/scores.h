@@ -8,6 +8,7 @@
 #include <span>
 
 #include "core/keep_rule.h"
+#include "core/score_traits.h"
 #include "cpu/stages.h"
 
 namespace pbsattn::cpu {
@@ -16,15 +17,6 @@ struct ScoredBlock {
   float score;
   std::int32_t block;
 };
-
-inline bool is_pattern(BlockScore score) {
-  return score == BlockScore::vertical_slash || score == BlockScore::flexible;
-}
-// Scores that read the mean keys of blocks in their original order.
-inline bool pools_originals(BlockScore score) {
-  return score == BlockScore::per_query || score == BlockScore::sampled || score == BlockScore::mean_pool_causal ||
-         score == BlockScore::energy || score == BlockScore::dual_band || score == BlockScore::flexible;
-}
 
 // Cells (row, block) of pooled attention whose bits lie in one range.
 struct CellBin {

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "core/keep_rule.h"
+#include "core/score_traits.h"
 #include "cpu/pool.h"
 #include "cpu/scores.h"
 

@@ -86,7 +86,7 @@ Pass::Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape
   arena.take(pooled_keys, scored || corrected ? far_heads * pooled_rows * dim : 0);
   arena.take(pooled_values, corrected ? far_heads * pooled_rows * dim : 0);
   // A row tile more, because an own segment's tiles may begin anywhere.
-  arena.take(original_pooled, scored && pools_originals(options.score)
+  arena.take(original_pooled, scored && pools_own(options.score)
                                   ? (shape.kv_heads * ceil_div(blocks, row_tile) + 1) * row_tile * dim
                                   : 0);
   arena.take(band_factors, scored && options.score == BlockScore::dual_band ? 2 * shape.q_heads : 0);

@@ -13,9 +13,11 @@
 #include "core/executor.h"
 #include "core/fallback.h"
 #include "core/keep_rule.h"
-#include "cuda/attend.h"
+#include "core/score_traits.h"
+#include "cuda/attend/attend.h"
+#include "cuda/permute/permute.h"
 #include "cuda/runtime.h"
-#include "cuda/stages.h"
+#include "cuda/select/select.h"
 #include "cuda/validate.h"
 #include "cuda/workspace.h"
 
@@ -118,7 +120,7 @@ class CudaExecutor final : public detail::Executor {
     if (sparse_) {
       const PermuteArgs permutation{.geometry = g,
                                     .scope = spec.options.order_scope,
-                                    .rules = rules_of_means(spec.options),
+                                    .divide_by_count = divides_by_count(spec.options),
                                     .scale = spec.options.scale,
                                     .inputs = inputs,
                                     .k = layout.permuted_k,

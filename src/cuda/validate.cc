@@ -4,8 +4,8 @@
 
 #include <string>
 
+#include "cuda/limits.h"
 #include "cuda/runtime.h"
-#include "cuda/stages.h"
 #include "cuda/workspace.h"
 #include "pbsattn/options.hpp"
 

@@ -3,8 +3,10 @@
 #include <fmt/format.h>
 
 #include "core/keep_rule.h"
-#include "cuda/attend.h"
-#include "cuda/stages.h"
+#include "core/score_traits.h"
+#include "cuda/attend/attend.h"
+#include "cuda/permute/permute.h"
+#include "cuda/select/scores/scores.h"
 
 namespace pbsattn::cuda {
 

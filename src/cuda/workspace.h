@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "core/executor.h"
-#include "cuda/rule.h"
+#include "cuda/select/rule.h"
 
 namespace pbsattn::cuda {
 

@@ -4,6 +4,7 @@
 #include <limits>
 #include <numeric>
 
+#include "core/score_traits.h"
 #include "reference/numbers.h"
 #include "reference/stages.h"
 

@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "core/keep_rule.h"
+#include "core/score_traits.h"
 #include "reference/stages.h"
 
 namespace pbsattn::reference {
@@ -37,7 +38,7 @@ void keep_highest(std::int64_t count, std::span<const double> scores, std::vecto
 }
 
 // keep[b] for blocks 0 .. own_begin-1. `all_scores` may go on to the diagonal: then what is always kept counts first
-// toward top_p, or competes with the rest (core/keep_rule.h).
+// toward top_p, or competes with the rest (core/score_traits.h).
 std::vector<bool> apply_rule(const Options& options, const Geometry& geometry, std::int64_t row,
                              std::int64_t sink_block, std::span<const double> all_scores) {
   const std::int64_t own_begin = geometry.own_begin(row);

@@ -7,7 +7,7 @@
 #include <numeric>
 #include <random>
 
-#include "cuda/attend.h"
+#include "cuda/attend/attend.h"
 #include "cuda/device_run.h"
 #include "reference/numbers.h"
 #include "support/judge.h"

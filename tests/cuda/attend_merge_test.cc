@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cuda/attend.h"
+#include "cuda/attend/attend.h"
 #include "cuda/device_run.h"
 #include "reference/numbers.h"
 

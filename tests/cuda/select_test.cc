@@ -6,7 +6,9 @@
 #include <optional>
 
 #include "cuda/device_run.h"
-#include "cuda/stages.h"
+#include "cuda/limits.h"
+#include "cuda/select/scores/scores.h"
+#include "cuda/select/select.h"
 #include "reference/stages.h"
 
 namespace pbsattn::test {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "core/score_traits.h"
 #include "reference/by_hand.h"
 
 namespace pbsattn::reference {

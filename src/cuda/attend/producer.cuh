@@ -1,0 +1,190 @@
+// The producer's four warps; attend.cu has the whole picture.
+#pragma once
+
+#include "cuda/attend/tile.cuh"
+#include "cuda/sm90/launch.h"
+
+namespace pbsattn::cuda::sm90 {
+
+template <class Shared>
+__device__ void schedule(const AttendParams& p, Shared& shared) {
+  Ring<tile_slots> slot;
+  int place = static_cast<int>(blockIdx.x);  // there are as many tiles as thread blocks, or more
+  for (bool more = true; more; slot.next()) {
+    Tile tile{};
+    more = place < p.order.tiles();
+    if (more) {
+      const int index = p.tile_order != nullptr ? p.tile_order[place] : p.order.tile(place);
+      const int head = index / p.order.rows;
+      const int row = p.first_row + index % p.order.rows;
+      tile.head = head % p.q_heads;
+      tile.batch = head / p.q_heads;
+      tile.token = row * block;
+      tile.count = p.row_start != nullptr ? p.row_count[index] : row + 1;
+      tile.list = p.row_start != nullptr ? p.row_start[index] : 0;
+    }
+    shared.tile_free[slot.at].wait(slot.parity ^ 1);
+    shared.tile[slot.at] = tile;
+    shared.tile_full[slot.at].arrive();
+    if (p.next_place == nullptr) {
+      place = p.order.tiles();
+    } else {
+      wait_for_earlier_kernels();  // they set the counter to zero
+      place = static_cast<int>(gridDim.x) + atomicAdd(p.next_place, 1);
+    }
+  }
+}
+
+template <class Shared>
+__device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shared, int lane) {
+  Ring<Shared::k_stages> k;
+  Ring<Shared::v_stages> v;
+  const auto load_block = [&](auto& stage, auto& tiles, Barrier* full, Barrier* free, const CUtensorMap& map, int token,
+                              int head, int batch) {
+    free[stage.at].wait(stage.parity ^ 1);
+    if (lane == 0) {
+      full[stage.at].arrive_expecting(sizeof(tiles[0]));
+      tma_load(tiles[stage.at], map, full[stage.at], 0, token, 0, head, batch);
+    }
+    stage.next();
+  };
+
+  for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
+    const int diagonal = tile.token / block;
+    const int own_begin = p.blocks_per_segment == 0 ? 0 : diagonal / p.blocks_per_segment * p.blocks_per_segment;
+    const int head = tile.head / p.heads_per_kv;
+    const int permuted_head = tile.head / p.heads_per_permuted;
+    const auto load_k = [&](int b) {
+      const bool own = b >= own_begin;
+      load_block(k, shared.k, shared.k_full, shared.k_free, own ? maps.k : maps.k_permuted, b * block,
+                 own ? head : permuted_head, tile.batch);
+    };
+    const auto load_v = [&](int b) {
+      const bool own = b >= own_begin;
+      load_block(v, shared.v, shared.v_full, shared.v_free, own ? maps.v : maps.v_permuted, b * block,
+                 own ? head : permuted_head, tile.batch);
+    };
+    // Entry i of the list from its end; each lane holds one of 32.
+    const std::int32_t* last = p.row_start != nullptr ? p.list + tile.list + tile.count - 1 : nullptr;
+    const auto entries = [&](int i) { return i >= tile.count ? 0 : last != nullptr ? __ldg(last - i) : diagonal - i; };
+    int now = entries(lane);
+    int then = entries(32 + lane);
+
+    for (int wg = 0; wg < consumers; ++wg) {
+      shared.q_free[slot.at][wg].wait(slot.parity ^ 1);
+      if (lane == 0) {
+        shared.q_full[slot.at][wg].arrive_expecting(sizeof(shared.q[0][0]));
+        tma_load(shared.q[slot.at][wg], maps.q, shared.q_full[slot.at][wg], 0, tile.token + wg * 64 - p.q_offset, 0,
+                 tile.head, tile.batch);
+      }
+    }
+    const auto announce_v = [&] {
+      if (lane == 0) shared.v_asked[slot.at].arrive();
+    };
+    int before = 0;
+    for (int i = 0; i < tile.count; ++i) {
+      const int b = __shfl_sync(0xFFFFFFFF, now, i % 32);
+      load_k(b);
+      if (i > 0) load_v(before);
+      if (i == 1) announce_v();
+      before = b;
+      if (i % 32 == 31) {
+        now = then;
+        then = entries(i + 33 + lane);
+      }
+    }
+    load_v(before);
+    if (tile.count == 1) announce_v();
+  });
+}
+
+// A masked query's P is zero, but zero times NaN or infinity is not. Finds such values in the diagonal block's V, puts
+// zeros in their place and notes from which key on, that is from which query on, an output is spoilt.
+template <class Shared>
+__device__ void guard(Shared& shared, int lane) {
+  using Pair = typename Finite<typename Shared::Element>::Pair;
+  constexpr std::uint32_t exponent = Finite<typename Shared::Element>::exponent;
+  constexpr int words = Shared::head_dim / 64;  // each lane looks after so many pairs of columns
+  struct alignas(4 * words) Slice {
+    std::uint32_t word[words];
+  };
+  const int column = lane * 2 * words;
+  Ring<Shared::v_stages> v;
+  for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
+    // Only once the copy is under way: until then v_full counts copies of the tile before, and a phase of theirs may
+    // have this parity.
+    shared.v_asked[slot.at].wait(slot.parity);
+    shared.v_full[v.at].wait(v.parity);
+    const auto slice = [&](int row) -> Slice& {
+      auto* line = shared.v[v.at][column / panel][row];
+      return *reinterpret_cast<Slice*>(line + (column % panel / 8 ^ row % 8) * 8 + column % 8);
+    };
+    Pair product[words] = {};  // with zero: NaN if any value is not finite
+#pragma unroll 16
+    for (int row = 0; row < block; ++row) {
+      const Slice values = slice(row);
+#pragma unroll
+      for (int w = 0; w < words; ++w) {
+        product[w] = __hfma2(reinterpret_cast<const Pair&>(values.word[w]), Pair{}, product[w]);
+      }
+    }
+    bool bad = false;
+#pragma unroll
+    for (int w = 0; w < words; ++w) bad = bad || __hisnan(product[w].x) || __hisnan(product[w].y);
+    const bool any_bad = __any_sync(0xFFFFFFFF, bad);
+    if (any_bad) {
+      for (int w = 0; w < words; ++w) {
+        int first[2] = {block, block};
+        for (int row = block - 1; row >= 0; --row) {
+          std::uint32_t& bits = slice(row).word[w];
+          for (int c = 0; c < 2; ++c) {
+            if ((bits >> 16 * c & exponent) != exponent) continue;
+            first[c] = row;
+            bits &= c == 0 ? 0xFFFF0000 : 0x0000FFFF;
+          }
+        }
+        for (int c = 0; c < 2; ++c) shared.first_bad[slot.at][column + 2 * w + c] = first[c];
+      }
+      fence_async_shared();
+    }
+    if (lane == 0) shared.any_bad[slot.at] = any_bad;
+    shared.guarded[slot.at].arrive();
+    v.next(tile.count);
+  });
+}
+
+// The copy engine takes no negative coordinate in a store, so the short first row of a chunk goes by hand.
+template <class Shared>
+__device__ void store_short_row(const AttendParams& p, const typename Shared::QTile& tile, const Tile& at, int query,
+                                int lane) {
+  using Element = typename Shared::Element;
+  constexpr int chunks = Shared::head_dim / 8;  // of 16 bytes in a row
+  auto* out = static_cast<Element*>(p.out) + at.batch * p.out_batch_stride + at.head * p.out_head_stride;
+  for (int i = lane; i < 64 * chunks; i += 32) {
+    const int row = i / chunks;
+    const int chunk = i % chunks;
+    if (query + row < 0 || query + row >= p.q_len) continue;
+    const Element* from = tile[chunk / 8][row] + (chunk % 8 ^ row % 8) * 8;
+    Element* to = out + (query + row) * p.out_token_stride + chunk * 8;
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+  }
+}
+
+template <class Shared>
+__device__ void store(const AttendParams& p, const TensorMaps& maps, Shared& shared, int lane) {
+  for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
+    for (int wg = 0; wg < consumers; ++wg) {
+      shared.out_full[slot.at][wg].wait(slot.parity);
+      const int query = tile.token + wg * 64 - p.q_offset;
+      if (query < 0) {
+        store_short_row<Shared>(p, shared.q[slot.at][wg], tile, query, lane);
+      } else if (lane == 0) {
+        tma_store(maps.out, shared.q[slot.at][wg], 0, query, 0, tile.head, tile.batch);
+        tma_store_wait_read();
+      }
+      shared.q_free[slot.at][wg].arrive();
+    }
+  });
+}
+
+}  // namespace pbsattn::cuda::sm90

@@ -1,0 +1,144 @@
+// What the warps of attend.cu share: parameters, tiles, shared memory and its barriers.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "cuda/attend/softmax.cuh"
+#include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/ring.cuh"
+#include "cuda/sm90/wgmma.cuh"
+
+namespace pbsattn::cuda::sm90 {
+
+constexpr int block = 128;      // queries of a tile, keys of a block
+constexpr int consumers = 2;    // warpgroups
+constexpr int tile_slots = 2;   // tiles in flight
+constexpr int panel = 64;       // elements of a 128-byte swizzled row
+constexpr int warpgroup = 128;  // threads
+constexpr int threads = (1 + consumers) * warpgroup;
+constexpr int consumer_warps = consumers * warpgroup / 32;
+constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
+constexpr int producer_registers = 40;
+constexpr int consumer_registers = 232;
+
+// The order in which tiles are taken, when no array gives it: heads in sections whose K and V fit L2 together; in a
+// section long rows first, and the section's heads side by side.
+struct TileOrder {
+  int rows = 0;
+  int heads = 0;  // batch x query heads
+  int section_heads = 0;
+
+  __host__ __device__ int tiles() const { return rows * heads; }
+  __host__ __device__ int tile(int place) const {
+    const int section = place / (section_heads * rows);
+    const int rest = place - section * section_heads * rows;
+    const int first = section * section_heads;
+    const int width = first + section_heads <= heads ? section_heads : heads - first;
+    return (first + rest % width) * rows + rows - 1 - rest / width;
+  }
+};
+
+struct AttendParams {
+  TileOrder order;
+  const int* tile_order;          // [place]; null: `order` gives it
+  int* next_place;                // counts those beyond each thread block's first; null: there are none
+  const std::int64_t* row_start;  // null: dense
+  const std::int32_t* row_count;
+  const std::int32_t* list;
+
+  int q_heads;
+  int heads_per_kv;        // query heads that share a head of the caller's K and V
+  int heads_per_permuted;  // and of the permuted K and V
+  int blocks_per_segment;  // 0: nothing is permuted
+  int first_row;
+  int q_offset;
+  int q_len;
+
+  float scale;
+  float scale_log2;  // scale x log2(e)
+  void* out;
+  std::int64_t out_batch_stride, out_head_stride, out_token_stride;  // elements
+  float* lse;                                                        // null: not wanted
+  std::int64_t lse_batch_stride;
+};
+
+// Rank 5: (element of a panel, token, panel, head, batch).
+struct TensorMaps {
+  CUtensorMap q, k, v, k_permuted, v_permuted, out;
+};
+
+struct Tile {
+  int head;  // query head
+  int batch;
+  int token;          // of its first query; a multiple of 128, before the first query if a chunk starts inside a block
+  int count;          // key blocks; 0 ends the work
+  std::int64_t list;  // place of its list
+};
+
+template <class Element>
+struct Finite;  // how to tell NaN and infinity in packed pairs
+template <>
+struct Finite<__nv_bfloat16> {
+  using Pair = __nv_bfloat162;
+  static constexpr std::uint32_t exponent = 0x7F80;
+};
+template <>
+struct Finite<__half> {
+  using Pair = __half2;
+  static constexpr std::uint32_t exponent = 0x7C00;
+};
+
+template <class Element_, int head_dim_>
+struct Shared {
+  using Element = Element_;
+  static constexpr int head_dim = head_dim_;
+  static constexpr int panels = head_dim / panel;
+  static constexpr int k_stages = head_dim == 128 ? 2 : 4;
+  static constexpr int v_stages = head_dim == 128 ? 2 : 4;
+  using QTile = Element[panels][64][panel];
+  using KVTile = Element[panels][block][panel];
+
+  alignas(1024) QTile q[tile_slots][consumers];  // then the outputs
+  alignas(1024) KVTile k[k_stages];
+  alignas(1024) KVTile v[v_stages];
+  Tile tile[tile_slots];
+  int any_bad[tile_slots];
+  int first_bad[tile_slots][head_dim];  // if any_bad: first key of the diagonal block whose V is not finite, or 128
+  Barrier tile_full[tile_slots], tile_free[tile_slots], v_asked[tile_slots], guarded[tile_slots];
+  Barrier q_full[tile_slots][consumers], q_free[tile_slots][consumers], out_full[tile_slots][consumers];
+  Barrier k_full[k_stages], k_free[k_stages], v_full[v_stages], v_free[v_stages];
+
+  __device__ void init() {
+    for (int slot = 0; slot < tile_slots; ++slot) {
+      tile_full[slot].init(1);
+      tile_free[slot].init(32 * (consumer_warps + 3));  // and load, store and guard
+      v_asked[slot].init(1);
+      guarded[slot].init(32);
+      for (int wg = 0; wg < consumers; ++wg) {
+        q_full[slot][wg].init(1);
+        q_free[slot][wg].init(32);
+        out_full[slot][wg].init(warpgroup);
+      }
+    }
+    for (Barrier& barrier : k_full) barrier.init(1);
+    for (Barrier& barrier : v_full) barrier.init(1);
+    for (Barrier& barrier : k_free) barrier.init(consumer_warps);
+    for (Barrier& barrier : v_free) barrier.init(consumer_warps);
+    fence_barrier_init();
+  }
+};
+
+// Calls each(tile, slot) for the tiles of this thread block, then frees the tile's slot.
+template <class Shared, class Each>
+__device__ void for_each_tile(Shared& shared, Each&& each) {
+  for (Ring<tile_slots> slot;; slot.next()) {
+    shared.tile_full[slot.at].wait(slot.parity);
+    const Tile tile = shared.tile[slot.at];
+    if (tile.count == 0) return;
+    each(tile, slot);
+    shared.tile_free[slot.at].arrive();
+  }
+}
+
+}  // namespace pbsattn::cuda::sm90

@@ -1,0 +1,32 @@
+// What both kernels of permute work with.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/permute/permute.h"
+#include "cuda/permute/pool.cuh"
+#include "cuda/sm90/launch.h"
+#include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/tensor.cuh"
+
+namespace pbsattn::cuda {
+
+struct PermuteParams {
+  Tensor scoring_queries, k, v;
+  int q_heads, kv_heads, group, batch;
+  int queries;  // that score, 1 .. 128
+  int segment;
+  std::int64_t permuted_len;
+  std::int64_t unit_keys;
+  int units;
+  float scale_log2;
+  bool shared_order;  // one order for the query heads of a KV head
+  PoolArgs pool_q;
+  float2* statistics;  // [batch][q_heads][units][128]: Statistics of each scoring query
+  LogSum* log_sums;    // [batch][q_heads][128]
+  void *permuted_k, *permuted_v, *pooled_k;
+  std::int32_t* order;
+  std::int32_t* sink_block;
+};
+
+}  // namespace pbsattn::cuda

@@ -1,0 +1,161 @@
+// Log-sum-exp of each scoring query over all keys of complete segments, in parts.
+//
+// A CTA takes one *unit* of keys and two query heads that share them. Each of its two multiplying warpgroups takes one
+// head's 128 queries, 64 at a time, so that the softmax of one half runs under the product of the other:
+//     S[query][key] = Q K^T, both from shared memory; max and sum of exp2 per query, in registers.
+// A third warpgroup meanwhile pools Q, which is bound by memory as the others are by arithmetic.
+#pragma once
+
+#include "cuda/permute/common.cuh"
+
+namespace pbsattn::cuda {
+
+// Folds a product into the state of this thread's two queries.
+__device__ inline void fold(const float (&s)[64], float scale_log2, Statistics (&statistics)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    Statistics part;
+#pragma unroll
+    for (int i = 0; i < 64; i += 4) part.max = fmaxf(part.max, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+    part.max = fmaxf(part.max, statistics[r].max);
+    const float shift = Statistics::finite_or_zero(part.max);
+    float sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < 64; i += 4) {
+      sum[0] += sm90::exp2_fast((s[i + 2 * r] - shift) * scale_log2);
+      sum[1] += sm90::exp2_fast((s[i + 2 * r + 1] - shift) * scale_log2);
+    }
+    part.sum = statistics[r].sum * sm90::exp2_fast((statistics[r].max - shift) * scale_log2) + (sum[0] + sum[1]);
+    statistics[r] = part;
+    // The sum is due here, not after the next product has begun to overwrite s: keeping s alive costs spills.
+    asm volatile("" : "+f"(statistics[r].sum)::"memory");
+  }
+}
+
+constexpr int statistics_threads = 384;
+constexpr int multiplying_threads = 256;
+constexpr int heads_at_once = 2;
+constexpr int key_stages = 3;
+constexpr int tiles_of_round = 2;
+
+// The barrier of the two warpgroups that multiply; barrier 0 is __syncthreads(), which the third would have to join.
+__device__ inline void multiplying_barrier() {
+  asm volatile("bar.sync 1, %0;" ::"n"(multiplying_threads) : "memory");
+}
+
+constexpr int statistics_tiles = heads_at_once + key_stages;
+
+template <int head_dim>
+constexpr int statistics_shared_bytes = statistics_tiles* Tile<head_dim>::bytes + 4 * pool_stage_bytes + 1024;
+
+template <class T, int head_dim>
+__global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const __grid_constant__ PermuteParams p) {
+  using Layout = Tile<head_dim>;
+  extern __shared__ unsigned char shared[];
+  unsigned char* queries = shared + (1024 - sm90::shared_address(shared) % 1024) % 1024;
+  const int warpgroup = threadIdx.x / 128;
+  let_next_kernel_start();
+  if (warpgroup == 2) {
+    sm90::give_registers<40>();
+    const int warp = threadIdx.x % 128 / 32;
+    const int cta = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+    const int ctas = gridDim.x * gridDim.y * gridDim.z;
+    pool_rows_staged<T, head_dim>(p.pool_q, p.batch, cta * 4 + warp, ctas * 4,
+                                  queries + statistics_tiles * Layout::bytes + warp * pool_stage_bytes);
+  } else {
+    sm90::take_registers<232>();
+    unsigned char* keys = queries + heads_at_once * Layout::bytes;
+    const int batch = blockIdx.z / p.kv_heads;
+    const int kv_head = blockIdx.z % p.kv_heads;
+    const std::int64_t first_key = blockIdx.x * p.unit_keys;
+    const int tiles = static_cast<int>(min(p.unit_keys, p.permuted_len - first_key) / tile_tokens);
+    const T* source = p.k.head<T>(batch, kv_head) + first_key * p.k.token_stride;
+    const auto load_keys = [&](int tile) {
+      load_tile<T, head_dim, multiplying_threads>(keys + tile % key_stages * Layout::bytes,
+                                                  source + tile * tile_tokens * p.k.token_stride, p.k.token_stride,
+                                                  tile_tokens, threadIdx.x);
+      commit_copies();
+    };
+    // The last head of an odd group has no partner: both warpgroups compute it, since a branch around the products
+    // would make the compiler wait after each of them.
+    const auto q_head = [&](int i) {
+      return kv_head * p.group + min(static_cast<int>(blockIdx.y) * heads_at_once + i, p.group - 1);
+    };
+    for (int i = 0; i < heads_at_once; ++i)
+      load_tile<T, head_dim, multiplying_threads>(queries + i * Layout::bytes,
+                                                  p.scoring_queries.head<T>(batch, q_head(i)),
+                                                  p.scoring_queries.token_stride, p.queries, threadIdx.x);
+    load_keys(0);
+
+    Statistics low[2], high[2];  // queries 0 .. 63 and 64 .. 127
+    float s_low[64], s_high[64];
+    const unsigned char* my_queries = queries + warpgroup * Layout::bytes;
+    const auto start_half = [&](float(&scores)[64], int tile, int first_query) {
+      start_product<T, head_dim>(scores, my_queries, first_query, keys + tile % key_stages * Layout::bytes);
+    };
+    // Waits for tile's keys. After the barrier every product of earlier tiles but the last is done, so the stage of
+    // tile - 2 is free; it becomes that of tile + 1.
+    const auto take_tile = [&](int tile) {
+      wait_copies<0>();
+      sm90::fence_async_shared();
+      multiplying_barrier();
+      if (tile + 1 < tiles) load_keys(tile + 1);
+    };
+    // The compiler keeps products in flight through straight code only, hence rounds of several tiles.
+    const auto round = [&]<int length>(std::integral_constant<int, length>, int first_tile) {
+      take_tile(first_tile);
+      start_half(s_low, first_tile, 0);
+#pragma unroll
+      for (int i = 0; i < length; ++i) {
+        const bool last = i + 1 == length;
+        start_half(s_high, first_tile + i, 64);
+        sm90::wait<1>();
+        sm90::pin(s_low);
+        fold(s_low, p.scale_log2, low);
+        if (!last) {
+          take_tile(first_tile + i + 1);
+          start_half(s_low, first_tile + i + 1, 0);
+          sm90::wait<1>();
+        } else {
+          sm90::wait<0>();
+        }
+        sm90::pin(s_high);
+        fold(s_high, p.scale_log2, high);
+      }
+    };
+    int tile = 0;
+    for (; tile + tiles_of_round <= tiles; tile += tiles_of_round)
+      round(std::integral_constant<int, tiles_of_round>{}, tile);
+    for (; tile < tiles; ++tile) round(std::integral_constant<int, 1>{}, tile);
+
+    const int lane = threadIdx.x % 32;
+    const std::int64_t head = static_cast<std::int64_t>(batch) * p.q_heads + q_head(warpgroup);
+    float2* out = p.statistics + (head * p.units + blockIdx.x) * 128;
+    const bool writes = lane % 4 == 0 && blockIdx.y * heads_at_once + warpgroup < p.group;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Statistics total = i < 2 ? low[i] : high[i - 2];
+      total.merge_across_lanes(p.scale_log2);
+      const int query = i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4 + i % 2 * 8;
+      if (writes) out[query] = make_float2(total.max, total.sum);
+    }
+  }
+}
+
+// Merges the parts: a CTA of 128 threads for each query head.
+__global__ void __launch_bounds__(128) merge_statistics(const __grid_constant__ PermuteParams p) {
+  const std::int64_t head = blockIdx.x;
+  const int query = threadIdx.x;
+  const float2* parts = p.statistics + head * p.units * 128 + query;
+  Statistics total;
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+#pragma unroll 8
+  for (int i = 0; i < p.units; ++i) {
+    const float2 part = __ldg(parts + i * 128);
+    total.merge({part.x, part.y}, p.scale_log2);
+  }
+  p.log_sums[head * 128 + query] = query < p.queries ? LogSum{total.max, log2f(total.sum)} : LogSum{0, INFINITY};
+}
+
+}  // namespace pbsattn::cuda

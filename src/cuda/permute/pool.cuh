@@ -1,0 +1,103 @@
+// Means of blocks of tokens, a warp for each block: every lane adds 8 columns of every other (or fourth) row.
+#pragma once
+
+#include "cuda/permute/permute.h"
+#include "cuda/sm90/copy.cuh"
+#include "cuda/sm90/elements.cuh"
+#include "cuda/sm90/ptx.cuh"
+
+namespace pbsattn::cuda {
+
+// One tensor's rows to be pooled: block `row` of a head holds tokens [first + row * 128, + 128) cut to [0, tokens).
+struct PoolArgs {
+  const void* data;
+  std::int64_t batch_stride, head_stride, token_stride;
+  std::int64_t heads, rows;
+  std::int64_t first, tokens;  // first <= 0: where a head's first block begins, relative to its first token
+  bool divide_by_count;        // by the tokens present, else by 128
+  void* out;                   // [batch][heads][rows][head_dim]
+};
+
+inline PoolArgs pool_queries(const PermuteArgs& args) {
+  const Geometry& g = args.geometry;
+  const ConstView& q = args.inputs.q;
+  return {q.data,
+          q.batch_stride,
+          q.head_stride,
+          q.token_stride,
+          g.shape.q_heads,
+          g.rows(),
+          g.first_row() * block_tokens - g.q_offset(),
+          g.shape.q_len,
+          args.divide_by_count,
+          args.pooled_q};
+}
+
+constexpr int pool_copies = 16;                                    // of a lane, in one stage
+constexpr int pool_stages = 2;                                     // under way at a time
+constexpr int pool_stage_bytes = pool_stages * pool_copies * 512;  // of a warp, all its stages
+
+// Pools items warp, warp + warps, ... of [batch][heads][rows]. Copies go through shared memory, so that bytes under way
+// cost no registers; a lane reads only what it copied itself, so warps need no barrier.
+template <class T, int head_dim>
+__device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int warp, int warps, unsigned char* stages) {
+  constexpr int chunks = head_dim / 8;                                  // lanes of one token
+  constexpr int tokens_at_once = 32 / chunks;                           // of one load of the warp
+  constexpr int parts = block_tokens / (pool_copies * tokens_at_once);  // stages of one item
+  const int lane = threadIdx.x % 32;
+  const std::uint64_t policy = evict_first();
+  const std::uint32_t to = sm90::shared_address(stages) + lane * 16;
+  const int rows = static_cast<int>(args.rows);
+  const int heads = static_cast<int>(args.heads);
+  const int items = static_cast<int>(batch) * heads * rows;
+
+  const auto begin_of = [&](int item) { return max(args.first + item % rows * block_tokens, std::int64_t{0}); };
+  const auto count_of = [&](int item) {
+    return static_cast<int>(min(args.first + (item % rows + 1) * block_tokens, args.tokens) - begin_of(item));
+  };
+  const auto copy = [&](int step) {
+    const int item = warp + step / parts * warps;
+    if (item < items) {
+      const int first = step % parts * pool_copies * tokens_at_once + lane / chunks;
+      const T* source = static_cast<const T*>(args.data) + item / rows / heads * args.batch_stride +
+                        item / rows % heads * args.head_stride + (begin_of(item) + first) * args.token_stride +
+                        lane % chunks * 8;
+      const int count = count_of(item);
+#pragma unroll 4
+      for (int i = 0; i < pool_copies; ++i) {
+        const bool present = first + i * tokens_at_once < count;
+        copy_async(to + (step % pool_stages * pool_copies + i) * 512, present ? source : args.data, present, policy);
+        source += tokens_at_once * args.token_stride;
+      }
+    }
+    commit_copies();
+  };
+
+  copy(0);
+  float sum[8] = {};
+  for (int step = 0; warp + step / parts * warps < items; ++step) {
+    copy(step + 1);
+    wait_copies<1>();
+#pragma unroll 4
+    for (int i = 0; i < pool_copies; ++i)
+      add_to<T>(sum,
+                *reinterpret_cast<const uint4*>(stages + (step % pool_stages * pool_copies + i) * 512 + lane * 16));
+    if (step % parts < parts - 1) continue;
+
+    const int item = warp + step / parts * warps;
+    add_across_lanes<chunks>(sum);
+    if (lane < chunks) {
+      const float divisor = static_cast<float>(args.divide_by_count ? count_of(item) : block_tokens);
+      uint4 mean;
+      mean.x = pack<T>(sum[0] / divisor, sum[1] / divisor);
+      mean.y = pack<T>(sum[2] / divisor, sum[3] / divisor);
+      mean.z = pack<T>(sum[4] / divisor, sum[5] / divisor);
+      mean.w = pack<T>(sum[6] / divisor, sum[7] / divisor);
+      reinterpret_cast<uint4*>(static_cast<T*>(args.out) + static_cast<std::int64_t>(item) * head_dim)[lane] = mean;
+    }
+#pragma unroll
+    for (float& x : sum) x = 0;
+  }
+}
+
+}  // namespace pbsattn::cuda

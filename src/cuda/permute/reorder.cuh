@@ -1,0 +1,147 @@
+// Scores and orders the keys of segments of more than 256 tokens, and writes K and V in that order;
+// reorder_resident.cuh has shorter ones.
+//
+// A CTA takes one segment of one KV head and goes through its query heads:
+//     S^T[key][query] = K Q^T piece by piece, score[key] = sum over queries of exp2(S^T - log-sum-exp);
+//     rank of each key by counting the keys before it;
+//     rows of K and V to their new places, 16 bytes a thread, with K's block means.
+// K and V are read again through L2. Two CTAs share a multiprocessor, so that one computes while the other writes.
+#pragma once
+
+#include "cuda/permute/key_order.cuh"
+
+namespace pbsattn::cuda {
+
+constexpr int reorder_threads = 256;
+constexpr int reorder_warps = reorder_threads / 32;
+constexpr int piece_tiles = 2;  // key tiles in shared memory at a time
+
+// The dynamic shared memory of reorder(), from an address aligned to 1024 bytes.
+template <int head_dim>
+struct ReorderShared {
+  static constexpr int keys = 0;
+  static constexpr int queries = keys + piece_tiles * Tile<head_dim>::bytes;
+  static constexpr int log_sums = queries + Tile<head_dim>::bytes;             // LogSum[128]
+  static constexpr int block_sums = log_sums + 128 * 8;                        // float[2][reorder_warps][head_dim]
+  static constexpr int score = block_sums + 2 * reorder_warps * head_dim * 4;  // int[segment]
+  static std::size_t bytes(std::int64_t segment) { return 1024 + score + segment * 8; }  // with int from[segment]
+};
+
+template <class T, int head_dim>
+__global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_constant__ PermuteParams p) {
+  using Layout = Tile<head_dim>;
+  using Shared = ReorderShared<head_dim>;
+  extern __shared__ unsigned char shared[];
+  unsigned char* base = shared + (1024 - sm90::shared_address(shared) % 1024) % 1024;
+  unsigned char* keys = base + Shared::keys;
+  unsigned char* queries = base + Shared::queries;
+  LogSum* log_sums = reinterpret_cast<LogSum*>(base + Shared::log_sums);
+  auto& block_sums = *reinterpret_cast<float(*)[2][reorder_warps][head_dim]>(base + Shared::block_sums);
+  int* score = reinterpret_cast<int*>(base + Shared::score);  // bits of floats until the last head adds its own
+  int* from = score + p.segment;                              // slot -> key, both within the segment
+
+  const int thread = threadIdx.x;
+  const int lane = thread % 32;
+  const int batch = blockIdx.z;
+  const int kv_head = blockIdx.y;
+  const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.x) * p.segment;
+  const T* source_k = p.k.head<T>(batch, kv_head) + first_token * p.k.token_stride;
+  const T* source_v = p.v.head<T>(batch, kv_head) + first_token * p.v.token_stride;
+  const int tiles = p.segment / tile_tokens;
+
+  const auto load_queries = [&](int head) {
+    const int q_head = kv_head * p.group + head;
+    load_tile<T, head_dim, reorder_threads>(queries, p.scoring_queries.head<T>(batch, q_head),
+                                            p.scoring_queries.token_stride, p.queries, thread);
+    if (thread < 64)
+      copy_async(sm90::shared_address(log_sums + 2 * thread),
+                 p.log_sums + (static_cast<std::int64_t>(batch) * p.q_heads + q_head) * 128 + 2 * thread, true);
+  };
+  const auto load_keys = [&](int piece) {
+    for (int i = 0; i < min(piece_tiles, tiles - piece * piece_tiles); ++i)
+      load_tile<T, head_dim, reorder_threads>(keys + i * Layout::bytes,
+                                              source_k + (piece * piece_tiles + i) * tile_tokens * p.k.token_stride,
+                                              p.k.token_stride, tile_tokens, thread);
+  };
+
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  load_queries(0);
+  int parity = 0;
+  for (int head = 0; head < p.group; ++head) {
+    const std::int64_t q_head = static_cast<std::int64_t>(batch) * p.q_heads + kv_head * p.group + head;
+    const bool ranks = !p.shared_order || head + 1 == p.group;
+    for (int piece = 0; piece * piece_tiles < tiles; ++piece) {
+      load_keys(piece);
+      commit_copies();
+      wait_copies<0>();
+      sm90::fence_async_shared();
+      __syncthreads();
+      const int tile_of_piece = thread / 128;
+      if (piece * piece_tiles + tile_of_piece < tiles) {
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          float s[64];
+          start_product<T, head_dim>(s, keys + tile_of_piece * Layout::bytes, half * 64, queries);
+          sm90::wait<0>();
+          sm90::pin(s);
+          float sum[2] = {};
+          sum_weights(s, p.scale_log2, log_sums, lane, sum);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int key = (piece * piece_tiles + tile_of_piece) * tile_tokens + half * 64 + thread % 128 / 32 * 16 +
+                            lane / 4 + r * 8;
+            if (lane % 4 == 0) {
+              const float total = sum[r] + (p.shared_order && head > 0 ? __int_as_float(score[key]) : 0.0F);
+              score[key] = ranks ? sortable(total) : __float_as_int(total);
+            }
+          }
+        }
+      }
+      __syncthreads();
+    }
+    if (head + 1 < p.group) load_queries(head + 1);
+    if (!ranks) continue;
+
+    rank_keys<reorder_threads>(score, p.segment, thread, from);
+    __syncthreads();
+
+    const std::int64_t out_head = p.shared_order ? static_cast<std::int64_t>(batch) * p.kv_heads + kv_head : q_head;
+    const std::int64_t out_token = out_head * p.permuted_len + first_token;
+    for (int slot = thread; slot < p.segment; slot += reorder_threads) {
+      p.order[out_token + slot] = static_cast<std::int32_t>(first_token) + from[slot];
+      if (first_token == 0 && from[slot] == 0) p.sink_block[out_head] = slot / block_tokens;
+    }
+    const int chunk = thread % Layout::chunks;
+    for (int block = 0; block < p.segment / block_tokens; ++block) {
+      constexpr int rows_at_once = reorder_threads / Layout::chunks;
+      constexpr int rows_of_thread = block_tokens / rows_at_once;
+      // Streaming stores leave L2 to the values that the CTA's next heads read again.
+      const int first_slot = block * block_tokens + thread / Layout::chunks;
+      uint4 v_chunk[rows_of_thread];
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i)
+        v_chunk[i] = __ldg(
+            reinterpret_cast<const uint4*>(source_v + from[first_slot + i * rows_at_once] * p.v.token_stride) + chunk);
+      float sum[8] = {};
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i) {
+        const int key = from[first_slot + i * rows_at_once];
+        const uint4 k_chunk = __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + chunk);
+        const std::int64_t out = (out_token + first_slot + i * rows_at_once) * Layout::chunks + chunk;
+        __stcs(static_cast<uint4*>(p.permuted_k) + out, k_chunk);
+        add_to<T>(sum, k_chunk);
+      }
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i)
+        __stcs(static_cast<uint4*>(p.permuted_v) + (out_token + first_slot + i * rows_at_once) * Layout::chunks + chunk,
+               v_chunk[i]);
+      write_block_mean<T>(
+          sum, block_sums[parity], thread, [] { __syncthreads(); },
+          static_cast<std::uint32_t*>(p.pooled_k) + (out_token / block_tokens + block) * (head_dim / 2));
+      parity ^= 1;
+    }
+  }
+}
+
+}  // namespace pbsattn::cuda

@@ -1,0 +1,64 @@
+// What the query heads of a plan may have of their own, as kernels read it: the keep rule and its numbers, and what is
+// always kept.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <span>
+
+#include "core/keep_rule.h"
+#include "core/score_traits.h"
+
+namespace pbsattn::cuda {
+
+struct Rule {
+  KeepRule keep;  // `all` where the rule's numbers keep every block
+  float top_p, threshold, floor_top_p, density, tau;
+  int top_k, vertical, slash, min_budget;
+  int sink_blocks, local_blocks, dense_last_rows;
+  bool kept_first;         // what is always kept counts first toward top_p
+  bool keep_all_if_short;  // of a row whose weights have no value
+
+#ifdef __CUDACC__
+  __device__ bool counts() const {
+    return keep == KeepRule::top_k || keep == KeepRule::density;
+  }
+#endif
+};
+inline Rule rule_of(const Options& options) {
+  return {.keep = keeps_every_block(options) ? KeepRule::all : options.keep,
+          .top_p = options.top_p,
+          .threshold = options.threshold,
+          .floor_top_p = options.floor_top_p,
+          .density = options.density,
+          .tau = options.tau,
+          .top_k = options.top_k,
+          .vertical = options.vertical,
+          .slash = options.slash,
+          .min_budget = options.min_budget,
+          .sink_blocks = options.sink_blocks,
+          .local_blocks = options.local_blocks,
+          .dense_last_rows = options.dense_last_rows,
+          .kept_first = counts_kept_first(options.score),
+          .keep_all_if_short = options.rules == Rules::paper};
+}
+
+// The rules of a pass's heads, [batch][q_head]; batch entries share them.
+struct HeadRules {
+  Rule all;                    // of all heads,
+  const Rule* each = nullptr;  // or, where not null, of each query head
+  int q_heads = 1;
+
+#ifdef __CUDACC__
+  __device__ const Rule& of(std::int64_t head) const {
+    return each == nullptr ? all : each[head % q_heads];
+  }
+#endif
+};
+
+// Writes the rules of heads to device memory, from parameters of launches: nothing is read from the host later, so a
+// captured graph has its own copy.
+cudaError_t write_rules(std::span<const Options> heads, Rule* to, cudaStream_t stream);
+
+}  // namespace pbsattn::cuda

@@ -1,0 +1,314 @@
+// Softmax weights of a head's last queries on Hopper, added up by key (columns) and by distance (diagonals), in three
+// launches: maxima and sums of units of keys, their merger, and the weights from the same products again.
+//
+// A warp multiplies 16 queries by 8 keys at a time (mma, operands straight from L2). In the third launch the weights of
+// a tile of 128 keys meet in shared memory, beside those of the tile before:
+//     weight[query][key of two tiles]
+// where a thread adds up one column, or one diagonal that begins in the tile before. So each sum is taken by one
+// thread, query after query: keys whose weights are equal have equal sums, and the same input gives the same bits.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/limits.h"
+#include "cuda/select/scores/last_queries.h"
+#include "cuda/sm90/elements.cuh"
+#include "cuda/sm90/launch.h"
+#include "cuda/sm90/mma.cuh"
+#include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/tensor.cuh"
+
+namespace pbsattn::cuda {
+namespace {
+
+constexpr int threads = 256;
+constexpr int warps = threads / 32;
+constexpr int tile_keys = 128;
+constexpr std::int64_t least_unit_tiles = 8;
+constexpr std::int64_t most_units = 64;
+
+// How keys are cut, by the sequence's length alone: so that a head's bits don't depend on which other heads go with it.
+std::int64_t unit_tiles(const Geometry& g) {
+  return std::max(ceil_div(ceil_div(g.shape.kv_len, tile_keys), most_units), least_unit_tiles);
+}
+std::int64_t units_of(const Geometry& g) {
+  return ceil_div(g.shape.kv_len, unit_tiles(g) * tile_keys);
+}
+
+// A query has a place among `most` (64 or 128), the last of which is the call's last query; places before the first of
+// the queries that count are empty. Warps whose queries are the same share a tile's keys.
+template <int most>
+constexpr int sharers = warps * 16 / most;
+
+struct Params {
+  HeadRules rules;
+  KeepRule keep;
+  Tensor q, k;
+  int q_heads, group;
+  std::int64_t q_len, kv_len;
+  int queries;
+  int unit_tiles, units;
+  float scale_log2;
+  float2 *parts, *log_sums;
+  float *columns, *distances;
+};
+
+// The products of a warp's 16 queries: lane 4 g + t holds rows g and g + 8, as in pooled_product.cuh.
+template <class T, int head_dim>
+struct Queries {
+  static constexpr int chunks = head_dim / 32;  // of a lane
+
+  // Those from place `first` on.
+  __device__ Queries(const Params& p, const T* head, int most, int first) {
+    const auto load = [&](uint4(&to)[chunks], int place) {
+      const bool present = place >= most - p.queries;
+      const T* row = head + (present ? p.q_len - most + place : 0) * p.q.token_stride;
+      load_row(to, row, present);
+    };
+    load(low, first + threadIdx.x % 32 / 4);
+    load(high, first + threadIdx.x % 32 / 4 + 8);
+  }
+
+  __device__ static void load_row(uint4 (&to)[chunks], const T* row, bool present) {
+    const uint4* from = reinterpret_cast<const uint4*>(row) + threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < chunks; ++i) to[i] = present ? __ldg(from + 4 * i) : make_uint4(0, 0, 0, 0);
+  }
+
+  // s: of this lane's two rows with keys first + 2 t and first + 2 t + 1.
+  __device__ void multiply(const Params& p, const T* keys, std::int64_t first, float (&s)[4]) const {
+    uint4 k[chunks];
+    const std::int64_t key = first + threadIdx.x % 32 / 4;
+    load_row(k, keys + (key < p.kv_len ? key : 0) * p.k.token_stride, key < p.kv_len);
+#pragma unroll
+    for (float& x : s) x = 0;
+#pragma unroll
+    for (int i = 0; i < chunks; ++i) {
+      multiply_add<T>(s, low[i].x, high[i].x, low[i].y, high[i].y, k[i].x, k[i].y);
+      multiply_add<T>(s, low[i].z, high[i].z, low[i].w, high[i].w, k[i].z, k[i].w);
+    }
+  }
+
+  uint4 low[chunks], high[chunks];
+};
+
+// What a thread works on: the warp's first query, and its first group of 8 keys of a tile, every sharers<most>-th from
+// there.
+template <int most>
+struct Share {
+  int first_query = threadIdx.x / 32 % (most / 16) * 16;
+  int first_group = threadIdx.x / 32 / (most / 16);
+};
+
+// Maxima and sums of a unit of keys: a thread block's own for each query and each of the warps that share it.
+template <class T, int head_dim, int most>
+__global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__ Params p) {
+  const std::int64_t head = blockIdx.y;  // of all batch entries
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  if (p.rules.of(head).keep != p.keep) return;
+  const int batch = static_cast<int>(head / p.q_heads);
+  const int q_head = static_cast<int>(head % p.q_heads);
+  const Share<most> share;
+  const Queries<T, head_dim> queries(p, p.q.head<T>(batch, q_head), most, share.first_query);
+  const T* keys = p.k.head<T>(batch, q_head / p.group);
+  const int row = share.first_query + threadIdx.x % 32 / 4;
+  const std::int64_t last_key[2] = {p.kv_len - most + row, p.kv_len - most + row + 8};  // visible
+
+  constexpr int at_once = 4;  // groups of 8 keys
+  constexpr int groups = tile_keys / 8;
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * p.unit_tiles * tile_keys;
+  const std::int64_t end = min(begin + static_cast<std::int64_t>(p.unit_tiles) * tile_keys, p.kv_len);
+  Statistics state[2];
+  for (std::int64_t tile = begin; tile < end; tile += tile_keys)
+    for (int group = share.first_group; group < groups; group += at_once * sharers<most>) {
+      float s[at_once][4];
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) queries.multiply(p, keys, tile + (group + i * sharers<most>)*8, s[i]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        Statistics part;
+        part.max = state[r].max;
+#pragma unroll
+        for (int i = 0; i < at_once; ++i)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& x = s[i][2 * r + c];
+            if (tile + (group + i * sharers<most>)*8 + threadIdx.x % 4 * 2 + c > last_key[r]) x = -INFINITY;
+            part.max = fmaxf(part.max, x);
+          }
+        const float shift = Statistics::finite_or_zero(part.max);
+        part.sum = state[r].sum * sm90::exp2_fast((state[r].max - shift) * p.scale_log2);
+#pragma unroll
+        for (int i = 0; i < at_once; ++i)
+          part.sum += sm90::exp2_fast((s[i][2 * r] - shift) * p.scale_log2) +
+                      sm90::exp2_fast((s[i][2 * r + 1] - shift) * p.scale_log2);
+        state[r] = part;
+      }
+    }
+  float2* to = p.parts + ((head * p.units + blockIdx.x) * sharers<most> + share.first_group) * most;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    state[r].merge_across_lanes(p.scale_log2);
+    if (threadIdx.x % 4 == 0) to[row + 8 * r] = make_float2(state[r].max, state[r].sum);
+  }
+}
+
+// The largest product of each query, and log2 of the sum: +inf for places and softmaxes without a value.
+template <int most>
+__global__ void __launch_bounds__(most) merge_parts(const __grid_constant__ Params p) {
+  const std::int64_t head = blockIdx.x;
+  const int place = static_cast<int>(threadIdx.x);
+  const int count = p.units * sharers<most>;
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  if (p.rules.of(head).keep != p.keep) return;
+  const float2* parts = p.parts + head * count * most + place;
+  Statistics total;
+#pragma unroll 8
+  for (int i = 0; i < count; ++i) {
+    const float2 part = parts[i * most];
+    total.merge({part.x, part.y}, p.scale_log2);
+  }
+  const bool counts = place >= most - p.queries && total.sum > 0 && total.sum < INFINITY;
+  p.log_sums[head * most + place] = counts ? make_float2(total.max, log2f(total.sum)) : make_float2(0, INFINITY);
+}
+
+constexpr int weight_stride = 2 * tile_keys + 8;  // puts the rows of a warp's float2 writes in different banks
+template <int most>
+constexpr int weight_threads = 4 * most;
+template <int most>
+constexpr int weight_bytes = (most * weight_stride + 2 * tile_keys) * static_cast<int>(sizeof(float));
+
+template <class T, int head_dim, int most>
+__global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(const __grid_constant__ Params p) {
+  extern __shared__ float weights[];  // [most][weight_stride], and sums of the second half of 128 queries
+  const std::int64_t head = blockIdx.y;
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  if (p.rules.of(head).keep != p.keep) return;
+  const int batch = static_cast<int>(head / p.q_heads);
+  const int q_head = static_cast<int>(head % p.q_heads);
+  const Share<most> share;
+  const Queries<T, head_dim> queries(p, p.q.head<T>(batch, q_head), most, share.first_query);
+  const T* keys = p.k.head<T>(batch, q_head / p.group);
+  const int row = share.first_query + threadIdx.x % 32 / 4;
+  const std::int64_t last_key[2] = {p.kv_len - most + row, p.kv_len - most + row + 8};
+  const float2 log_sum[2] = {p.log_sums[head * most + row], p.log_sums[head * most + row + 8]};
+
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * p.unit_tiles;
+  const std::int64_t end = min(begin + p.unit_tiles, (p.kv_len + tile_keys - 1) / tile_keys);
+  // Which sum a thread takes: a column's or a diagonal's, over 64 queries.
+  constexpr int halves = most / 64;
+  const int i = static_cast<int>(threadIdx.x) % tile_keys;
+  const bool adds_columns = threadIdx.x / tile_keys < halves;
+  const int first_place = static_cast<int>(threadIdx.x) / tile_keys % halves * 64;
+  float* second_half = weights + most * weight_stride + (adds_columns ? 0 : tile_keys) + i;
+  if (begin == 0)  // diagonals that begin before key 0 find nothing there
+    for (int j = static_cast<int>(threadIdx.x); j < most * tile_keys; j += weight_threads<most>)
+      weights[j / tile_keys * weight_stride + tile_keys + j % tile_keys] = 0;
+
+  // The tile after the unit's last one has the ends of diagonals that begin in that.
+  for (std::int64_t tile = begin; tile <= end; ++tile) {
+    float* half = weights + tile % 2 * tile_keys;
+    constexpr int at_once = 4;  // groups of 8 keys
+    constexpr int step = weight_threads<most> / 32 * 16 / most;
+    for (int group = share.first_group; group < tile_keys / 8; group += at_once * step) {
+      float s[at_once][4];
+#pragma unroll
+      for (int j = 0; j < at_once; ++j) queries.multiply(p, keys, tile * tile_keys + (group + j * step) * 8, s[j]);
+#pragma unroll
+      for (int j = 0; j < at_once; ++j) {
+        const int column = (group + j * step) * 8 + static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float2 weight;
+          const auto of = [&](float x, std::int64_t key) {
+            const bool counts = key <= last_key[r] && log_sum[r].y < INFINITY;
+            return counts ? sm90::exp2_fast(fmaf(x - log_sum[r].x, p.scale_log2, -log_sum[r].y)) : 0.0F;
+          };
+          weight.x = of(s[j][2 * r], tile * tile_keys + column);
+          weight.y = of(s[j][2 * r + 1], tile * tile_keys + column + 1);
+          *reinterpret_cast<float2*>(half + (row + 8 * r) * weight_stride + column) = weight;
+        }
+      }
+    }
+    __syncthreads();
+    float sum = 0;
+    const std::int64_t key = tile * tile_keys + i;
+    // Of the diagonal on which the first place meets the same key of the tile before.
+    const std::int64_t distance = p.kv_len - most - (key - tile_keys);
+    const bool wanted = adds_columns ? tile < end && key < p.kv_len
+                                     : (tile > begin || begin == 0) && distance >= 0 && distance < p.kv_len;
+    if (wanted && adds_columns) {
+#pragma unroll 16
+      for (int place = first_place; place < first_place + 64; ++place) sum += half[place * weight_stride + i];
+    } else if (wanted) {
+      const float* before = weights + (tile + 1) % 2 * tile_keys;
+#pragma unroll 16
+      for (int place = first_place; place < first_place + 64; ++place)
+        sum += (i + place < tile_keys ? before + i + place : half + i + place - tile_keys)[place * weight_stride];
+    }
+    if (first_place > 0) *second_half = sum;
+    __syncthreads();
+    if (!wanted || first_place > 0) continue;
+    if constexpr (halves == 2) sum += *second_half;
+    if (adds_columns)
+      p.columns[head * p.kv_len + key] = sum;
+    else
+      p.distances[head * p.kv_len + distance] = sum;
+  }
+}
+
+template <class T, int head_dim, int most>
+cudaError_t launch_all(const Params& p, unsigned heads, cudaStream_t stream) {
+  const dim3 grid(p.units, heads);
+  cudaError_t error = launch(find_parts<T, head_dim, most>, grid, threads, 0, stream, Start::after_earlier_kernels, p);
+  if (error == cudaSuccess) error = launch(merge_parts<most>, dim3(heads), most, 0, stream, Start::early, p);
+  if (error == cudaSuccess)
+    error =
+        launch(add_weights<T, head_dim, most>, grid, weight_threads<most>, weight_bytes<most>, stream, Start::early, p);
+  return error;
+}
+
+}  // namespace
+
+Masses::Masses(const Geometry& g, int most_queries, std::byte* base) {
+  constexpr std::size_t alignment = 256;
+  const std::int64_t heads = g.shape.batch * g.shape.q_heads;
+  const auto take = [&]<class T>(T*& pointer, std::int64_t count) {
+    if (base != nullptr) pointer = reinterpret_cast<T*>(base + bytes);
+    bytes += (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
+  };
+  take(columns, heads * g.shape.kv_len);
+  take(distances, heads * g.shape.kv_len);
+  take(parts, heads * units_of(g) * warps * 16);
+  take(log_sums, heads * most_queries);
+}
+
+cudaError_t find_masses(const ScoreArgs& args, KeepRule keep, std::int64_t queries, int most_queries,
+                        const Masses& masses, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const auto tensor = [](const ConstView& v) { return Tensor{v.data, v.batch_stride, v.head_stride, v.token_stride}; };
+  const Params p{.rules = args.rules,
+                 .keep = keep,
+                 .q = tensor(args.q),
+                 .k = tensor(args.k),
+                 .q_heads = static_cast<int>(g.shape.q_heads),
+                 .group = static_cast<int>(g.group()),
+                 .q_len = g.shape.q_len,
+                 .kv_len = g.shape.kv_len,
+                 .queries = static_cast<int>(queries),
+                 .unit_tiles = static_cast<int>(unit_tiles(g)),
+                 .units = static_cast<int>(units_of(g)),
+                 .scale_log2 = static_cast<float>(args.scale / std::log(2.0)),
+                 .parts = masses.parts,
+                 .log_sums = masses.log_sums,
+                 .columns = masses.columns,
+                 .distances = masses.distances};
+  const auto heads = static_cast<unsigned>(g.shape.batch * g.shape.q_heads);
+  return dispatch(args.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    return most_queries == 64 ? launch_all<T, dim, 64>(p, heads, stream) : launch_all<T, dim, 128>(p, heads, stream);
+  });
+}
+
+}  // namespace pbsattn::cuda

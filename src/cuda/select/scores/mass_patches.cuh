@@ -1,0 +1,178 @@
+// The first launch of mass.cu where a line is a patch of 8 queries or keys (antidiagonals): products of lines,
+// tile by tile, and of each tile the log-sum-exps over blocks.
+#pragma once
+
+#include "cuda/select/scores/mass.cuh"
+
+namespace pbsattn::cuda::mass {
+
+constexpr int patch = 8;
+constexpr int lines_of_block = block_tokens / patch;
+constexpr int blocks_of_tile = tile_keys / lines_of_block;
+constexpr int lines_of_box = 32;  // of one copy, whose tokens span 256 at most
+constexpr int tiles_of_item = 8;  // so that an item lasts some 50 us
+constexpr int consumers = 2;      // warpgroups, 128 query lines each
+constexpr int threads = (consumers + 1) * 128;
+constexpr int stages = 4;
+constexpr int panel = 64;         // elements of a line that a stage holds
+constexpr int panel_bytes = 128;  // of a line
+
+struct Shared {
+  alignas(1024) unsigned char q[stages][tile_queries * panel_bytes];
+  alignas(1024) unsigned char k[stages][tile_keys * panel_bytes];
+  Barrier full[stages], free[stages];
+
+  __device__ void init() {
+    for (Barrier& barrier : full) barrier.init(1);
+    for (Barrier& barrier : free) barrier.init(consumers * 4);
+    sm90::fence_barrier_init();
+  }
+};
+
+// A thread block's share of the work: some tiles of 256 query lines of one head against key lines.
+struct Item {
+  __device__ explicit Item(const Params& p) : head(p.first_head + static_cast<int>(blockIdx.z)) {
+    constexpr int rows_of_tile = tile_queries / lines_of_block;
+    // The last rows have the most keys, so they start first.
+    const int row = p.row_begin + static_cast<int>(gridDim.y - 1 - blockIdx.y) * rows_of_tile;
+    block = p.first_row + row;
+    const int last_block = p.first_row + min(row + rows_of_tile, p.row_end) - 1;
+    permuted_tiles = (p.own_begin(last_block) + blocks_of_tile - 1) / blocks_of_tile;
+    first_own_tile = p.own_begin(block) / blocks_of_tile;
+    const int own_tiles = p.causal ? last_block / blocks_of_tile + 1 - first_own_tile : 0;
+    begin = static_cast<int>(blockIdx.x) * tiles_of_item;
+    end = min(begin + tiles_of_item, permuted_tiles + own_tiles);
+  }
+  __device__ bool is_own(int tile) const { return tile >= permuted_tiles; }
+  // The first key block of a tile.
+  __device__ int block_of(int tile) const {
+    return (is_own(tile) ? first_own_tile + tile - permuted_tiles : tile) * blocks_of_tile;
+  }
+  int head;        // of all batch entries
+  int block;       // token block of the first query line
+  int begin, end;  // tiles
+  int permuted_tiles, first_own_tile;
+};
+
+template <int head_dim>
+__device__ void produce(const Params& p, const Maps& maps, const Item& item, Shared& shared) {
+  constexpr int panels = head_dim / panel;  // of one token
+  const int batch = item.head / p.q_heads;
+  const int head = item.head % p.q_heads;
+  const int first_query = static_cast<int>(item.block * std::int64_t{block_tokens} - p.q_offset);
+  Ring<stages> stage;
+  for (int tile = item.begin; tile < item.end; ++tile) {
+    const CUtensorMap& keys = item.is_own(tile) ? maps.k : maps.permuted_k;
+    const int k_head = head / (item.is_own(tile) ? p.group : p.heads_of_order);
+    const int first_key = item.block_of(tile) * block_tokens;
+    for (int step = 0; step < patch * panels; ++step, stage.next()) {
+      const int i = step / panels;
+      shared.free[stage.at].wait(stage.parity ^ 1);
+      shared.full[stage.at].arrive_expecting(sizeof(shared.q[0]) + sizeof(shared.k[0]));
+      for (int line = 0; line < tile_queries; line += lines_of_box)
+        sm90::tma_load(shared.q[stage.at] + line * panel_bytes, maps.q, shared.full[stage.at], 0,
+                       first_query + line * patch + patch - 1 - i, step % panels, head, batch);
+      for (int line = 0; line < tile_keys; line += lines_of_box)
+        sm90::tma_load(shared.k[stage.at] + line * panel_bytes, keys, shared.full[stage.at], 0,
+                       first_key + line * patch + i, step % panels, k_head, batch);
+    }
+  }
+}
+
+// Log-sum-exps of this thread's two query lines (`line`, `line` + 8) over each block of a tile.
+__device__ inline void store_log_sums(const Params& p, const Item& item, float (&s)[64], int line, int tile) {
+  constexpr int n8_of_block = 16 / blocks_of_tile;
+  const int lane = threadIdx.x % 4;
+  const int first_block = item.block_of(tile);
+  const bool own = item.is_own(tile);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int block = item.block + (line + 8 * r) / lines_of_block;
+    const int line_of_block = (line + 8 * r) % lines_of_block;
+    const int row = block - p.first_row;
+    const int own_begin = p.own_begin(block);
+    const int last_key = own ? (block - first_block) * lines_of_block + line_of_block : tile_keys - 1;
+    float* to = p.log_sums + blockIdx.z * p.head_sums +
+                (p.entries_before(row) - p.entries_before(p.row_begin)) * lines_of_block + line_of_block * (block + 1);
+#pragma unroll
+    for (int b = 0; b < blocks_of_tile; ++b) {
+      float max = -INFINITY;
+#pragma unroll
+      for (int n8 = b * n8_of_block; n8 < (b + 1) * n8_of_block; ++n8)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& x = s[4 * n8 + 2 * r + c];
+          if (n8 * 8 + lane * 2 + c > last_key) x = -INFINITY;
+          max = fmaxf(max, x);
+        }
+      max = quad_max(max);
+      const float shift = Statistics::finite_or_zero(max);
+      float sum = 0;
+#pragma unroll
+      for (int n8 = b * n8_of_block; n8 < (b + 1) * n8_of_block; ++n8)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) sum += sm90::exp2_fast((s[4 * n8 + 2 * r + c] - shift) * p.scale_log2);
+      sum = quad_sum(sum);
+      const int key_block = first_block + b;
+      const bool counts = own ? key_block >= own_begin && key_block <= block : key_block < own_begin;
+      if (lane == b % 4 && counts && row < p.row_end) to[key_block] = fmaf(shift, p.scale_log2, log2f(sum));
+    }
+  }
+}
+
+template <class T, int head_dim>
+__device__ void consume(const Params& p, const Item& item, Shared& shared) {
+  constexpr int steps = patch * head_dim / panel;
+  const int lane = threadIdx.x % 32;
+  const int first_line = threadIdx.x / 128 * 128;
+  Ring<stages> stage;
+  for (int tile = item.begin; tile < item.end; ++tile) {
+    float low[64], high[64];  // query lines 0 .. 63 and 64 .. 127 of the warpgroup's
+    unsigned previous = 0;
+    for (int step = 0; step < steps; ++step, stage.next()) {
+      shared.full[stage.at].wait(stage.parity);
+      sm90::start();
+      const std::uint64_t a = sm90::operand(shared.q[stage.at] + first_line * panel_bytes);
+      const std::uint64_t b = sm90::operand(shared.k[stage.at]);
+#pragma unroll
+      for (int k16 = 0; k16 < panel / 16; ++k16) {
+        sm90::multiply<T>(low, sm90::advance(a, k16 * 32), sm90::advance(b, k16 * 32), step + k16 > 0);
+        sm90::multiply<T>(high, sm90::advance(a, 64 * panel_bytes + k16 * 32), sm90::advance(b, k16 * 32),
+                          step + k16 > 0);
+      }
+      sm90::commit();
+      if (step > 0) {
+        sm90::wait<1>();
+        if (lane == 0) shared.free[previous].arrive();
+      }
+      previous = stage.at;
+    }
+    sm90::wait<0>();
+    sm90::pin(low);
+    sm90::pin(high);
+    if (lane == 0) shared.free[previous].arrive();
+    const int line = first_line + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    store_log_sums(p, item, low, line, tile);
+    store_log_sums(p, item, high, line + 64, tile);
+  }
+}
+
+template <class T, int head_dim>
+__global__ void __launch_bounds__(threads, 1)
+    score_lines(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
+  extern __shared__ unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
+  const Item item(p);
+  if (item.begin >= item.end) return;
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  if (threadIdx.x / 128 < consumers) {
+    sm90::take_registers<232>();
+    consume<T, head_dim>(p, item, shared);
+  } else {
+    sm90::give_registers<40>();
+    if (threadIdx.x % 128 == 0) produce<head_dim>(p, maps, item, shared);
+  }
+}
+
+}  // namespace pbsattn::cuda::mass

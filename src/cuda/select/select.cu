@@ -1,0 +1,225 @@
+// Stage two on Hopper: the key blocks of each row, in one launch.
+//
+// A CTA takes up to 16 rows of one head. Its 16 warps first multiply the rows' pooled queries by all pooled keys they
+// may prune (mma, operands straight from L2) and leave the scaled scores in shared memory:
+//     S[row][block] = pooled Q . pooled K * scale * log2(e)
+// Then a warp takes a row: softmax, the keep rule, and its list (rules.cuh).
+//
+// Scores other than mean_pool come from launches of their own, which leave a row's scores where its list will be, and
+// the second of two scores in scratch. They are shares (per_query.cu, mass.cu), or logarithms of them up to
+// a constant of the row (means.cu, energy.cu). Those of all causal blocks go on to the row's diagonal: what
+// is always kept then counts first, or competes with the rest (core/score_traits.h).
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/select/pooled_product.cuh"
+#include "cuda/select/rules.cuh"
+#include "cuda/select/scores/scores.h"
+#include "cuda/select/select.h"
+#include "cuda/sm90/launch.h"
+
+namespace pbsattn::cuda {
+namespace {
+
+constexpr int select_threads = 512;
+constexpr int warps = select_threads / 32;
+constexpr int max_shared_bytes = 224 * 1024;
+
+// Where a row's scores come from.
+enum class Source {
+  pooled,         // products of pooled queries and keys, here
+  shares,         // given, of the blocks that may be pruned
+  causal_shares,  // given, of all causal blocks
+  logarithms,     // given, of all causal blocks, of base 2
+};
+
+struct Params {
+  const void* pooled_k;
+  const void* pooled_q;
+  const std::int32_t* sink_block;
+  std::int64_t* row_start;
+  std::int32_t* row_count;
+  std::int32_t* block;
+  std::int64_t rows, first_row, causal_blocks;
+  std::int64_t key_blocks;  // pooled keys of a head
+  int order_group;          // query heads of an order
+  int blocks_per_segment;
+  int rows_at_once;  // of a CTA
+  int score_stride;
+  float scale_log2;
+  HeadRules rules;
+  Source source;
+  const float* scores;         // given, of tile [batch][q_head][row] where its list will be
+  const float* second_scores;  // logarithms in places alike, of a score that is two; else null
+};
+
+// `lists`: scores of a row; two are given, so that the element doesn't matter, and take the registers of two CTAs.
+template <class T, int head_dim, int lists>
+__global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const __grid_constant__ Params p) {
+  extern __shared__ float scores[];
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const std::int64_t head = blockIdx.y;  // of all batch entries
+  const std::int64_t order_head = head / p.order_group;
+  // The last rows have the most blocks, so they start first.
+  const std::int64_t first_row = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.rows_at_once;
+  const std::int64_t last_row = min(first_row + p.rows_at_once, p.rows) - 1;
+  const auto own_begin = [&](std::int64_t row) {
+    return static_cast<int>((p.first_row + row) / p.blocks_per_segment * p.blocks_per_segment);
+  };
+
+  wait_for_earlier_kernels();
+  const auto scored_rows = [&](const Rule& rule) {
+    return rule.keep == KeepRule::all || rule.keep == KeepRule::none ? 0 : p.rows - rule.dense_last_rows;
+  };
+  if (p.source == Source::pooled && first_row < scored_rows(p.rules.of(head)))
+    multiply_pooled<head_dim>(
+        Means{static_cast<const T*>(p.pooled_q) + (head * p.rows + first_row) * head_dim, last_row + 1 - first_row},
+        Means{static_cast<const T*>(p.pooled_k) + order_head * p.key_blocks * head_dim, p.key_blocks}, 0,
+        own_begin(last_row), [](int) { return true; },
+        [&](int row, int block, float2 products) {
+          if (row < p.rows_at_once)
+            *reinterpret_cast<float2*>(scores + row * p.score_stride + block) =
+                make_float2(products.x * p.scale_log2, products.y * p.scale_log2);
+        });
+  __syncthreads();
+
+  const Rule& rule = p.rules.of(head);
+  const std::int64_t first_dense_row = rule.keep == KeepRule::all ? 0 : p.rows - rule.dense_last_rows;
+  for (std::int64_t row = first_row + warp; row <= last_row; row += warps) {
+    float* weights = scores + (row - first_row) * p.score_stride;
+    const int prunable = own_begin(row);
+    const bool dense = row >= first_dense_row || prunable == 0;
+    const std::int64_t start = head * p.causal_blocks + row * p.first_row + row * (row + 1) / 2;
+    const int diagonal = static_cast<int>(p.first_row + row);
+    const int sink = prunable > 0 ? p.sink_block[order_head] : 0;
+    float* const others = weights + p.rows_at_once * p.score_stride;  // of the second score
+    Taker first{weights, dense ? keep_all() : keep_none()};
+    Taker second{others, keep_none()};
+    Weights all_others{};
+#pragma unroll 1  // one copy of the rules
+    for (int score = lists - 1; score >= 0 && row < scored_rows(rule) && prunable > 0; --score) {
+      const float* const given = (score == 0 ? p.scores : p.second_scores) + start;
+      float* const to = score == 0 ? weights : others;
+      Weights all = p.source == Source::pooled ? exponentiate(to, prunable, prunable, lane)
+                    : p.source == Source::logarithms
+                        ? exponentiate(given, to, prunable, diagonal + 1, lane)
+                        : take(given, to, prunable, p.source == Source::shares ? prunable : diagonal + 1, lane);
+      if (lists == 2 && rule.counts()) {
+        if (score == 1) {
+          all_others = all;
+          continue;
+        }
+        all = take_higher(weights, all, others, all_others, prunable, lane);
+      }
+      __syncwarp();
+      const Threshold threshold = find_threshold(rule, to, all, prunable, diagonal, sink, lane);
+      if (score == 0)
+        first.threshold = threshold;
+      else
+        second.threshold = threshold;
+    }
+    __syncwarp();
+    const int length = write_list(rule, first, second, lists == 2, prunable, diagonal, sink, p.block + start, lane);
+    if (lane == 0) {
+      p.row_start[head * p.rows + row] = start;
+      p.row_count[head * p.rows + row] = length;
+    }
+  }
+}
+
+Source source_of(BlockScore score) {
+  switch (score) {
+    case BlockScore::mean_pool: return Source::pooled;
+    case BlockScore::mean_pool_causal:
+    case BlockScore::energy:
+    case BlockScore::dual_band: return Source::logarithms;
+    default: return counts_kept_first(score) ? Source::causal_shares : Source::shares;
+  }
+}
+
+// Scores that have launches of their own.
+cudaError_t score_blocks(const ScoreArgs& args, cudaStream_t stream) {
+  switch (args.score) {
+    case BlockScore::mean_pool: return cudaSuccess;
+    case BlockScore::vertical_slash: return score_vertical_slash(args, stream);
+    case BlockScore::flexible: return score_flexible(args, stream);
+    case BlockScore::per_query: return score_per_query(args, stream);
+    case BlockScore::mean_pool_causal:
+    case BlockScore::dual_band: return score_means(args, stream);
+    case BlockScore::energy: return score_energy(args, stream);
+    case BlockScore::sampled:
+      if (const cudaError_t error = score_per_query(args, stream); error != cudaSuccess) return error;
+      break;
+    default: break;
+  }
+  return score_mass(args, stream);
+}
+
+}  // namespace
+
+cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const Options& options = args.options;
+  const std::int64_t rows = g.rows();
+  const auto heads = args.heads.empty() ? std::span(&options, 1) : args.heads;
+  const HeadRules rules{.all = rule_of(options), .each = args.rules, .q_heads = static_cast<int>(g.shape.q_heads)};
+  const Source source = source_of(options.score);
+  const bool two = options.score == BlockScore::dual_band;
+  // Those of a row's own segment compete with the others where scores are logarithms, and are only added up elsewhere.
+  const std::int64_t columns = source == Source::logarithms ? g.blocks() : g.own_begin(rows - 1);
+  // Eight words more than a multiple of 32 put the rows of a product's float2 writes in different banks.
+  const std::int64_t stride = ceil_div(columns, 32) * 32 + 8;
+  auto* const scores = reinterpret_cast<float*>(args.block);
+  if (reads_scores(heads)) {
+    const cudaError_t error = score_blocks({.geometry = g,
+                                            .order_heads = args.order_heads,
+                                            .score = options.score,
+                                            .scale = options.scale,
+                                            .dense_last_rows = common_dense_rows(heads),
+                                            .rules = rules,
+                                            .pooled_q = args.pooled_q,
+                                            .pooled_k = args.pooled_k,
+                                            .pooled_own = args.pooled_own,
+                                            .pooled_blocks = args.pooled_blocks,
+                                            .permuted_k = args.permuted_k,
+                                            .q = args.q,
+                                            .k = args.k,
+                                            .scratch = args.scratch,
+                                            .scratch_bytes = args.scratch_bytes,
+                                            .scores = scores},
+                                           stream);
+    if (error != cudaSuccess) return error;
+  }
+  constexpr std::int64_t smallest_share = 16 * 1024;
+  const std::int64_t row_bytes = (two ? 2 : 1) * stride * sizeof(float);
+  const int rows_at_once = static_cast<int>(std::clamp<std::int64_t>(max_shared_bytes / row_bytes, 1, pooled_rows));
+  const std::size_t shared_bytes = std::max(rows_at_once * row_bytes, smallest_share);
+  const Params p{.pooled_k = args.pooled_k,
+                 .pooled_q = args.pooled_q,
+                 .sink_block = args.sink_block,
+                 .row_start = args.row_start,
+                 .row_count = args.row_count,
+                 .block = args.block,
+                 .rows = rows,
+                 .first_row = g.first_row(),
+                 .causal_blocks = g.causal_blocks_per_head(),
+                 .key_blocks = args.pooled_blocks,
+                 .order_group = static_cast<int>(g.shape.q_heads / args.order_heads),
+                 .blocks_per_segment = g.segment / g.block,
+                 .rows_at_once = rows_at_once,
+                 .score_stride = static_cast<int>(stride),
+                 .scale_log2 = static_cast<float>(options.scale / std::log(2.0)),
+                 .rules = rules,
+                 .source = source,
+                 .scores = scores,
+                 .second_scores = two ? static_cast<const float*>(args.scratch) : nullptr};
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_at_once)),
+                  static_cast<unsigned>(g.shape.batch * g.shape.q_heads));
+  if (two) return launch(select_rows<__half, 64, 2>, grid, select_threads, shared_bytes, stream, Start::early, p);
+  return dispatch(args.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    return launch(select_rows<T, dim, 1>, grid, select_threads, shared_bytes, stream, Start::early, p);
+  });
+}
+
+}  // namespace pbsattn::cuda
