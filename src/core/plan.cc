@@ -20,6 +20,8 @@ const Error& no_memory() {
                            "out of memory: the system gives this process no more; free some, or raise its limit");
   return error;
 }
+// A program that can't have even this memory ends before it begins.
+// NOLINTNEXTLINE(bugprone-throwing-static-initialization)
 [[maybe_unused]] const Error& made_early = no_memory();
 
 // The body's result; what it throws leaves as Error.

@@ -148,7 +148,7 @@ std::optional<int> quota_processors(std::string_view cgroup, std::string_view mo
       std::string below = !inside ? "" : whole ? group : group.substr(mount.root.size());
       while (below.ends_with('/')) below.pop_back();
       for (;;) {
-        if (const auto quota = quota_of(root + mount.point + below, version))
+        if (const auto quota = quota_of(std::string(root).append(mount.point).append(below), version))
           least = std::min(*quota, least.value_or(*quota));
         if (below.empty()) break;
         below.erase(below.rfind('/'));
