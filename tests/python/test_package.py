@@ -25,7 +25,7 @@ def python(*arguments, without=None, folder=None, **options):
     if without:
         (folder / "sitecustomize.py").write_text(f"import sys; sys.modules[{without!r}] = None\n")
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300, **options}
     return subprocess.run([sys.executable, *map(str, arguments)], text=True, env={**environment, **options.pop("env", {})}, **options)
 
 
@@ -167,7 +167,10 @@ def test_files_are_written_before_a_reader_can_leave(run, tmp_path):
 
 
 TERMINATED = """
-import os, runpy, signal, sys
+import faulthandler, os, runpy, signal, sys
+
+faulthandler.dump_traceback_later(240, exit=True)  # a process that doesn't end says where it stands
+
 import pbsattn.eval.ppl as ppl
 
 measure = ppl.Kind.measure
