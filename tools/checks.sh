@@ -35,7 +35,7 @@ sanitize_plugin() {
   setup
   configure "$1" --llama-libraries
   step "building the plug-in and the program, $1"
-  cmake --build --preset "$1" --target ggml_test ggml_memory_test ggml_model_test pbsattn-cli
+  cmake --build --preset "$1" --target ggml_test ggml_memory_test ggml_model_test app_parts_test pbsattn-cli
   test_data
   TSAN_OPTIONS="suppressions=$PWD/tests/ggml/tsan.supp" GTEST_FILTER='-Tools.*' tested "$1" -R "$with_llama"
 }
