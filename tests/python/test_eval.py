@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from conftest import f32_tolerance
 
 import pbsattn
 
@@ -262,7 +263,7 @@ def test_recall(folder, tmp_path, capsys):
     records = {each["method"]: each for each in items_of(tmp_path)}
     for name in ("full", "pbs:top_p=1.0", "oracle:top_p=1.0"):
         metrics = records[name]["metrics"]
-        assert metrics["recall"] == pytest.approx(1, abs=1e-5) and metrics["error"] < 1e-5 and records[name]["density"] == 1
+        assert metrics["recall"] == pytest.approx(1, abs=1e-5) and metrics["error"] < f32_tolerance(1e-5, 1e-2) and records[name]["density"] == 1
     sparse, best = records["pbs:top_p=0.3"], records["oracle:top_p=0.3"]
     assert sparse["params"] == {"text": "text", "tokens": 900, "layer": 1} and len(sparse["heads"]["recall"]) == 2
     assert sparse["density"] < 1 and 0 < sparse["metrics"]["recall"] < 1 and sparse["metrics"]["error"] > 1e-3
@@ -289,7 +290,7 @@ def test_recall_is_the_mass_of_the_kept_keys():
             keys = range(block * 128, min(block * 128 + 128, 700))
             keys = keys if block >= 4 else [order[slot] for slot in keys]
             assert float(by_block[head, row, block]) == pytest.approx(float(mass[head, row, keys].sum()), abs=1e-6)
-    torch.testing.assert_close(masses.attend(q, k, v, 0.25, trace.kept[0], trace.order[0], 256), out[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(masses.attend(q, k, v, 0.25, trace.kept[0], trace.order[0], 256), out[0], atol=f32_tolerance(1e-4, 2e-2), rtol=1e-3)
 
 
 @pytest.mark.parametrize("settings", [dict(top_p=0.5), dict(keep="threshold", threshold=0.15), dict(keep="density", density=0.6),
