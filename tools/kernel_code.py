@@ -13,7 +13,6 @@ import hashlib
 import os
 import re
 import subprocess
-import sys
 
 from common import Failure, run_main
 from cuobjdump import get
@@ -66,7 +65,7 @@ def main():
             print(f"new:     {name}")
         else:
             print(f"differs: {name}\n  before: {before[name][1]}\n  after:  {after[name][1]}")
-    print(f"{len(before)} kernels before, {len(after)} after, {len(before.keys() & after.keys()) - sum(before[n] != after[n] for n in before.keys() & after.keys())} equal")
+    print(f"{len(before)} kernels before, {len(after)} after, {len(before.keys() | after.keys()) - different} equal")
     return 1 if different else 0
 
 

@@ -79,8 +79,7 @@ void pool_queries(const StageContext& c, std::int64_t head, std::int64_t row, fl
   const std::int64_t count = g.row_end(row) - begin;
   const Rows queries = c.q_rows(head, begin - g.q_offset());
   c.f32_kernels.sum_rows(queries, static_cast<int>(count), dim, pooled);
-  const bool mean = c.spec.options.rules == Rules::paper || c.spec.options.score == BlockScore::flexible;
-  const auto divisor = static_cast<float>(mean ? count : g.block);
+  const auto divisor = static_cast<float>(divides_by_count(c.spec.options) ? count : g.block);
   for (int d = 0; d < dim; ++d) pooled[d] /= divisor;
   c.f32_kernels.round_row(queries.dtype, dim, pooled);
 }
