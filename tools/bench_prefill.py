@@ -56,7 +56,7 @@ def stamp():
 
 
 def record(suite, case, params, metric, value, unit, report, peer=None, ratio=None, runs=1, spread=None):
-    """One measurement in the form of docs/architecture.md; `peer` is a name and its value."""
+    """One measurement in the form of docs/dev/measuring.md; `peer` is a name and its value."""
     name, peer_value = peer or (None, None)
     return {"suite": suite, "case": case, "params": params, "metric": metric, "value": value, "unit": unit, "peer": name,
             "peer_value": peer_value, "ratio": ratio, "runs": runs, "spread": spread,

@@ -2,10 +2,10 @@
 """Puts measured results into README.md or another page, between its markers, so that no number there is typed by hand.
 
     ./dev demo | tee build/demo.txt && tools/readme.py --demo build/demo.txt
-    tools/readme.py --page docs/cuda.md --all --results docs/results/gpu.json
-    tools/readme.py --page docs/transformers.md --models docs/results/prefill-h100*.json
-    tools/readme.py --page docs/python.md --op docs/results/python-*.json
-    tools/readme.py --page docs/methods.md --lists docs/results/lists.json
+    tools/readme.py --page docs/dev/cuda.md --all --results results/gpu.json
+    tools/readme.py --page docs/transformers.md --models results/prefill-h100*.json
+    tools/readme.py --page docs/python.md --op results/python-*.json
+    tools/readme.py --page docs/methods.md --lists results/lists.json
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 from common import Failure, run_main, write_whole
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
-RESULTS = README.parent / "docs/results"
+RESULTS = README.parent / "results"
 
 
 def replace_between(page, text, marker, content):
@@ -236,9 +236,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=pathlib.Path, help="what ./dev demo printed, at the commit that is checked out")
     parser.add_argument("--fidelity", type=pathlib.Path, nargs="+",
-                        help="files that ./dev bench fidelity wrote with --json (README.md: docs/results/fidelity.json)")
+                        help="files that ./dev bench fidelity wrote with --json (README.md: results/fidelity.json)")
     parser.add_argument("--results", type=pathlib.Path, nargs="+", help="files that ./dev bench wrote with --json")
-    parser.add_argument("--summary", type=pathlib.Path, nargs="+", help="every file of results, for the first page's table (README.md: all of docs/results)")
+    parser.add_argument("--summary", type=pathlib.Path, nargs="+", help="every file of results, for the first page's table (README.md: all of results)")
     parser.add_argument("--models", type=pathlib.Path, nargs="+",
                         help="files that python -m pbsattn.bench prefill wrote with --json, on a GPU")
     parser.add_argument("--op", type=pathlib.Path, nargs="+",
@@ -250,7 +250,7 @@ def main():
     text = arguments.page.read_text()
     if arguments.demo:
         text = replace_between(arguments.page, text, "demo", demo_block(arguments.demo))
-    if arguments.page == README:  # whose other tables always follow what is in docs/results
+    if arguments.page == README:  # whose other tables always follow what is in results
         arguments.fidelity = arguments.fidelity or [RESULTS / "fidelity.json"]
         arguments.summary = arguments.summary or sorted(RESULTS.glob("*.json"))
     tables = (("results", arguments.results, lambda records: table(records, list if arguments.all else headline)),

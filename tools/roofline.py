@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws a roofline from the records of ./dev bench gpu or cpu: operations a second over operations a byte.
 
-    tools/roofline.py docs/results/gpu.json docs/roofline.svg
-    tools/roofline.py docs/results/cpu.json docs/roofline-cpu.svg
+    tools/roofline.py results/gpu.json results/roofline.svg
+    tools/roofline.py results/cpu.json results/roofline-cpu.svg
 
 The roof is what the same run measured of the card or of one core: products and memory. Bytes are the fewest that
 must move: Q, K, V and the output once.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sweeps transformers' classes: tiny random models of each, with pbsattn against their own attention.
 
-    python tests/models --all [--table docs/results/models.md] [--json FILE]
+    python tests/models --all [--table results/models.md] [--json FILE]
     python tests/models --one-per-family
     python tests/models CLASS...
     python tests/models --list

@@ -110,7 +110,7 @@ def page(answers):
 
 HEAD = """# What becomes of transformers' classes
 
-Made by `python tests/models --all --table docs/results/models.md`; not to be edited.
+Made by `python tests/models --all --table results/models.md`; not to be edited.
 
 A tiny random model of each class, float32, 200 tokens, `pbsattn.transformers.enable(model, top_p=1, min_tokens=64)` against the
 model's own attention before. Runs: *whole*; *padded*, on the left, beside a row without; in *chunks* of 90, 80, 29 and 1 tokens over a cache; over a

@@ -6,7 +6,7 @@ import re
 import unittest
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(path for folder in ("docs", "results") for path in (ROOT / folder).rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
@@ -30,10 +30,13 @@ class Pages(unittest.TestCase):
                         self.assertIn(anchor, anchors(target))
 
     def test_every_page_is_linked_from_the_first(self):
-        linked = {link.partition("#")[0] for link in LINK.findall(PAGES[0].read_text())}
-        reached = {link.partition("#")[0] for page in PAGES[1:] for link in LINK.findall(page.read_text())}
-        for page in PAGES[1:]:
-            self.assertTrue(f"docs/{page.name}" in linked or page.name in reached, page.name)
+        reached, ahead = {PAGES[0]}, [PAGES[0]]
+        while ahead:
+            page = ahead.pop()
+            near = {(page.parent / link.partition("#")[0]).resolve() for link in LINK.findall(page.read_text())}
+            ahead += [target for target in PAGES if target in near and target not in reached]
+            reached |= near
+        self.assertEqual([page for page in PAGES if page not in reached], [])
 
     def test_dev_commands_exist(self):
         known = re.search(r"^  help(?:.|\n)*?esac", (ROOT / "dev").read_text(), re.MULTILINE).group()

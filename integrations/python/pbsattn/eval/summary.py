@@ -134,7 +134,7 @@ def errors(records):
 
 
 def as_json(made, header):
-    """In the form of every benchmark of this project (docs/architecture.md), with the interval beside."""
+    """In the form of every benchmark of this project (docs/dev/measuring.md), with the interval beside."""
     device, commit, date = header["device"], header.get("commit"), header["date"]
     return [dict(suite=f"eval-{header['kind']}", case=row.method,
                  params=dict(model=header["model"]["name"], group=row.group, items=row.items, errors=row.errors,
