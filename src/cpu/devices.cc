@@ -2,7 +2,7 @@
 #include <string>
 
 #include "core/threads.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace pbsattn {
 namespace {

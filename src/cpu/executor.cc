@@ -7,7 +7,9 @@
 
 #include "core/fallback.h"
 #include "core/stopwatch.h"
-#include "cpu/stages.h"
+#include "cpu/attend/attend.h"
+#include "cpu/permute/permute.h"
+#include "cpu/select/select.h"
 
 namespace pbsattn::cpu {
 namespace {

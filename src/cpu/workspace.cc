@@ -6,8 +6,8 @@
 #include <limits>
 
 #include "core/keep_rule.h"
-#include "cpu/correction.h"
-#include "cpu/scores.h"
+#include "cpu/attend/correction.h"
+#include "cpu/select/scores/scores.h"
 
 namespace pbsattn::cpu {
 namespace {

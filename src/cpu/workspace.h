@@ -6,7 +6,7 @@
 #include <span>
 
 #include "core/executor.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace pbsattn::cpu {
 

@@ -1,7 +1,7 @@
 // Which path a plan takes, and when the system is asked for one that it must permit.
 #include <gtest/gtest.h>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/path.h"
 
 namespace pbsattn::cpu {

@@ -1,7 +1,7 @@
 // The parts of the AMX path, each compiled for its instructions alone.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 #if defined(PBSATTN_EMULATE_AMX) || (defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__))
 #define PBSATTN_HAS_AMX 1

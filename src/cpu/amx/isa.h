@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 #ifdef PBSATTN_EMULATE_AMX
 #include <bit>

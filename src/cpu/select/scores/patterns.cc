@@ -6,7 +6,7 @@
 #include <numeric>
 #include <span>
 
-#include "cpu/scores.h"
+#include "cpu/select/scores/scores.h"
 
 namespace pbsattn::cpu {
 namespace {

@@ -1,4 +1,4 @@
-#include "cpu/pool.h"
+#include "cpu/parallel.h"
 
 #include <algorithm>
 #include <atomic>

@@ -1,4 +1,4 @@
-// Register tiles of the two products and the steps of softmax, in float32, for kernels_f32.cc: compiled
+// Register tiles of the two products and the steps of softmax, in float32, for f32.cc: compiled
 // once for each Highway target.
 #if defined(PBSATTN_CPU_PRODUCT_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef PBSATTN_CPU_PRODUCT_INL_H
@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace pbsattn::cpu {

@@ -9,7 +9,7 @@
 
 #include "core/keep_rule.h"
 #include "core/score_traits.h"
-#include "cpu/stages.h"
+#include "cpu/context.h"
 
 namespace pbsattn::cpu {
 

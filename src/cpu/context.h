@@ -1,4 +1,4 @@
-// The stages of one pass, each over all threads. Contracts: docs/architecture.md.
+// What the stages of one pass are called with, each over all threads.
 #pragma once
 
 #include "cpu/workspace.h"
@@ -36,15 +36,5 @@ struct StageContext {
             view.token_stride, nullptr};
   }
 };
-
-// Fills keys, values and values_finite; where keys are permuted also order, sink_block, far_keys and
-// far_values; where blocks are scored also pooled_keys.
-void permute(const StageContext& context);
-
-// Fills mask.
-void select(const StageContext& context);
-
-// Fills the outputs of the pass's heads. Returns the number of block pairs computed.
-std::int64_t attend(const StageContext& context);
 
 }  // namespace pbsattn::cpu

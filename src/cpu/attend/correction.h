@@ -3,7 +3,7 @@
 
 #include <span>
 
-#include "cpu/stages.h"
+#include "cpu/context.h"
 
 namespace pbsattn::cpu {
 

@@ -1,4 +1,4 @@
-#include "cpu/correction.h"
+#include "cpu/attend/correction.h"
 
 #include <algorithm>
 #include <array>

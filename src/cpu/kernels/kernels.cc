@@ -1,4 +1,4 @@
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>

@@ -8,8 +8,9 @@
 
 #include "core/keep_rule.h"
 #include "core/score_traits.h"
-#include "cpu/pool.h"
-#include "cpu/scores.h"
+#include "cpu/parallel.h"
+#include "cpu/select/scores/scores.h"
+#include "cpu/select/select.h"
 
 namespace pbsattn::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // bf16 products on AVX512-BF16's vdpbf16ps: twice the f32 rate on AMD Zen 4 and later. This file alone is
 // compiled for those instructions, so it includes nothing whose inline functions others might share.
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// Rows of any dtype to float32 and back, for kernels_f32.cc: compiled once for each Highway target.
+// Rows of any dtype to float32 and back, for f32.cc: compiled once for each Highway target.
 #if defined(PBSATTN_CPU_CONVERT_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef PBSATTN_CPU_CONVERT_INL_H
 #undef PBSATTN_CPU_CONVERT_INL_H
@@ -8,7 +8,7 @@
 
 #include <hwy/highway.h>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace pbsattn::cpu {

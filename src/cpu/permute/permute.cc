@@ -12,8 +12,9 @@
 #include <span>
 #include <utility>
 
-#include "cpu/pool.h"
-#include "cpu/scores.h"
+#include "core/score_traits.h"
+#include "cpu/parallel.h"
+#include "cpu/permute/permute.h"
 
 namespace pbsattn::cpu {
 namespace {

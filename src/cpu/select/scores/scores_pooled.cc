@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/scores.h"
+#include "cpu/select/scores/scores.h"
 
 namespace pbsattn::cpu {
 namespace {

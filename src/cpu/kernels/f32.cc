@@ -1,18 +1,18 @@
 // f32 products through Highway: one source, compiled for each of its targets, chosen at run time.
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 // AVX-512's later extensions bring nothing to float32, and what has no SSE4 takes scalar code.
 #define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSSE3)
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "cpu/kernels_f32.cc"
+#define HWY_TARGET_INCLUDE "cpu/kernels/f32.cc"
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/convert-inl.h"
-#include "cpu/product-inl.h"
+#include "cpu/kernels/convert-inl.h"
+#include "cpu/kernels/product-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace pbsattn::cpu {

@@ -9,9 +9,9 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/correction.h"
-#include "cpu/pool.h"
-#include "cpu/stages.h"
+#include "cpu/attend/attend.h"
+#include "cpu/attend/correction.h"
+#include "cpu/parallel.h"
 
 namespace pbsattn::cpu {
 namespace {
