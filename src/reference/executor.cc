@@ -5,21 +5,11 @@
 #include <utility>
 
 #include "core/stopwatch.h"
+#include "reference/definition.h"
 #include "reference/numbers.h"
-#include "reference/stages.h"
 
 namespace pbsattn::reference {
 namespace {
-
-Matrix load_matrix(const ConstView& view, std::int64_t batch, std::int64_t head, std::int64_t tokens,
-                   std::int64_t head_dim) {
-  Matrix matrix(tokens, head_dim);
-  for (std::int64_t n = 0; n < tokens; ++n)
-    for (std::int64_t d = 0; d < head_dim; ++d)
-      matrix[n][d] =
-          load(view.dtype, view.data, batch * view.batch_stride + head * view.head_stride + n * view.token_stride + d);
-  return matrix;
-}
 
 std::vector<double> mean_group_scores(const Inputs& inputs, const Geometry& geometry, std::int64_t batch,
                                       std::int64_t kv_head, double scale) {
@@ -90,17 +80,6 @@ class ReferenceExecutor final : public detail::Executor {
 };
 
 }  // namespace
-
-Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batch, std::int64_t q_head) {
-  const Shape& shape = geometry.shape;
-  const std::int64_t kv_head = geometry.kv_head(q_head);
-  return {.q = load_matrix(inputs.q, batch, q_head, shape.q_len, shape.head_dim),
-          .k = load_matrix(inputs.k, batch, kv_head, shape.kv_len, shape.head_dim),
-          .v = load_matrix(inputs.v, batch, kv_head, shape.kv_len, shape.head_dim),
-          .q_dtype = inputs.q.dtype,
-          .k_dtype = inputs.k.dtype,
-          .v_dtype = inputs.v.dtype};
-}
 
 Trace decide(const Inputs& inputs, const Options& options, const Geometry& geometry) {
   Trace trace;

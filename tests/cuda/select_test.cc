@@ -9,7 +9,7 @@
 #include "cuda/limits.h"
 #include "cuda/select/scores/scores.h"
 #include "cuda/select/select.h"
-#include "reference/stages.h"
+#include "reference/definition.h"
 
 namespace pbsattn::test {
 namespace {

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "reference/stages.h"
+#include "reference/definition.h"
 
 namespace pbsattn::reference {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "reference/stages.h"
+#include "reference/definition.h"
 #include "support/judge.h"
 
 namespace pbsattn::test {

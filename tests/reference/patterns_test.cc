@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "reference/stages.h"
+#include "reference/definition.h"
 
 namespace pbsattn::reference {
 namespace {

@@ -15,27 +15,36 @@ Geometry geometry(std::int64_t q_len, std::int64_t kv_len) {
 }
 
 // Row 4 (tokens 8 and 9) of ten tokens: scored blocks 0 .. 3, own segment from block 4.
+List select_row_4(const Options& options, const std::vector<double>& scores, const List& order = identity(10)) {
+  return select_blocks(options, geometry(10, 10), 4, {scores}, order);
+}
 List select_row_4(float top_p, const std::vector<double>& scores, const List& order = identity(10)) {
   Options options = top_p_options;
   options.top_p = top_p;
-  return select_blocks(options, geometry(10, 10), 4, {scores}, order);
+  return select_row_4(options, scores, order);
+}
+
+Options options_of(KeepRule keep) {
+  Options options = top_p_options;
+  options.keep = keep;
+  return options;
 }
 
 TEST(PoolQuery, FullRowsAreMeans) {
   const Head head{.q = column({1, 3, 5, 9}), .k = column({0}), .v = column({0})};
-  EXPECT_EQ(pool_query(head, geometry(4, 4), Rules::paper, 1), (std::vector<double>{7}));
-  EXPECT_EQ(pool_query(head, geometry(4, 4), Rules::reference_code, 1), (std::vector<double>{7}));
+  EXPECT_EQ(pool_query(head, {.rules = Rules::paper}, geometry(4, 4), 1), (std::vector<double>{7}));
+  EXPECT_EQ(pool_query(head, {.rules = Rules::reference_code}, geometry(4, 4), 1), (std::vector<double>{7}));
 }
 
 TEST(PoolQuery, RulesDifferOnShortRows) {
   const Head tail{.q = column({1, 3, 6}), .k = column({0}), .v = column({0})};
-  EXPECT_EQ(pool_query(tail, geometry(3, 3), Rules::paper, 1), (std::vector<double>{6}));
-  EXPECT_EQ(pool_query(tail, geometry(3, 3), Rules::reference_code, 1), (std::vector<double>{3}));
+  EXPECT_EQ(pool_query(tail, {.rules = Rules::paper}, geometry(3, 3), 1), (std::vector<double>{6}));
+  EXPECT_EQ(pool_query(tail, {.rules = Rules::reference_code}, geometry(3, 3), 1), (std::vector<double>{3}));
   // A chunk of tokens 3, 4 and 5 starts inside block 1: its first row is token 3 alone.
   const Head chunk{.q = column({8, 1, 2}), .k = column({0}), .v = column({0})};
-  EXPECT_EQ(pool_query(chunk, geometry(3, 6), Rules::paper, 0), (std::vector<double>{8}));
-  EXPECT_EQ(pool_query(chunk, geometry(3, 6), Rules::reference_code, 0), (std::vector<double>{4}));
-  EXPECT_EQ(pool_query(chunk, geometry(3, 6), Rules::reference_code, 1), (std::vector<double>{1.5}));
+  EXPECT_EQ(pool_query(chunk, {.rules = Rules::paper}, geometry(3, 6), 0), (std::vector<double>{8}));
+  EXPECT_EQ(pool_query(chunk, {.rules = Rules::reference_code}, geometry(3, 6), 0), (std::vector<double>{4}));
+  EXPECT_EQ(pool_query(chunk, {.rules = Rules::reference_code}, geometry(3, 6), 1), (std::vector<double>{1.5}));
 }
 
 TEST(BlockScores, SoftmaxOverBlocksBeforeTheOwnSegment) {
@@ -94,54 +103,41 @@ TEST(PerQueryScores, NanCountsAsZero) {
 }
 
 TEST(SelectBlocks, ThresholdKeepsScoresThatReachIt) {
-  Options options = top_p_options;
-  options.keep = KeepRule::threshold;
+  Options options = options_of(KeepRule::threshold);
   options.threshold = 0.25F;
-  const auto select = [&](const std::vector<double>& scores) {
-    return select_blocks(options, geometry(10, 10), 4, {scores}, identity(10));
-  };
-  EXPECT_EQ(select({0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
-  EXPECT_EQ(select({0.0, 0.24, 0.5, 0.26}), (List{0, 2, 3, 4}));
-  EXPECT_EQ(select({0, 0, 0, 0}), (List{0, 4}));
+  EXPECT_EQ(select_row_4(options, {0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(options, {0.0, 0.24, 0.5, 0.26}), (List{0, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(options, {0, 0, 0, 0}), (List{0, 4}));
   options.threshold = 0.6F;
-  EXPECT_EQ(select({0.0, 0.25, 0.5, 0.25}), (List{0, 4}));
+  EXPECT_EQ(select_row_4(options, {0.0, 0.25, 0.5, 0.25}), (List{0, 4}));
   options.threshold = 0;
-  EXPECT_EQ(select({0, 0, 1, 0}), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(options, {0, 0, 1, 0}), (List{0, 1, 2, 3, 4}));
 }
 
 TEST(SelectBlocks, TheFloorKeepsMoreWhereTheThresholdKeepsLess) {
-  Options options = top_p_options;
-  options.keep = KeepRule::threshold;
+  Options options = options_of(KeepRule::threshold);
   options.threshold = 0.3F;
   options.floor_top_p = 0.7F;
-  const auto select = [&](const std::vector<double>& scores) {
-    return select_blocks(options, geometry(10, 10), 4, {scores}, identity(10));
-  };
-  EXPECT_EQ(select({0.0, 0.125, 0.5, 0.25}), (List{0, 2, 3, 4}));          // the floor takes block 3
-  EXPECT_EQ(select({0.375, 0.25, 0.375, 0.0}), (List{0, 2, 4}));           // both agree
-  EXPECT_EQ(select({0.0, 0.3125, 0.375, 0.3125}), (List{0, 1, 2, 3, 4}));  // the threshold takes block 3
+  EXPECT_EQ(select_row_4(options, {0.0, 0.125, 0.5, 0.25}), (List{0, 2, 3, 4}));          // the floor takes block 3
+  EXPECT_EQ(select_row_4(options, {0.375, 0.25, 0.375, 0.0}), (List{0, 2, 4}));           // both agree
+  EXPECT_EQ(select_row_4(options, {0.0, 0.3125, 0.375, 0.3125}), (List{0, 1, 2, 3, 4}));  // the threshold takes block 3
   options.floor_top_p = 1;
-  EXPECT_EQ(select({0, 0, 1, 0}), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(options, {0, 0, 1, 0}), (List{0, 1, 2, 3, 4}));
 }
 
 TEST(SelectBlocks, RelativeIsAShareOfTheHighest) {
-  Options options = top_p_options;
-  options.keep = KeepRule::relative;
+  Options options = options_of(KeepRule::relative);
   options.threshold = 0.5F;
-  const auto select = [&](const std::vector<double>& scores) {
-    return select_blocks(options, geometry(10, 10), 4, {scores}, identity(10));
-  };
-  EXPECT_EQ(select({0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
-  EXPECT_EQ(select({0.0, 0.125, 0.5, 0.375}), (List{0, 2, 3, 4}));
-  EXPECT_EQ(select({0, 0, 0, 0}), (List{0, 4}));
+  EXPECT_EQ(select_row_4(options, {0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(options, {0.0, 0.125, 0.5, 0.375}), (List{0, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(options, {0, 0, 0, 0}), (List{0, 4}));
 }
 
 TEST(SelectBlocks, TopKTakesTheHighest) {
-  Options options = top_p_options;
-  options.keep = KeepRule::top_k;
+  Options options = options_of(KeepRule::top_k);
   const auto select = [&](int top_k, const std::vector<double>& scores) {
     options.top_k = top_k;
-    return select_blocks(options, geometry(10, 10), 4, {scores}, identity(10));
+    return select_row_4(options, scores);
   };
   EXPECT_EQ(select(0, {0.0, 0.25, 0.5, 0.25}), (List{0, 4}));
   EXPECT_EQ(select(1, {0.0, 0.25, 0.5, 0.25}), (List{0, 2, 4}));
@@ -153,8 +149,7 @@ TEST(SelectBlocks, TopKTakesTheHighest) {
 }
 
 TEST(SelectBlocks, DensityCountsTheOwnSegment) {
-  Options options = top_p_options;
-  options.keep = KeepRule::density;
+  Options options = options_of(KeepRule::density);
   const std::vector<double> scores{0.0, 0.25, 0.5, 0.25};
   const auto select = [&](float density, std::int64_t row) {
     options.density = density;
@@ -172,13 +167,13 @@ TEST(SelectBlocks, SinkAndLocalBlocks) {
   const std::vector<double> scores{0, 0, 1, 0};
   options.top_p = 0.5F;
   options.sink_blocks = 2;
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {scores}, identity(10)), (List{0, 1, 2, 4}));
+  EXPECT_EQ(select_row_4(options, scores), (List{0, 1, 2, 4}));
   options.sink_blocks = 0;
   options.local_blocks = 2;
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {scores}, identity(10)), (List{0, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(options, scores), (List{0, 2, 3, 4}));
   EXPECT_EQ(select_blocks(options, geometry(12, 12), 5, {scores}, identity(12)), (List{0, 2, 4, 5}));
   options.local_blocks = options.sink_blocks = 99;
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {scores}, identity(10)), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(options, scores), (List{0, 1, 2, 3, 4}));
 }
 
 TEST(SelectBlocks, KeepsUpToAndIncludingTheBlockThatCrosses) {
@@ -214,9 +209,9 @@ TEST(SelectBlocks, OwnSegmentUpToTheDiagonal) {
 TEST(SelectBlocks, RulesDifferWhereScoresNeverReachTopP) {
   Options options = top_p_options;
   const std::vector<double> nothing{0, 0, 0, 0};
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {nothing}, identity(10)), (List{0, 4}));
+  EXPECT_EQ(select_row_4(options, nothing), (List{0, 4}));
   options.rules = Rules::paper;
-  EXPECT_EQ(select_blocks(options, geometry(10, 10), 4, {nothing}, identity(10)), (List{0, 1, 2, 3, 4}));
+  EXPECT_EQ(select_row_4(options, nothing), (List{0, 1, 2, 3, 4}));
 }
 
 TEST(SelectBlocks, DenseLastRowsListEverything) {

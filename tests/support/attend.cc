@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "reference/numbers.h"
-#include "reference/stages.h"
+#include "reference/definition.h"
 #include "support/judge.h"
 
 namespace pbsattn::test {
@@ -113,8 +113,8 @@ Values attend_plain(const Problem& problem, const Options& options, const Trace&
         auto k = operands(head.k, products);
         auto v = operands(head.v, products);
         if (const auto pooled = pooled_blocks(options, head, geometry, order)) {
-          for (const float x : operands(pooled->keys, products)) k.push_back(x);
-          for (const float x : operands(pooled->values, products)) v.push_back(x);
+          for (const float x : operands(pooled->k, products)) k.push_back(x);
+          for (const float x : operands(pooled->v, products)) v.push_back(x);
         }
         const std::int64_t dim = problem.shape.head_dim;
         const std::int64_t many = problem.shape.kv_len;

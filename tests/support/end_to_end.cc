@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "pbsattn/options.hpp"
-#include "reference/stages.h"
+#include "reference/definition.h"
 
 namespace pbsattn::test {
 namespace {

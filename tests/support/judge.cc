@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "core/keep_rule.h"
-#include "reference/stages.h"
+#include "reference/definition.h"
 
 namespace pbsattn::test {
 namespace {

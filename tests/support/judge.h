@@ -4,7 +4,7 @@
 #include <optional>
 #include <vector>
 
-#include "reference/stages.h"
+#include "reference/definition.h"
 #include "support/problem.h"
 #include "support/ties.h"
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/geometry.h"
-#include "reference/stages.h"
+#include "reference/definition.h"
 
 namespace pbsattn::test {
 

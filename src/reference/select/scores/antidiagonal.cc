@@ -2,7 +2,7 @@
 // stands for all 64 pairs, since every query and every key is on it once.
 #include <cmath>
 
-#include "reference/stages.h"
+#include "reference/select/scores/scores.h"
 
 namespace pbsattn::reference {
 namespace {

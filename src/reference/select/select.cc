@@ -1,25 +1,18 @@
-// Stage two, the keep rules: each row of queries chooses key blocks by their scores.
+#include "reference/select/select.h"
+
 #include <algorithm>
 #include <numeric>
 
 #include "core/keep_rule.h"
 #include "core/score_traits.h"
-#include "reference/stages.h"
 
 namespace pbsattn::reference {
 namespace {
 
-std::vector<std::int64_t> by_descending_score(std::span<const double> scores) {
-  std::vector<std::int64_t> blocks(scores.size());
-  std::iota(blocks.begin(), blocks.end(), std::int64_t{0});
-  std::ranges::stable_sort(blocks, [&](std::int64_t a, std::int64_t b) { return scores[a] > scores[b]; });
-  return blocks;
-}
-
 // Marks the highest scores up to and including the one that brings their sum, which begins at `sum`, to `mass`.
 void keep_top_p(double mass, std::span<const double> scores, std::vector<bool>& keep, double sum) {
   if (sum > 0 && sum >= mass) return;
-  for (const std::int64_t b : by_descending_score(scores)) {
+  for (const std::int64_t b : descending(scores)) {
     if (keep[b]) continue;
     keep[b] = true;
     sum += scores[b];
@@ -33,7 +26,7 @@ void keep_at_least(double least, std::span<const double> scores, std::vector<boo
 }
 
 void keep_highest(std::int64_t count, std::span<const double> scores, std::vector<bool>& keep) {
-  const auto blocks = by_descending_score(scores);
+  const auto blocks = descending(scores);
   for (std::int64_t i = 0; i < count; ++i) keep[blocks[i]] = true;
 }
 

@@ -1,14 +1,13 @@
-// Stage three: softmax attention of each query over the keys of its row's blocks.
+#include "reference/attend/attend.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "reference/stages.h"
-
 namespace pbsattn::reference {
 namespace {
 
-// Tokens that a query sees: of blocks before its own segment, whatever stands in their slots; of its own
+// Returns the tokens that a query sees: of blocks before its own segment, whatever stands in their slots; of its own
 // segment, in original order, those up to itself.
 std::vector<std::int32_t> visible_tokens(const Geometry& geometry, std::int64_t query,
                                          std::span<const std::int32_t> order, std::span<const std::int32_t> list) {
@@ -47,8 +46,7 @@ QueryResult attend_query(const Head& head, const Geometry& geometry, double scal
     const std::int64_t row = (geometry.q_offset() + query) / geometry.block - geometry.first_row();
     for (std::int64_t b = 0; b < geometry.own_begin(row); ++b)
       if (!std::ranges::binary_search(list, b))
-        keys.push_back(
-            {dot(head.q[query], pooled->keys[b]) * scale, static_cast<double>(geometry.block), pooled->values[b]});
+        keys.push_back({dot(head.q[query], pooled->k[b]) * scale, static_cast<double>(geometry.block), pooled->v[b]});
   }
 
   QueryResult result{std::vector<double>(head.v.columns, 0.0), -infinity};

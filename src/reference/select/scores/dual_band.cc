@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "reference/stages.h"
+#include "reference/select/scores/scores.h"
 
 namespace pbsattn::reference {
 namespace {
@@ -29,39 +29,38 @@ double root_mean_square(const Matrix& m, std::span<const std::int64_t> of) {
 }  // namespace
 
 std::vector<Band> calibrate_bands(const Head& head, const Options& options, const Geometry& geometry,
-                                  const Matrix& pooled_keys) {
+                                  const Matrix& pooled_own) {
   const std::int64_t dim = geometry.shape.head_dim;
   const std::int64_t pairs = dim / 2;
-  Matrix pooled_queries(geometry.rows(), dim);
+  Matrix pooled_q(geometry.rows(), dim);
   for (std::int64_t row = 0; row < geometry.rows(); ++row)
-    std::ranges::copy(pool_query(head, geometry, options.rules, row), pooled_queries[row].begin());
+    std::ranges::copy(pool_query(head, options, geometry, row), pooled_q[row].begin());
 
   const auto all = columns(dim, 0, pairs);
   constexpr double least = 1e-6;
-  const double queries = std::max(root_mean_square(pooled_queries, all), least);
-  const double keys = std::max(root_mean_square(pooled_keys, all), least);
+  const double queries = std::max(root_mean_square(pooled_q, all), least);
+  const double keys = std::max(root_mean_square(pooled_own, all), least);
   std::vector<Band> bands;
   for (const auto& of : {columns(dim, 0, pairs / 2), columns(dim, pairs - pairs * 3 / 4, pairs)}) {
     const auto width = static_cast<double>(of.size());
     // What the band's logits would be divided by, relative to those of all columns: once for having fewer columns, and
     // once for what pooling left of their squares.
-    const double share = width / static_cast<double>(dim) * root_mean_square(pooled_queries, of) / queries *
-                         root_mean_square(pooled_keys, of) / keys;
+    const double share = width / static_cast<double>(dim) * root_mean_square(pooled_q, of) / queries *
+                         root_mean_square(pooled_own, of) / keys;
     bands.push_back({of, options.scale / share});
   }
   return bands;
 }
 
-RowScores dual_band_scores(std::span<const double> pooled_query, const Matrix& causal_keys,
-                           std::span<const Band> bands) {
+RowScores dual_band_scores(std::span<const double> pooled_q, const Matrix& causal_k, std::span<const Band> bands) {
   RowScores scores;
   for (const Band& band : bands) {
     std::vector<double> query;
     query.reserve(band.columns.size());
-    for (const std::int64_t d : band.columns) query.push_back(pooled_query[d]);
-    Matrix keys(causal_keys.rows, std::ssize(band.columns));
+    for (const std::int64_t d : band.columns) query.push_back(pooled_q[d]);
+    Matrix keys(causal_k.rows, std::ssize(band.columns));
     for (std::int64_t b = 0; b < keys.rows; ++b)
-      for (std::int64_t d = 0; d < keys.columns; ++d) keys[b][d] = causal_keys[b][band.columns[d]];
+      for (std::int64_t d = 0; d < keys.columns; ++d) keys[b][d] = causal_k[b][band.columns[d]];
     scores.push_back(block_scores(query, keys, keys.rows, band.scale));
   }
   return scores;

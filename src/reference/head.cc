@@ -1,0 +1,48 @@
+#include "reference/head.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "reference/numbers.h"
+
+namespace pbsattn::reference {
+namespace {
+
+Matrix load_matrix(const ConstView& view, std::int64_t batch, std::int64_t head, std::int64_t tokens,
+                   std::int64_t head_dim) {
+  Matrix matrix(tokens, head_dim);
+  for (std::int64_t n = 0; n < tokens; ++n)
+    for (std::int64_t d = 0; d < head_dim; ++d)
+      matrix[n][d] =
+          load(view.dtype, view.data, batch * view.batch_stride + head * view.head_stride + n * view.token_stride + d);
+  return matrix;
+}
+
+}  // namespace
+
+Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batch, std::int64_t q_head) {
+  const Shape& shape = geometry.shape;
+  const std::int64_t kv_head = geometry.kv_head(q_head);
+  return {.q = load_matrix(inputs.q, batch, q_head, shape.q_len, shape.head_dim),
+          .k = load_matrix(inputs.k, batch, kv_head, shape.kv_len, shape.head_dim),
+          .v = load_matrix(inputs.v, batch, kv_head, shape.kv_len, shape.head_dim),
+          .q_dtype = inputs.q.dtype,
+          .k_dtype = inputs.k.dtype,
+          .v_dtype = inputs.v.dtype};
+}
+
+double dot(std::span<const double> a, std::span<const double> b) {
+  return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
+}
+
+void softmax(std::span<double> scores) {
+  double max = -std::numeric_limits<double>::infinity();
+  for (const double s : scores) max = std::max(max, s);
+  double sum = 0;
+  for (double& s : scores) sum += s = std::exp(s - max);
+  for (double& s : scores) s /= sum;
+}
+
+}  // namespace pbsattn::reference
