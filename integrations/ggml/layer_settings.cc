@@ -12,7 +12,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "core/shown.h"
+#include "core/options/shown.h"
 
 namespace pbsattn::ggml {
 namespace {

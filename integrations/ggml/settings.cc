@@ -10,7 +10,7 @@
 #include <mutex>
 #include <string_view>
 
-#include "core/c_structs.h"
+#include "core/capi/c_structs.h"
 #include "guard.h"
 #include "log.h"
 

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "core/sized_struct.h"
+#include "core/capi/sized_struct.h"
 #include "guard.h"
 #include "log.h"
 

@@ -8,7 +8,7 @@
 
 #include "core/executor.h"
 #include "core/threads.h"
-#include "core/validate.h"
+#include "core/validation/validate.h"
 #include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn {

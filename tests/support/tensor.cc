@@ -4,7 +4,7 @@
 #include <cmath>
 #include <numbers>
 
-#include "core/validate.h"
+#include "core/validation/validate.h"
 #include "reference/numbers.h"
 
 namespace pbsattn::test {

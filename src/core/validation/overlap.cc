@@ -1,4 +1,4 @@
-#include "core/overlap.h"
+#include "core/validation/overlap.h"
 
 #include <algorithm>
 #include <numeric>

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "core/sized_struct.h"
+#include "core/capi/sized_struct.h"
 #include "pbsattn/pbsattn.h"
 #include "pbsattn/pbsattn.hpp"
 

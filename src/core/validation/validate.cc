@@ -1,4 +1,4 @@
-#include "core/validate.h"
+#include "core/validation/validate.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/overlap.h"
+#include "core/validation/overlap.h"
 #include "pbsattn/options.hpp"
 
 namespace pbsattn {

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/shown.h"
+#include "core/options/shown.h"
 #include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn {

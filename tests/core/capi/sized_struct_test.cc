@@ -1,5 +1,5 @@
 // Structs that have grown, as those of pbsattn.h will: a version `Grown` of one that was first `First`.
-#include "core/sized_struct.h"
+#include "core/capi/sized_struct.h"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // What a run writes lies apart from what it reads: found exactly, so that slices of one packed tensor pass.
-#include "core/overlap.h"
+#include "core/validation/overlap.h"
 
 #include <gtest/gtest.h>
 

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "core/c_structs.h"
-#include "core/validate.h"
+#include "core/capi/c_structs.h"
+#include "core/validation/validate.h"
 #include "pbsattn/options.hpp"
 #include "pbsattn/pbsattn.h"
 #include "pbsattn/pbsattn.hpp"

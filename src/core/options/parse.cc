@@ -6,7 +6,7 @@
 #include <string>
 #include <type_traits>
 
-#include "core/shown.h"
+#include "core/options/shown.h"
 
 namespace pbsattn {
 namespace {

@@ -1,5 +1,5 @@
 // Each refusal names the value, the rule and the way out.
-#include "core/validate.h"
+#include "core/validation/validate.h"
 
 #include <gtest/gtest.h>
 
