@@ -12,6 +12,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "core/options/c_options.h"
 #include "core/options/shown.h"
 
 namespace pbsattn::ggml {
@@ -53,7 +54,7 @@ json parsed(std::string_view text) {
   }
 }
 
-// A C string would end at it, and be another name.
+// Says so, since names are shown with "?" for it.
 void refuse_nul(std::string_view text, const std::string& where) {
   if (text.find('\0') != std::string_view::npos)
     throw std::runtime_error(
@@ -67,6 +68,14 @@ auto members(const json& value, const std::string& what) {
 }
 
 }  // namespace
+
+void set_method(std::string_view text, pbsattn_options* options) {
+  const MethodText parts = split_method(text);
+  Options changed = method(parts.name);
+  changed.precision = to_cpp(*options).precision;
+  for (const auto& [name, value] : parts.options) set_option(changed, name, value);
+  *options = to_c(changed);
+}
 
 LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options& base) {
   const json document = parsed(text);
@@ -113,11 +122,13 @@ LayerSettings LayerSettings::read(const std::string& path, const pbsattn_options
 
 void LayerSettings::apply(const Changes& changes, pbsattn_options* options) {
   for (const auto& [name, value] : changes) {
-    const std::int32_t precision = options->precision;
-    const pbsattn_status status = name == "method" ? pbsattn_method(value.c_str(), options)
-                                                   : pbsattn_set_option(options, name.c_str(), value.c_str());
-    if (status != PBSATTN_OK) throw std::runtime_error(pbsattn_last_error());
-    if (name == "method") options->precision = precision;
+    if (name == "method") {
+      set_method(value, options);
+    } else {
+      Options changed = to_cpp(*options);
+      set_option(changed, name, value);
+      *options = to_c(changed);
+    }
   }
 }
 

@@ -3,8 +3,8 @@
 //     {"*": {"*": {"method": "pbs"}, "7": {"keep": "all"}}, "0": {"*": {"top_p": 0.8}}}
 //
 // The first key is a layer as llama.cpp numbers them, the second a query head; "*" is every one. Where several apply,
-// those of the layer override those of "*", and among a layer's those of the head. "method" replaces all options but
-// the precision. The heads of a layer may differ as pbsattn::Plan::create says.
+// those of the layer override those of "*", and among a layer's those of the head. "method" is set_method()'s text. The
+// heads of a layer may differ as pbsattn::Plan::create says.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,10 @@
 #include "pbsattn/pbsattn.h"
 
 namespace pbsattn::ggml {
+
+// Sets the options of a method as text has it, "pbs:top_p=0.95". It replaces all options, but for a precision that it
+// doesn't name. Throws pbsattn::Error.
+void set_method(std::string_view text, pbsattn_options* options);
 
 class LayerSettings {
  public:

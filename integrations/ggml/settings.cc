@@ -1,6 +1,7 @@
 #include "settings.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <array>
 #include <charconv>
@@ -9,8 +10,10 @@
 #include <exception>
 #include <mutex>
 #include <string_view>
+#include <type_traits>
 
 #include "core/capi/c_structs.h"
+#include "core/options/c_options.h"
 #include "guard.h"
 #include "log.h"
 
@@ -61,6 +64,22 @@ class Reader {
     }
     fail(name, *value, "one of " + names);
     return std::nullopt;
+  }
+
+  // Sets an option where its variable says so.
+  template <class Field>
+  void option(const OptionInfo& info, const Field&, Options* options) {
+    const std::string name = variable_of(info.name);
+    const auto value = text(name.c_str());
+    if (!value) return;
+    try {
+      set_option(*options, info.name, *value);
+    } catch (const Error&) {
+      std::string rule(info.rule);
+      if constexpr (std::is_enum_v<Field>)
+        if (rule.empty()) rule = fmt::format("one of {}", fmt::join(Names<Field>::values, ", "));
+      fail(name.c_str(), *value, rule);
+    }
   }
 
   void flag(const char* name, bool* out) {
@@ -163,6 +182,12 @@ std::optional<std::string> broken_rule(const Config& config) {
   return std::nullopt;
 }
 
+std::string variable_of(std::string_view option) {
+  std::string name = "PBSATTN_";
+  for (const char c : option) name += static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
+  return name;
+}
+
 Settings read_environment(const std::function<const char*(const char*)>& variable, std::string* error) {
   error->clear();
   Settings settings;
@@ -175,25 +200,16 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
                                                                              {"ggml", GGML_PBSATTN_MODE_GGML},
                                                                              {"off", GGML_PBSATTN_MODE_OFF}}}))
     config.mode = *mode;
-  if (const auto name = reader.text("PBSATTN_METHOD")) {
-    if (pbsattn_method(std::string(*name).c_str(), &config.options) == PBSATTN_OK)
-      config.options.precision = PBSATTN_PRECISION_BF16;
-    else
-      reader.fail(fmt::format("PBSATTN_METHOD: {}", pbsattn_last_error()));
+  if (const auto method = reader.text("PBSATTN_METHOD")) {
+    try {
+      set_method(*method, &config.options);
+    } catch (const Error& wrong) {
+      reader.fail(fmt::format("PBSATTN_METHOD: {}", wrong.what()));
+    }
   }
-  if (const auto precision =
-          reader.choice("PBSATTN_PRECISION", std::array<Choice, 3>{{{"bf16", PBSATTN_PRECISION_BF16},
-                                                                    {"f32", PBSATTN_PRECISION_F32},
-                                                                    {"automatic", PBSATTN_PRECISION_AUTOMATIC}}}))
-    config.options.precision = *precision;
-  reader.number("PBSATTN_TOP_P", "a number in (0, 1]", &config.options.top_p);
-  reader.number("PBSATTN_THRESHOLD", "a number in [0, 1]", &config.options.threshold);
-  reader.number("PBSATTN_FLOOR_TOP_P", "a number in [0, 1]", &config.options.floor_top_p);
-  reader.number("PBSATTN_TOP_K", "a whole number of blocks", &config.options.top_k);
-  reader.number("PBSATTN_DENSITY", "a number in [0, 1]", &config.options.density);
-  reader.number("PBSATTN_SEGMENT", "a whole number of tokens", &config.options.segment);
-  reader.number("PBSATTN_DENSE_LAST_ROWS", "a whole number of query blocks", &config.options.dense_last_rows);
-  reader.number("PBSATTN_EXPECTED_DENSITY", "a number in [0, 1]", &config.options.expected_density);
+  Options options = to_cpp(config.options);
+  visit_option_rows([&](const OptionInfo& info, const auto& field) { reader.option(info, field, &options); }, options);
+  config.options = to_c(options);
   reader.number("PBSATTN_MIN_TOKENS", "a whole number of tokens", &config.min_tokens);
   if (reader.text("PBSATTN_WORKSPACE_CAP_MIB")) {
     std::uint32_t mib = 0;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "ggml-pbsattn.h"
 #include "layer_settings.h"
@@ -38,6 +39,9 @@ struct Observer {
 
 // The configuration of a process that sets nothing.
 Config default_config();
+
+// Returns the variable that sets an option: "PBSATTN_TOP_P" for "top_p".
+std::string variable_of(std::string_view option);
 
 // Reads the PBSATTN_* variables through `variable` (std::getenv, or a test's table; null for unset). On a
 // bad value *error names it and the settings' mode is OFF.

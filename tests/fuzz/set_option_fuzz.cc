@@ -1,4 +1,5 @@
-// Throws names and values at pbsattn_set_option and pbsattn_method: a first byte chooses a name, the rest is text.
+// Throws names and values at pbsattn_set_option, and text at pbsattn_method: a first byte chooses a name, the rest is
+// text.
 #include <cstring>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@ namespace {
 using namespace pbsattn::fuzz;
 
 Share taken("values that pbsattn_set_option takes", 0.005);
+Share parsed("methods that pbsattn_method takes", 0.002);
 
 std::vector<std::string> option_names() {
   std::vector<std::string> names;
@@ -23,6 +25,26 @@ std::vector<std::string> option_names() {
 
 bool same(const pbsattn_options& a, const pbsattn_options& b) {
   return std::memcmp(&a, &b, sizeof a) == 0;
+}
+
+// Any text as a method with options of its own, which C++ reads alike.
+void parse(const std::string& text, const pbsattn_options& before) {
+  pbsattn_options options = before;
+  const pbsattn_status status = pbsattn_method(text.c_str(), &options);
+  parsed.count(status == PBSATTN_OK ? 1 : 0);
+  if (status != PBSATTN_OK) {
+    require(status == PBSATTN_INVALID_ARGUMENT, "a wrong method is an invalid argument");
+    require_line(pbsattn_last_error());
+    require(same(options, before), "a refused method changes nothing");
+    return;
+  }
+  const pbsattn::MethodText parts = pbsattn::split_method(text.c_str());
+  auto by_parts = sized<pbsattn_options>();
+  require(pbsattn_method(std::string(parts.name).c_str(), &by_parts) == PBSATTN_OK, "its name is a method's");
+  for (const auto& [name, value] : parts.options)
+    require(pbsattn_set_option(&by_parts, std::string(name).c_str(), std::string(value).c_str()) == PBSATTN_OK,
+            "its parts are options");
+  require(same(options, by_parts), "a method is what its parts are");
 }
 
 }  // namespace
@@ -44,8 +66,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   auto options = sized<pbsattn_options>();
   require(pbsattn_method("pbs", &options) == PBSATTN_OK, "pbs is a method");
   const pbsattn_options before = options;
-  if (pbsattn_method(name.c_str(), &options) != PBSATTN_OK) require_line(pbsattn_last_error());
-  options = before;
+  parse(std::string(bytes.rest()), before);
+  parse("pbs:" + name + "=" + text, before);
 
   const pbsattn_status status = pbsattn_set_option(&options, name.c_str(), text.c_str());
   taken.count(status == PBSATTN_OK ? 1 : 0);

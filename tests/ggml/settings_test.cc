@@ -9,6 +9,10 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
+
+#include "core/options/c_options.h"
+#include "support/options.h"
 
 namespace pbsattn::ggml {
 namespace {
@@ -80,6 +84,33 @@ TEST(Settings, EveryVariableIsHeard) {
   EXPECT_TRUE(outcome.settings.verbose);
 }
 
+TEST(Settings, EveryOptionHasItsVariableAndItsKey) {
+  const pbsattn_options base = default_config().options;
+  pbsattn::test::each_option_value([&](const OptionInfo& info, const std::string& value, Options expected) {
+    if (info.name != "precision") expected.precision = Precision::bf16;
+    const std::string name(info.name), method = "pbs:" + name + "=" + value;
+    for (const auto& variable : {std::pair{variable_of(name), value}, {"PBSATTN_METHOD", method}})
+      EXPECT_TRUE(pbsattn::test::same(to_cpp(read({variable}).settings.config.options), expected))
+          << variable.first << "=" << variable.second;
+    for (const auto& [key, text] : {std::pair{name, value}, {"method", method}}) {
+      const std::string json = R"({"*": {"*": {")" + key + R"(": ")" + text + R"("}}})";
+      EXPECT_TRUE(pbsattn::test::same(to_cpp(LayerSettings::parse(json, base).heads(0, 1, base)[0]), expected)) << json;
+    }
+  });
+  EXPECT_EQ(variable_of("dense_last_rows"), "PBSATTN_DENSE_LAST_ROWS");
+}
+
+TEST(Settings, AMethodMayBringOptionsOfItsOwn) {
+  const Outcome outcome =
+      read({{"PBSATTN_METHOD", "pbs+:top_p=0.95:precision=f32:segment=512"}, {"PBSATTN_SEGMENT", "384"}});
+  EXPECT_EQ(outcome.error, "");
+  const pbsattn_options& options = outcome.settings.config.options;
+  EXPECT_EQ(options.score, PBSATTN_SCORE_ANTIDIAGONAL);
+  EXPECT_EQ(options.top_p, 0.95F);
+  EXPECT_EQ(options.precision, PBSATTN_PRECISION_F32) << "said, so bf16 isn't taken";
+  EXPECT_EQ(options.segment, 384) << "a variable comes after the method";
+}
+
 TEST(Settings, EmptyIsUnset) {
   EXPECT_EQ(read({{"PBSATTN_TOP_P", ""}, {"PBSATTN_STATS", ""}, {"PBSATTN_METHOD", ""}}).error, "");
 }
@@ -88,6 +119,11 @@ TEST(Settings, BadValuesAreNamedAndTurnThePlugInOff) {
   const std::map<std::pair<std::string, std::string>, std::string> complaints = {
       {{"PBSATTN_MODE", "on"}, "one of pbsattn, ggml, off"},
       {{"PBSATTN_METHOD", "pbz"}, "did you mean \"pbs\""},
+      {{"PBSATTN_METHOD", "pbs:top_p"}, "PBSATTN_METHOD: pbs:top_p: \"top_p\" is no OPTION=VALUE"},
+      {{"PBSATTN_METHOD", "pbs:top_q=1"}, "PBSATTN_METHOD: option \"top_q\": no such option"},
+      {{"PBSATTN_KEEP", "most"}, "PBSATTN_KEEP \"most\": not one of all, top_p, threshold"},
+      {{"PBSATTN_SINK_BLOCKS", "2.5"}, "PBSATTN_SINK_BLOCKS \"2.5\": not a whole number of blocks"},
+      {{"PBSATTN_SCALE", "-1"}, "scale -1: not a finite, non-negative number"},
       {{"PBSATTN_TOP_P", "1.5"}, "top_p 1.5: outside (0, 1]"},
       {{"PBSATTN_TOP_P", "much"}, "PBSATTN_TOP_P \"much\": not a number"},
       {{"PBSATTN_TOP_P", "0.9x"}, "PBSATTN_TOP_P \"0.9x\": not a number"},

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/capi/c_structs.h"
+#include "core/options/c_options.h"
 #include "core/validation/validate.h"
 #include "pbsattn/options.hpp"
 #include "pbsattn/pbsattn.h"
@@ -59,42 +60,8 @@ using pbsattn::require_pointer;
 using pbsattn::require_zero;
 using pbsattn::to_c;
 
-// Enumerators travel as int32 so that a wrong value is data, not undefined behaviour: out of range of the
-// enum's byte becomes its last byte, which validation refuses.
-template <class Enum>
-Enum to_enum(std::int32_t value) {
-  return static_cast<Enum>(value < 0 || value > 0xFF ? 0xFF : value);
-}
-
-pbsattn::Options to_cpp(const pbsattn_options& o) {
-  return {.permutation = to_enum<pbsattn::Permutation>(o.permutation),
-          .order_scope = to_enum<pbsattn::OrderScope>(o.order_scope),
-          .score = to_enum<pbsattn::BlockScore>(o.score),
-          .keep = to_enum<pbsattn::KeepRule>(o.keep),
-          .correction = to_enum<pbsattn::Correction>(o.correction),
-          .rules = to_enum<pbsattn::Rules>(o.rules),
-          .precision = to_enum<pbsattn::Precision>(o.precision),
-          .fallback = to_enum<pbsattn::Fallback>(o.fallback),
-          .top_p = o.top_p,
-          .threshold = o.threshold,
-          .floor_top_p = o.floor_top_p,
-          .top_k = o.top_k,
-          .density = o.density,
-          .vertical = o.vertical,
-          .slash = o.slash,
-          .tau = o.tau,
-          .min_budget = o.min_budget,
-          .block = o.block,
-          .segment = o.segment,
-          .dense_last_rows = o.dense_last_rows,
-          .sink_blocks = o.sink_blocks,
-          .local_blocks = o.local_blocks,
-          .scale = o.scale,
-          .expected_density = o.expected_density};
-}
-
 pbsattn::Options read_options(const pbsattn_options* options, const std::string& what) {
-  return to_cpp(read_struct(options, what, default_options));
+  return pbsattn::to_cpp(read_struct(options, what, default_options));
 }
 
 void write_options(pbsattn_options* options, const pbsattn::Options& value) {
@@ -105,7 +72,7 @@ template <class Void>
 pbsattn::BasicView<Void> read_view(const pbsattn_view* view, const std::string& what) {
   const pbsattn_view v = read_struct(view, what);
   require_zero(v.reserved, what);
-  return {v.data, to_enum<pbsattn::DType>(v.dtype), v.batch_stride, v.head_stride, v.token_stride};
+  return {v.data, pbsattn::to_enum<pbsattn::DType>(v.dtype), v.batch_stride, v.head_stride, v.token_stride};
 }
 
 // Translates shape and device, and makes the plan.
@@ -124,7 +91,7 @@ pbsattn_status make_plan(const pbsattn_shape* shape, const pbsattn_device* devic
                                    .q_len = s.q_len,
                                    .kv_len = s.kv_len,
                                    .head_dim = s.head_dim};
-    const pbsattn::Device cpp_device{to_enum<pbsattn::Device::Kind>(d.kind), d.threads, d.index};
+    const pbsattn::Device cpp_device{pbsattn::to_enum<pbsattn::Device::Kind>(d.kind), d.threads, d.index};
     *plan = new pbsattn_plan{create(cpp_shape, cpp_device)};
   });
 }
@@ -146,7 +113,7 @@ const char* pbsattn_method_name(size_t index) {
 pbsattn_status pbsattn_method(const char* name, pbsattn_options* options) {
   return guarded([&] {
     require_pointer(name, "name");
-    write_options(options, pbsattn::method(name));
+    write_options(options, pbsattn::parse_method(name));
   });
 }
 

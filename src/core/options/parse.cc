@@ -51,4 +51,26 @@ void set_option(Options& options, std::string_view name, std::string_view value)
   if (!found) refuse("option \"{}\": no such option of a method; there are {}", shown(name), known);
 }
 
+MethodText split_method(std::string_view text) {
+  std::size_t end = text.find(':');
+  MethodText parts{.name = text.substr(0, end), .options = {}};
+  while (end != std::string_view::npos) {
+    const std::size_t begin = end + 1;
+    end = text.find(':', begin);
+    const std::string_view part = text.substr(begin, end == std::string_view::npos ? end : end - begin);
+    const std::size_t equals = part.find('=');
+    if (equals == std::string_view::npos)
+      refuse("{}: \"{}\" is no OPTION=VALUE; write, say, pbs:top_p=0.95", shown(text), shown(part));
+    parts.options.emplace_back(part.substr(0, equals), part.substr(equals + 1));
+  }
+  return parts;
+}
+
+Options parse_method(std::string_view text) {
+  const MethodText parts = split_method(text);
+  Options options = method(parts.name);
+  for (const auto& [name, value] : parts.options) set_option(options, name, value);
+  return options;
+}
+
 }  // namespace pbsattn

@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -22,7 +23,7 @@ void require(bool holds, fmt::format_string<Args...> message, Args&&... args) {
 }
 
 template <class Enum>
-void require_enum(Enum value, const char* name) {
+void require_enum(Enum value, std::string_view name) {
   require(!name_of(value).empty(), "{} {}: no such value; the last one is {}", name, static_cast<int>(value),
           Names<Enum>::values.size() - 1);
 }
@@ -73,14 +74,9 @@ std::size_t size_of(DType dtype) {
 }
 
 void validate(const Options& options) {
-  require_enum(options.permutation, "permutation");
-  require_enum(options.order_scope, "order_scope");
-  require_enum(options.score, "score");
-  require_enum(options.keep, "keep");
-  require_enum(options.correction, "correction");
-  require_enum(options.rules, "rules");
-  require_enum(options.precision, "precision");
-  require_enum(options.fallback, "fallback");
+  visit_options(options, [](std::string_view name, auto field) {
+    if constexpr (std::is_enum_v<decltype(field)>) require_enum(field, name);
+  });
   require(options.top_p > 0.0F && options.top_p <= 1.0F,
           "top_p {}: outside (0, 1]; 1 keeps every block, 0.9 is the paper's setting", options.top_p);
   require(options.threshold >= 0.0F && options.threshold <= 1.0F,
@@ -142,14 +138,17 @@ void validate(const Shape& s) {
 void validate(std::span<const Options> heads, const Shape& shape) {
   require(static_cast<std::int64_t>(heads.size()) == shape.q_heads,
           "options of {} heads: q_heads is {}; give those of each query head", heads.size(), shape.q_heads);
-  constexpr std::array<std::string_view, 13> by_head{
-      "keep",  "top_p", "threshold",  "floor_top_p",     "top_k",       "density",     "vertical",
-      "slash", "tau",   "min_budget", "dense_last_rows", "sink_blocks", "local_blocks"};
-  const auto shared_values = [&](const Options& options) {
+  std::vector<std::string_view> by_head;
+  visit_option_rows([&](const OptionInfo& info) {
+    if (info.by_head) by_head.push_back(info.name);
+  });
+  const auto shared_values = [](const Options& options) {
     std::vector<std::pair<std::string_view, double>> values;
-    visit_options(options, [&](std::string_view name, auto field) {
-      if (std::ranges::find(by_head, name) == by_head.end()) values.emplace_back(name, static_cast<double>(field));
-    });
+    visit_option_rows(
+        [&](const OptionInfo& info, auto field) {
+          if (!info.by_head) values.emplace_back(info.name, static_cast<double>(field));
+        },
+        options);
     return values;
   };
   const auto first = shared_values(heads.front());
