@@ -234,10 +234,12 @@ def main(program, *rest):
         return 0
     then, now = read(KEPT.read_text()), read(text)
     for section, name in sorted(then - now):
-        print(f"{section}: {name} is gone; keep it as an alias of its new name, or, in a new minor version, take it off the "
-              f"list with: tests/public_names.py PROGRAM --update")
+        print(f"gone: {section}: {name}")
     for section, name in sorted(now - then):
-        print(f"{section}: {name} is new; put it on the list with: tests/public_names.py PROGRAM --update")
+        print(f"new: {section}: {name}")
+    if then != now:
+        print("What is gone stays as an alias of its new name until the next minor version. What is new, and what may go, "
+              "is put into the list by: tests/public_names.py PROGRAM --update")
     print(f"{len(now)} public names")
     return int(then != now)
 

@@ -1,12 +1,12 @@
 #include "attention.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <nlohmann/json.hpp>
-#include <string_view>
 #include <type_traits>
-#include <vector>
 
 #include "errors.h"
 #include "files.h"
@@ -18,15 +18,6 @@ namespace {
 using pbsattn::KeepRule;
 using pbsattn::name_of;
 
-// As the library does, but an error is one of usage.
-void set(pbsattn::Options* options, std::string_view name, std::string_view value) {
-  try {
-    pbsattn::set_option(*options, name, value);
-  } catch (const pbsattn::Error& error) {
-    throw UsageError(error.what());
-  }
-}
-
 // The library's own check of options, on a shape that nothing else can be wrong with.
 void check(const pbsattn::Options& options) {
   const pbsattn::Shape shape{.q_len = 1, .kv_len = 1, .head_dim = 8};
@@ -36,73 +27,55 @@ void check(const pbsattn::Options& options) {
 }  // namespace
 
 void AttentionFlags::add_to(CLI::App& command) {
-  command.add_option(
-      "--top-p", top_p,
-      "attention mass that the kept blocks hold by their scores, in (0, 1]; of methods that keep by top_p");
-  command.add_option("--threshold", threshold,
-                     "least share of a row's attention of a kept block, in [0, 1]; of methods that keep by threshold");
-  command.add_option("--top-k", top_k, "blocks that a row keeps; of methods that keep by top_k");
-  command.add_option("--density", density,
-                     "share of its causal blocks that a row keeps, in [0, 1]; of methods that keep by density");
-  command.add_option("--floor-top-p", floor_top_p,
-                     "attention mass that a threshold must leave by the scores, in [0, 1]; 0 turns it off");
-  command.add_option("--segment", segment, "tokens inside which keys move; a multiple of the block of 128");
-  command.add_option("--dense-last-rows", dense_last_rows,
-                     "the prompt's last blocks of queries that attend to everything");
-  command.add_option("--precision", precision, "what products are computed in: bf16, f32 or automatic")
-      ->capture_default_str();
+  const pbsattn::Options defaults;
+  pbsattn::visit_option_rows(
+      [&](const pbsattn::OptionInfo& info, auto field) {
+        using Field = decltype(field);
+        std::string flag = "--" + std::string(info.name);
+        std::ranges::replace(flag, '_', '-');
+        if (info.name.find('_') != std::string_view::npos) flag += ",--" + std::string(info.name);
+        CLI::Option* option = nullptr;
+        if constexpr (std::is_enum_v<Field>) {
+          const auto help = fmt::format("{}: {}", info.meaning, fmt::join(pbsattn::Names<Field>::values, ", "));
+          option = command.add_option_function<std::string>(
+              flag, [this, name = info.name](const std::string& value) { given_.emplace_back(name, value); }, help);
+        } else {
+          option = command.add_option_function<Field>(
+              flag, [this, name = info.name](Field value) { given_.emplace_back(name, fmt::format("{}", value)); },
+              std::string(info.meaning));
+        }
+        option->group("Options of methods, each of which has its own where none is given");
+        if (info.name == "precision") option->default_str("bf16");
+      },
+      defaults);
+}
+
+void AttentionFlags::apply(pbsattn::Options* options) const {
+  for (const auto& [name, value] : given_) pbsattn::set_option(*options, name, value);
 }
 
 Attention attention_named(const std::string& spec, const AttentionFlags& flags) {
-  const std::vector<std::string> parts = CLI::detail::split(spec, ':');
-  Attention attention{.name = spec, .by_ggml = parts.front() == "ggml", .options = {}, .settings = {}};
-  if (attention.by_ggml && parts.size() > 1) {
-    throw UsageError(fmt::format("{}: ggml's kernel has no options; name it alone", spec));
-  }
+  Attention attention{.name = spec, .by_ggml = spec == "ggml", .options = {}, .settings = {}};
   if (attention.by_ggml) return attention;
-  pbsattn::Options& options = attention.options = pbsattn::method(parts.front());
-  set(&options, "precision", flags.precision);
-  options.segment = flags.segment.value_or(options.segment);
-  options.top_p = flags.top_p.value_or(options.top_p);
-  options.threshold = flags.threshold.value_or(options.threshold);
-  options.floor_top_p = flags.floor_top_p.value_or(options.floor_top_p);
-  options.top_k = flags.top_k.value_or(options.top_k);
-  options.density = flags.density.value_or(options.density);
-  options.dense_last_rows = flags.dense_last_rows.value_or(options.dense_last_rows);
-  for (std::size_t i = 1; i < parts.size(); ++i) {
-    const std::size_t equals = parts[i].find('=');
-    if (equals == std::string::npos) {
-      throw UsageError(fmt::format("{}: \"{}\" is no OPTION=VALUE; write, say, pbs:top_p=0.95", spec, parts[i]));
-    }
-    const std::string_view part = parts[i];
-    if (part.substr(0, equals) == "settings")
-      attention.settings = read_settings(std::string(part.substr(equals + 1)));
+  if (spec.starts_with("ggml:")) throw UsageError(fmt::format("{}: ggml's kernel has no options; name it alone", spec));
+  const pbsattn::MethodText parts = pbsattn::split_method(spec);
+  pbsattn::Options& options = attention.options = pbsattn::method(parts.name);
+  options.precision = pbsattn::Precision::bf16;
+  flags.apply(&options);
+  for (const auto& [name, value] : parts.options) {
+    if (name == "settings")
+      attention.settings = read_settings(std::string(value));
     else
-      set(&options, part.substr(0, equals), part.substr(equals + 1));
+      pbsattn::set_option(options, name, value);
   }
   check(options);
   return attention;
 }
 
-pbsattn_options to_c(const pbsattn::Options& options) {
-  pbsattn_options c{.struct_size = sizeof c};
-  pbsattn::visit_options(options, [&](std::string_view name, auto field) {
-    if constexpr (std::is_enum_v<decltype(field)>)
-      pbsattn_set_option(&c, name.data(), name_of(field).data());
-    else
-      pbsattn_set_option(&c, name.data(), fmt::format("{}", field).c_str());
-  });
-  return c;
-}
-
 nlohmann::json to_json(const pbsattn::Options& options) {
   nlohmann::json json;
-  pbsattn::visit_options(options, [&](std::string_view name, auto field) {
-    if constexpr (std::is_enum_v<decltype(field)>)
-      json[std::string(name)] = name_of(field);
-    else
-      json[std::string(name)] = field;
-  });
+  pbsattn::visit_options(
+      options, [&](std::string_view name, auto field) { json[std::string(name)] = pbsattn::plain_value(field); });
   return json;
 }
 

@@ -2,10 +2,11 @@
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>
-#include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
-#include "pbsattn/pbsattn.h"
 #include "pbsattn/pbsattn.hpp"
 
 namespace CLI {
@@ -22,29 +23,27 @@ struct Attention {
   std::string settings;      // JSON of options by layer and head that change these; "" for none
 };
 
-// The options of the command line that shape an attention; the method's own value stands where one isn't given.
-struct AttentionFlags {
-  std::optional<float> top_p;
-  std::optional<float> threshold;
-  std::optional<float> floor_top_p;
-  std::optional<int> top_k;
-  std::optional<float> density;
-  std::optional<int> segment;
-  std::optional<int> dense_last_rows;
-  std::string precision = "bf16";
-
+// The flags of the command line that set a method's options, --top-p (or --top_p) for top_p; where one isn't given, the
+// method's own value stands.
+class AttentionFlags {
+ public:
   void add_to(CLI::App& command);
+  // Sets what was given. Throws pbsattn::Error for a name that an option's values don't have.
+  void apply(pbsattn::Options* options) const;
+
+ private:
+  std::vector<std::pair<std::string_view, std::string>> given_;
 };
 
-// "ggml" or a method of the table, with the flags applied and then options of its own: "pbs:top_p=0.95:segment=512".
-// "settings=FILE" among them names a file of options by layer and head.
+// Returns the attention that "ggml" stands for, or a method of the table with the flags applied and then options of its
+// own: "pbs:top_p=0.95:segment=512". "settings=FILE" among them names a file of options by layer and head.
 // Throws for an unknown name (with the nearest) and for a value out of its range.
 Attention attention_named(const std::string& spec, const AttentionFlags& flags);
 
-pbsattn_options to_c(const pbsattn::Options& options);
+// Returns all options by name.
 nlohmann::json to_json(const pbsattn::Options& options);
 
-// One line for people.
+// Describes options in one line for people.
 std::string describe(const pbsattn::Options& options);
 
 }  // namespace app

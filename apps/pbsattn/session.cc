@@ -15,6 +15,7 @@
 #include <set>
 #include <utility>
 
+#include "core/options/c_options.h"
 #include "errors.h"
 
 namespace app {
@@ -81,7 +82,7 @@ void configure_plugin(const Attention& attention) {
   ggml_backend_pbsattn_get_config(&config);
   config.mode = attention.by_ggml ? GGML_PBSATTN_MODE_GGML : GGML_PBSATTN_MODE_PBSATTN;
   if (!attention.by_ggml) {
-    options = to_c(attention.options);
+    options = pbsattn::to_c(attention.options);
     config.options = &options;
   }
   config.min_tokens = GGML_PBSATTN_MIN_TOKENS_FLOOR;

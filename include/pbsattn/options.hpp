@@ -142,7 +142,7 @@ constexpr void visit_option_rows(Visitor&& visit, AnyOptions&... options) {
   visit(Row{"local_blocks", "a whole number of blocks", "last blocks up to its own that every row attends to", by_head},
         options.local_blocks...);
   visit(Row{"scale", "a number from 0 up",
-            "factor on q . k; 0: 1 / sqrt(head_dim). llama.cpp's models bring their own, whatever it is"},
+            "factor on q . k; 0: 1 / sqrt(head_dim); in llama.cpp the model's own is taken"},
         options.scale...);
   visit(
       Row{"expected_density", "a number in [0, 1]",

@@ -1,13 +1,15 @@
 """Options by layer and query head: from dicts and files to what each head does, and the errors on the way."""
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import qkv
 
 import pbsattn
-from pbsattn._settings import Heads, Layers
+from pbsattn import _core
+from pbsattn._settings import Heads, Layers, library_options
 
 BASE = {"method": "pbs", "top_p": 0.8}
 
@@ -26,6 +28,51 @@ def test_what_is_said_of_fewer_overrides():
     assert layers.of(6, BASE, 8)[0] == {"method": "minference", "slash": 20}
     assert Layers({"3": {"*": {"top_p": 0.5}}}).of(3, BASE, 8) == [{"method": "pbs", "top_p": 0.5}]
     assert Layers({}).of(3, BASE, 8) == [BASE]
+
+
+def values_that_pbs_has_not(name, value):
+    """Every other name of an option, or a number that is in every number's range."""
+    if isinstance(value, int):
+        return [value + 128]  # a block of 256 goes with the segment of 256
+    if isinstance(value, float):
+        return [round(value / 2 + 0.125, 3)]
+    with pytest.raises(ValueError, match="no such value; there are") as raised:
+        _core.options("pbs", **{name: "?"})
+    return [each for each in re.findall(r'"(\w+)"', str(raised.value)) if each != value]
+
+
+@pytest.mark.parametrize("name, value", _core.options("pbs").as_dict().items())
+def test_every_door_sets_the_same(name, value):
+    for other in values_that_pbs_has_not(name, value):
+        keyword = _core.options("pbs", **{name: other}).as_dict()
+        assert keyword == {**_core.options("pbs").as_dict(), name: keyword[name]} and keyword[name] != value
+        assert _core.options(f"pbs:{name}={other}").as_dict() == keyword
+        try:
+            heads = [library_options(Layers({"0": {"*": changes}}).of(0, {"method": "full"}, 1))[0].as_dict()
+                     for changes in ({"method": "pbs", name: other}, {"method": f"pbs:{name}={other}"})]
+        except ValueError as refused:  # a score or rule that pbs has no partner for
+            assert name in ("score", "keep") and "score" in str(refused)
+        else:
+            assert heads == [keyword, keyword]
+
+
+def test_a_method_may_name_what_it_else_leaves_to_the_caller():
+    layers = Layers({"0": {"*": {"method": "full:precision=f32"}}})
+    assert layers.of(0, {"method": "pbs", "precision": "bf16", "scale": 0.5}, 1) == [
+        {"method": "full:precision=f32", "scale": 0.5}]
+
+
+def test_a_method_with_options_of_its_own_is_taken_by_the_op_and_by_plans():
+    q, k, v = qkv("cpu", 300, q_heads=2, kv_heads=1)
+    torch.testing.assert_close(pbsattn.attention(q, k, v, method="pbs:top_p=0.5:segment=128"),
+                               pbsattn.attention(q, k, v, method="pbs", top_p=0.5, segment=128), rtol=0, atol=0)
+    sizes = dict(q_heads=2, kv_heads=1, q_len=300, kv_len=300, head_dim=64)
+    options = pbsattn.plan(method="pbs:top_p=0.5:segment=128", segment=384, **sizes).options
+    assert (options["top_p"], options["segment"]) == (0.5, 384), "a keyword comes after the method's own"
+    for method, message in (("pbs:top_p", '"top_p" is no OPTION=VALUE'), ("pbs:p=1", 'option "p": no such option'),
+                            ("pbs:top_p=7", "top_p 7: outside"), ("pbz:top_p=1", 'did you mean "pbs"')):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pbsattn.plan(method=method, **sizes)
 
 
 def test_a_file_says_what_a_dict_does(tmp_path):

@@ -130,7 +130,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str 
     layout="bshd": [B, S, H, D]. The last dimension is contiguous, the others may have any strides. float32, float16
     or bfloat16 on the CPU; float16 or bfloat16 with D 64 or 128 on a Hopper GPU.
 
-    method: a name of pbsattn.METHODS; "full" is dense. The rest, where not None, replaces the method's own setting:
+    method: a name of pbsattn.METHODS, with options of its own if you like, "pbs:top_p=0.95"; "full" is dense. The rest,
+    where not None, replaces the method's own setting:
       top_p            methods that keep by share: keep the blocks whose scores sum to this; 1 keeps all
       threshold        methods that keep by threshold: keep the blocks whose score is at least this; 0 keeps all
       dense_last_rows  this many of the last query blocks attend to everything

@@ -12,7 +12,7 @@ import os
 from . import _core
 
 EVERY = "*"
-_CALLERS = ("precision", "scale")  # options that a head's method leaves as the caller has them
+_CALLERS = ("precision", "scale")  # options that a head's method leaves as the caller has them, unless it names them
 
 
 def _shown(text):
@@ -24,7 +24,8 @@ def _shown(text):
 def _by_index(given, what, place):
     """A mapping whose keys are numbers or "*": {None or index: value}, that of "*" first."""
     if not isinstance(given, dict):
-        raise ValueError(f"{place or 'settings'}: {given!r} is not an object of {what}s; write {{\"*\": ...}} for every {what}")
+        raise ValueError(f"{place or 'settings'}: {given!r} is not an object of {what}s; "
+                         f'write {{"*": ...}} for every {what}')
     found = {}
     for key, value in given.items():
         text = str(key)
@@ -36,7 +37,7 @@ def _by_index(given, what, place):
 
 def _over(base, changes):
     if "method" in changes:
-        base = {name: base[name] for name in _CALLERS if name in base}
+        base = {name: base[name] for name in _CALLERS if name in base and f":{name}=" not in str(changes["method"])}
     return {**base, **changes}
 
 

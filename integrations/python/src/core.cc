@@ -70,17 +70,13 @@ struct Setter {
 nb::dict to_dict(const Options& options) {
   nb::dict fields;
   pbsattn::visit_options(options, [&](std::string_view name, auto field) {
-    const nb::str key(name.data(), name.size());
-    if constexpr (std::is_enum_v<decltype(field)>)
-      fields[key] = pbsattn::name_of(field);
-    else
-      fields[key] = field;
+    fields[nb::str(name.data(), name.size())] = pbsattn::plain_value(field);
   });
   return fields;
 }
 
 Options make_options(std::string_view method, const nb::kwargs& overrides) {
-  Options options = pbsattn::method(method);
+  Options options = pbsattn::parse_method(method);
   Setter setter{nb::borrow<nb::dict>(overrides)};
   pbsattn::visit_options(options, setter);
   if (setter.known != nb::len(setter.overrides)) {
@@ -219,7 +215,7 @@ NB_MODULE(_core, module) {
            [](const Options& options) { return "Options(**" + std::string(nb::repr(to_dict(options)).c_str()) + ")"; });
 
   module.def("options", &make_options, "method"_a, "overrides"_a,
-             "A named method's options, with those of `overrides` that are not None.");
+             "Options of a method, \"pbs\" or \"pbs:top_p=0.95\", with those of `overrides` that are not None.");
 
   nb::class_<pbsattn::Stats>(module, "Stats", "What one run did.")
       .def_ro("visited_blocks", &pbsattn::Stats::visited_blocks)

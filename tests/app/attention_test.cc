@@ -1,0 +1,79 @@
+#include "attention.h"
+
+#include <gtest/gtest.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "support/options.h"
+
+namespace app {
+namespace {
+
+// What a command line of these flags makes of "pbs"; nothing where it is refused.
+std::optional<pbsattn::Options> parsed(std::vector<std::string> arguments, const std::string& spec = "pbs") {
+  CLI::App command;
+  AttentionFlags flags;
+  flags.add_to(command);
+  try {
+    std::ranges::reverse(arguments);  // as CLI11 wants them
+    command.parse(arguments);
+    return attention_named(spec, flags).options;
+  } catch (const CLI::ParseError&) {
+  } catch (const pbsattn::Error&) {
+  }
+  return std::nullopt;
+}
+
+bool library_takes(const pbsattn::Options& options) {
+  try {
+    pbsattn::Plan::create(options, {.q_len = 1, .kv_len = 1, .head_dim = 8}, pbsattn::Device::reference());
+  } catch (const pbsattn::Error&) {
+    return false;
+  }
+  return true;
+}
+
+TEST(AttentionFlags, EveryOptionHasItsFlagInBothSpellings) {
+  int taken = 0;
+  pbsattn::test::each_option_value(
+      [&](const pbsattn::OptionInfo& info, const std::string& value, pbsattn::Options expected) {
+        if (info.name != "precision") expected.precision = pbsattn::Precision::bf16;
+        const std::string name(info.name);
+        std::string dashed = name;
+        std::ranges::replace(dashed, '_', '-');
+        const bool takes = library_takes(expected);
+        taken += takes ? 1 : 0;
+        for (const auto& options : {parsed({"--" + dashed, value}), parsed({"--" + name + "=" + value}),
+                                    parsed({}, "pbs:" + name + "=" + value)}) {
+          ASSERT_EQ(options.has_value(), takes) << name << " " << value;
+          EXPECT_TRUE(!takes || pbsattn::test::same(*options, expected)) << name << " " << value;
+        }
+      });
+  EXPECT_GT(taken, 24);
+}
+
+TEST(AttentionFlags, AMethodsOwnOptionsComeAfterTheFlags) {
+  const auto options = parsed({"--top-p", "0.5", "--segment", "512"}, "pbs:top_p=0.25");
+  ASSERT_TRUE(options.has_value());
+  EXPECT_EQ(options->top_p, 0.25F);
+  EXPECT_EQ(options->segment, 512);
+}
+
+TEST(AttentionFlags, JsonHasEveryOption) {
+  pbsattn::test::each_option_value(
+      [](const pbsattn::OptionInfo& info, const std::string&, const pbsattn::Options& options) {
+        pbsattn::Options read = pbsattn::method("full");
+        const nlohmann::json json = to_json(options);
+        for (const auto& [name, value] : json.items())
+          pbsattn::set_option(read, name, value.is_string() ? value.get<std::string>() : value.dump());
+        EXPECT_TRUE(pbsattn::test::same(read, options)) << info.name;
+      });
+}
+
+}  // namespace
+}  // namespace app
