@@ -68,7 +68,8 @@ class CudaExecutor final : public detail::Executor {
     if (trace != nullptr) *trace = detail::start_trace(g);
 
     if (sparse_)
-      check(write_rules(spec.heads, Layout(spec, sparse_, extent_, call.base).rules, stream), "launching write_rules");
+      check(write_head_options(spec.heads, Layout(spec, sparse_, extent_, call.base).head_options, stream),
+            "launching write_head_options");
     for (std::int64_t batch = 0; batch < g.shape.batch; batch += extent_.batch)
       for (std::int64_t kv_head = 0; kv_head < g.shape.kv_heads; kv_head += extent_.kv_heads)
         for (std::int64_t head = 0; head < g.group(); head += extent_.group) {
@@ -142,7 +143,7 @@ class CudaExecutor final : public detail::Executor {
                     .dtype = inputs.q.dtype,
                     .options = spec.options,
                     .heads = spec.heads,
-                    .rules = spec.heads.empty() ? nullptr : layout.rules + q_head,
+                    .head_options = spec.heads.empty() ? nullptr : layout.head_options + q_head,
                     .pooled_k = layout.pooled_k,
                     .pooled_blocks = layout.pooled_blocks,
                     .pooled_own = layout.pooled_own,

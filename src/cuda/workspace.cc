@@ -20,7 +20,7 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
     if (base != nullptr) pointer = reinterpret_cast<T*>(base + bytes);
     bytes += static_cast<std::size_t>(count) * sizeof(T);
   };
-  take(rules, static_cast<std::int64_t>(spec.heads.size()));
+  take(head_options, static_cast<std::int64_t>(spec.heads.size()));
   take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g)));
   if (!sparse) return;
   if (pools_own(spec.options.score))

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "core/executor.h"
-#include "cuda/select/rule.h"
+#include "cuda/select/head_options.h"
 
 namespace pbsattn::cuda {
 
@@ -26,7 +26,7 @@ struct Layout {
 
   std::size_t bytes = 0;
   std::size_t score_scratch_bytes = 0;
-  Rule* rules = nullptr;  // of all heads of the plan, where they differ: at the same place in every pass
+  HeadOptions* head_options = nullptr;  // of all heads of the plan, where they differ: at the same place in every pass
   std::byte* attend_scratch = nullptr;
   std::byte *pooled_k = nullptr, *pooled_own = nullptr, *pooled_q = nullptr, *pooled_v = nullptr;
   std::int64_t pooled_blocks = 0;  // of a head in pooled_k

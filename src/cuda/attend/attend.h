@@ -70,16 +70,4 @@ struct CorrectArgs {
 // its list leaves out, each as 128 keys that all are its mean key, with its mean value.
 cudaError_t correct(const CorrectArgs& args, cudaStream_t stream);
 
-// One part of an attention over a set of keys: a part's output and log-sum-exp over its own keys.
-struct Partial {
-  View out;
-  const float* lse = nullptr;  // [batch][heads][tokens] contiguous, natural logarithm
-};
-
-// Merges two parts of the same queries over disjoint sets of keys: into.out = the attention over both, into_lse its
-// log-sum-exp. May work in place: `into` and `into_lse` may be those of `a` or `b`. A part with lse -inf adds nothing.
-// Rows of 16-byte multiples, f16 or bf16, all alike.
-cudaError_t merge(const Partial& a, const Partial& b, const View& into, float* into_lse, std::int64_t batch,
-                  std::int64_t heads, std::int64_t tokens, std::int64_t head_dim, cudaStream_t stream);
-
 }  // namespace pbsattn::cuda

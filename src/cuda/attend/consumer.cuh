@@ -39,25 +39,24 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     shared.k_full[k.at].wait(k.parity);
     const std::uint64_t k_operand = operand(shared.k[k.at]);
     pin(s);
-    start();
+    wgmma_fence();
 #pragma unroll
     for (int d = 0; d < head_dim; d += 16) {
       const int place = d / panel * kv_panel_bytes + d % panel * static_cast<int>(sizeof(Element));
-      multiply<Element, 0>(s, q + d / 4, advance(k_operand, place), d > 0);
+      wgmma<Element, 0>(s, q + d / 4, advance(k_operand, place), d > 0);
     }
-    commit();
+    wgmma_commit();
   };
   // O += P V, once V is there
   const auto multiply_pv = [&] {
     const std::uint64_t v_operand = operand(shared.v[v.at], kv_panel_bytes);
     pin(o);
-    start();
+    wgmma_fence();
 #pragma unroll
     for (int key = 0; key < block; key += 16) {
-      multiply<Element, 1>(o, weights + key / 4, advance(v_operand, key * panel * static_cast<int>(sizeof(Element))),
-                           1);
+      wgmma<Element, 1>(o, weights + key / 4, advance(v_operand, key * panel * static_cast<int>(sizeof(Element))), 1);
     }
-    commit();
+    wgmma_commit();
   };
   const auto pack_weights = [&] {
 #pragma unroll
@@ -84,7 +83,7 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     shared.q_full[slot.at][wg].wait(slot.parity);
     read_q(shared.q[slot.at][wg]);
     multiply_qk();
-    wait<0>();
+    wgmma_wait<0>();
     pin(s);
     free_k();
 #pragma unroll
@@ -101,14 +100,14 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     for (int i = 1; i < tile.count; ++i) {
       multiply_qk();
       multiply_pv();
-      wait<1>();
+      wgmma_wait<1>();
       pin(s);
       free_k();
       const bool moved = softmax.raise(s, p.scale_log2, factor);
       Ring<Shared::v_stages> next_v = v;
       next_v.next();
       shared.v_full[next_v.at].wait(next_v.parity);
-      wait<0>();
+      wgmma_wait<0>();
       pin(o);
       free_v();
       // At head_dim 64 the exponential unit is the bottleneck, and O is rescaled and P packed in its shadow.
@@ -134,7 +133,7 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
         p.lse[tile.batch * p.lse_batch_stride + std::int64_t{tile.head} * p.q_len + query] = lse;
       }
     }
-    wait<0>();
+    wgmma_wait<0>();
     pin(o);
     free_v();
 #pragma unroll

@@ -13,13 +13,12 @@
 #include <cmath>
 
 #include "cuda/attend/attend.h"
-#include "cuda/attend/merge.cuh"
 #include "cuda/attend/softmax.cuh"
 #include "cuda/limits.h"
 #include "cuda/sm90/elements.cuh"
-#include "cuda/sm90/gather_tile.cuh"
 #include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/swizzled_tile.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -48,9 +47,9 @@ template <int head_dim>
 struct Shared {
   static constexpr int out_stride = head_dim + 4;  // so that a warp's rows are in different banks
   struct Stages {
-    unsigned char k[stages][Tile<head_dim>::bytes], v[stages][Tile<head_dim>::bytes];
+    unsigned char k[stages][SwizzledTile<head_dim>::bytes], v[stages][SwizzledTile<head_dim>::bytes];
   };
-  alignas(1024) unsigned char q[Tile<head_dim>::bytes];
+  alignas(1024) unsigned char q[SwizzledTile<head_dim>::bytes];
   union {
     alignas(1024) Stages means;
     float out[tile_tokens][out_stride];  // once all are multiplied
@@ -95,7 +94,24 @@ __device__ bool find_pruned(const Params& p, const Row& at, Shared<head_dim>& sh
   return true;
 }
 
-// The row's outputs and log-sum-exps, merged with those in shared memory.
+// Two parts of a query's attention, over disjoint sets of keys, as one: what the parts' outputs are multiplied by, from
+// their log-sum-exps, and the log-sum-exp of both. Of two parts without any weight nothing is left: factors of 0 and
+// -inf.
+struct Merger {
+  __device__ Merger(float lse_a, float lse_b) {
+    const float top = fmaxf(lse_a, lse_b);
+    if (lse_a == -INFINITY && lse_b == -INFINITY) return;
+    const float weight_a = expf(lse_a - top);
+    const float weight_b = expf(lse_b - top);
+    const float sum = weight_a + weight_b;
+    a = weight_a / sum;
+    b = weight_b / sum;
+    lse = top + logf(sum);
+  }
+  float a = 0, b = 0, lse = -INFINITY;
+};
+
+// Merges the row's outputs and log-sum-exps with those in shared memory.
 template <class T, int head_dim>
 __device__ void merge_row(const Params& p, const Row& at, const Shared<head_dim>& shared) {
   constexpr int chunks = head_dim / 8;
@@ -175,7 +191,7 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
     if (tile < tiles) load_means(tile, stage ^ 1);
 
     start_product<T, head_dim>(s, shared.q, half, shared.means.k[stage]);
-    sm90::wait<0>();
+    sm90::wgmma_wait<0>();
     sm90::pin(s);
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
@@ -191,14 +207,14 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
     std::uint32_t weights[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) weights[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-    const std::uint64_t operand = sm90::operand(shared.means.v[stage], Tile<head_dim>::panel_bytes);
+    const std::uint64_t operand = sm90::operand(shared.means.v[stage], SwizzledTile<head_dim>::panel_bytes);
     sm90::pin(o);
-    sm90::start();
+    sm90::wgmma_fence();
 #pragma unroll
     for (int key = 0; key < tile_tokens; key += 16)
-      sm90::multiply<T, 1>(o, weights + key / 4, sm90::advance(operand, key * 128), 1);
-    sm90::commit();
-    sm90::wait<0>();
+      sm90::wgmma<T, 1>(o, weights + key / 4, sm90::advance(operand, key * 128), 1);
+    sm90::wgmma_commit();
+    sm90::wgmma_wait<0>();
     sm90::pin(o);
   }
 

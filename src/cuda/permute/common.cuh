@@ -7,6 +7,7 @@
 #include "cuda/permute/pool.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/swizzled_tile.cuh"
 #include "cuda/sm90/tensor.cuh"
 
 namespace pbsattn::cuda {

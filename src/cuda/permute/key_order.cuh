@@ -62,7 +62,7 @@ __device__ void rank_keys(const int* score, int segment, int thread, int* from) 
 template <class T, int warps, int head_dim, class Meet>
 __device__ void write_block_mean(float (&sum)[8], float (&sums)[warps][head_dim], int thread, Meet&& meet,
                                  std::uint32_t* mean) {
-  constexpr int chunks = Tile<head_dim>::chunks;
+  constexpr int chunks = SwizzledTile<head_dim>::chunks;
   add_across_lanes<chunks>(sum);
   if (thread % 32 < chunks) {
     float4* mine = reinterpret_cast<float4*>(sums[thread / 32] + thread % chunks * 8);

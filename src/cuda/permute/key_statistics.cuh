@@ -46,11 +46,11 @@ __device__ inline void multiplying_barrier() {
 constexpr int statistics_tiles = heads_at_once + key_stages;
 
 template <int head_dim>
-constexpr int statistics_shared_bytes = statistics_tiles* Tile<head_dim>::bytes + 4 * pool_stage_bytes + 1024;
+constexpr int statistics_shared_bytes = statistics_tiles* SwizzledTile<head_dim>::bytes + 4 * pool_stage_bytes + 1024;
 
 template <class T, int head_dim>
 __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const __grid_constant__ PermuteParams p) {
-  using Layout = Tile<head_dim>;
+  using Swizzled = SwizzledTile<head_dim>;
   extern __shared__ unsigned char shared[];
   unsigned char* queries = shared + (1024 - sm90::shared_address(shared) % 1024) % 1024;
   const int warpgroup = threadIdx.x / 128;
@@ -61,17 +61,17 @@ __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const 
     const int cta = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
     const int ctas = gridDim.x * gridDim.y * gridDim.z;
     pool_rows_staged<T, head_dim>(p.pool_q, p.batch, cta * 4 + warp, ctas * 4,
-                                  queries + statistics_tiles * Layout::bytes + warp * pool_stage_bytes);
+                                  queries + statistics_tiles * Swizzled::bytes + warp * pool_stage_bytes);
   } else {
     sm90::take_registers<232>();
-    unsigned char* keys = queries + heads_at_once * Layout::bytes;
+    unsigned char* keys = queries + heads_at_once * Swizzled::bytes;
     const int batch = blockIdx.z / p.kv_heads;
     const int kv_head = blockIdx.z % p.kv_heads;
     const std::int64_t first_key = blockIdx.x * p.unit_keys;
     const int tiles = static_cast<int>(min(p.unit_keys, p.permuted_len - first_key) / tile_tokens);
     const T* source = p.k.head<T>(batch, kv_head) + first_key * p.k.token_stride;
     const auto load_keys = [&](int tile) {
-      load_tile<T, head_dim, multiplying_threads>(keys + tile % key_stages * Layout::bytes,
+      load_tile<T, head_dim, multiplying_threads>(keys + tile % key_stages * Swizzled::bytes,
                                                   source + tile * tile_tokens * p.k.token_stride, p.k.token_stride,
                                                   tile_tokens, threadIdx.x);
       commit_copies();
@@ -82,16 +82,16 @@ __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const 
       return kv_head * p.group + min(static_cast<int>(blockIdx.y) * heads_at_once + i, p.group - 1);
     };
     for (int i = 0; i < heads_at_once; ++i)
-      load_tile<T, head_dim, multiplying_threads>(queries + i * Layout::bytes,
+      load_tile<T, head_dim, multiplying_threads>(queries + i * Swizzled::bytes,
                                                   p.scoring_queries.head<T>(batch, q_head(i)),
                                                   p.scoring_queries.token_stride, p.queries, threadIdx.x);
     load_keys(0);
 
     Statistics low[2], high[2];  // queries 0 .. 63 and 64 .. 127
     float s_low[64], s_high[64];
-    const unsigned char* my_queries = queries + warpgroup * Layout::bytes;
+    const unsigned char* my_queries = queries + warpgroup * Swizzled::bytes;
     const auto start_half = [&](float(&scores)[64], int tile, int first_query) {
-      start_product<T, head_dim>(scores, my_queries, first_query, keys + tile % key_stages * Layout::bytes);
+      start_product<T, head_dim>(scores, my_queries, first_query, keys + tile % key_stages * Swizzled::bytes);
     };
     // Waits for tile's keys. After the barrier every product of earlier tiles but the last is done, so the stage of
     // tile - 2 is free; it becomes that of tile + 1.
@@ -109,15 +109,15 @@ __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const 
       for (int i = 0; i < length; ++i) {
         const bool last = i + 1 == length;
         start_half(s_high, first_tile + i, 64);
-        sm90::wait<1>();
+        sm90::wgmma_wait<1>();
         sm90::pin(s_low);
         fold(s_low, p.scale_log2, low);
         if (!last) {
           take_tile(first_tile + i + 1);
           start_half(s_low, first_tile + i + 1, 0);
-          sm90::wait<1>();
+          sm90::wgmma_wait<1>();
         } else {
-          sm90::wait<0>();
+          sm90::wgmma_wait<0>();
         }
         sm90::pin(s_high);
         fold(s_high, p.scale_log2, high);

@@ -20,8 +20,8 @@ constexpr int piece_tiles = 2;  // key tiles in shared memory at a time
 template <int head_dim>
 struct ReorderShared {
   static constexpr int keys = 0;
-  static constexpr int queries = keys + piece_tiles * Tile<head_dim>::bytes;
-  static constexpr int log_sums = queries + Tile<head_dim>::bytes;             // LogSum[128]
+  static constexpr int queries = keys + piece_tiles * SwizzledTile<head_dim>::bytes;
+  static constexpr int log_sums = queries + SwizzledTile<head_dim>::bytes;     // LogSum[128]
   static constexpr int block_sums = log_sums + 128 * 8;                        // float[2][reorder_warps][head_dim]
   static constexpr int score = block_sums + 2 * reorder_warps * head_dim * 4;  // int[segment]
   static std::size_t bytes(std::int64_t segment) { return 1024 + score + segment * 8; }  // with int from[segment]
@@ -29,7 +29,7 @@ struct ReorderShared {
 
 template <class T, int head_dim>
 __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_constant__ PermuteParams p) {
-  using Layout = Tile<head_dim>;
+  using Swizzled = SwizzledTile<head_dim>;
   using Shared = ReorderShared<head_dim>;
   extern __shared__ unsigned char shared[];
   unsigned char* base = shared + (1024 - sm90::shared_address(shared) % 1024) % 1024;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
   };
   const auto load_keys = [&](int piece) {
     for (int i = 0; i < min(piece_tiles, tiles - piece * piece_tiles); ++i)
-      load_tile<T, head_dim, reorder_threads>(keys + i * Layout::bytes,
+      load_tile<T, head_dim, reorder_threads>(keys + i * Swizzled::bytes,
                                               source_k + (piece * piece_tiles + i) * tile_tokens * p.k.token_stride,
                                               p.k.token_stride, tile_tokens, thread);
   };
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
           float s[64];
-          start_product<T, head_dim>(s, keys + tile_of_piece * Layout::bytes, half * 64, queries);
-          sm90::wait<0>();
+          start_product<T, head_dim>(s, keys + tile_of_piece * Swizzled::bytes, half * 64, queries);
+          sm90::wgmma_wait<0>();
           sm90::pin(s);
           float sum[2] = {};
           sum_weights(s, p.scale_log2, log_sums, lane, sum);
@@ -112,12 +112,12 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
       p.order[out_token + slot] = static_cast<std::int32_t>(first_token) + from[slot];
       if (first_token == 0 && from[slot] == 0) p.sink_block[out_head] = slot / block_tokens;
     }
-    const int chunk = thread % Layout::chunks;
+    const int chunk = thread % Swizzled::chunks;
     for (int block = 0; block < p.segment / block_tokens; ++block) {
-      constexpr int rows_at_once = reorder_threads / Layout::chunks;
+      constexpr int rows_at_once = reorder_threads / Swizzled::chunks;
       constexpr int rows_of_thread = block_tokens / rows_at_once;
       // Streaming stores leave L2 to the values that the CTA's next heads read again.
-      const int first_slot = block * block_tokens + thread / Layout::chunks;
+      const int first_slot = block * block_tokens + thread / Swizzled::chunks;
       uint4 v_chunk[rows_of_thread];
 #pragma unroll
       for (int i = 0; i < rows_of_thread; ++i)
@@ -128,14 +128,15 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
       for (int i = 0; i < rows_of_thread; ++i) {
         const int key = from[first_slot + i * rows_at_once];
         const uint4 k_chunk = __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + chunk);
-        const std::int64_t out = (out_token + first_slot + i * rows_at_once) * Layout::chunks + chunk;
+        const std::int64_t out = (out_token + first_slot + i * rows_at_once) * Swizzled::chunks + chunk;
         __stcs(static_cast<uint4*>(p.permuted_k) + out, k_chunk);
         add_to<T>(sum, k_chunk);
       }
 #pragma unroll
       for (int i = 0; i < rows_of_thread; ++i)
-        __stcs(static_cast<uint4*>(p.permuted_v) + (out_token + first_slot + i * rows_at_once) * Layout::chunks + chunk,
-               v_chunk[i]);
+        __stcs(
+            static_cast<uint4*>(p.permuted_v) + (out_token + first_slot + i * rows_at_once) * Swizzled::chunks + chunk,
+            v_chunk[i]);
       write_block_mean<T>(
           sum, block_sums[parity], thread, [] { __syncthreads(); },
           static_cast<std::uint32_t*>(p.pooled_k) + (out_token / block_tokens + block) * (head_dim / 2));

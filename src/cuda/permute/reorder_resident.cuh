@@ -35,7 +35,7 @@ struct Handover {
 // The dynamic shared memory of reorder_resident(), from an address aligned to 1024 bytes.
 template <int head_dim>
 struct ResidentShared {
-  static constexpr int tile = Tile<head_dim>::bytes;
+  static constexpr int tile = SwizzledTile<head_dim>::bytes;
   static constexpr int segment = resident_tiles * tile_tokens;
   static constexpr int writer_warps = resident_writers / 32;
   static constexpr int keys = 0;
@@ -57,7 +57,7 @@ constexpr int everyone = resident_scorers + resident_writers;
 
 template <class T, int head_dim>
 __device__ void score(const PermuteParams& p, unsigned char* base, int batch, int kv_head, std::int64_t first_token) {
-  using Layout = Tile<head_dim>;
+  using Swizzled = SwizzledTile<head_dim>;
   using Shared = ResidentShared<head_dim>;
   const int thread = threadIdx.x;
   const int lane = thread % 32;
@@ -67,7 +67,7 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
   const T* source = p.k.head<T>(batch, kv_head) + first_token * p.k.token_stride;
 
   const auto load_queries = [&](int head) {
-    load_tile<T, head_dim, resident_scorers>(base + Shared::queries + head % 2 * Layout::bytes,
+    load_tile<T, head_dim, resident_scorers>(base + Shared::queries + head % 2 * Swizzled::bytes,
                                              p.scoring_queries.head<T>(batch, kv_head * p.group + head),
                                              p.scoring_queries.token_stride, p.queries, thread);
   };
@@ -78,7 +78,7 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
   };
 
   for (int i = 0; i < tiles; ++i)
-    load_tile<T, head_dim, resident_scorers>(keys + i * Layout::bytes, source + i * tile_tokens * p.k.token_stride,
+    load_tile<T, head_dim, resident_scorers>(keys + i * Swizzled::bytes, source + i * tile_tokens * p.k.token_stride,
                                              p.k.token_stride, tile_tokens, thread);
   load_queries(0);
   commit_copies();
@@ -101,8 +101,8 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
     const bool ranks = !p.shared_order || head + 1 == p.group;
     const int tile = thread / 128;
     if (tile < tiles) {
-      const unsigned char* my_keys = keys + tile * Layout::bytes;
-      const unsigned char* queries = base + Shared::queries + head % 2 * Layout::bytes;
+      const unsigned char* my_keys = keys + tile * Swizzled::bytes;
+      const unsigned char* queries = base + Shared::queries + head % 2 * Swizzled::bytes;
       const LogSum* log_sums = reinterpret_cast<const LogSum*>(base + Shared::log_sums) + head % 2 * 128;
       const auto add_half = [&](const float(&s)[64], int half) {
         float sum[2] = {};
@@ -119,10 +119,10 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
       float low[64], high[64];
       start_product<T, head_dim>(low, my_keys, 0, queries);
       start_product<T, head_dim>(high, my_keys, 64, queries);
-      sm90::wait<1>();
+      sm90::wgmma_wait<1>();
       sm90::pin(low);
       add_half(low, 0);
-      sm90::wait<0>();
+      sm90::wgmma_wait<0>();
       sm90::pin(high);
       add_half(high, 1);
     }
@@ -138,7 +138,7 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
 
 template <class T, int head_dim>
 __device__ void write(const PermuteParams& p, unsigned char* base, int batch, int kv_head, std::int64_t first_token) {
-  using Layout = Tile<head_dim>;
+  using Swizzled = SwizzledTile<head_dim>;
   using Shared = ResidentShared<head_dim>;
   const int thread = threadIdx.x - resident_scorers;
   const unsigned char* keys = base + Shared::keys;
@@ -146,12 +146,12 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
   auto& block_sums = *reinterpret_cast<float(*)[2][Shared::writer_warps][head_dim]>(base + Shared::block_sums);
   const int tiles = p.segment / tile_tokens;
   auto& handover = *reinterpret_cast<Handover*>(base + Shared::handover);
-  const int chunk = thread % Layout::chunks;
+  const int chunk = thread % Swizzled::chunks;
   constexpr int row_bytes = head_dim * static_cast<int>(sizeof(T));
-  constexpr int rows_at_once = resident_writers / Layout::chunks;
+  constexpr int rows_at_once = resident_writers / Swizzled::chunks;
 
   handover.keys.wait(0);
-  const T* row = p.v.head<T>(batch, kv_head) + (first_token + thread / Layout::chunks) * p.v.token_stride + chunk * 8;
+  const T* row = p.v.head<T>(batch, kv_head) + (first_token + thread / Swizzled::chunks) * p.v.token_stride + chunk * 8;
 #pragma unroll 1
   for (int i = 0; i < p.segment / rows_at_once; ++i) {
     copy_async(sm90::shared_address(values) + (i * resident_writers + thread) * 16, row, true);
@@ -182,15 +182,15 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
         sm90::bulk_store(static_cast<unsigned char*>(p.permuted_v) + (out_token + slot) * row_bytes,
                          values + from[slot] * row_bytes, row_bytes, policy);
       }
-      const int first_slot = block * block_tokens + thread / Layout::chunks;
+      const int first_slot = block * block_tokens + thread / Swizzled::chunks;
       float sum[8] = {};
 #pragma unroll
       for (int j = 0; j < block_tokens / rows_at_once; ++j) {
         const int slot = first_slot + j * rows_at_once;
         const int key = from[slot];
-        const int at = key / tile_tokens * Layout::bytes + Layout::offset(key % tile_tokens, chunk);
+        const int at = key / tile_tokens * Swizzled::bytes + Swizzled::offset(key % tile_tokens, chunk);
         const uint4 k_chunk = *reinterpret_cast<const uint4*>(keys + at);
-        const std::int64_t out = (out_token + slot) * Layout::chunks + chunk;
+        const std::int64_t out = (out_token + slot) * Swizzled::chunks + chunk;
         __stcs(static_cast<uint4*>(p.permuted_k) + out, k_chunk);
         add_to<T>(sum, k_chunk);
       }

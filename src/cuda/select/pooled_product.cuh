@@ -43,8 +43,8 @@ __device__ void multiply_pooled(Means<T> queries, Means<T> keys, int begin, int 
     float d[4] = {};
 #pragma unroll
     for (int i = 0; i < chunks; ++i) {
-      multiply_add<T>(d, q_low[i].x, q_high[i].x, q_low[i].y, q_high[i].y, k[i].x, k[i].y);
-      multiply_add<T>(d, q_low[i].z, q_high[i].z, q_low[i].w, q_high[i].w, k[i].z, k[i].w);
+      mma<T>(d, q_low[i].x, q_high[i].x, q_low[i].y, q_high[i].y, k[i].x, k[i].y);
+      mma<T>(d, q_low[i].z, q_high[i].z, q_low[i].w, q_high[i].w, k[i].z, k[i].w);
     }
     use(g, n8 * 8 + 2 * t, make_float2(d[0], d[1]));
     use(g + 8, n8 * 8 + 2 * t, make_float2(d[2], d[3]));

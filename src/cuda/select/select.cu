@@ -3,7 +3,7 @@
 // A CTA takes up to 16 rows of one head. Its 16 warps first multiply the rows' pooled queries by all pooled keys they
 // may prune (mma, operands straight from L2) and leave the scaled scores in shared memory:
 //     S[row][block] = pooled Q . pooled K * scale * log2(e)
-// Then a warp takes a row: softmax, the keep rule, and its list (rules.cuh).
+// Then a warp takes a row: softmax, the keep rule, and its list (keep.cuh).
 //
 // Scores other than mean_pool come from launches of their own, which leave a row's scores where its list will be, and
 // the second of two scores in scratch. They are shares (per_query.cu, mass.cu), or logarithms of them up to
@@ -12,8 +12,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/select/keep.cuh"
 #include "cuda/select/pooled_product.cuh"
-#include "cuda/select/rules.cuh"
 #include "cuda/select/scores/scores.h"
 #include "cuda/select/select.h"
 #include "cuda/sm90/launch.h"
@@ -47,7 +47,7 @@ struct Params {
   int rows_at_once;  // of a CTA
   int score_stride;
   float scale_log2;
-  HeadRules rules;
+  OptionsOfHeads options;
   Source source;
   const float* scores;         // given, of tile [batch][q_head][row] where its list will be
   const float* second_scores;  // logarithms in places alike, of a score that is two; else null
@@ -69,10 +69,10 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
   };
 
   wait_for_earlier_kernels();
-  const auto scored_rows = [&](const Rule& rule) {
-    return rule.keep == KeepRule::all || rule.keep == KeepRule::none ? 0 : p.rows - rule.dense_last_rows;
+  const auto scored_rows = [&](const HeadOptions& options) {
+    return options.keep == KeepRule::all || options.keep == KeepRule::none ? 0 : p.rows - options.dense_last_rows;
   };
-  if (p.source == Source::pooled && first_row < scored_rows(p.rules.of(head)))
+  if (p.source == Source::pooled && first_row < scored_rows(p.options.of(head)))
     multiply_pooled<head_dim>(
         Means{static_cast<const T*>(p.pooled_q) + (head * p.rows + first_row) * head_dim, last_row + 1 - first_row},
         Means{static_cast<const T*>(p.pooled_k) + order_head * p.key_blocks * head_dim, p.key_blocks}, 0,
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
         });
   __syncthreads();
 
-  const Rule& rule = p.rules.of(head);
-  const std::int64_t first_dense_row = rule.keep == KeepRule::all ? 0 : p.rows - rule.dense_last_rows;
+  const HeadOptions& options = p.options.of(head);
+  const std::int64_t first_dense_row = options.keep == KeepRule::all ? 0 : p.rows - options.dense_last_rows;
   for (std::int64_t row = first_row + warp; row <= last_row; row += warps) {
     float* weights = scores + (row - first_row) * p.score_stride;
     const int prunable = own_begin(row);
@@ -97,15 +97,15 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
     Taker first{weights, dense ? keep_all() : keep_none()};
     Taker second{others, keep_none()};
     Weights all_others{};
-#pragma unroll 1  // one copy of the rules
-    for (int score = lists - 1; score >= 0 && row < scored_rows(rule) && prunable > 0; --score) {
+#pragma unroll 1  // one copy of the keep rules
+    for (int score = lists - 1; score >= 0 && row < scored_rows(options) && prunable > 0; --score) {
       const float* const given = (score == 0 ? p.scores : p.second_scores) + start;
       float* const to = score == 0 ? weights : others;
       Weights all = p.source == Source::pooled ? exponentiate(to, prunable, prunable, lane)
                     : p.source == Source::logarithms
                         ? exponentiate(given, to, prunable, diagonal + 1, lane)
                         : take(given, to, prunable, p.source == Source::shares ? prunable : diagonal + 1, lane);
-      if (lists == 2 && rule.counts()) {
+      if (lists == 2 && options.counts()) {
         if (score == 1) {
           all_others = all;
           continue;
@@ -113,14 +113,14 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
         all = take_higher(weights, all, others, all_others, prunable, lane);
       }
       __syncwarp();
-      const Threshold threshold = find_threshold(rule, to, all, prunable, diagonal, sink, lane);
+      const Threshold threshold = find_threshold(options, to, all, prunable, diagonal, sink, lane);
       if (score == 0)
         first.threshold = threshold;
       else
         second.threshold = threshold;
     }
     __syncwarp();
-    const int length = write_list(rule, first, second, lists == 2, prunable, diagonal, sink, p.block + start, lane);
+    const int length = write_list(options, first, second, lists == 2, prunable, diagonal, sink, p.block + start, lane);
     if (lane == 0) {
       p.row_start[head * p.rows + row] = start;
       p.row_count[head * p.rows + row] = length;
@@ -163,7 +163,8 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
   const Options& options = args.options;
   const std::int64_t rows = g.rows();
   const auto heads = args.heads.empty() ? std::span(&options, 1) : args.heads;
-  const HeadRules rules{.all = rule_of(options), .each = args.rules, .q_heads = static_cast<int>(g.shape.q_heads)};
+  const OptionsOfHeads options_of_heads{
+      .all = head_options_of(options), .each = args.head_options, .q_heads = static_cast<int>(g.shape.q_heads)};
   const Source source = source_of(options.score);
   const bool two = options.score == BlockScore::dual_band;
   // Those of a row's own segment compete with the others where scores are logarithms, and are only added up elsewhere.
@@ -177,7 +178,7 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                                             .score = options.score,
                                             .scale = options.scale,
                                             .dense_last_rows = common_dense_rows(heads),
-                                            .rules = rules,
+                                            .options = options_of_heads,
                                             .pooled_q = args.pooled_q,
                                             .pooled_k = args.pooled_k,
                                             .pooled_own = args.pooled_own,
@@ -210,7 +211,7 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .rows_at_once = rows_at_once,
                  .score_stride = static_cast<int>(stride),
                  .scale_log2 = static_cast<float>(options.scale / std::log(2.0)),
-                 .rules = rules,
+                 .options = options_of_heads,
                  .source = source,
                  .scores = scores,
                  .second_scores = two ? static_cast<const float*>(args.scratch) : nullptr};

@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "core/geometry.h"
-#include "cuda/select/rule.h"
+#include "cuda/select/head_options.h"
 
 namespace pbsattn::cuda {
 
@@ -19,13 +19,13 @@ struct SelectArgs {
   Geometry geometry;
   std::int64_t order_heads = 0;  // heads of pooled_k and sink_block
   DType dtype = DType::bf16;
-  Options options;                      // as Plan::options() gives them
-  std::span<const Options> heads = {};  // of each query head, where they differ,
-  const Rule* rules = nullptr;          // and their rules in device memory
-  const void* pooled_k = nullptr;       // [batch][order_heads][pooled_blocks][head_dim]
-  std::int64_t pooled_blocks = 0;       // at least permuted_blocks()
-  const void* pooled_own = nullptr;     // as in PermuteArgs, where pools_own() says so
-  const void* pooled_q = nullptr;       // [batch][q_heads][rows][head_dim]
+  Options options;                            // as Plan::options() gives them
+  std::span<const Options> heads = {};        // of each query head, where they differ,
+  const HeadOptions* head_options = nullptr;  // and their rules in device memory
+  const void* pooled_k = nullptr;             // [batch][order_heads][pooled_blocks][head_dim]
+  std::int64_t pooled_blocks = 0;             // at least permuted_blocks()
+  const void* pooled_own = nullptr;           // as in PermuteArgs, where pools_own() says so
+  const void* pooled_q = nullptr;             // [batch][q_heads][rows][head_dim]
   // Of the scores that have launches of their own.
   ConstView q = {}, k = {};
   const void* permuted_k = nullptr;  // [batch][order_heads][permuted_len][head_dim]; null: keys are where they were

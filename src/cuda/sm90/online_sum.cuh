@@ -1,12 +1,11 @@
-// Online sums of exponentials of products, and the tiles whose products they are.
+// Online sums of exponentials of products.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cmath>
 
-#include "cuda/sm90/copy.cuh"
-#include "cuda/sm90/shared_product.cuh"
+#include "cuda/sm90/ptx.cuh"
 
 namespace pbsattn::cuda {
 
@@ -43,23 +42,5 @@ struct Statistics {
     }
   }
 };
-
-// Starts the copy of `rows` rows; the tile's other rows become zero.
-template <class T, int head_dim, int threads>
-__device__ void load_tile(unsigned char* tile, const T* from, std::int64_t stride, int rows, int thread) {
-  using Layout = Tile<head_dim>;
-  constexpr int rows_at_once = threads / Layout::chunks;
-  static_assert(rows_at_once % 8 == 0, "swizzling repeats every 8 rows");
-  const int first_row = thread / Layout::chunks;
-  const int chunk = thread % Layout::chunks;
-  const std::uint32_t to = sm90::shared_address(tile) + Layout::offset(first_row, chunk);
-  const T* row = from + first_row * stride + chunk * 8;
-#pragma unroll 1  // unrolled, it would keep every row's address in registers
-  for (int i = 0; i < tile_tokens / rows_at_once; ++i) {
-    const bool present = first_row + i * rows_at_once < rows;
-    copy_async(to + i * rows_at_once * 128, present ? row : from, present);
-    row += rows_at_once * stride;
-  }
-}
 
 }  // namespace pbsattn::cuda

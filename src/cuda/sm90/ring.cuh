@@ -1,4 +1,4 @@
-// A place in a ring of n buffers that barriers guard, and the parity of its turn.
+// The place in a ring of n stages that barriers guard, and the parity of its turn.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,17 @@ struct Ring {
     parity ^= at / n & 1;
     at %= n;
   }
+};
+
+// The same in one register, for n a power of two.
+template <int n>
+struct CountedRing {
+  static_assert((n & (n - 1)) == 0);
+  unsigned count = 0;
+
+  __device__ unsigned at() const { return count % n; }
+  __device__ unsigned parity() const { return count / n % 2; }
+  __device__ void next() { ++count; }
 };
 
 }  // namespace pbsattn::cuda

@@ -4,7 +4,7 @@
 //     d[4 n8 + 2 r + c] = element (16 (t / 32) + t % 32 / 4 + 8 r, 8 n8 + 2 (t % 4) + c)
 // and the 64 x 16 slice k16 of `a` in registers is laid out the same way, as packed pairs: a[4 k16 .. 4 k16 + 3].
 //
-// Products are asynchronous: between start() and wait() the registers involved must not be touched.
+// Products are asynchronous: between wgmma_fence() and wgmma_wait() the registers involved must not be touched.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,15 +31,15 @@ __device__ inline std::uint64_t advance(std::uint64_t descriptor, int bytes) {
 }
 
 // Orders register writes before the products that follow.
-__device__ inline void start() {
+__device__ inline void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-// Closes a batch of products; wait<n> returns when all but the last n batches are done.
-__device__ inline void commit() {
+// Closes a batch of products; wgmma_wait<n> returns when all but the last n batches are done.
+__device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <int pending>
-__device__ void wait() {
+__device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 // Keeps the compiler from moving uses of these registers across this point.
@@ -77,7 +77,7 @@ __device__ void pin(float (&registers)[n]) {
 
 // d = a b^T (+ d if add): a is 64 x 16, b is 128 x 16, both in shared memory with rows along the sum.
 template <class Element>
-__device__ void multiply(float (&d)[64], std::uint64_t a, std::uint64_t b, int add) {
+__device__ void wgmma(float (&d)[64], std::uint64_t a, std::uint64_t b, int add) {
   PBSATTN_WGMMA(Element, "m64n128k16", PBSATTN_NAMES_64, "%64, %65, add, 1, 1, 0, 0", "%66",
                 : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_32(d, 32)
                 : "l"(a), "l"(b), "r"(add));
@@ -85,7 +85,7 @@ __device__ void multiply(float (&d)[64], std::uint64_t a, std::uint64_t b, int a
 
 // d = a b (+ d if add) with `a` 64 x 16 in registers; b in shared memory is 16 x 128 (transposed = 1) or 128 x 16 (0).
 template <class Element, int transposed>
-__device__ void multiply(float (&d)[64], const std::uint32_t* a, std::uint64_t b, int add) {
+__device__ void wgmma(float (&d)[64], const std::uint32_t* a, std::uint64_t b, int add) {
   PBSATTN_WGMMA(Element, "m64n128k16", PBSATTN_NAMES_64, "{%64, %65, %66, %67}, %68, add, 1, 1, %70", "%69",
                 : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_32(d, 32)
                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(transposed));
@@ -93,7 +93,7 @@ __device__ void multiply(float (&d)[64], const std::uint32_t* a, std::uint64_t b
 
 // The same with 64 columns.
 template <class Element, int transposed>
-__device__ void multiply(float (&d)[32], const std::uint32_t* a, std::uint64_t b, int add) {
+__device__ void wgmma(float (&d)[32], const std::uint32_t* a, std::uint64_t b, int add) {
   PBSATTN_WGMMA(Element, "m64n64k16", PBSATTN_NAMES_32, "{%32, %33, %34, %35}, %36, add, 1, 1, %38", "%37",
                 : PBSATTN_REGISTERS_32(d, 0)
                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(transposed));

@@ -14,9 +14,9 @@
 #include "cuda/limits.h"
 #include "cuda/select/scores/scores.h"
 #include "cuda/sm90/elements.cuh"
-#include "cuda/sm90/gather_tile.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/swizzled_tile.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -38,8 +38,8 @@ struct Params {
 
 template <int head_dim>
 struct Shared {
-  alignas(1024) unsigned char q[Tile<head_dim>::bytes];
-  alignas(1024) unsigned char k[stages][Tile<head_dim>::bytes];
+  alignas(1024) unsigned char q[SwizzledTile<head_dim>::bytes];
+  alignas(1024) unsigned char k[stages][SwizzledTile<head_dim>::bytes];
 };
 
 // log2 of the sum over the row's `count` queries of exp2(product * scale_log2), of this thread's block `r` of two; the
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(threads, 2) energies(const __grid_constant__ P
     if (tile + 1 < tiles) load_keys(tile + 1);
     float s[64];
     start_product<T, head_dim>(s, shared.k[tile % stages], half, shared.q);
-    sm90::wait<0>();
+    sm90::wgmma_wait<0>();
     sm90::pin(s);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -27,7 +27,7 @@ constexpr int judge_threads = cut_threads;
 enum class Way : std::int32_t { everything, pooling, masses };
 
 struct Params {
-  HeadRules rules;
+  OptionsOfHeads options;
   Tensor q;
   const void *pooled_q, *pooled_k;  // [batch][q_heads][rows][head_dim], [batch][kv_heads][blocks][head_dim]
   Masses masses;
@@ -40,10 +40,10 @@ struct Params {
   int q_heads, group, queries, blocks_per_segment;
   float scale;
 
-  __device__ bool takes(std::int64_t head) const { return rules.of(head).keep == KeepRule::coverage; }
+  __device__ bool takes(std::int64_t head) const { return options.of(head).keep == KeepRule::coverage; }
   // Blocks of columns, and of distances, that the head keeps at least.
   __device__ std::int64_t least(std::int64_t head) const {
-    return min((static_cast<std::int64_t>(rules.of(head).min_budget) + block_tokens - 1) / block_tokens, blocks);
+    return min((static_cast<std::int64_t>(options.of(head).min_budget) + block_tokens - 1) / block_tokens, blocks);
   }
   __device__ std::int64_t entries_before(std::int64_t row) const { return row * first_row + row * (row + 1) / 2; }
 };
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(judge_threads) judge(const __grid_constant__ P
   }
   sum = block_sum(sum);
   // A softmax without a value makes the total NaN.
-  const bool by_pooling = total > 0 && sqrt(fmax(sum, 0.0)) < static_cast<double>(p.rules.of(head).tau);
+  const bool by_pooling = total > 0 && sqrt(fmax(sum, 0.0)) < static_cast<double>(p.options.of(head).tau);
   if (threadIdx.x == 0) p.way[head] = by_pooling ? Way::pooling : Way::masses;
 }
 
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(cut_threads) cut_masses(const __grid_constant_
   if (p.way[head] == Way::masses) {
     // Blocks that the heaviest tokens would fill whose masses stay within top_p, and one more.
     const float* tokens = (blockIdx.x == 0 ? p.masses.columns : p.masses.distances) + head * p.kv_len;
-    const Cut within = cut_within<Measure::sum>(static_cast<double>(p.rules.of(head).top_p) * p.queries,
+    const Cut within = cut_within<Measure::sum>(static_cast<double>(p.options.of(head).top_p) * p.queries,
                                                 static_cast<int>(p.kv_len), [&](int i) { return tokens[i]; });
     budget = min(max((within.count + std::int64_t{1}) / block_tokens + 1, least), p.blocks);
   }
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(cut_threads) cut_cells(const __grid_constant__
   wait_for_earlier_kernels();
   if (!p.takes(head) || p.way[head] != Way::pooling) return;
   const float* cells = p.scores + head * p.causal_blocks;
-  const Cut cut = cut_within<Measure::sum>(static_cast<double>(p.rules.of(head).top_p) * static_cast<double>(p.rows),
+  const Cut cut = cut_within<Measure::sum>(static_cast<double>(p.options.of(head).top_p) * static_cast<double>(p.rows),
                                            static_cast<int>(p.causal_blocks), [&](int i) { return cells[i]; });
   if (threadIdx.x == 0) p.cuts[head * 3 + 2] = cut.least;
 }
@@ -274,7 +274,7 @@ cudaError_t score_flexible(const ScoreArgs& args, cudaStream_t stream) {
   const Scratch scratch(g, static_cast<std::byte*>(args.scratch));
   cudaError_t error = find_masses(args, KeepRule::coverage, g.scoring_queries(), last_queries, scratch.masses, stream);
   if (error != cudaSuccess) return error;
-  const Params p{.rules = args.rules,
+  const Params p{.options = args.options,
                  .q = {args.q.data, args.q.batch_stride, args.q.head_stride, args.q.token_stride},
                  .pooled_q = args.pooled_q,
                  .pooled_k = args.pooled_own,

@@ -40,7 +40,7 @@ template <int most>
 constexpr int sharers = warps * 16 / most;
 
 struct Params {
-  HeadRules rules;
+  OptionsOfHeads options;
   KeepRule keep;
   Tensor q, k;
   int q_heads, group;
@@ -83,8 +83,8 @@ struct Queries {
     for (float& x : s) x = 0;
 #pragma unroll
     for (int i = 0; i < chunks; ++i) {
-      multiply_add<T>(s, low[i].x, high[i].x, low[i].y, high[i].y, k[i].x, k[i].y);
-      multiply_add<T>(s, low[i].z, high[i].z, low[i].w, high[i].w, k[i].z, k[i].w);
+      mma<T>(s, low[i].x, high[i].x, low[i].y, high[i].y, k[i].x, k[i].y);
+      mma<T>(s, low[i].z, high[i].z, low[i].w, high[i].w, k[i].z, k[i].w);
     }
   }
 
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__
   const std::int64_t head = blockIdx.y;  // of all batch entries
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  if (p.rules.of(head).keep != p.keep) return;
+  if (p.options.of(head).keep != p.keep) return;
   const int batch = static_cast<int>(head / p.q_heads);
   const int q_head = static_cast<int>(head % p.q_heads);
   const Share<most> share;
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(most) merge_parts(const __grid_constant__ Para
   const int count = p.units * sharers<most>;
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  if (p.rules.of(head).keep != p.keep) return;
+  if (p.options.of(head).keep != p.keep) return;
   const float2* parts = p.parts + head * count * most + place;
   Statistics total;
 #pragma unroll 8
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
   const std::int64_t head = blockIdx.y;
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  if (p.rules.of(head).keep != p.keep) return;
+  if (p.options.of(head).keep != p.keep) return;
   const int batch = static_cast<int>(head / p.q_heads);
   const int q_head = static_cast<int>(head % p.q_heads);
   const Share<most> share;
@@ -289,7 +289,7 @@ cudaError_t find_masses(const ScoreArgs& args, KeepRule keep, std::int64_t queri
                         const Masses& masses, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const auto tensor = [](const ConstView& v) { return Tensor{v.data, v.batch_stride, v.head_stride, v.token_stride}; };
-  const Params p{.rules = args.rules,
+  const Params p{.options = args.options,
                  .keep = keep,
                  .q = tensor(args.q),
                  .k = tensor(args.k),

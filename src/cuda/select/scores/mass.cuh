@@ -8,6 +8,7 @@
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
 #include "cuda/sm90/ring.cuh"
+#include "cuda/sm90/swizzled_tile.cuh"
 #include "cuda/sm90/tensor.cuh"
 
 namespace pbsattn::cuda::mass {

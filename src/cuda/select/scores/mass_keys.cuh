@@ -21,8 +21,8 @@ static_assert(key_groups * group_queries == tile_queries);
 
 template <int head_dim>
 struct KeyShared {
-  alignas(1024) unsigned char q[tile_queries / tile_tokens][Tile<head_dim>::bytes];
-  alignas(1024) unsigned char k[key_stages][Tile<head_dim>::bytes];
+  alignas(1024) unsigned char q[tile_queries / tile_tokens][SwizzledTile<head_dim>::bytes];
+  alignas(1024) unsigned char k[key_stages][SwizzledTile<head_dim>::bytes];
   Barrier q_full, full[key_stages], free[key_stages];
 
   __device__ void init() {
@@ -174,7 +174,7 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
     if (step < permuted) {
       start_product<T, head_dim>(s, queries, first_query, shared.k[stage.at]);
       turns.pass();
-      sm90::wait<0>();
+      sm90::wgmma_wait<0>();
       sm90::pin(s);
       release(stage.at);
       float log_sum[2];
@@ -200,7 +200,7 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
     shared.full[stage.at].wait(stage.parity);
     if (item.group_of_own(step) == group) {
       start_product<T, head_dim>(s, queries, first_query, shared.k[stage.at]);
-      sm90::wait<0>();
+      sm90::wgmma_wait<0>();
       sm90::pin(s);
       release(stage.at);
 #pragma unroll

@@ -131,23 +131,22 @@ __device__ void consume(const Params& p, const Item& item, Shared& shared) {
     unsigned previous = 0;
     for (int step = 0; step < steps; ++step, stage.next()) {
       shared.full[stage.at].wait(stage.parity);
-      sm90::start();
+      sm90::wgmma_fence();
       const std::uint64_t a = sm90::operand(shared.q[stage.at] + first_line * panel_bytes);
       const std::uint64_t b = sm90::operand(shared.k[stage.at]);
 #pragma unroll
       for (int k16 = 0; k16 < panel / 16; ++k16) {
-        sm90::multiply<T>(low, sm90::advance(a, k16 * 32), sm90::advance(b, k16 * 32), step + k16 > 0);
-        sm90::multiply<T>(high, sm90::advance(a, 64 * panel_bytes + k16 * 32), sm90::advance(b, k16 * 32),
-                          step + k16 > 0);
+        sm90::wgmma<T>(low, sm90::advance(a, k16 * 32), sm90::advance(b, k16 * 32), step + k16 > 0);
+        sm90::wgmma<T>(high, sm90::advance(a, 64 * panel_bytes + k16 * 32), sm90::advance(b, k16 * 32), step + k16 > 0);
       }
-      sm90::commit();
+      sm90::wgmma_commit();
       if (step > 0) {
-        sm90::wait<1>();
+        sm90::wgmma_wait<1>();
         if (lane == 0) shared.free[previous].arrive();
       }
       previous = stage.at;
     }
-    sm90::wait<0>();
+    sm90::wgmma_wait<0>();
     sm90::pin(low);
     sm90::pin(high);
     if (lane == 0) shared.free[previous].arrive();

@@ -23,6 +23,7 @@
 #include "cuda/select/scores/scores.h"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/tensor.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/sm90/turns.cuh"
@@ -65,22 +66,11 @@ struct Maps {
 
 constexpr int max_own_blocks = max_segment / block_tokens;
 
-// A place in a ring of n buffers and the parity of its turn, in one register.
-template <int n>
-struct Turn {
-  static_assert((n & (n - 1)) == 0);
-  unsigned count = 0;
-
-  __device__ unsigned at() const { return count % n; }
-  __device__ unsigned parity() const { return count / n % 2; }
-  __device__ void next() { ++count; }
-};
-
 template <int head_dim>
 struct Shared {
   static constexpr int stages = head_dim == 128 ? 2 : 4;
-  alignas(1024) unsigned char q[slots][rows_of_item][Tile<head_dim>::bytes];
-  alignas(1024) unsigned char k[stages][Tile<head_dim>::bytes];
+  alignas(1024) unsigned char q[slots][rows_of_item][SwizzledTile<head_dim>::bytes];
+  alignas(1024) unsigned char k[stages][SwizzledTile<head_dim>::bytes];
   LogSum log_sums[slots][rows_of_item][tile_tokens];
   float shifts[slots][rows_of_item][tile_tokens];                     // log_sums in one number
   float own[slots][rows_of_item][groups_of_row * 4][max_own_blocks];  // a warp's part of the own segment's scores
@@ -120,8 +110,8 @@ __device__ inline int2 queries_of(const Params& p, int block) {
 
 template <int head_dim>
 __device__ void produce(const Params& p, const Maps& maps, Shared<head_dim>& shared) {
-  Turn<slots> slot;
-  Turn<Shared<head_dim>::stages> stage;
+  CountedRing<slots> slot;
+  CountedRing<Shared<head_dim>::stages> stage;
   for (int index = blockIdx.x; index < p.items(); index += gridDim.x, slot.next()) {
     const Item item(p, index);
     const int batch = item.head / p.q_heads;
@@ -149,8 +139,8 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
   const int row_of_item = group / groups_of_row;
   const int first_of_half = group % groups_of_row * half;
   const int first_of_warp = first_of_half + warp * 16;
-  Turn<slots> slot;
-  Turn<Shared<head_dim>::stages> stage;
+  CountedRing<slots> slot;
+  CountedRing<Shared<head_dim>::stages> stage;
   float s[64];
   const Turns<consumers> turns(group);
   // Goes through the `tiles` tiles of keys that the row sees, and passes over the item's others. start(keys) starts a
@@ -162,7 +152,7 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
       if (tile < tiles) {
         start(shared.k[stage.at()]);
         turns.pass();
-        sm90::wait<0>();
+        sm90::wgmma_wait<0>();
         sm90::pin(s);
         if (lane == 0) shared.k_free[stage.at()].arrive();
         use(tile);

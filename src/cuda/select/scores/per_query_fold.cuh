@@ -4,6 +4,7 @@
 #include "cuda/select/scores/exp.cuh"
 #include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/mma.cuh"
+#include "cuda/sm90/swizzled_tile.cuh"
 
 namespace pbsattn::cuda {
 
@@ -105,8 +106,8 @@ __device__ inline void multiply_own(float (&d)[4], const unsigned char* queries,
 #pragma unroll
   for (int k16 = 0; k16 < head_dim / 16; ++k16) {
     std::uint32_t a[4];
-    sm90::load_matrices(a, queries + Tile<head_dim>::offset(first_query + lane % 16, k16 * 2 + lane / 16));
-    multiply_add<T>(d, a[0], a[1], a[2], a[3], b[k16][0], b[k16][1]);
+    sm90::load_matrices(a, queries + SwizzledTile<head_dim>::offset(first_query + lane % 16, k16 * 2 + lane / 16));
+    mma<T>(d, a[0], a[1], a[2], a[3], b[k16][0], b[k16][1]);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i)

@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "core/geometry.h"
-#include "cuda/select/rule.h"
+#include "cuda/select/head_options.h"
 
 namespace pbsattn::cuda {
 
@@ -30,7 +30,7 @@ struct ScoreArgs {
   BlockScore score = BlockScore::per_query;
   float scale = 0;
   std::int64_t dense_last_rows = 0;  // in every head
-  HeadRules rules = {};              // of score_vertical_slash and score_flexible
+  OptionsOfHeads options = {};       // of score_vertical_slash and score_flexible
   const void* pooled_q = nullptr;    // as in SelectArgs, like all that follow
   const void* pooled_k = nullptr;
   const void* pooled_own = nullptr;

@@ -28,7 +28,7 @@ struct Marks {
 };
 
 struct Params {
-  HeadRules rules;
+  OptionsOfHeads options;
   const float *columns, *distances;
   std::uint64_t* cuts;  // [head][2]: keys of columns and diagonals from where they are kept
   Marks* marks;         // [head][blocks]
@@ -36,7 +36,7 @@ struct Params {
   std::int64_t kv_len, q_offset, first_row, blocks, causal_blocks;
   int blocks_per_segment;
 
-  __device__ bool takes(std::int64_t head) const { return rules.of(head).keep == KeepRule::vertical_slash; }
+  __device__ bool takes(std::int64_t head) const { return options.of(head).keep == KeepRule::vertical_slash; }
   __device__ float column(std::int64_t head, std::int64_t i) const {
     return i < least_columns ? INFINITY : columns[head * kv_len + i];
   }
@@ -50,9 +50,9 @@ __global__ void __launch_bounds__(cut_threads) cut_masses(const __grid_constant_
   let_next_kernel_start();
   wait_for_earlier_kernels();
   if (!p.takes(head)) return;
-  const Rule& rule = p.rules.of(head);
+  const HeadOptions& options = p.options.of(head);
   const bool columns = blockIdx.x == 0;
-  const int count = columns ? max(rule.vertical, least_columns) : max(rule.slash, least_diagonals);
+  const int count = columns ? max(options.vertical, least_columns) : max(options.slash, least_diagonals);
   const Cut cut = cut_within<Measure::number>(count, static_cast<int>(p.kv_len), [&](std::int64_t i) {
     return columns ? p.column(head, i) : p.distance(head, i);
   });
@@ -132,7 +132,7 @@ cudaError_t score_vertical_slash(const ScoreArgs& args, cudaStream_t stream) {
   const Scratch scratch(g, static_cast<std::byte*>(args.scratch));
   cudaError_t error = find_masses(args, KeepRule::vertical_slash, std::min<std::int64_t>(last_queries, g.shape.q_len),
                                   last_queries, scratch.masses, stream);
-  const Params p{.rules = args.rules,
+  const Params p{.options = args.options,
                  .columns = scratch.masses.columns,
                  .distances = scratch.masses.distances,
                  .cuts = scratch.cuts,

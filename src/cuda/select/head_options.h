@@ -12,7 +12,7 @@
 
 namespace pbsattn::cuda {
 
-struct Rule {
+struct HeadOptions {
   KeepRule keep;  // `all` where the rule's numbers keep every block
   float top_p, threshold, floor_top_p, density, tau;
   int top_k, vertical, slash, min_budget;
@@ -26,7 +26,7 @@ struct Rule {
   }
 #endif
 };
-inline Rule rule_of(const Options& options) {
+inline HeadOptions head_options_of(const Options& options) {
   return {.keep = keeps_every_block(options) ? KeepRule::all : options.keep,
           .top_p = options.top_p,
           .threshold = options.threshold,
@@ -45,13 +45,13 @@ inline Rule rule_of(const Options& options) {
 }
 
 // The rules of a pass's heads, [batch][q_head]; batch entries share them.
-struct HeadRules {
-  Rule all;                    // of all heads,
-  const Rule* each = nullptr;  // or, where not null, of each query head
+struct OptionsOfHeads {
+  HeadOptions all;                    // of all heads,
+  const HeadOptions* each = nullptr;  // or, where not null, of each query head
   int q_heads = 1;
 
 #ifdef __CUDACC__
-  __device__ const Rule& of(std::int64_t head) const {
+  __device__ const HeadOptions& of(std::int64_t head) const {
     return each == nullptr ? all : each[head % q_heads];
   }
 #endif
@@ -59,6 +59,6 @@ struct HeadRules {
 
 // Writes the rules of heads to device memory, from parameters of launches: nothing is read from the host later, so a
 // captured graph has its own copy.
-cudaError_t write_rules(std::span<const Options> heads, Rule* to, cudaStream_t stream);
+cudaError_t write_head_options(std::span<const Options> heads, HeadOptions* to, cudaStream_t stream);
 
 }  // namespace pbsattn::cuda

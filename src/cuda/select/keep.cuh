@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/select/rule.h"
+#include "cuda/select/head_options.h"
 #include "cuda/sm90/lanes.cuh"
 
 namespace pbsattn::cuda {
@@ -149,25 +149,25 @@ __device__ inline Threshold find_top_p(float target, const float* weights, Weigh
 }
 
 // How many a rule that counts keeps of blocks 0 .. own_begin-1: core/keep_rule.h's kept_count().
-__device__ inline int kept_count(const Rule& rule, int own_begin, int diagonal) {
-  if (rule.keep == KeepRule::top_k) return min(rule.top_k, own_begin);
-  const int wanted = static_cast<int>(ceilf(rule.density * static_cast<float>(diagonal + 1)));
+__device__ inline int kept_count(const HeadOptions& options, int own_begin, int diagonal) {
+  if (options.keep == KeepRule::top_k) return min(options.top_k, own_begin);
+  const int wanted = static_cast<int>(ceilf(options.density * static_cast<float>(diagonal + 1)));
   return min(max(wanted - (diagonal + 1 - own_begin), 0), own_begin);
 }
 
 // What the keep rule takes of a row's weights, and may change those that are kept in any case.
-__device__ inline Threshold find_threshold(const Rule& rule, float* weights, Weights all, int own_begin, int diagonal,
-                                           int sink, int lane) {
+__device__ inline Threshold find_threshold(const HeadOptions& options, float* weights, Weights all, int own_begin,
+                                           int diagonal, int sink, int lane) {
   const auto at_least = [](float weight) { return Threshold{__float_as_uint(weight), ~0U, 0}; };
-  if (rule.keep == KeepRule::none) return keep_none();
-  if (rule.keep == KeepRule::vertical_slash || rule.keep == KeepRule::coverage)
+  if (options.keep == KeepRule::none) return keep_none();
+  if (options.keep == KeepRule::vertical_slash || options.keep == KeepRule::coverage)
     return at_least(1);  // of what it marked
-  if (!all.valid) return rule.keep_all_if_short ? keep_all() : keep_none();
-  switch (rule.keep) {
+  if (!all.valid) return options.keep_all_if_short ? keep_all() : keep_none();
+  switch (options.keep) {
     case KeepRule::all: return keep_all();
     case KeepRule::top_p: {
-      float target = rule.top_p * all.total;
-      if (rule.kept_first) {
+      float target = options.top_p * all.total;
+      if (options.kept_first) {
         const float counted = all.total - all.sum + weights[sink];
         if (counted >= target) return keep_none();
         target -= counted;
@@ -181,16 +181,16 @@ __device__ inline Threshold find_threshold(const Rule& rule, float* weights, Wei
       return find_top_p(target, weights, all, all.competing, lane);
     }
     case KeepRule::threshold: {
-      const Threshold absolute = at_least(rule.threshold * all.total);
-      if (rule.floor_top_p == 0) return absolute;
-      Threshold both = find_top_p(rule.floor_top_p * all.total, weights, all, own_begin, lane);
+      const Threshold absolute = at_least(options.threshold * all.total);
+      if (options.floor_top_p == 0) return absolute;
+      Threshold both = find_top_p(options.floor_top_p * all.total, weights, all, own_begin, lane);
       both.above = min(both.above, absolute.above);
       return both;
     }
-    case KeepRule::relative: return at_least(rule.threshold * all.largest);
+    case KeepRule::relative: return at_least(options.threshold * all.largest);
     case KeepRule::top_k:
     case KeepRule::density: {
-      const int kept = kept_count(rule, own_begin, diagonal);
+      const int kept = kept_count(options, own_begin, diagonal);
       if (kept == 0) return keep_none();
       return find_highest<true>(weights, static_cast<float>(kept), 0.0F, all.largest, own_begin, lane);
     }
@@ -219,8 +219,8 @@ struct Taker {
 
 // Writes the row's list, ascending, and returns its length: what either taker takes (two: there is a second one), and
 // what is always kept.
-__device__ inline int write_list(const Rule& rule, Taker first, Taker second, bool two, int own_begin, int diagonal,
-                                 int sink, std::int32_t* list, int lane) {
+__device__ inline int write_list(const HeadOptions& options, Taker first, Taker second, bool two, int own_begin,
+                                 int diagonal, int sink, std::int32_t* list, int lane) {
   const unsigned lanes_below = (1U << lane) - 1;
   int length = 0;
   for (int begin = 0; begin <= diagonal; begin += 32) {
@@ -228,7 +228,8 @@ __device__ inline int write_list(const Rule& rule, Taker first, Taker second, bo
     const bool scored = block < own_begin;
     bool kept = first.takes(block, scored, lanes_below);
     if (two) kept |= second.takes(block, scored, lanes_below);
-    kept |= block == sink || block < rule.sink_blocks || block >= own_begin || block > diagonal - rule.local_blocks;
+    kept |=
+        block == sink || block < options.sink_blocks || block >= own_begin || block > diagonal - options.local_blocks;
     kept &= block <= diagonal;
     const unsigned kept_lanes = __ballot_sync(~0U, kept);
     if (kept) list[length + __popc(kept_lanes & lanes_below)] = block;

@@ -1,4 +1,4 @@
-#include "cuda/select/rule.h"
+#include "cuda/select/head_options.h"
 
 #include <algorithm>
 
@@ -9,26 +9,27 @@ namespace {
 
 struct Params {
   static constexpr int most = 48;  // a launch's parameters are 4 KB at most
-  Rule rules[most];
+  HeadOptions options[most];
   int count;
-  Rule* to;
+  HeadOptions* to;
 };
 static_assert(sizeof(Params) <= 4096);
 
-__global__ void __launch_bounds__(Params::most) copy_rules(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(Params::most) copy_head_options(const __grid_constant__ Params p) {
   const int i = static_cast<int>(threadIdx.x);
-  if (i < p.count) p.to[i] = p.rules[i];
+  if (i < p.count) p.to[i] = p.options[i];
 }
 
 }  // namespace
 
-cudaError_t write_rules(std::span<const Options> heads, Rule* to, cudaStream_t stream) {
+cudaError_t write_head_options(std::span<const Options> heads, HeadOptions* to, cudaStream_t stream) {
   for (std::size_t first = 0; first < heads.size(); first += Params::most) {
-    Params p{.rules = {},
+    Params p{.options = {},
              .count = static_cast<int>(std::min<std::size_t>(heads.size() - first, Params::most)),
              .to = to + first};
-    for (int i = 0; i < p.count; ++i) p.rules[i] = rule_of(heads[first + static_cast<std::size_t>(i)]);
-    const cudaError_t error = launch(copy_rules, dim3(1), Params::most, 0, stream, Start::after_earlier_kernels, p);
+    for (int i = 0; i < p.count; ++i) p.options[i] = head_options_of(heads[first + static_cast<std::size_t>(i)]);
+    const cudaError_t error =
+        launch(copy_head_options, dim3(1), Params::most, 0, stream, Start::after_earlier_kernels, p);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
