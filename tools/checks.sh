@@ -44,7 +44,7 @@ sanitize_python() {
   local python preload=() library
   setup
   python=$(tools/venv.py tests)
-  install_package "$python" build/python-sanitized/site --no-build-isolation \
+  install_python "$python" build/python-sanitized/site --no-build-isolation \
     -C 'build-dir=build/python-sanitized/{wheel_tag}' -C cmake.build-type=RelWithDebInfo \
     -C 'cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1' \
     -C cmake.define.PBSATTN_CUDA=OFF -C cmake.define.PBSATTN_SANITIZE=address,undefined

@@ -19,15 +19,15 @@ import pip_resume
 
 def _load_program():
     """The package's module of that name by its path: the package itself needs PyTorch, the tools don't."""
-    path = pathlib.Path(__file__).parent.parent / "integrations/python/pbsattn/_program.py"
-    spec = importlib.util.spec_from_file_location("_program", path)
+    path = pathlib.Path(__file__).parent.parent / "integrations/python/pbsattn/program.py"
+    spec = importlib.util.spec_from_file_location("program", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-_program = _load_program()
-write_whole = _program.write_whole
+program = _load_program()
+write_whole = program.write_whole
 
 
 class Failure(Exception):
@@ -49,7 +49,7 @@ def run_main(main):
                 advice = "set XDG_CACHE_HOME to a folder that you may write to, and run it again"
             raise Failure(f"{error.strerror}: {error.filename or 'disk or standard output'}; {advice}") from None
 
-    _program.run(sys.argv[0], guarded, Failure, interrupted="interrupted; run it again to go on")
+    program.run(sys.argv[0], guarded, Failure, interrupted="interrupted; run it again to go on")
 
 
 def run_child(command, **options):

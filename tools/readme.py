@@ -112,7 +112,7 @@ def summary_table(records):
 
 
 def models_table(records):
-    """One Markdown table for each model and text that `python -m pbsattn.bench prefill` measured."""
+    """One Markdown table for each model and text that `python -m pbsattn_eval bench prefill` measured."""
     parts = []
     for source in dict.fromkeys((r["params"]["model"], r["params"]["text"], r["commit"]) for r in records):
         rows = [r for r in records if (r["params"]["model"], r["params"]["text"], r["commit"]) == source]
@@ -171,13 +171,13 @@ def stamp(record):
 
 
 def op_table(records):
-    """What `python -m pbsattn.bench op` and `overhead` measured: a table for each, and each machine."""
+    """What `python -m pbsattn_eval bench op` and `overhead` measured: a table for each, and each machine."""
     parts = []
     times = [r for r in records if r["suite"] == "op"]
     for where in dict.fromkeys(map(stamp, times)):
         rows = [r for r in times if stamp(r) == where]
         base = rows[0]["case"]
-        parts.append(f"`python -m pbsattn.bench op` on {where}; medians of {rows[0]['runs']} runs, "
+        parts.append(f"`python -m pbsattn_eval bench op` on {where}; medians of {rows[0]['runs']} runs, "
                      f"{rows[0]['params']['heads']} heads, {rows[0]['params']['dtype']}:\n\n"
                      f"| tokens | head_dim | attention | time | against `{base}` | density | error of the last rows |\n"
                      "| --- | --- | --- | --- | --- | --- | --- |")
@@ -191,7 +191,7 @@ def op_table(records):
         rows = [r for r in calls if stamp(r) == where]
         value = {(r["case"], r["metric"]): r["value"] for r in rows}
         micro = lambda *key: f"{value[key] * 1e6:.1f} us" if key in value else ""
-        parts.append(f"`python -m pbsattn.bench overhead` on {where}; medians of {max(r['runs'] for r in rows)} runs of 50 calls:\n\n"
+        parts.append(f"`python -m pbsattn_eval bench overhead` on {where}; medians of {max(r['runs'] for r in rows)} runs of 50 calls:\n\n"
                      "| attention | first call | a call on the host | of it the library | path through Python |\n"
                      "| --- | --- | --- | --- | --- |")
         for case in dict.fromkeys(r["case"] for r in rows):
@@ -240,9 +240,9 @@ def main():
     parser.add_argument("--results", type=pathlib.Path, nargs="+", help="files that ./dev bench wrote with --json")
     parser.add_argument("--summary", type=pathlib.Path, nargs="+", help="every file of results, for the first page's table (README.md: all of results)")
     parser.add_argument("--models", type=pathlib.Path, nargs="+",
-                        help="files that python -m pbsattn.bench prefill wrote with --json, on a GPU")
+                        help="files that python -m pbsattn_eval bench prefill wrote with --json, on a GPU")
     parser.add_argument("--op", type=pathlib.Path, nargs="+",
-                        help="files that python -m pbsattn.bench op and overhead wrote with --json")
+                        help="files that python -m pbsattn_eval bench op and overhead wrote with --json")
     parser.add_argument("--lists", type=pathlib.Path, nargs="+", help="files that ./dev bench lists wrote with --json")
     parser.add_argument("--page", type=pathlib.Path, default=README, help="the page to change, README.md if not given")
     parser.add_argument("--all", action="store_true", help="every measurement, not only the largest length's")

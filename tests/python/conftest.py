@@ -1,6 +1,8 @@
 """What the Python tests share. Every test of an op runs on the CPU, and where there is a GPU that pbsattn takes, on it."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,3 +83,13 @@ def sdpa_error(q, k, v, truth):
     """The error of PyTorch's own attention at the inputs' precision."""
     causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     return error(F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True), truth)
+
+
+def python(*arguments, without=None, folder=None, **options):
+    """Runs Python in a process of its own, where the module `without` can't be imported."""
+    environment = dict(os.environ)
+    if without:
+        (folder / "sitecustomize.py").write_text(f"import sys; sys.modules[{without!r}] = None\n")
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300, **options}
+    return subprocess.run([sys.executable, *map(str, arguments)], text=True, env={**environment, **options.pop("env", {})}, **options)

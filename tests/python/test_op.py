@@ -7,7 +7,6 @@ import torch
 from conftest import FORCED_BF16, dense, error, f32_tolerance, qkv, sdpa_error
 
 import pbsattn
-from pbsattn import _core, _op, _plan
 
 OP = torch.ops.pbsattn.attention.default
 
@@ -193,10 +192,7 @@ def test_every_method_is_the_references(device, method):
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     options = dict(top_p=0.5, threshold=0.9 if method == "flashprefill" else 0.1, dense_last_rows=0, sink_blocks=0,
                    local_blocks=1, vertical=10, slash=60, min_budget=1, fallback="never")
-    reference = _core.Plan(_core.options(method, **options), "reference", 0, 1, (1, 2, 1, 300, 1300, 64))
-    truth = torch.empty_like(q, device="cpu")
-    ran = _plan.run(reference, q.cpu(), k.cpu(), v.cpu(), truth, None, torch.empty(0, dtype=torch.uint8), "bhsd", trace=True)
-    decided = _op.trace_of(ran, 1, 2)
+    truth, decided = pbsattn.trace(q.cpu(), k.cpu(), v.cpu(), method=method, reference=True, **options)
     out, trace = pbsattn.trace(q, k, v, method=method, **options)
     assert torch.equal(trace.kept, decided.kept)
     assert trace.stats.density == decided.stats.density
@@ -213,6 +209,30 @@ def test_every_method_by_name(device, method):
     named = ("permutation", "order_scope", "score", "keep", "correction", "rules", "precision", "fallback")
     assert all(isinstance(options[name], str) for name in named)
     assert pbsattn.plan(method=method, **shape, **options).options == options
+
+
+def test_bound_tensors(device):
+    q, k, v = qkv(device, 600)
+    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=600, kv_len=600, head_dim=64, device=device)
+    out, workspace = torch.empty_like(q), torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
+    again = plan.bind(q, k, v, out, workspace)
+    for _ in range(2):
+        q.copy_(torch.randn_like(q))
+        assert again() is None
+        assert torch.equal(out, pbsattn.attention(q, k, v))
+    with pytest.raises(ValueError, match="plan's shape"):
+        plan.bind(q[:, :, :10], k, v, out[:, :, :10], workspace)
+    with pytest.raises(ValueError, match="k: lazily negated"):
+        plan.bind(q, torch._neg_view(k), v, out, workspace)
+
+
+def test_options_and_processor():
+    options = pbsattn.options("pbs", top_p=0.5, segment=None)
+    assert options["top_p"] == 0.5 and options["segment"] == 256 and options["keep"] == "top_p"
+    with pytest.raises(TypeError, match="no such option"):
+        pbsattn.options("pbs", topp=0.5)
+    cpu = pbsattn.describe_cpu()
+    assert cpu.processor and cpu.threads >= 1 and {cpu.f32_path, cpu.bf16_path} <= set(cpu.paths)
 
 
 def test_workspace_cap(device):

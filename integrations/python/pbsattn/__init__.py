@@ -6,27 +6,27 @@
     import pbsattn.transformers
     pbsattn.transformers.enable(model)                             # prefill of a transformers model
 
-`python -m pbsattn` shows the devices and methods of this installation, `python -m pbsattn.bench` measures time,
-`python -m pbsattn eval` quality.
+`python -m pbsattn` shows the devices and methods of this installation. Evaluations and benchmarks are a distribution of their own,
+pbsattn_eval.
 Source of the method: "Sparser Block-Sparse Attention via Token Permutation", arXiv 2510.21270.
 """
 
 import sys as _sys
 
-from . import _program
+from . import program
 
 # First of all, and before our own module: another copy of the C++ library that it may bring must not be the process's first.
 try:
     import torch as _torch  # noqa: F401
 except ImportError as _error:
-    _message = f"pbsattn: {_program.missing(_error)}"
+    _message = f"pbsattn: {program.missing(_error)}"
     if _sys.argv[:1] == ["-m"] and any(word.partition(".")[0] == __name__ for word in _sys.orig_argv):
         _sys.exit(_message)  # python -m pbsattn: a line for people, no traceback
     raise ImportError(_message, name=_error.name) from None
 
 from ._core import Stats, version as _version
 from ._op import Trace, attention, trace
-from ._plan import METHODS, Plan, plan
+from ._plan import METHODS, Plan, describe_cpu, options, plan
 
 __version__ = _version()
-__all__ = ["METHODS", "Plan", "Stats", "Trace", "attention", "plan", "trace"]
+__all__ = ["METHODS", "Plan", "Stats", "Trace", "attention", "describe_cpu", "options", "plan", "trace"]

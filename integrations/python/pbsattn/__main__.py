@@ -1,16 +1,15 @@
-"""python -m pbsattn: what this installation computes on, and the methods it knows. python -m pbsattn eval: evaluations;
-python -m pbsattn report: a page of theirs."""
+"""python -m pbsattn: what this installation computes on, and the methods it knows."""
 
 import sys
 
 import torch
 
-from . import METHODS, __version__, _core, _program, plan
+from . import METHODS, __version__, _core, describe_cpu, plan, program
 
 
 def _devices():
     """Name, hardware, and what it takes, of every device."""
-    cpu = _core.describe_cpu()
+    cpu = describe_cpu()
     yield "cpu", f"{cpu.processor}, {cpu.threads} thread(s)", f"f32 by {cpu.f32_path}, bf16 by {cpu.bf16_path}"
     if not _core.has_cuda:
         yield "cuda", "-", "this build has no CUDA backend; install pbsattn where nvcc is"
@@ -41,16 +40,22 @@ def _list():
 
 
 def main(arguments):
-    command, *rest = arguments or [""]
+    """Returns the exit status, or a line that tells what is wrong."""
+    command = arguments[0] if arguments else ""
     if command == "":
         return _list()
-    if command in ("eval", "report"):
-        with _program.needs("pbsattn eval"):
-            from .eval import program
+    if command in ("eval", "report", "bench"):  # commands of ours until 0.2
+        return moved(command)
+    return f'pbsattn: command "{command}": no such command; without one it lists the devices and methods'
 
-        return program.run_main(rest if command == "eval" else ["report", *rest])
-    return f'pbsattn: command "{command}": no such command; there are eval and report, and without a command the devices and methods'
+
+def moved(command):
+    """Names the new command in place of an old one. Returns 2, the exit status."""
+    new = "python -m pbsattn_eval" + ("" if command == "eval" else f" {command}")
+    print(f'pbsattn: command "{command}": it is {new} now; in the source tree, pip install ./integrations/python/pbsattn_eval '
+          "brings it", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    _program.run("pbsattn", lambda: main(sys.argv[1:]), NotImplementedError, RuntimeError)
+    program.run("pbsattn", lambda: main(sys.argv[1:]), NotImplementedError, RuntimeError)

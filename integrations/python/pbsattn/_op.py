@@ -8,7 +8,7 @@ import threading
 import torch
 
 from . import _core
-from ._plan import check_inputs, check_tensor, head_options, plan_of, refuse_gradient, run
+from ._plan import check_inputs, check_tensor, head_options, plan_of, refuse_gradient, run, run_reference
 
 _library = torch.library.Library("pbsattn", "DEF")
 # `settings` are the options that replace the method's own, written as "name=value,name=value": a schema can't be added to
@@ -183,17 +183,25 @@ class Trace:
 
 
 def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", heads: dict | str | None = None,
-          layout: str = "bhsd", **options: float | int | str | None) -> tuple[torch.Tensor, Trace]:
-    """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`."""
+          layout: str = "bhsd", reference: bool = False, **options: float | int | str | None) -> tuple[torch.Tensor, Trace]:
+    """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`.
+
+    reference: computed by the definition, naive loops in double precision on one thread, which takes tensors on the CPU alone.
+    Raises what `attention` does.
+    """
     check_inputs(q, k, v, layout)
     refuse_gradient("pbsattn.trace", q, k, v)
-    out, _, ran = _compute(q, k, v, method, _write_settings(options), _write_heads(heads), layout, False, True, trace=True)
-    return out, trace_of(ran, q.shape[0], q.shape[1 if layout == "bhsd" else 2])
+    batch, q_heads = q.shape[0], q.shape[1 if layout == "bhsd" else 2]
+    heads = _write_heads(heads)
+    if reference:
+        out, stats, raw = run_reference(head_options(method, options, _read_heads(heads), q_heads), q, k, v, layout)
+    else:
+        out, _, (stats, raw) = _compute(q, k, v, method, _write_settings(options), heads, layout, False, True, trace=True)
+    return out, _trace_of(stats, raw, batch, q_heads)
 
 
-def trace_of(ran, batch, heads):
-    """The Trace of what run(..., trace=True) gave."""
-    stats, raw = ran
+def _trace_of(stats, raw, batch, heads):
+    """The library's trace as tensors."""
     starts, blocks = torch.from_numpy(raw.row_start), torch.from_numpy(raw.block).long()
     rows = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
     kept = torch.zeros(batch * heads * raw.rows, raw.blocks, dtype=torch.bool)

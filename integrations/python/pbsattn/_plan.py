@@ -49,6 +49,13 @@ def check_stride(name, tensor, stride):
         raise ValueError(f"{name}: its last dimension has stride {stride[3]}, not 1; call {name}.contiguous()")
 
 
+def refuse_negated(**tensors):
+    """Raises if a tensor's memory isn't what it says. None is no tensor."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_neg():
+            raise ValueError(f"{name}: lazily negated, so its memory holds the other sign; pass a tensor of its own")
+
+
 def check_inputs(q, k, v, layout):
     """Raises what is wrong with the tensors of a call; the rest is the plan's to check."""
     check_layout(layout)
@@ -80,6 +87,19 @@ def refuse_gradient(who, q, k, v):
 def _dual_level():
     """That of forward-mode differentiation, below 0 outside of it."""
     return getattr(torch.autograd.forward_ad, "_current_level", -1)
+
+
+def options(method: str = "pbs", **overrides) -> dict:
+    """Every option of a method with its value: {"top_p": 0.9, "keep": "top_p", ...}; enumerators are names.
+
+    overrides: options of `attention` that replace the method's own, where not None. Raises TypeError or ValueError.
+    """
+    return _core.options(method, **overrides).as_dict()
+
+
+def describe_cpu() -> _core.DeviceInfo:
+    """The processor: its name, threads, the code paths that it can run, and the ones chosen for float32 and bfloat16."""
+    return _core.describe_cpu()
 
 
 def head_options(method, options, heads, q_heads):
@@ -132,15 +152,33 @@ def run(plan, q, k, v, out, lse, workspace, layout, stats=False, trace=False):
     """Runs a plan on tensors that go with it. Returns Stats or None, with `trace` Stats and Trace."""
     if q.is_neg() or k.is_neg() or v.is_neg():  # as .imag of a conjugate is: memory holds the other sign
         q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
+    given = _addresses(q, k, v, out, lse, workspace, layout)
+    return plan.trace(*given) if trace else plan.run(*given, stats)
+
+
+def _addresses(q, k, v, out, lse, workspace, layout):
+    """Tensors as a plan's run and trace take them."""
     q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
     if q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1:
         for name, tensor, stride in (("q", q, q_stride), ("k", k, k_stride), ("v", v, v_stride)):
             check_stride(name, tensor, stride)
     index = q.get_device()
-    given = (_view(q, q_stride, layout), _view(k, k_stride, layout), _view(v, v_stride, layout),
-             _view(out, out.stride(), layout), 0 if lse is None else lse.data_ptr(), workspace.data_ptr(),
-             workspace.nbytes, current_stream(index) if index >= 0 else 0)
-    return plan.trace(*given) if trace else plan.run(*given, stats)
+    return (_view(q, q_stride, layout), _view(k, k_stride, layout), _view(v, v_stride, layout),
+            _view(out, out.stride(), layout), 0 if lse is None else lse.data_ptr(), workspace.data_ptr(),
+            workspace.nbytes, current_stream(index) if index >= 0 else 0)
+
+
+def run_reference(options, q, k, v, layout):
+    """What the definition gives: output, Stats and Trace. q, k, v are on the CPU; options as head_options() makes them."""
+    check_inputs(q, k, v, layout)
+    if q.device.type != "cpu":
+        raise ValueError(f"q on {q.device}: the reference computes on the CPU; move q, k and v there")
+    batch, q_heads, q_len, head_dim = _sizes(q.shape, layout)
+    _, kv_heads, kv_len, _ = _sizes(k.shape, layout)
+    plan = _core.Plan(options[0] if len(options) == 1 else options, "reference", 0, 1,
+                      (batch, q_heads, kv_heads, q_len, kv_len, head_dim))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, *run(plan, q, k, v, out, None, torch.empty(plan.workspace_size, dtype=torch.uint8), layout, trace=True)
 
 
 class Plan:
@@ -172,7 +210,29 @@ class Plan:
         workspace: a uint8 tensor of at least workspace_size bytes on the plan's device. lse: a contiguous float32
         tensor [B, Hq, Sq], or None. layout="bshd" reads all four tensors as [B, S, H, D]. On CUDA the work joins the
         current stream. With stats=True it waits for its work and returns Stats.
+
+        Raises TypeError or ValueError for what is not the plan's, MemoryError for too small a workspace and
+        NotImplementedError where an input wants a gradient.
         """
+        self._check("Plan.run", q, k, v, out, workspace, lse, layout)
+        return run(self._core, q, k, v, out, lse, workspace, layout, stats)
+
+    def bind(self, q, k, v, out, workspace, *, lse=None, layout="bhsd"):
+        """Returns a function that does what `run` does with these tensors, as often as it is called, checking nothing again.
+
+        It keeps them alive. On CUDA its work joins the stream that is current when it is made. Raises what `run` does.
+        """
+        self._check("Plan.bind", q, k, v, out, workspace, lse, layout)
+        refuse_negated(q=q, k=k, v=v)
+        core, given = self._core, _addresses(q, k, v, out, lse, workspace, layout)
+
+        def run_again(_kept=(q, k, v, out, lse, workspace)):
+            core.run(*given, False)
+
+        return run_again
+
+    def _check(self, who, q, k, v, out, workspace, lse, layout):
+        """Raises what is wrong with the tensors of a run."""
         check_inputs(q, k, v, layout)
         check_tensor("out", out)
         check_stride("out", out, out.stride())
@@ -191,11 +251,8 @@ class Plan:
         for name, tensor in (("q", q), ("out", out), ("workspace", workspace), ("lse", lse)):
             if tensor is not None and tensor.device != self.device:
                 raise ValueError(f"{name} on {tensor.device}: the plan is for {self.device}; move it")
-        for name, tensor in (("out", out), ("lse", lse)):
-            if tensor is not None and tensor.is_neg():
-                raise ValueError(f"{name}: lazily negated, so its memory holds the other sign; pass a tensor of its own")
-        refuse_gradient("Plan.run", q, k, v)
-        return run(self._core, q, k, v, out, lse, workspace, layout, stats)
+        refuse_negated(out=out, lse=lse)
+        refuse_gradient(who, q, k, v)
 
 
 def plan(*, batch=1, q_heads, kv_heads, q_len, kv_len, head_dim, device="cpu", method="pbs", workspace_cap=None,

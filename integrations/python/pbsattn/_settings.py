@@ -96,8 +96,8 @@ class Heads:
         return made
 
 
-def read_file(path):
-    """What a JSON file says."""
+def read_settings(path):
+    """What a file of settings by layer and query head says, unchecked. Raises OSError, or ValueError for what is no JSON."""
     with open(path, encoding="utf-8") as file:
         try:
             return json.load(file)
@@ -112,7 +112,7 @@ class Layers:
         self._file = ""
         if isinstance(source, (str, os.PathLike)):
             self._file = f"{os.fspath(source)}: "
-            source = read_file(source)
+            source = read_settings(source)
         self._heads = {layer: [Heads(heads, self._place(layer)) for heads in all_heads]
                        for layer, all_heads in _by_index(source, "layer", self._file).items()}
 

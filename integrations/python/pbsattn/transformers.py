@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import _core
 from ._op import attention
-from ._settings import Layers
+from ._settings import Layers, read_settings
 from ._transformers_fallback import HARMLESS, describe, fall_back, indexer, own, unknown
 from ._transformers_masks import CausalMask, causal_mask
 

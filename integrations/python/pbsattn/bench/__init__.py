@@ -1,1 +1,0 @@
-"""Measurements of the op and of whole models: python -m pbsattn.bench --help."""

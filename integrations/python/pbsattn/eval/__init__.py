@@ -1,1 +1,0 @@
-"""Evaluations of methods on a model: python -m pbsattn eval --help, docs/eval.md."""

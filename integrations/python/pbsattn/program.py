@@ -1,0 +1,99 @@
+"""How commands end, and how they write files: of this package, of pbsattn_eval, and of the tools of the source tree, which take
+this file by its path, so it imports nothing but the standard library."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import signal
+import stat
+import sys
+
+CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of a program that this signal ended
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: whatever cleans up after Ctrl-C cleans up after this."""
+
+
+def _terminate(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
+    raise Terminated
+
+
+def status_of(interrupt):
+    """The exit status that an interrupted command ends with."""
+    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+
+
+def missing(error):
+    """What an ImportError says is not installed, and the way out, in a line."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"needs {package}, which is not installed; pip install {package}"
+    return f"something it needs is missing or too old: {' '.join(str(error).split())}"
+
+
+def guarded(name, main, *failures, interrupted="interrupted"):
+    """Returns the status that main() does, a number, None or a line that tells what went wrong. Exceptions of the types `failures`,
+    something that isn't installed, and an interruption become such a line or a number; a reader that closed the pipe early has
+    what it wanted, so it isn't even told."""
+    try:
+        return main()
+    except SystemExit as end:
+        return end.code
+    except BrokenPipeError:
+        return CLOSED_PIPE
+    except ImportError as error:
+        return f"{name}: {missing(error)}"
+    except (*failures, OSError) as error:
+        return f"{name}: {error}"
+    except KeyboardInterrupt as interrupt:
+        with contextlib.suppress(OSError):
+            print(f"{name}: {interrupted}", file=sys.stderr)
+        return status_of(interrupt)
+
+
+def run(name, main, *failures, interrupted="interrupted"):
+    """Ends the process with the status of guarded(), or of a standard output that can't be written; SIGTERM interrupts main()."""
+    signal.signal(signal.SIGTERM, _terminate)
+    status = guarded(name, main, *failures, interrupted=interrupted)
+    if sys.stdout is None:  # it was closed before Python began, which prints to nowhere then
+        sys.exit(status or f"{name}: standard output: it is closed; let it lead somewhere, and run it again")
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more, and complains
+        if error.errno == errno.EPIPE:
+            status = status or CLOSED_PIPE
+        else:
+            status = status or f"{name}: standard output: {error.strerror}; make room or write elsewhere, and run it again"
+    sys.exit(status)
+
+
+def _is_standard_output(path):
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:  # one of them isn't there
+        return False
+
+
+def write_whole(path, text):
+    """Writes a file that appears whole or not at all. A symbolic link stays, and what it names is written; a pipe or a
+    device, which can't be replaced, is written to as it is."""
+    path = pathlib.Path(path)
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):  # asked of the path as it is: /dev/stdout of a pipe leads to no file
+        path.write_text(text, encoding="utf-8")
+        return
+    path = pathlib.Path(os.path.realpath(path))
+    if _is_standard_output(path):
+        raise OSError(f"{path}: is standard output, which the table goes to; name another file")
+    partial = pathlib.Path(f"{path}.partial-{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

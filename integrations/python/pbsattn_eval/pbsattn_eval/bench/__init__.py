@@ -1,0 +1,1 @@
+"""Measurements of the op and of whole models: python -m pbsattn_eval bench --help."""

@@ -1,0 +1,1 @@
+"""The kinds of evaluations: ../kind.py lists them."""

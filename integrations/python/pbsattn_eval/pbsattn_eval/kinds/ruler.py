@@ -1,0 +1,49 @@
+"""ruler: prompts of RULER's 13 task types, scored as RULER scores them: by what the answer holds."""
+
+from .. import kind
+from . import haystack, scores
+from .prompts import PromptKind, names
+from .ruler_tasks import TASKS
+
+
+class Kind(PromptKind):
+    metrics = (kind.Metric("score", "%", "{:.1f}"),)
+    lengths, least = "16384", 1024
+
+    def add_arguments(self, parser):
+        super().add_arguments(parser)
+        parser.add_argument("--tasks", default=",".join(TASKS), metavar="TASK,...", help=f"of {', '.join(TASKS)} (default all)")
+        parser.add_argument("--samples", type=int, default=10, metavar="N", help="prompts of each task and length (default 10)")
+
+    def check(self, given):
+        super().check(given)
+        if given.samples < 1:
+            raise ValueError(f"--samples {given.samples}: at least 1")
+        names("--tasks", given.tasks, TASKS)
+
+    def items(self, given, engine):
+        made = []
+        for tokens in self.tokens(given):
+            for task in given.tasks.split(","):
+                for sample in range(given.samples):
+                    name = f"{task}-{tokens}-{sample}"
+                    params = dict(task=task, tokens=tokens, sample=sample)
+                    made.append(kind.Item(name, f"{task} {tokens}", params, (given.seed, name)))
+        return made
+
+    def prompt(self, engine, item):
+        """The task's prompt, and its tokens with the beginning of the answer."""
+        task, tokens = item.params["task"], item.params["tokens"]
+        prompt = TASKS[task](haystack.item_random(*item.data), self.filler.take)
+        return prompt, self.fit(engine, prompt.build, tokens, prompt.begun)
+
+    def prepare(self, engine, item, attentions):
+        prompt, ids = self.prompt(engine, item)
+        return prompt, engine.answers(ids, attentions, prompt.answer_tokens)
+
+    def measure(self, engine, item, attention, state):
+        prompt, answers = state
+        answer = kind.answered(answers[attention.name])
+        score = scores.held(answer.text, prompt.expected, prompt.any_will_do)
+        return {"metrics": {"score": 100 * score}, "density": answer.density, "seconds": answer.seconds,
+                "answer": answer.text, "expected": prompt.expected}

@@ -1,0 +1,170 @@
+"""A results page of finished runs: tables between marks of a Markdown file, a plot, and the numbers as JSON."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from pbsattn.program import write_whole
+
+from . import curves, folder, kind, summary
+
+PUBLISHED = "pbs:top_p=0.9"  # what other settings have to beat
+
+
+def write(runs, base):
+    """Puts the tables of every run folder into BASE.md, its curves into BASE-NAME.svg, and all rows into BASE.json.
+
+    A run's place in the page is between <!-- run NAME --> and <!-- /run -->, NAME its folder's; what isn't there yet is added
+    at the end. The rest of the page, which people write, stays as it is.
+    """
+    page = pathlib.Path(f"{base}.md")
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Methods compared\n"
+    rows = []
+    for run in map(pathlib.Path, runs):
+        header = folder.read_header(run)
+        records = list(folder.read_items(run / "items.jsonl"))
+        the_kind = kind.load(header["kind"])
+        made = summary.rows(records, the_kind.metrics, list(header["methods"]))
+        rows += [dict(run=run.name, **row) for row in summary.as_json(made, header)]
+        block = _block(header, records, made, the_kind)
+        if header["kind"] == "ppl" and plot(records, header, f"{base}-{run.name}.svg"):
+            block += f"\n![Change of loss by density]({page.stem}-{run.name}.svg)\n"
+        mark = f"<!-- run {run.name} -->\n{block}<!-- /run -->"
+        found = re.compile(rf"<!-- run {re.escape(run.name)} -->\n.*?<!-- /run -->", re.DOTALL)
+        text = found.sub(lambda _: mark, text) if found.search(text) else f"{text.rstrip()}\n\n{mark}\n"
+    write_whole(page, text)
+    write_whole(f"{base}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def markdown(header, lines):
+    cells = lambda line: "| " + " | ".join(line) + " |\n"
+    return cells(header) + cells(["---"] * len(header)) + "".join(map(cells, lines))
+
+
+def _block(header, records, made, the_kind):
+    device = f"{header['model']['name']}; {header['device']}, torch {header['versions']['torch']}; commit {header['commit']}, {header['date']}"
+    parts = [f"{device}.\n"]
+    equal = curves.by_density(records, header["methods"], the_kind.metrics[0].name) if header["kind"] == "ppl" else []
+    if equal:
+        lines = [[group, f"`{name}`", *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)] for group, name, cells in equal]
+        parts.append("Change of the loss (nats a token, ± standard error) at equal density:\n\n" + markdown(
+            ["texts", "method", *(f"{d:g}" for d in curves.DENSITIES)], lines))
+    sparser = _against(records, list(header["methods"])) if header["kind"] == "ppl" else ([], [])
+    if sparser[1]:
+        parts.append(f"Sparser settings against `{PUBLISHED}`, text by text: change of the loss ± standard error, and density as a "
+                     "share of its:\n\n" + markdown(*sparser))
+    if len(the_kind.metrics) == 1:
+        parts.append(_by_group(made, the_kind.metrics[0]))
+    else:
+        parts.append("Every setting:\n\n" + markdown(*_settings(made, the_kind.metrics)))
+    if header["kind"] != "ppl" and (told := the_kind.report(records, header["methods"])):
+        title, _, rest = told.partition("\n")
+        parts.append(f"<details><summary>{title.rstrip(':')}</summary>\n\n```text\n{rest}\n```\n\n</details>\n")
+    return "\n".join(parts)
+
+
+def _against(records, methods):
+    """Header and lines of the table of settings that are sparser than the published one on every text."""
+    by_item = {}
+    for record in records:
+        if "error" not in record:
+            by_item.setdefault(record["item"], {})[record["method"]] = record
+    lines = []
+    for method in methods:
+        cells = []
+        for by_method in by_item.values():
+            own, other = by_method.get(method), by_method.get(PUBLISHED)
+            if own is None or other is None or own["density"] >= other["density"]:
+                break
+            change = np.subtract(curves.units(own, "nll"), curves.units(other, "nll"))
+            error = change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else 0.0
+            cells.append(f"{change.mean():+.4f} ±{error:.4f}, {own['density'] / other['density']:.2f}x")
+        if len(cells) == len(by_item):
+            lines.append([f"`{method}`", *cells])
+    return ["method", *by_item], lines
+
+
+def _by_group(made, metric):
+    """What the table of one metric says and the table: a line for each method, a column for each group."""
+    keyed = {(row.group, row.method): row for row in made}
+    groups, methods = (list(dict.fromkeys(names)) for names in zip(*keyed))
+    whole = groups[-1]  # all of them, where there are several
+    lengths = {group.rpartition(" ")[2] for group in groups if group != "all"}
+    of = lengths.pop() if len(lengths) == 1 else ""  # what every group's name ends in, as " 16384"
+    cell = lambda row: "" if row is None else metric.form.format(row.mean)
+    lines = []
+    for method in methods:
+        row = keyed.get((whole, method))
+        density = "" if row is None or row.density is None else f"{row.density:.3f}"
+        change = "" if row is None else summary.change(row, metric)
+        lines.append([f"`{method}`", density, *(cell(keyed.get((group, method))) for group in groups), change])
+    items = max(row.items for row in made if row.group == whole)
+    said = (f"{metric.name.capitalize()}{f' ({metric.unit})' if metric.unit else ''} in {items} prompts"
+            f"{f' of {of} tokens' if of.isdigit() else ''}; change against full, 95 % interval:\n\n")
+    names = [group.removesuffix(f" {of}") for group in groups]
+    return said + markdown(["method", "density", *names, "change"], lines)
+
+
+def _settings(made, metrics):
+    """Header and lines of the table of settings."""
+    keyed = {}
+    for row in made:
+        keyed.setdefault((row.group, row.method), {})[row.metric] = row
+    lines = []
+    for (group, method), by_metric in keyed.items():
+        first = next(iter(by_metric.values()))
+        line = [group, f"`{method}`", "" if first.density is None else f"{first.density:.3f}"]
+        for metric in metrics:
+            row = by_metric.get(metric.name)
+            line.append("" if row is None else metric.form.format(row.mean))
+            if metric.change:
+                signed = metric.form.replace("{:", "{:+")
+                line.append("" if row is None or row.change is None else
+                            f"{signed.format(row.change)} ±{metric.form.format(row.standard_error or 0)}")
+        lines.append(line)
+    header = ["texts", "method", "density"]
+    for metric in metrics:
+        header += [metric.name, "change"] if metric.change else [metric.name]
+    return header, lines
+
+
+def plot(records, header, path):
+    """Change of the mean loss against density, a panel for each group, a line for each family. False for no families, or more
+    groups than a page is wide."""
+    families = curves.families(header["methods"])
+    rows = summary.rows(records, [kind.Metric("nll")], list(header["methods"]))
+    groups = [group for group in dict.fromkeys(row.group for row in rows) if group != "all"]
+    if not families or not 0 < len(groups) <= 4:
+        return False
+    import matplotlib
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "pbsattn"
+    from matplotlib import pyplot
+
+    value = {(row.group, row.method): row for row in rows if row.change is not None}
+    figure, panels = pyplot.subplots(1, len(groups), figsize=(5.2 * len(groups) + 2.6, 4.4), squeeze=False)
+    marks = "os^Dv<>PX*"
+    for panel, group in zip(panels[0], groups):
+        for i, (name, specs) in enumerate(families.items()):
+            points = sorted((value[group, spec] for spec in specs if (group, spec) in value), key=lambda row: row.density)
+            if points:
+                panel.errorbar([p.density for p in points], [p.change for p in points],
+                               yerr=[p.standard_error or 0 for p in points], label=name, marker=marks[i % len(marks)],
+                               markersize=4, linewidth=1.2, color=pyplot.get_cmap("tab20").colors[i % 20])
+        panel.axhline(0, color="0.6", linewidth=0.8)
+        panel.set_xscale("log")
+        ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7]
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()
+        panel.set_title(f"{group} tokens", fontsize=10)
+        panel.set_xlabel("density")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("change of loss against full, nats a token")
+    panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(f"{header['model']['name']}, {header['device']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return True

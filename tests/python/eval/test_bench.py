@@ -1,0 +1,124 @@
+"""python -m pbsattn_eval bench, on a small random model."""
+
+import json
+import types
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
+
+from pbsattn_eval.bench import commands  # noqa: E402
+from pbsattn_eval import models  # noqa: E402
+from pbsattn_eval.bench import op, prefill  # noqa: E402
+from pbsattn_eval.attentions import Attention  # noqa: E402
+
+from conftest import TEXT  # noqa: E402
+
+
+def run(folder, *arguments):
+    return commands.main(["prefill", "--model", str(folder), "--text", str(folder / "text.txt"), "--device", "cpu",
+                         "--dtype", "float32", "--runs", "1", *arguments])
+
+
+def test_prefill(folder, tmp_path, capsys):
+    results = run(folder, "--lengths", "600,1100", "--attn", "math,pbs:top_p=1.0,pbs:top_p=0.1", "--json",
+                  str(tmp_path / "out.json"), "--plot", str(tmp_path / "out"))
+    for base, whole, sparse in (results[:3], results[3:]):
+        assert base.density is None and base.differing is None
+        assert whole.density == 1.0 and whole.differing == 0.0 and whole.layers == 2
+        assert whole.perplexity == pytest.approx(base.perplexity, rel=1e-4)
+        assert sparse.density < 1.0 and sparse.perplexity != base.perplexity
+        assert all(0 < each.attention_seconds for each in (base, whole, sparse))
+    printed = capsys.readouterr()
+    assert "pbs:top_p=0.1" in printed.out and "1100" in printed.out
+    assert "run 1 of 1" in printed.err
+
+    made = json.loads((tmp_path / "out.json").read_text())
+    keys = {"suite", "case", "params", "metric", "value", "unit", "peer", "peer_value", "ratio", "runs", "spread",
+            "device", "commit", "date"}
+    assert all(set(each) == keys and each["suite"] == "prefill" for each in made)
+    ttft = [each for each in made if each["metric"] == "time to first token" and each["params"]["n"] == 1100]
+    assert [each["case"] for each in ttft] == ["math", "pbs:top_p=1.0", "pbs:top_p=0.1"]
+    assert ttft[0]["peer"] is None and ttft[1]["peer"] == "math"
+    assert ttft[1]["ratio"] == pytest.approx(ttft[0]["value"] / ttft[1]["value"])
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    assert "<svg" in (tmp_path / "out.svg").read_text()
+    commands.main(["plot", str(tmp_path / "out.json"), "--to", str(tmp_path / "again"), "--attn", "math,pbs:top_p=0.1"])
+    assert "pbs:top_p=1.0" not in (tmp_path / "again.svg").read_text()
+
+
+def test_op(tmp_path, capsys):
+    sparse = "pbs:keep=density:density=0.3"
+    made = commands.main(["op", "--device", "cpu", "--lengths", "700,1500", "--head-dims", "64", "--heads", "2", "--kv-heads", "1",
+                         "--runs", "1", "--attn", f"sdpa,full,{sparse}", "--json", str(tmp_path / "op.json"), "--commit", "abc"])
+    assert json.loads((tmp_path / "op.json").read_text()) == made
+    assert [(each["case"], each["params"]["n"]) for each in made] == [
+        (case, n) for n in (700, 1500) for case in ("sdpa", "full", sparse)]
+    sdpa, full, some = made[3:]
+    assert sdpa["peer"] is None and full["ratio"] == pytest.approx(sdpa["value"] / full["value"])
+    assert full["params"]["density"] == 1.0 and full["params"]["error"] < 1e-2
+    assert some["params"]["density"] < 0.6 and some["params"]["error"] is None
+    assert all(each["commit"] == "abc" and each["runs"] == 1 for each in made)
+    assert "GFLOP/s" in capsys.readouterr().out
+
+
+def test_op_times_nothing_that_is_wrong(monkeypatch):
+    monkeypatch.setattr(op.pbsattn, "attention", lambda q, k, v, **_: (q, types.SimpleNamespace(density=1.0)))
+    with pytest.raises(RuntimeError, match="full, 300 tokens: its first rows are off by"):
+        commands.main(["op", "--device", "cpu", "--lengths", "300", "--attn", "sdpa,full"])
+
+
+def test_overhead(device, capsys):
+    made = commands.main(["overhead", "--device", device, "--tokens", "64", "--attn", "sdpa,full,pbs", "--runs", "2"])
+    got = {(each["case"], each["metric"]): each["value"] for each in made}
+    assert 0 < got["full", "first call"]
+    assert got["pbs", "host time of the Python path"] == pytest.approx(
+        got["pbs", "host time of a call"] - got["pbs", "host time in the library"])
+    assert ("sdpa", "host time of a call") in got and ("sdpa", "host time in the library") not in got
+    assert "Python path" in capsys.readouterr().out
+
+
+def test_longer_than_the_model_takes_yarn(folder):
+    model, tokenizer = models.load(folder, torch.device("cpu"), torch.float32)
+    before = model.model.rotary_emb.inv_freq.clone()
+    models.set_yarn(model, 4)
+    assert not torch.equal(model.model.rotary_emb.inv_freq, before)
+    models.set_yarn(model, 1)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+def test_perplexity_is_the_models_own(folder):
+    model, tokenizer = models.load(folder, torch.device("cpu"), torch.float32)
+    ids = models.tokens(tokenizer, TEXT, 700, "cpu")
+    [result] = prefill.measure(model, ids, [Attention.parse("sdpa")], 1, True, lambda _: None)
+    with torch.no_grad():
+        assert result.perplexity == pytest.approx(float(model(ids, labels=ids).loss.exp()), rel=1e-4)
+
+
+def test_shape_has_random_weights(monkeypatch, capsys):
+    monkeypatch.setitem(models.SHAPES, "tiny", lambda: transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1))
+    [result] = commands.main(["prefill", "--shape", "tiny", "--lengths", "520", "--attn", "pbs", "--runs", "1", "--device", "cpu"])
+    assert result.perplexity is None and result.density <= 1.0
+    assert "tiny, random weights; random tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("message, arguments", [
+    ("no such attention; there are sdpa, flash", ["--attn", "flush"]),
+    ("have no settings", ["--attn", "flash:top_p=1"]),
+    ("write NAME=VALUE", ["--attn", "pbs:top_p"]),
+    ("names one twice", ["--attn", "pbs,pbs"]),
+    ("at least 2 tokens", ["--lengths", "1"]),
+    ("write whole numbers above 0", ["--lengths", "8k"]),
+    ("need at least 1", ["--runs", "0"]),
+    ("tokens, 100000 needed", ["--lengths", "100000"]),
+])
+def test_errors(folder, message, arguments):
+    with pytest.raises(ValueError, match=message):
+        run(folder, *arguments)
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(ValueError, match="nowhere.gguf: no such file"):
+        commands.main(["prefill", "--model", "nowhere.gguf", "--device", "cpu"])
