@@ -8,9 +8,10 @@ Kernels are paired by their demangled names, in which an anonymous namespace has
 that differs, is new or is gone, and the counts; ends with 1 unless all are equal. To show that moving files changed
 nothing: ./dev build cuda before and after.
 
---rename: what BEFORE calls OLD is called NEW in AFTER, in the types that stand in kernels' names.
---resources: prints what every kernel takes, before and after; ends with 1 where one takes more registers, or any local
-memory, whatever its code.
+--rename: what BEFORE calls OLD is called NEW in AFTER, in kernels' names and the types in them; one after the other. Where
+two files have kernels of one name, a ' ends the second's.
+--resources: prints what every kernel takes, before and after; ends with 1 where one takes more registers as the chip gives
+them out, in eights, or any local memory, whatever its code.
 """
 
 import argparse
@@ -56,12 +57,14 @@ def kernels_of(program, cuobjdump, renames=()):
         name, _, body = function.partition("\n")
         bodies[name.strip()] = body.partition("..........")[0]  # what follows is another function's header
     resources = dict(re.findall(r"Function ([^\s:]+):\n\s*([^\n]+)", usage))
-    kernels = {}
+    kernels, named = {}, {}
     for name, readable in zip(bodies, demangle(list(bodies))):
+        while readable in named.values():  # two of one name, in files of their own
+            readable += "'"
+        named[name] = readable
+    for name, readable in named.items():
         for old, new in renames:
             readable = readable.replace(old, new)
-        while readable in kernels:  # two of one name, in files of their own
-            readable += "'"
         instructions = re.sub(r"/\* 0x[0-9a-f]+ \*/", "", bodies[name])
         placeless = re.sub(r"c\[0x0\]\[0x[0-9a-f]+\]", "c[parameter]", instructions)
         used = Counter({key: int(count) for key, count in re.findall(r"(\w+):(\d+)", resources.get(name, ""))})
@@ -83,12 +86,12 @@ def shown(name):
 
 
 def print_resources(before, after):
-    """Prints a table and returns whether some kernel takes more registers or local memory than before."""
+    """Prints a table and returns whether some kernel takes more than before."""
     print(f"{'kernel':<54} {'registers':>14} {'local bytes':>14} {'shared bytes':>16}")
     grew = False
     for name in sorted(before.keys() & after.keys(), key=shown):
         old, new = before[name], after[name]
-        more = new.registers > old.registers or new.local + new.stack > 0
+        more = -(-new.registers // 8) > -(-old.registers // 8) or new.local + new.stack > 0
         grew |= more
         columns = ((old.registers, new.registers, 14), (old.local + old.stack, new.local + new.stack, 14),
                    (old.shared, new.shared, 16))

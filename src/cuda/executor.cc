@@ -112,87 +112,53 @@ class CudaExecutor final : public detail::Executor {
     const Inputs inputs{.q = advanced(call.inputs.q, batch, q_head),
                         .k = advanced(call.inputs.k, batch, kv_head),
                         .v = advanced(call.inputs.v, batch, kv_head)};
-    const std::int64_t order_heads = Layout::order_heads_of(spec, g);
-    const BlockLists lists{.row_start = layout.row_start, .row_count = layout.row_count, .block = layout.block};
     const auto mark = [&] {
       if (call.timeline != nullptr) call.timeline->mark();
     };
     mark();
     if (sparse_) {
       const PermuteArgs permutation{.geometry = g,
-                                    .scope = spec.options.order_scope,
                                     .divide_by_count = divides_by_count(spec.options),
                                     .scale = spec.options.scale,
                                     .inputs = inputs,
-                                    .k = layout.permuted_k,
-                                    .v = layout.permuted_v,
-                                    .pooled_k = layout.pooled_k,
-                                    .pooled_own = layout.pooled_own,
-                                    .pooled_v = layout.pooled_v,
-                                    .pooled_q = layout.pooled_q,
-                                    .order = layout.order,
-                                    .sink_block = layout.sink_block,
+                                    .permuted = layout.permuted,
+                                    .pooled = layout.pooled,
                                     .scratch = layout.permute_scratch};
       if (spec.options.permutation == Permutation::none)
         check(pool(permutation, call.stream), "launching pool");
       else
         check(permute(permutation, call.stream), "launching permute");
-      mark();
+    }
+    mark();
+    if (sparse_)
       check(select({.geometry = g,
-                    .order_heads = order_heads,
-                    .dtype = inputs.q.dtype,
                     .options = spec.options,
                     .heads = spec.heads,
                     .head_options = spec.heads.empty() ? nullptr : layout.head_options + q_head,
-                    .pooled_k = layout.pooled_k,
-                    .pooled_blocks = layout.pooled_blocks,
-                    .pooled_own = layout.pooled_own,
-                    .pooled_q = layout.pooled_q,
-                    .q = inputs.q,
-                    .k = inputs.k,
-                    .permuted_k = layout.permuted_k,
+                    .inputs = inputs,
+                    .permuted = layout.permuted,
+                    .pooled = layout.pooled,
                     .scratch = layout.score_scratch,
                     .scratch_bytes = layout.score_scratch_bytes,
-                    .sink_block = layout.sink_block,
-                    .row_start = layout.row_start,
-                    .row_count = layout.row_count,
-                    .block = layout.block},
+                    .lists = layout.lists},
                    call.stream),
             "launching select");
-    } else {
-      mark();
-    }
     mark();
     const Shape& whole = spec.geometry.shape;
-    const View out = advanced(call.outputs.out, batch, q_head);
     const bool wanted = call.outputs.lse != nullptr;
-    float* const lse = wanted ? call.outputs.lse + (batch * whole.q_heads + q_head) * whole.q_len : layout.lse;
-    const std::int64_t lse_batch_stride = (wanted ? whole.q_heads : g.shape.q_heads) * whole.q_len;
-    check(attend({.geometry = g,
-                  .scale = spec.options.scale,
-                  .inputs = inputs,
-                  .permuted = {.k = layout.permuted_k, .v = layout.permuted_v, .order_heads = order_heads},
-                  .lists = sparse_ ? &lists : nullptr,
-                  .out = out,
-                  .lse = lse,
-                  .lse_batch_stride = lse_batch_stride,
-                  .scratch = layout.attend_scratch},
-                 call.stream),
-          "launching attend");
+    const AttendArgs attention{
+        .geometry = g,
+        .scale = spec.options.scale,
+        .inputs = inputs,
+        .permuted = layout.permuted,
+        .lists = layout.lists,
+        .outputs = {.out = advanced(call.outputs.out, batch, q_head),
+                    .lse = wanted ? call.outputs.lse + (batch * whole.q_heads + q_head) * whole.q_len : layout.lse},
+        .lse_batch_stride = (wanted ? whole.q_heads : g.shape.q_heads) * whole.q_len,
+        .scratch = layout.attend_scratch};
+    check(attend(attention, call.stream), "launching attend");
     if (sparse_ && spec.options.correction != Correction::none)
-      check(correct({.geometry = g,
-                     .scale = spec.options.scale,
-                     .dense_last_rows = common_dense_rows(spec.option_sets()),
-                     .q = inputs.q,
-                     .lists = lists,
-                     .order_heads = order_heads,
-                     .pooled_k = layout.pooled_k,
-                     .pooled_blocks = layout.pooled_blocks,
-                     .pooled_v = layout.pooled_v,
-                     .out = out,
-                     .lse = lse,
-                     .lse_batch_stride = lse_batch_stride},
-                    call.stream),
+      check(correct(attention, layout.pooled, common_dense_rows(spec.option_sets()), call.stream),
             "launching the correction");
     mark();
   }
@@ -201,7 +167,7 @@ class CudaExecutor final : public detail::Executor {
     const Geometry g = Layout::geometry_of(spec.geometry, extent);
     const std::int64_t heads = g.shape.batch * g.shape.q_heads;
     if (!sparse_) return heads * g.causal_blocks_per_head();
-    const auto count = read(call, layout.row_count, heads * g.rows());
+    const auto count = read(call, layout.lists.row_count, heads * g.rows());
     return std::accumulate(count.begin(), count.end(), std::int64_t{0});
   }
 
@@ -218,12 +184,12 @@ class CudaExecutor final : public detail::Executor {
   void extend_trace(const Call& call, const Layout& layout, const Extent& extent, Trace& trace) const {
     const Geometry g = Layout::geometry_of(spec.geometry, extent);
     const std::int64_t heads = g.shape.batch * g.shape.q_heads;
-    const std::int64_t moved = layout.order == nullptr ? 0 : g.permuted_len();
-    const std::int64_t sharing = g.shape.q_heads / Layout::order_heads_of(spec, g);
-    const auto order = read(call, layout.order, heads / sharing * moved);
-    const auto count = read(call, layout.row_count, sparse_ ? heads * g.rows() : 0);
-    const auto start = read(call, layout.row_start, sparse_ ? heads * g.rows() : 0);
-    const auto block = read(call, layout.block, sparse_ ? heads * g.causal_blocks_per_head() : 0);
+    const std::int64_t moved = layout.permuted.order == nullptr ? 0 : g.permuted_len();
+    const std::int64_t sharing = g.shape.q_heads / layout.permuted.order_heads;
+    const auto order = read(call, layout.permuted.order, heads / sharing * moved);
+    const auto count = read(call, layout.lists.row_count, sparse_ ? heads * g.rows() : 0);
+    const auto start = read(call, layout.lists.row_start, sparse_ ? heads * g.rows() : 0);
+    const auto block = read(call, layout.lists.block, sparse_ ? heads * g.causal_blocks_per_head() : 0);
     for (std::int64_t head = 0; head < heads; ++head) {
       const auto own = order.begin() + head / sharing * moved;
       trace.order.insert(trace.order.end(), own, own + moved);

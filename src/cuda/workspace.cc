@@ -5,48 +5,51 @@
 #include "core/keep_rule.h"
 #include "core/score_traits.h"
 #include "cuda/attend/attend.h"
+#include "cuda/limits.h"
 #include "cuda/permute/permute.h"
 #include "cuda/select/scores/scores.h"
 
 namespace pbsattn::cuda {
 
-Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, std::byte* base) {
-  Geometry g = geometry_of(spec.geometry, extent);
-  const bool permutes = sparse && spec.options.permutation != Permutation::none;
+Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, std::byte* base) : carver(base) {
+  const Geometry g = geometry_of(spec.geometry, extent);
+  const Options& options = spec.options;
+  const bool permutes = sparse && options.permutation != Permutation::none;
   const std::int64_t query_heads = g.shape.batch * g.shape.q_heads;
   const std::int64_t order_heads = g.shape.batch * order_heads_of(spec, g);
-  const auto take = [&]<class T>(T*& pointer, std::int64_t count) {
-    bytes = (bytes + alignment - 1) / alignment * alignment;
-    if (base != nullptr) pointer = reinterpret_cast<T*>(base + bytes);
-    bytes += static_cast<std::size_t>(count) * sizeof(T);
+  const auto take = [&]<class T>(T*& pointer, std::int64_t count) { carver.take(pointer, count, alignment); };
+  std::byte* elements = nullptr;
+  const auto take_elements = [&](void*& pointer, std::int64_t rows) {
+    take(elements, rows * g.shape.head_dim * element_bytes);
+    pointer = elements;
   };
+  permuted.order_heads = order_heads_of(spec, g);
   take(head_options, static_cast<std::int64_t>(spec.heads.size()));
   take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g)));
   if (!sparse) return;
-  if (pools_own(spec.options.score))
-    take(pooled_own, g.shape.batch * g.shape.kv_heads * g.blocks() * g.shape.head_dim * element_bytes);
+  if (pools_own(options.score)) take_elements(pooled.own, g.shape.batch * g.shape.kv_heads * g.blocks());
   // Keys that stay where they are have the same means there and here.
-  const bool same = !permutes && pools_own(spec.options.score);
-  pooled_blocks = same ? g.blocks() : permuted_blocks(g);
-  if (same) pooled_k = pooled_own;
-  if (!same && (permutes || reads_means(spec.options)))
-    take(pooled_k, order_heads * pooled_blocks * g.shape.head_dim * element_bytes);
-  if (spec.options.correction != Correction::none) {
-    take(pooled_v, order_heads * permuted_blocks(g) * g.shape.head_dim * element_bytes);
+  const bool same = !permutes && pools_own(options.score);
+  pooled.k_blocks = same ? g.blocks() : permuted_blocks(g);
+  if (same) pooled.k = pooled.own;
+  const bool pools = permutes || reads_means(options);
+  if (!same && pools) take_elements(pooled.k, order_heads * pooled.k_blocks);
+  if (options.correction != Correction::none) {
+    take_elements(pooled.v, order_heads * permuted_blocks(g));
     take(lse, query_heads * g.shape.q_len);
   }
-  if (permutes || reads_means(spec.options)) take(pooled_q, query_heads * g.rows() * g.shape.head_dim * element_bytes);
-  take(sink_block, order_heads);
-  take(row_start, query_heads * g.rows());
-  take(row_count, query_heads * g.rows());
-  take(block, query_heads * g.causal_blocks_per_head());
-  score_scratch_bytes = score_scratch_size(spec.options.score, g, common_dense_rows(spec.option_sets()));
+  if (pools) take_elements(pooled.q, query_heads * g.rows());
+  take(permuted.sink_block, order_heads);
+  take(lists.row_start, query_heads * g.rows());
+  take(lists.row_count, query_heads * g.rows());
+  take(lists.block, query_heads * g.causal_blocks_per_head());
+  score_scratch_bytes = score_scratch_size(options.score, g, common_dense_rows(spec.option_sets()));
   take(score_scratch, static_cast<std::int64_t>(score_scratch_bytes));
   if (!permutes) return;
   take(permute_scratch, static_cast<std::int64_t>(permute_scratch_size(g)));
-  take(order, order_heads * g.permuted_len());
-  take(permuted_k, order_heads * g.permuted_len() * g.shape.head_dim * element_bytes);
-  take(permuted_v, order_heads * g.permuted_len() * g.shape.head_dim * element_bytes);
+  take(permuted.order, order_heads * g.permuted_len());
+  take_elements(permuted.k, order_heads * g.permuted_len());
+  take_elements(permuted.v, order_heads * g.permuted_len());
 }
 
 Geometry Layout::geometry_of(Geometry g, const Extent& extent) {
@@ -63,7 +66,7 @@ std::int64_t Layout::order_heads_of(const detail::PlanSpec& spec, const Geometry
 }
 
 std::size_t workspace_bytes(const detail::PlanSpec& spec, bool sparse, const Extent& extent) {
-  return Layout(spec, sparse, extent, nullptr).bytes + alignment;
+  return Layout(spec, sparse, extent, nullptr).carver.bytes + alignment;
 }
 
 bool is_sparse(const detail::PlanSpec& spec) {

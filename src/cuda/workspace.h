@@ -5,6 +5,8 @@
 #include <cstdint>
 
 #include "core/executor.h"
+#include "cuda/arrays.h"
+#include "cuda/carver.h"
 #include "cuda/select/head_options.h"
 
 namespace pbsattn::cuda {
@@ -24,20 +26,14 @@ struct Layout {
   static Geometry geometry_of(Geometry g, const Extent& extent);
   static std::int64_t order_heads_of(const detail::PlanSpec& spec, const Geometry& g);
 
-  std::size_t bytes = 0;
-  std::size_t score_scratch_bytes = 0;
+  Carver carver;
   HeadOptions* head_options = nullptr;  // of all heads of the plan, where they differ: at the same place in every pass
-  std::byte* attend_scratch = nullptr;
-  std::byte *pooled_k = nullptr, *pooled_own = nullptr, *pooled_q = nullptr, *pooled_v = nullptr;
-  std::int64_t pooled_blocks = 0;  // of a head in pooled_k
-  float* lse = nullptr;            // of the pass, where the caller may want none and a correction needs it
-  std::int32_t* sink_block = nullptr;
-  std::int64_t* row_start = nullptr;
-  std::int32_t* row_count = nullptr;
-  std::int32_t* block = nullptr;
-  std::byte *score_scratch = nullptr, *permute_scratch = nullptr;
-  std::int32_t* order = nullptr;
-  std::byte *permuted_k = nullptr, *permuted_v = nullptr;
+  Permuted permuted;
+  Pooled pooled;
+  BlockLists lists;
+  float* lse = nullptr;  // of the pass, where the caller may want none and a correction needs it
+  std::byte *permute_scratch = nullptr, *score_scratch = nullptr, *attend_scratch = nullptr;
+  std::size_t score_scratch_bytes = 0;
 };
 
 // Whether some row has a block that may be pruned.

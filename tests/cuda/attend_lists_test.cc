@@ -129,10 +129,9 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   const cuda::AttendArgs args{.geometry = g,
                               .scale = options.scale,
                               .inputs = device.inputs(),
-                              .permuted = {k->data(), v->data(), order_heads},
-                              .lists = &lists,
-                              .out = device.outputs().out,
-                              .lse = device.outputs().lse,
+                              .permuted = {.order_heads = order_heads, .k = k->data(), .v = v->data()},
+                              .lists = lists,
+                              .outputs = device.outputs(),
                               .lse_batch_stride = test.shape.q_heads * test.shape.q_len,
                               .scratch = scratch.data()};
   std::vector<std::byte> first;

@@ -45,11 +45,11 @@ Lists run_select(cuda::SelectArgs args, std::int32_t sink) {
   const DeviceMemory start(bytes(lists.start)), count(bytes(lists.count)), block(bytes(lists.block));
   DeviceMemory device_sink(sizeof sink);
   device_sink.upload(&sink);
-  args.order_heads = 1;
-  args.sink_block = reinterpret_cast<std::int32_t*>(device_sink.data());
-  args.row_start = reinterpret_cast<std::int64_t*>(start.data());
-  args.row_count = reinterpret_cast<std::int32_t*>(count.data());
-  args.block = reinterpret_cast<std::int32_t*>(block.data());
+  args.permuted.order_heads = 1;
+  args.permuted.sink_block = reinterpret_cast<std::int32_t*>(device_sink.data());
+  args.lists = {.row_start = reinterpret_cast<std::int64_t*>(start.data()),
+                .row_count = reinterpret_cast<std::int32_t*>(count.data()),
+                .block = reinterpret_cast<std::int32_t*>(block.data())};
   expect_success(cuda::select(args, nullptr));
   expect_success(cudaDeviceSynchronize());
   for (const DeviceMemory* memory : {&start, &count, &block}) EXPECT_TRUE(memory->guards_intact());
@@ -80,13 +80,12 @@ TEST_P(CudaSelect, ListsAreTheReferences) {
   Options options = method("pbs");
   options.scale = 0.125F;
   options.top_p = test.top_p;
-  const Lists lists = run_select({.geometry = g,
-                                  .dtype = DType::bf16,
-                                  .options = options,
-                                  .pooled_k = device_k.data(),
-                                  .pooled_blocks = cuda::permuted_blocks(g),
-                                  .pooled_q = device_q.data()},
-                                 1);
+  const Lists lists =
+      run_select({.geometry = g,
+                  .options = options,
+                  .inputs = {.q = {.data = nullptr, .dtype = DType::bf16}, .k = {}, .v = {}},
+                  .pooled = {.q = device_q.data(), .k = device_k.data(), .k_blocks = cuda::permuted_blocks(g)}},
+                 1);
 
   std::vector<std::int32_t> order(g.shape.kv_len);  // token 0 in block 1
   std::iota(order.begin(), order.end(), 0);
@@ -130,10 +129,10 @@ TEST(CudaSelectParts, GiveTheSameLists) {
       const DeviceMemory scratch(scratch_bytes);
       const Lists lists =
           run_select({.geometry = g,
-                      .dtype = DType::bf16,
                       .options = {.score = score, .keep = KeepRule::top_p, .top_p = 0.6F, .scale = 0.2F},
-                      .q = {device_q.data(), DType::bf16, 0, g.shape.q_len * 64, 64},
-                      .k = {device_k.data(), DType::bf16, 0, 0, 64},
+                      .inputs = {.q = {device_q.data(), DType::bf16, 0, g.shape.q_len * 64, 64},
+                                 .k = {device_k.data(), DType::bf16, 0, 0, 64},
+                                 .v = {}},
                       .scratch = scratch.data(),
                       .scratch_bytes = scratch_bytes},
                      0);

@@ -25,7 +25,10 @@
 #include "cuda/attend/attend.h"
 #include "cuda/attend/consumer.cuh"
 #include "cuda/attend/producer.cuh"
+#include "cuda/sm90/elements.cuh"
+#include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/prologue.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace pbsattn::cuda {
@@ -36,8 +39,7 @@ using namespace sm90;
 template <class Element, int head_dim>
 __global__ void __launch_bounds__(threads, 1)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps) {
-  extern __shared__ char memory[];
-  auto& shared = *reinterpret_cast<Shared<Element, head_dim>*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
+  auto& shared = aligned_shared<Shared<Element, head_dim>>();
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
   const int role = threadIdx.x / warpgroup;
@@ -68,16 +70,12 @@ struct Scratch {
   int tile_order[];
 };
 
-TileOrder natural_order(const AttendArgs& args) {
-  const Geometry& g = args.geometry;
-  const bool by_query_head = args.permuted.k != nullptr && args.permuted.order_heads == g.shape.q_heads;
-  const std::int64_t sharing = by_query_head ? 1 : g.group();
+TileOrder natural_order(const Geometry& g, const RowGrid& grid) {
   const std::int64_t kv_bytes = g.shape.kv_len * g.shape.head_dim * 2 * 2;
-  const std::int64_t heads = g.shape.batch * g.shape.q_heads;
-  return {.rows = static_cast<int>(g.rows()),
-          .heads = static_cast<int>(heads),
-          .section_heads =
-              static_cast<int>(std::min(heads, std::max<std::int64_t>(1, section_bytes / kv_bytes) * sharing))};
+  const std::int64_t sections = std::max<std::int64_t>(1, section_bytes / kv_bytes) * grid.order_group;
+  return {.rows = grid.rows,
+          .heads = grid.heads,
+          .section_heads = static_cast<int>(std::min<std::int64_t>(grid.heads, sections))};
 }
 
 __global__ void reset_places(int* next_place) {
@@ -105,8 +103,7 @@ __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::
   unsigned long long mine = 0;
 #pragma unroll 8
   for (int tile = threadIdx.x; tile < tiles; tile += 1024) mine += row_count[tile];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) mine += __shfl_xor_sync(0xFFFFFFFF, mine, offset);
+  mine = warp_sum(mine);
   if (lane == 0) atomicAdd(&work, mine);
   __syncthreads();
   const auto heavy = [&](int tile) {
@@ -143,21 +140,6 @@ __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::
   }
 }
 
-template <class Element>
-cudaError_t launch_head_dim(const AttendParams& params, const TensorMaps& maps, int thread_blocks,
-                            std::int64_t head_dim, cudaStream_t stream) {
-  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places.
-  const Start start =
-      params.tile_order == nullptr && params.next_place != nullptr ? Start::early : Start::after_earlier_kernels;
-  const auto start_kernel = [&]<int dim>(std::integral_constant<int, dim>) {
-    constexpr int shared_bytes = sizeof(Shared<Element, dim>) + 1024;  // to align it
-    static_assert(shared_bytes <= 227 * 1024);
-    return launch(attend_kernel<Element, dim>, dim3(thread_blocks), threads, shared_bytes, stream, start, params, maps);
-  };
-  return head_dim == 128 ? start_kernel(std::integral_constant<int, 128>{})
-                         : start_kernel(std::integral_constant<int, 64>{});
-}
-
 }  // namespace
 
 std::size_t attend_scratch_size(const Geometry& g) {
@@ -168,30 +150,22 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const Shape& shape = g.shape;
   const bool permuted = args.permuted.k != nullptr && g.permuted_len() > 0;
+  const std::int64_t order_heads = permuted ? args.permuted.order_heads : shape.kv_heads;
+  const bool dense = args.lists.row_start == nullptr;
   constexpr float log2_e = 1.4426950408889634F;
   auto* scratch = static_cast<Scratch*>(args.scratch);
+  const RowGrid grid(g, order_heads);
 
   AttendParams params{
-      .order = natural_order(args),
-      .tile_order = args.lists != nullptr ? scratch->tile_order : nullptr,
+      .order = natural_order(g, grid),
+      .tile_order = dense ? nullptr : scratch->tile_order,
       .next_place = &scratch->next_place,
-      .row_start = args.lists != nullptr ? args.lists->row_start : nullptr,
-      .row_count = args.lists != nullptr ? args.lists->row_count : nullptr,
-      .list = args.lists != nullptr ? args.lists->block : nullptr,
-      .q_heads = static_cast<int>(shape.q_heads),
-      .heads_per_kv = static_cast<int>(g.group()),
-      .heads_per_permuted = permuted ? static_cast<int>(shape.q_heads / args.permuted.order_heads) : 1,
-      .blocks_per_segment = permuted ? g.segment / g.block : 0,
-      .first_row = static_cast<int>(g.first_row()),
-      .q_offset = static_cast<int>(g.q_offset()),
-      .q_len = static_cast<int>(shape.q_len),
+      .lists = args.lists,
+      .grid = grid,
       .scale = args.scale,
       .scale_log2 = args.scale * log2_e,
-      .out = args.out.data,
-      .out_batch_stride = args.out.batch_stride,
-      .out_head_stride = args.out.head_stride,
-      .out_token_stride = args.out.token_stride,
-      .lse = args.lse,
+      .out = args.outputs.out,
+      .lse = args.outputs.lse,
       .lse_batch_stride = args.lse_batch_stride,
   };
 
@@ -199,39 +173,43 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   const auto map = [&](CUtensorMap& into, const auto& view, std::int64_t heads, std::int64_t tokens, int box_tokens) {
     return make_tensor_map(into, view, shape.batch, heads, tokens, shape.head_dim, box_tokens);
   };
-  const auto contiguous = [&](const void* data) {
+  const auto map_permuted = [&](CUtensorMap& into, const void* data, const CUtensorMap& original) {
+    into = original;  // keys that are where they were
     const std::int64_t head = g.permuted_len() * shape.head_dim;
-    return ConstView{data, args.inputs.k.dtype, args.permuted.order_heads * head, head, shape.head_dim};
+    const ConstView view{data, args.inputs.k.dtype, order_heads * head, head, shape.head_dim};
+    return !permuted || map(into, view, order_heads, g.permuted_len(), block);
   };
-  const bool encoded =
-      map(maps.q, args.inputs.q, shape.q_heads, shape.q_len, 64) &&
-      map(maps.out, args.out, shape.q_heads, shape.q_len, 64) &&
-      map(maps.k, args.inputs.k, shape.kv_heads, shape.kv_len, block) &&
-      map(maps.v, args.inputs.v, shape.kv_heads, shape.kv_len, block) &&
-      (!permuted ||
-       (map(maps.k_permuted, contiguous(args.permuted.k), args.permuted.order_heads, g.permuted_len(), block) &&
-        map(maps.v_permuted, contiguous(args.permuted.v), args.permuted.order_heads, g.permuted_len(), block)));
-  if (!encoded) return cudaErrorInvalidValue;
+  if (!map(maps.q, args.inputs.q, shape.q_heads, shape.q_len, 64) ||
+      !map(maps.out, args.outputs.out, shape.q_heads, shape.q_len, 64) ||
+      !map(maps.k, args.inputs.k, shape.kv_heads, shape.kv_len, block) ||
+      !map(maps.v, args.inputs.v, shape.kv_heads, shape.kv_len, block) ||
+      !map_permuted(maps.k_permuted, args.permuted.k, maps.k) ||
+      !map_permuted(maps.v_permuted, args.permuted.v, maps.v))
+    return cudaErrorInvalidValue;
 
-  int device = 0;
   int multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
+  if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
   const int tiles = params.order.tiles();
-  if (args.lists != nullptr) {
-    error = launch(order_tiles, dim3(1), 1024, 0, stream, Start::after_earlier_kernels, params.order, params.row_count,
-                   scratch);
+  if (!dense) {
+    if (const cudaError_t error = launch(order_tiles, dim3(1), 1024, 0, stream, Start::after_earlier_kernels,
+                                         params.order, params.lists.row_count, scratch);
+        error != cudaSuccess)
+      return error;
   } else if (tiles <= multiprocessors) {
     params.next_place = nullptr;
-  } else {
-    error = launch(reset_places, dim3(1), 1, 0, stream, Start::after_earlier_kernels, params.next_place);
+  } else if (const cudaError_t error =
+                 launch(reset_places, dim3(1), 1, 0, stream, Start::after_earlier_kernels, params.next_place);
+             error != cudaSuccess) {
+    return error;
   }
-  if (error != cudaSuccess) return error;
-  const int thread_blocks = std::min(tiles, multiprocessors);
-  return args.inputs.q.dtype == DType::bf16
-             ? launch_head_dim<__nv_bfloat16>(params, maps, thread_blocks, shape.head_dim, stream)
-             : launch_head_dim<__half>(params, maps, thread_blocks, shape.head_dim, stream);
+  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places.
+  const Start start = dense && params.next_place != nullptr ? Start::early : Start::after_earlier_kernels;
+  return dispatch(args.inputs.q.dtype, shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    constexpr int shared_bytes = aligned_bytes<Shared<T, dim>>;
+    static_assert(shared_bytes <= 227 * 1024);
+    return launch(attend_kernel<T, dim>, dim3(std::min(tiles, multiprocessors)), threads, shared_bytes, stream, start,
+                  params, maps);
+  });
 }
 
 }  // namespace pbsattn::cuda

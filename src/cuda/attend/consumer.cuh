@@ -127,10 +127,10 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
       inverse[r] = sum == 0 ? 0 : 1 / sum;
-      const int query = tile.token + row + 8 * r - p.q_offset;
-      if (p.lse != nullptr && lane % 4 == 0 && query >= 0 && query < p.q_len) {
+      const int query = tile.token + row + 8 * r - p.grid.q_offset;
+      if (p.lse != nullptr && lane % 4 == 0 && query >= 0 && query < p.grid.q_len) {
         const float lse = sum == 0 ? -infinity : fmaf(softmax.maximum[r], p.scale, logf(sum));
-        p.lse[tile.batch * p.lse_batch_stride + std::int64_t{tile.head} * p.q_len + query] = lse;
+        p.lse[tile.batch * p.lse_batch_stride + std::int64_t{tile.head} * p.grid.q_len + query] = lse;
       }
     }
     wgmma_wait<0>();

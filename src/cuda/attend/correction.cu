@@ -9,15 +9,16 @@
 // Tiles of listed blocks alone are passed over.
 //
 // The least work at 128K tokens, 32 heads of 128: 1.1 TFLOP, 1.4 ms, if every block is pruned.
-#include <algorithm>
 #include <cmath>
 
 #include "cuda/attend/attend.h"
 #include "cuda/attend/softmax.cuh"
-#include "cuda/limits.h"
+#include "cuda/geometry.cuh"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/prologue.cuh"
 #include "cuda/sm90/swizzled_tile.cuh"
 
 namespace pbsattn::cuda {
@@ -29,17 +30,14 @@ constexpr int word_bits = 32;
 constexpr int tile_words = tile_tokens / word_bits;
 
 struct Params {
+  RowGrid grid;
   ConstView q;
   View out;
   float* lse;
   std::int64_t lse_batch_stride;
-  const void *pooled_k, *pooled_v;
-  std::int64_t pooled_k_blocks, pooled_v_blocks;  // of a head
+  Pooled pooled;
+  std::int64_t pooled_v_blocks;  // of a head
   BlockLists lists;
-  std::int64_t rows, q_offset, q_len;
-  int first_row, first_pruning_row;
-  int q_heads, order_group;
-  int blocks_per_segment;
   float scale, scale_log2;
 };
 
@@ -58,27 +56,27 @@ struct Shared {
   std::uint32_t pruned[max_blocks / word_bits];  // a bit for each block before the own segment
 };
 
-// Where the row's tensors lie.
+// The thread block's row.
 struct Row {
-  __device__ explicit Row(const Params& p)
+  __device__ explicit Row(const RowGrid& grid)
       : head(static_cast<int>(blockIdx.x)),
         // The last rows have the most blocks, so they start first.
-        row(p.first_pruning_row + static_cast<int>(gridDim.y - 1 - blockIdx.y)),
-        diagonal(p.first_row + row),
-        own_begin(diagonal / p.blocks_per_segment * p.blocks_per_segment),
-        first_query(max(diagonal * std::int64_t{block_tokens} - p.q_offset, std::int64_t{0})),
-        queries(
-            static_cast<int>(min((diagonal + std::int64_t{1}) * block_tokens - p.q_offset, p.q_len) - first_query)) {}
-  int head, row;  // of all batch entries
+        row(grid.first_pruning_row() + static_cast<int>(gridDim.y - 1 - blockIdx.y)),
+        diagonal(grid.diagonal(row)),
+        own_begin(grid.own_begin(diagonal)) {
+    const Span present = grid.queries_of(diagonal);
+    first_query = grid.first_query(diagonal) + present.begin;
+    queries = present.count();
+  }
+  int head, row;
   int diagonal, own_begin;
-  std::int64_t first_query;
-  int queries;
+  int first_query, queries;
 };
 
 // Sets the bits of the blocks that the row doesn't list; false: it lists all.
 template <int head_dim>
 __device__ bool find_pruned(const Params& p, const Row& at, Shared<head_dim>& shared) {
-  const std::int64_t tile = at.head * p.rows + at.row;
+  const std::int64_t tile = std::int64_t{at.head} * p.grid.rows + at.row;
   const int listed = p.lists.row_count[tile] - (at.diagonal + 1 - at.own_begin);
   if (listed == at.own_begin) return false;
   const int words = (at.own_begin + tile_tokens - 1) / tile_tokens * tile_words;
@@ -116,11 +114,11 @@ template <class T, int head_dim>
 __device__ void merge_row(const Params& p, const Row& at, const Shared<head_dim>& shared) {
   constexpr int chunks = head_dim / 8;
   const int chunk = static_cast<int>(threadIdx.x) % chunks;
-  const int batch = at.head / p.q_heads;
-  const int head = at.head % p.q_heads;
+  const int batch = at.head / p.grid.q_heads;
+  const int head = at.head % p.grid.q_heads;
   T* const out = static_cast<T*>(p.out.data) + batch * p.out.batch_stride + head * p.out.head_stride +
                  at.first_query * p.out.token_stride + chunk * 8;
-  float* const lse = p.lse + batch * p.lse_batch_stride + head * p.q_len + at.first_query;
+  float* const lse = p.lse + batch * p.lse_batch_stride + std::int64_t{head} * p.grid.q_len + at.first_query;
   for (int query = static_cast<int>(threadIdx.x) / chunks; query < tile_tokens; query += threads / chunks) {
     const bool present = query < at.queries;
     const Merger merger(present ? lse[query] : -INFINITY, shared.lse[query]);
@@ -139,16 +137,15 @@ __device__ void merge_row(const Params& p, const Row& at, const Shared<head_dim>
 
 template <class T, int head_dim>
 __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant__ Params p) {
-  extern __shared__ unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<head_dim>*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
-  const Row at(p);
+  auto& shared = aligned_shared<Shared<head_dim>>();
+  const Row at(p.grid);
   if (!find_pruned<head_dim>(p, at, shared)) return;
 
-  const T* const queries = static_cast<const T*>(p.q.data) + at.head / p.q_heads * p.q.batch_stride +
-                           at.head % p.q_heads * p.q.head_stride + at.first_query * p.q.token_stride;
-  const std::int64_t order_head = at.head / p.order_group;
-  const T* const keys = static_cast<const T*>(p.pooled_k) + order_head * p.pooled_k_blocks * head_dim;
-  const T* const values = static_cast<const T*>(p.pooled_v) + order_head * p.pooled_v_blocks * head_dim;
+  const T* const queries =
+      head_of<T>(p.q, at.head / p.grid.q_heads, at.head % p.grid.q_heads) + at.first_query * p.q.token_stride;
+  const int order_head = p.grid.order_head(at.head);
+  const T* const keys = static_cast<const T*>(p.pooled.k) + order_head * p.pooled.k_blocks * head_dim;
+  const T* const values = static_cast<const T*>(p.pooled.v) + order_head * p.pooled_v_blocks * head_dim;
   const int tiles = (at.own_begin + tile_tokens - 1) / tile_tokens;
   const auto next_tile = [&](int tile) {
     const auto pruned = [&](int word) { return shared.pruned[tile * tile_words + word]; };
@@ -238,35 +235,26 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
 
 }  // namespace
 
-cudaError_t correct(const CorrectArgs& args, cudaStream_t stream) {
+cudaError_t correct(const AttendArgs& args, const Pooled& pooled, std::int64_t dense_last_rows, cudaStream_t stream) {
   const Geometry& g = args.geometry;
-  const std::int64_t first_pruning_row = std::max<std::int64_t>(g.segment / g.block - g.first_row(), 0);
-  const std::int64_t pruning_rows = g.rows() - args.dense_last_rows - first_pruning_row;
-  if (pruning_rows <= 0) return cudaSuccess;
-  const Params p{.q = args.q,
-                 .out = args.out,
-                 .lse = args.lse,
+  const RowGrid grid(g, args.permuted.order_heads);
+  const std::int64_t rows = g.rows() - dense_last_rows - grid.first_pruning_row();
+  if (rows <= 0) return cudaSuccess;
+  const Params p{.grid = grid,
+                 .q = args.inputs.q,
+                 .out = args.outputs.out,
+                 .lse = args.outputs.lse,
                  .lse_batch_stride = args.lse_batch_stride,
-                 .pooled_k = args.pooled_k,
-                 .pooled_v = args.pooled_v,
-                 .pooled_k_blocks = args.pooled_blocks,
+                 .pooled = pooled,
                  .pooled_v_blocks = permuted_blocks(g),
                  .lists = args.lists,
-                 .rows = g.rows(),
-                 .q_offset = g.q_offset(),
-                 .q_len = g.shape.q_len,
-                 .first_row = static_cast<int>(g.first_row()),
-                 .first_pruning_row = static_cast<int>(first_pruning_row),
-                 .q_heads = static_cast<int>(g.shape.q_heads),
-                 .order_group = static_cast<int>(g.shape.q_heads / args.order_heads),
-                 .blocks_per_segment = g.segment / g.block,
                  .scale = args.scale,
-                 .scale_log2 = static_cast<float>(args.scale / std::log(2.0))};
-  return dispatch(args.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    constexpr int shared_bytes = sizeof(Shared<dim>) + 1024;  // to align it
+                 .scale_log2 = scale_log2(args.scale)};
+  return dispatch(p.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    constexpr int shared_bytes = aligned_bytes<Shared<dim>>;
     static_assert(shared_bytes <= 227 * 1024);
-    const dim3 grid(static_cast<unsigned>(g.shape.batch * g.shape.q_heads), static_cast<unsigned>(pruning_rows));
-    return launch(correct_rows<T, dim>, grid, threads, shared_bytes, stream, Start::after_earlier_kernels, p);
+    const dim3 thread_blocks(grid.heads, static_cast<unsigned>(rows));
+    return launch(correct_rows<T, dim>, thread_blocks, threads, shared_bytes, stream, Start::after_earlier_kernels, p);
   });
 }
 

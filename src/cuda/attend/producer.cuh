@@ -16,12 +16,12 @@ __device__ void schedule(const AttendParams& p, Shared& shared) {
     if (more) {
       const int index = p.tile_order != nullptr ? p.tile_order[place] : p.order.tile(place);
       const int head = index / p.order.rows;
-      const int row = p.first_row + index % p.order.rows;
-      tile.head = head % p.q_heads;
-      tile.batch = head / p.q_heads;
-      tile.token = row * block;
-      tile.count = p.row_start != nullptr ? p.row_count[index] : row + 1;
-      tile.list = p.row_start != nullptr ? p.row_start[index] : 0;
+      const int diagonal = p.grid.diagonal(index % p.order.rows);
+      tile.head = head % p.grid.q_heads;
+      tile.batch = head / p.grid.q_heads;
+      tile.token = diagonal * block;
+      tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : diagonal + 1;
+      tile.list = p.lists.row_start != nullptr ? p.lists.row_start[index] : 0;
     }
     shared.tile_free[slot.at].wait(slot.parity ^ 1);
     shared.tile[slot.at] = tile;
@@ -51,9 +51,9 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
 
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
     const int diagonal = tile.token / block;
-    const int own_begin = p.blocks_per_segment == 0 ? 0 : diagonal / p.blocks_per_segment * p.blocks_per_segment;
-    const int head = tile.head / p.heads_per_kv;
-    const int permuted_head = tile.head / p.heads_per_permuted;
+    const int own_begin = p.grid.own_begin(diagonal);
+    const int head = p.grid.kv_head(tile.head);
+    const int permuted_head = p.grid.order_head(tile.head);
     const auto load_k = [&](int b) {
       const bool own = b >= own_begin;
       load_block(k, shared.k, shared.k_full, shared.k_free, own ? maps.k : maps.k_permuted, b * block,
@@ -65,7 +65,7 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
                  own ? head : permuted_head, tile.batch);
     };
     // Entry i of the list from its end; each lane holds one of 32.
-    const std::int32_t* last = p.row_start != nullptr ? p.list + tile.list + tile.count - 1 : nullptr;
+    const std::int32_t* last = p.lists.row_start != nullptr ? p.lists.block + tile.list + tile.count - 1 : nullptr;
     const auto entries = [&](int i) { return i >= tile.count ? 0 : last != nullptr ? __ldg(last - i) : diagonal - i; };
     int now = entries(lane);
     int then = entries(32 + lane);
@@ -74,8 +74,8 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
       shared.q_free[slot.at][wg].wait(slot.parity ^ 1);
       if (lane == 0) {
         shared.q_full[slot.at][wg].arrive_expecting(sizeof(shared.q[0][0]));
-        tma_load(shared.q[slot.at][wg], maps.q, shared.q_full[slot.at][wg], 0, tile.token + wg * 64 - p.q_offset, 0,
-                 tile.head, tile.batch);
+        tma_load(shared.q[slot.at][wg], maps.q, shared.q_full[slot.at][wg], 0, tile.token + wg * 64 - p.grid.q_offset,
+                 0, tile.head, tile.batch);
       }
     }
     const auto announce_v = [&] {
@@ -159,13 +159,13 @@ __device__ void store_short_row(const AttendParams& p, const typename Shared::QT
                                 int lane) {
   using Element = typename Shared::Element;
   constexpr int chunks = Shared::head_dim / 8;  // of 16 bytes in a row
-  auto* out = static_cast<Element*>(p.out) + at.batch * p.out_batch_stride + at.head * p.out_head_stride;
+  auto* out = static_cast<Element*>(p.out.data) + at.batch * p.out.batch_stride + at.head * p.out.head_stride;
   for (int i = lane; i < 64 * chunks; i += 32) {
     const int row = i / chunks;
     const int chunk = i % chunks;
-    if (query + row < 0 || query + row >= p.q_len) continue;
+    if (query + row < 0 || query + row >= p.grid.q_len) continue;
     const Element* from = tile[chunk / 8][row] + (chunk % 8 ^ row % 8) * 8;
-    Element* to = out + (query + row) * p.out_token_stride + chunk * 8;
+    Element* to = out + (query + row) * p.out.token_stride + chunk * 8;
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
   }
 }
@@ -175,7 +175,7 @@ __device__ void store(const AttendParams& p, const TensorMaps& maps, Shared& sha
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
     for (int wg = 0; wg < consumers; ++wg) {
       shared.out_full[slot.at][wg].wait(slot.parity);
-      const int query = tile.token + wg * 64 - p.q_offset;
+      const int query = tile.token + wg * 64 - p.grid.q_offset;
       if (query < 0) {
         store_short_row<Shared>(p, shared.q[slot.at][wg], tile, query, lane);
       } else if (lane == 0) {

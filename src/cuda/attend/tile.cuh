@@ -4,7 +4,9 @@
 #include <limits>
 #include <type_traits>
 
+#include "cuda/arrays.h"
 #include "cuda/attend/softmax.cuh"
+#include "cuda/geometry.cuh"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/wgmma.cuh"
@@ -41,25 +43,15 @@ struct TileOrder {
 
 struct AttendParams {
   TileOrder order;
-  const int* tile_order;          // [place]; null: `order` gives it
-  int* next_place;                // counts those beyond each thread block's first; null: there are none
-  const std::int64_t* row_start;  // null: dense
-  const std::int32_t* row_count;
-  const std::int32_t* list;
-
-  int q_heads;
-  int heads_per_kv;        // query heads that share a head of the caller's K and V
-  int heads_per_permuted;  // and of the permuted K and V
-  int blocks_per_segment;  // 0: nothing is permuted
-  int first_row;
-  int q_offset;
-  int q_len;
+  const int* tile_order;  // [place]; null: `order` gives it
+  int* next_place;        // counts those beyond each thread block's first; null: there are none
+  BlockLists lists;       // null: dense
+  RowGrid grid;
 
   float scale;
   float scale_log2;  // scale x log2(e)
-  void* out;
-  std::int64_t out_batch_stride, out_head_stride, out_token_stride;  // elements
-  float* lse;                                                        // null: not wanted
+  View out;
+  float* lse;  // null: not wanted
   std::int64_t lse_batch_stride;
 };
 
@@ -69,7 +61,7 @@ struct TensorMaps {
 };
 
 struct Tile {
-  int head;  // query head
+  int head;  // query head of its batch entry
   int batch;
   int token;          // of its first query; a multiple of 128, before the first query if a chunk starts inside a block
   int count;          // key blocks; 0 ends the work

@@ -3,18 +3,20 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/geometry.cuh"
 #include "cuda/permute/permute.h"
 #include "cuda/permute/pool.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/prologue.cuh"
 #include "cuda/sm90/swizzled_tile.cuh"
-#include "cuda/sm90/tensor.cuh"
 
 namespace pbsattn::cuda {
 
 struct PermuteParams {
-  Tensor scoring_queries, k, v;
-  int q_heads, kv_heads, group, batch;
+  ConstView scoring_queries, k, v;
+  RowGrid grid;
+  int kv_heads, batch;
   int queries;  // that score, 1 .. 128
   int segment;
   std::int64_t permuted_len;
@@ -25,9 +27,8 @@ struct PermuteParams {
   PoolArgs pool_q;
   float2* statistics;  // [batch][q_heads][units][128]: Statistics of each scoring query
   LogSum* log_sums;    // [batch][q_heads][128]
-  void *permuted_k, *permuted_v, *pooled_k;
-  std::int32_t* order;
-  std::int32_t* sink_block;
+  Permuted permuted;
+  void* pooled_k;
 };
 
 }  // namespace pbsattn::cuda

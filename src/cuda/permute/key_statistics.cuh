@@ -46,13 +46,13 @@ __device__ inline void multiplying_barrier() {
 constexpr int statistics_tiles = heads_at_once + key_stages;
 
 template <int head_dim>
-constexpr int statistics_shared_bytes = statistics_tiles* SwizzledTile<head_dim>::bytes + 4 * pool_stage_bytes + 1024;
+constexpr int statistics_shared_bytes =
+    statistics_tiles* SwizzledTile<head_dim>::bytes + 4 * pool_stage_bytes + shared_alignment;
 
 template <class T, int head_dim>
 __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const __grid_constant__ PermuteParams p) {
   using Swizzled = SwizzledTile<head_dim>;
-  extern __shared__ unsigned char shared[];
-  unsigned char* queries = shared + (1024 - sm90::shared_address(shared) % 1024) % 1024;
+  unsigned char* queries = aligned_shared();
   const int warpgroup = threadIdx.x / 128;
   let_next_kernel_start();
   if (warpgroup == 2) {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const 
     const int kv_head = blockIdx.z % p.kv_heads;
     const std::int64_t first_key = blockIdx.x * p.unit_keys;
     const int tiles = static_cast<int>(min(p.unit_keys, p.permuted_len - first_key) / tile_tokens);
-    const T* source = p.k.head<T>(batch, kv_head) + first_key * p.k.token_stride;
+    const T* source = head_of<T>(p.k, batch, kv_head) + first_key * p.k.token_stride;
     const auto load_keys = [&](int tile) {
       load_tile<T, head_dim, multiplying_threads>(keys + tile % key_stages * Swizzled::bytes,
                                                   source + tile * tile_tokens * p.k.token_stride, p.k.token_stride,
@@ -79,11 +79,11 @@ __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const 
     // The last head of an odd group has no partner: both warpgroups compute it, since a branch around the products
     // would make the compiler wait after each of them.
     const auto q_head = [&](int i) {
-      return kv_head * p.group + min(static_cast<int>(blockIdx.y) * heads_at_once + i, p.group - 1);
+      return kv_head * p.grid.group + min(static_cast<int>(blockIdx.y) * heads_at_once + i, p.grid.group - 1);
     };
     for (int i = 0; i < heads_at_once; ++i)
       load_tile<T, head_dim, multiplying_threads>(queries + i * Swizzled::bytes,
-                                                  p.scoring_queries.head<T>(batch, q_head(i)),
+                                                  head_of<T>(p.scoring_queries, batch, q_head(i)),
                                                   p.scoring_queries.token_stride, p.queries, threadIdx.x);
     load_keys(0);
 
@@ -129,9 +129,9 @@ __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const 
     for (; tile < tiles; ++tile) round(std::integral_constant<int, 1>{}, tile);
 
     const int lane = threadIdx.x % 32;
-    const std::int64_t head = static_cast<std::int64_t>(batch) * p.q_heads + q_head(warpgroup);
+    const std::int64_t head = static_cast<std::int64_t>(batch) * p.grid.q_heads + q_head(warpgroup);
     float2* out = p.statistics + (head * p.units + blockIdx.x) * 128;
-    const bool writes = lane % 4 == 0 && blockIdx.y * heads_at_once + warpgroup < p.group;
+    const bool writes = lane % 4 == 0 && blockIdx.y * heads_at_once + warpgroup < p.grid.group;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Statistics total = i < 2 ? low[i] : high[i - 2];

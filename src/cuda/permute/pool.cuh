@@ -1,37 +1,22 @@
 // Means of blocks of tokens, a warp for each block: every lane adds 8 columns of every other (or fourth) row.
 #pragma once
 
-#include "cuda/permute/permute.h"
+#include "cuda/limits.h"
 #include "cuda/sm90/copy.cuh"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/ptx.cuh"
+#include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn::cuda {
 
 // One tensor's rows to be pooled: block `row` of a head holds tokens [first + row * 128, + 128) cut to [0, tokens).
 struct PoolArgs {
-  const void* data;
-  std::int64_t batch_stride, head_stride, token_stride;
+  ConstView view;
   std::int64_t heads, rows;
   std::int64_t first, tokens;  // first <= 0: where a head's first block begins, relative to its first token
   bool divide_by_count;        // by the tokens present, else by 128
   void* out;                   // [batch][heads][rows][head_dim]
 };
-
-inline PoolArgs pool_queries(const PermuteArgs& args) {
-  const Geometry& g = args.geometry;
-  const ConstView& q = args.inputs.q;
-  return {q.data,
-          q.batch_stride,
-          q.head_stride,
-          q.token_stride,
-          g.shape.q_heads,
-          g.rows(),
-          g.first_row() * block_tokens - g.q_offset(),
-          g.shape.q_len,
-          args.divide_by_count,
-          args.pooled_q};
-}
 
 constexpr int pool_copies = 16;                                    // of a lane, in one stage
 constexpr int pool_stages = 2;                                     // under way at a time
@@ -59,15 +44,16 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
     const int item = warp + step / parts * warps;
     if (item < items) {
       const int first = step % parts * pool_copies * tokens_at_once + lane / chunks;
-      const T* source = static_cast<const T*>(args.data) + item / rows / heads * args.batch_stride +
-                        item / rows % heads * args.head_stride + (begin_of(item) + first) * args.token_stride +
-                        lane % chunks * 8;
+      const T* source = static_cast<const T*>(args.view.data) + item / rows / heads * args.view.batch_stride +
+                        item / rows % heads * args.view.head_stride +
+                        (begin_of(item) + first) * args.view.token_stride + lane % chunks * 8;
       const int count = count_of(item);
 #pragma unroll 4
       for (int i = 0; i < pool_copies; ++i) {
         const bool present = first + i * tokens_at_once < count;
-        copy_async(to + (step % pool_stages * pool_copies + i) * 512, present ? source : args.data, present, policy);
-        source += tokens_at_once * args.token_stride;
+        copy_async(to + (step % pool_stages * pool_copies + i) * 512, present ? source : args.view.data, present,
+                   policy);
+        source += tokens_at_once * args.view.token_stride;
       }
     }
     commit_copies();

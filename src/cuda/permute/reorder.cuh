@@ -16,7 +16,7 @@ constexpr int reorder_threads = 256;
 constexpr int reorder_warps = reorder_threads / 32;
 constexpr int piece_tiles = 2;  // key tiles in shared memory at a time
 
-// The dynamic shared memory of reorder(), from an address aligned to 1024 bytes.
+// The dynamic shared memory of reorder(), aligned.
 template <int head_dim>
 struct ReorderShared {
   static constexpr int keys = 0;
@@ -24,15 +24,16 @@ struct ReorderShared {
   static constexpr int log_sums = queries + SwizzledTile<head_dim>::bytes;     // LogSum[128]
   static constexpr int block_sums = log_sums + 128 * 8;                        // float[2][reorder_warps][head_dim]
   static constexpr int score = block_sums + 2 * reorder_warps * head_dim * 4;  // int[segment]
-  static std::size_t bytes(std::int64_t segment) { return 1024 + score + segment * 8; }  // with int from[segment]
+  static std::size_t bytes(std::int64_t segment) {
+    return shared_alignment + score + segment * 8;
+  }  // with int from[segment]
 };
 
 template <class T, int head_dim>
 __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_constant__ PermuteParams p) {
   using Swizzled = SwizzledTile<head_dim>;
   using Shared = ReorderShared<head_dim>;
-  extern __shared__ unsigned char shared[];
-  unsigned char* base = shared + (1024 - sm90::shared_address(shared) % 1024) % 1024;
+  unsigned char* base = aligned_shared();
   unsigned char* keys = base + Shared::keys;
   unsigned char* queries = base + Shared::queries;
   LogSum* log_sums = reinterpret_cast<LogSum*>(base + Shared::log_sums);
@@ -45,17 +46,17 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
   const int batch = blockIdx.z;
   const int kv_head = blockIdx.y;
   const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.x) * p.segment;
-  const T* source_k = p.k.head<T>(batch, kv_head) + first_token * p.k.token_stride;
-  const T* source_v = p.v.head<T>(batch, kv_head) + first_token * p.v.token_stride;
+  const T* source_k = head_of<T>(p.k, batch, kv_head) + first_token * p.k.token_stride;
+  const T* source_v = head_of<T>(p.v, batch, kv_head) + first_token * p.v.token_stride;
   const int tiles = p.segment / tile_tokens;
 
   const auto load_queries = [&](int head) {
-    const int q_head = kv_head * p.group + head;
-    load_tile<T, head_dim, reorder_threads>(queries, p.scoring_queries.head<T>(batch, q_head),
+    load_tile<T, head_dim, reorder_threads>(queries,
+                                            head_of<T>(p.scoring_queries, batch, kv_head * p.grid.group + head),
                                             p.scoring_queries.token_stride, p.queries, thread);
     if (thread < 64)
       copy_async(sm90::shared_address(log_sums + 2 * thread),
-                 p.log_sums + (static_cast<std::int64_t>(batch) * p.q_heads + q_head) * 128 + 2 * thread, true);
+                 p.log_sums + p.grid.q_head(batch, kv_head, head) * 128 + 2 * thread, true);
   };
   const auto load_keys = [&](int piece) {
     for (int i = 0; i < min(piece_tiles, tiles - piece * piece_tiles); ++i)
@@ -68,9 +69,9 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
   wait_for_earlier_kernels();
   load_queries(0);
   int parity = 0;
-  for (int head = 0; head < p.group; ++head) {
-    const std::int64_t q_head = static_cast<std::int64_t>(batch) * p.q_heads + kv_head * p.group + head;
-    const bool ranks = !p.shared_order || head + 1 == p.group;
+  for (int head = 0; head < p.grid.group; ++head) {
+    const int q_head = p.grid.q_head(batch, kv_head, head);
+    const bool ranks = !p.shared_order || head + 1 == p.grid.group;
     for (int piece = 0; piece * piece_tiles < tiles; ++piece) {
       load_keys(piece);
       commit_copies();
@@ -100,17 +101,17 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
       }
       __syncthreads();
     }
-    if (head + 1 < p.group) load_queries(head + 1);
+    if (head + 1 < p.grid.group) load_queries(head + 1);
     if (!ranks) continue;
 
     rank_keys<reorder_threads>(score, p.segment, thread, from);
     __syncthreads();
 
-    const std::int64_t out_head = p.shared_order ? static_cast<std::int64_t>(batch) * p.kv_heads + kv_head : q_head;
+    const int out_head = p.grid.order_head(q_head);
     const std::int64_t out_token = out_head * p.permuted_len + first_token;
     for (int slot = thread; slot < p.segment; slot += reorder_threads) {
-      p.order[out_token + slot] = static_cast<std::int32_t>(first_token) + from[slot];
-      if (first_token == 0 && from[slot] == 0) p.sink_block[out_head] = slot / block_tokens;
+      p.permuted.order[out_token + slot] = static_cast<std::int32_t>(first_token) + from[slot];
+      if (first_token == 0 && from[slot] == 0) p.permuted.sink_block[out_head] = slot / block_tokens;
     }
     const int chunk = thread % Swizzled::chunks;
     for (int block = 0; block < p.segment / block_tokens; ++block) {
@@ -129,13 +130,13 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
         const int key = from[first_slot + i * rows_at_once];
         const uint4 k_chunk = __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + chunk);
         const std::int64_t out = (out_token + first_slot + i * rows_at_once) * Swizzled::chunks + chunk;
-        __stcs(static_cast<uint4*>(p.permuted_k) + out, k_chunk);
+        __stcs(static_cast<uint4*>(p.permuted.k) + out, k_chunk);
         add_to<T>(sum, k_chunk);
       }
 #pragma unroll
       for (int i = 0; i < rows_of_thread; ++i)
         __stcs(
-            static_cast<uint4*>(p.permuted_v) + (out_token + first_slot + i * rows_at_once) * Swizzled::chunks + chunk,
+            static_cast<uint4*>(p.permuted.v) + (out_token + first_slot + i * rows_at_once) * Swizzled::chunks + chunk,
             v_chunk[i]);
       write_block_mean<T>(
           sum, block_sums[parity], thread, [] { __syncthreads(); },

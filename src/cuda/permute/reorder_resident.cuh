@@ -32,7 +32,7 @@ struct Handover {
   }
 };
 
-// The dynamic shared memory of reorder_resident(), from an address aligned to 1024 bytes.
+// The dynamic shared memory of reorder_resident(), aligned.
 template <int head_dim>
 struct ResidentShared {
   static constexpr int tile = SwizzledTile<head_dim>::bytes;
@@ -46,7 +46,7 @@ struct ResidentShared {
   static constexpr int from = score + segment * 4;                               // int[2][segment]
   static constexpr int block_sums = from + 2 * segment * 4;                      // float[2][writer_warps][head_dim]
   static constexpr int handover = block_sums + 2 * writer_warps * head_dim * 4;  // Handover
-  static constexpr int bytes = 1024 + handover + sizeof(Handover);
+  static constexpr int bytes = shared_alignment + handover + sizeof(Handover);
 };
 
 namespace resident {
@@ -64,15 +64,15 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
   unsigned char* keys = base + Shared::keys;
   int* score = reinterpret_cast<int*>(base + Shared::score);  // bits of floats until the last head adds its own
   const int tiles = p.segment / tile_tokens;
-  const T* source = p.k.head<T>(batch, kv_head) + first_token * p.k.token_stride;
+  const T* source = head_of<T>(p.k, batch, kv_head) + first_token * p.k.token_stride;
 
   const auto load_queries = [&](int head) {
     load_tile<T, head_dim, resident_scorers>(base + Shared::queries + head % 2 * Swizzled::bytes,
-                                             p.scoring_queries.head<T>(batch, kv_head * p.group + head),
+                                             head_of<T>(p.scoring_queries, batch, kv_head * p.grid.group + head),
                                              p.scoring_queries.token_stride, p.queries, thread);
   };
   const auto load_log_sums = [&](int head) {
-    const std::int64_t q_head = static_cast<std::int64_t>(batch) * p.q_heads + kv_head * p.group + head;
+    const int q_head = p.grid.q_head(batch, kv_head, head);
     LogSum* to = reinterpret_cast<LogSum*>(base + Shared::log_sums) + head % 2 * 128;
     if (thread < 64) copy_async(sm90::shared_address(to + 2 * thread), p.log_sums + q_head * 128 + 2 * thread, true);
   };
@@ -89,8 +89,8 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
   load_log_sums(0);
   commit_copies();
   Ring<Handover::places> place;
-  for (int head = 0; head < p.group; ++head) {
-    if (head + 1 < p.group) {
+  for (int head = 0; head < p.grid.group; ++head) {
+    if (head + 1 < p.grid.group) {
       load_queries(head + 1);
       load_log_sums(head + 1);
     }
@@ -98,7 +98,7 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
     wait_copies<1>();
     sm90::fence_async_shared();
     sm90::named_wait(scorers, resident_scorers);
-    const bool ranks = !p.shared_order || head + 1 == p.group;
+    const bool ranks = !p.shared_order || head + 1 == p.grid.group;
     const int tile = thread / 128;
     if (tile < tiles) {
       const unsigned char* my_keys = keys + tile * Swizzled::bytes;
@@ -151,7 +151,8 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
   constexpr int rows_at_once = resident_writers / Swizzled::chunks;
 
   handover.keys.wait(0);
-  const T* row = p.v.head<T>(batch, kv_head) + (first_token + thread / Swizzled::chunks) * p.v.token_stride + chunk * 8;
+  const T* row =
+      head_of<T>(p.v, batch, kv_head) + (first_token + thread / Swizzled::chunks) * p.v.token_stride + chunk * 8;
 #pragma unroll 1
   for (int i = 0; i < p.segment / rows_at_once; ++i) {
     copy_async(sm90::shared_address(values) + (i * resident_writers + thread) * 16, row, true);
@@ -163,23 +164,22 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
   sm90::named_wait(writers, resident_writers);
 
   const std::uint64_t policy = evict_first();
-  const int order_count = p.shared_order ? 1 : p.group;
+  const int order_count = p.shared_order ? 1 : p.grid.group;
   int parity = 0;
   Ring<Handover::places> place;
   for (int i = 0; i < order_count; ++i, place.next()) {
     const int* from = reinterpret_cast<const int*>(base + Shared::from) + place.at * Shared::segment;
-    const std::int64_t out_head = p.shared_order ? static_cast<std::int64_t>(batch) * p.kv_heads + kv_head
-                                                 : static_cast<std::int64_t>(batch) * p.q_heads + kv_head * p.group + i;
+    const int out_head = p.grid.order_head(p.grid.q_head(batch, kv_head, i));
     const std::int64_t out_token = out_head * p.permuted_len + first_token;
     handover.full[place.at].wait(place.parity);
     if (thread < p.segment) {
-      p.order[out_token + thread] = static_cast<std::int32_t>(first_token) + from[thread];
-      if (first_token == 0 && from[thread] == 0) p.sink_block[out_head] = thread / block_tokens;
+      p.permuted.order[out_token + thread] = static_cast<std::int32_t>(first_token) + from[thread];
+      if (first_token == 0 && from[thread] == 0) p.permuted.sink_block[out_head] = thread / block_tokens;
     }
     for (int block = 0; block < tiles; ++block) {
       if (thread < block_tokens) {
         const int slot = block * block_tokens + thread;
-        sm90::bulk_store(static_cast<unsigned char*>(p.permuted_v) + (out_token + slot) * row_bytes,
+        sm90::bulk_store(static_cast<unsigned char*>(p.permuted.v) + (out_token + slot) * row_bytes,
                          values + from[slot] * row_bytes, row_bytes, policy);
       }
       const int first_slot = block * block_tokens + thread / Swizzled::chunks;
@@ -191,7 +191,7 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
         const int at = key / tile_tokens * Swizzled::bytes + Swizzled::offset(key % tile_tokens, chunk);
         const uint4 k_chunk = *reinterpret_cast<const uint4*>(keys + at);
         const std::int64_t out = (out_token + slot) * Swizzled::chunks + chunk;
-        __stcs(static_cast<uint4*>(p.permuted_k) + out, k_chunk);
+        __stcs(static_cast<uint4*>(p.permuted.k) + out, k_chunk);
         add_to<T>(sum, k_chunk);
       }
       write_block_mean<T>(
@@ -208,8 +208,7 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
 
 template <class T, int head_dim>
 __global__ void __launch_bounds__(resident::everyone, 1) reorder_resident(const __grid_constant__ PermuteParams p) {
-  extern __shared__ unsigned char shared[];
-  unsigned char* base = shared + (1024 - sm90::shared_address(shared) % 1024) % 1024;
+  unsigned char* base = aligned_shared();
   // Backwards: the keys that score_statistics read last may still be in L2.
   const std::int64_t first_token = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.segment;
   const int kv_head = gridDim.y - 1 - blockIdx.y;

@@ -10,13 +10,14 @@
 // a constant of the row (means.cu, energy.cu). Those of all causal blocks go on to the row's diagonal: what
 // is always kept then counts first, or competes with the rest (core/score_traits.h).
 #include <algorithm>
-#include <cmath>
 
+#include "cuda/geometry.cuh"
 #include "cuda/select/keep.cuh"
 #include "cuda/select/pooled_product.cuh"
 #include "cuda/select/scores/scores.h"
 #include "cuda/select/select.h"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/online_sum.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -34,16 +35,10 @@ enum class Source {
 };
 
 struct Params {
-  const void* pooled_k;
-  const void* pooled_q;
+  RowGrid grid;
+  Pooled pooled;
   const std::int32_t* sink_block;
-  std::int64_t* row_start;
-  std::int32_t* row_count;
-  std::int32_t* block;
-  std::int64_t rows, first_row, causal_blocks;
-  std::int64_t key_blocks;  // pooled keys of a head
-  int order_group;          // query heads of an order
-  int blocks_per_segment;
+  BlockLists lists;
   int rows_at_once;  // of a CTA
   int score_stride;
   float scale_log2;
@@ -59,24 +54,22 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
   extern __shared__ float scores[];
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const std::int64_t head = blockIdx.y;  // of all batch entries
-  const std::int64_t order_head = head / p.order_group;
+  const int head = blockIdx.y;
+  const int order_head = p.grid.order_head(head);
   // The last rows have the most blocks, so they start first.
-  const std::int64_t first_row = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.rows_at_once;
-  const std::int64_t last_row = min(first_row + p.rows_at_once, p.rows) - 1;
-  const auto own_begin = [&](std::int64_t row) {
-    return static_cast<int>((p.first_row + row) / p.blocks_per_segment * p.blocks_per_segment);
-  };
+  const int first_row = static_cast<int>(gridDim.x - 1 - blockIdx.x) * p.rows_at_once;
+  const int last_row = min(first_row + p.rows_at_once, p.grid.rows) - 1;
+  const auto own_begin = [&](int row) { return p.grid.own_begin(p.grid.diagonal(row)); };
 
   wait_for_earlier_kernels();
   const auto scored_rows = [&](const HeadOptions& options) {
-    return options.keep == KeepRule::all || options.keep == KeepRule::none ? 0 : p.rows - options.dense_last_rows;
+    return options.keep == KeepRule::all || options.keep == KeepRule::none ? 0 : p.grid.rows - options.dense_last_rows;
   };
   if (p.source == Source::pooled && first_row < scored_rows(p.options.of(head)))
     multiply_pooled<head_dim>(
-        Means{static_cast<const T*>(p.pooled_q) + (head * p.rows + first_row) * head_dim, last_row + 1 - first_row},
-        Means{static_cast<const T*>(p.pooled_k) + order_head * p.key_blocks * head_dim, p.key_blocks}, 0,
-        own_begin(last_row), [](int) { return true; },
+        means_of<T, head_dim>(p.pooled.q, head, p.grid.rows, first_row, last_row + 1 - first_row),
+        means_of<T, head_dim>(p.pooled.k, order_head, p.pooled.k_blocks), 0, own_begin(last_row),
+        [](int) { return true; },
         [&](int row, int block, float2 products) {
           if (row < p.rows_at_once)
             *reinterpret_cast<float2*>(scores + row * p.score_stride + block) =
@@ -85,13 +78,13 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
   __syncthreads();
 
   const HeadOptions& options = p.options.of(head);
-  const std::int64_t first_dense_row = options.keep == KeepRule::all ? 0 : p.rows - options.dense_last_rows;
-  for (std::int64_t row = first_row + warp; row <= last_row; row += warps) {
+  const int first_dense_row = options.keep == KeepRule::all ? 0 : p.grid.rows - options.dense_last_rows;
+  for (int row = first_row + warp; row <= last_row; row += warps) {
     float* weights = scores + (row - first_row) * p.score_stride;
     const int prunable = own_begin(row);
     const bool dense = row >= first_dense_row || prunable == 0;
-    const std::int64_t start = head * p.causal_blocks + row * p.first_row + row * (row + 1) / 2;
-    const int diagonal = static_cast<int>(p.first_row + row);
+    const std::int64_t start = p.grid.list_start(head, row);
+    const int diagonal = p.grid.diagonal(row);
     const int sink = prunable > 0 ? p.sink_block[order_head] : 0;
     float* const others = weights + p.rows_at_once * p.score_stride;  // of the second score
     Taker first{weights, dense ? keep_all() : keep_none()};
@@ -120,10 +113,11 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
         second.threshold = threshold;
     }
     __syncwarp();
-    const int length = write_list(options, first, second, lists == 2, prunable, diagonal, sink, p.block + start, lane);
-    if (lane == 0) {
-      p.row_start[head * p.rows + row] = start;
-      p.row_count[head * p.rows + row] = length;
+    const int length =
+        write_list(options, first, second, lists == 2, prunable, diagonal, sink, p.lists.block + start, lane);
+    if (const std::int64_t tile = std::int64_t{head} * p.grid.rows + row; lane == 0) {
+      p.lists.row_start[tile] = start;
+      p.lists.row_count[tile] = length;
     }
   }
 }
@@ -138,9 +132,9 @@ Source source_of(BlockScore score) {
   }
 }
 
-// Scores that have launches of their own.
-cudaError_t score_blocks(const ScoreArgs& args, cudaStream_t stream) {
-  switch (args.score) {
+// Enqueues a score that has launches of its own.
+cudaError_t score_blocks(const SelectArgs& args, cudaStream_t stream) {
+  switch (args.options.score) {
     case BlockScore::mean_pool: return cudaSuccess;
     case BlockScore::vertical_slash: return score_vertical_slash(args, stream);
     case BlockScore::flexible: return score_flexible(args, stream);
@@ -160,65 +154,33 @@ cudaError_t score_blocks(const ScoreArgs& args, cudaStream_t stream) {
 
 cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
-  const Options& options = args.options;
-  const std::int64_t rows = g.rows();
-  const auto heads = args.heads.empty() ? std::span(&options, 1) : args.heads;
-  const OptionsOfHeads options_of_heads{
-      .all = head_options_of(options), .each = args.head_options, .q_heads = static_cast<int>(g.shape.q_heads)};
-  const Source source = source_of(options.score);
-  const bool two = options.score == BlockScore::dual_band;
+  const BlockScore score = args.options.score;
+  const Source source = source_of(score);
+  const bool two = score == BlockScore::dual_band;
   // Those of a row's own segment compete with the others where scores are logarithms, and are only added up elsewhere.
-  const std::int64_t columns = source == Source::logarithms ? g.blocks() : g.own_begin(rows - 1);
+  const std::int64_t columns = source == Source::logarithms ? g.blocks() : g.own_begin(g.rows() - 1);
   // Eight words more than a multiple of 32 put the rows of a product's float2 writes in different banks.
   const std::int64_t stride = ceil_div(columns, 32) * 32 + 8;
-  auto* const scores = reinterpret_cast<float*>(args.block);
-  if (reads_scores(heads)) {
-    const cudaError_t error = score_blocks({.geometry = g,
-                                            .order_heads = args.order_heads,
-                                            .score = options.score,
-                                            .scale = options.scale,
-                                            .dense_last_rows = common_dense_rows(heads),
-                                            .options = options_of_heads,
-                                            .pooled_q = args.pooled_q,
-                                            .pooled_k = args.pooled_k,
-                                            .pooled_own = args.pooled_own,
-                                            .pooled_blocks = args.pooled_blocks,
-                                            .permuted_k = args.permuted_k,
-                                            .q = args.q,
-                                            .k = args.k,
-                                            .scratch = args.scratch,
-                                            .scratch_bytes = args.scratch_bytes,
-                                            .scores = scores},
-                                           stream);
-    if (error != cudaSuccess) return error;
-  }
+  if (reads_scores(args.option_sets()))
+    if (const cudaError_t error = score_blocks(args, stream); error != cudaSuccess) return error;
   constexpr std::int64_t smallest_share = 16 * 1024;
   const std::int64_t row_bytes = (two ? 2 : 1) * stride * sizeof(float);
   const int rows_at_once = static_cast<int>(std::clamp<std::int64_t>(max_shared_bytes / row_bytes, 1, pooled_rows));
   const std::size_t shared_bytes = std::max(rows_at_once * row_bytes, smallest_share);
-  const Params p{.pooled_k = args.pooled_k,
-                 .pooled_q = args.pooled_q,
-                 .sink_block = args.sink_block,
-                 .row_start = args.row_start,
-                 .row_count = args.row_count,
-                 .block = args.block,
-                 .rows = rows,
-                 .first_row = g.first_row(),
-                 .causal_blocks = g.causal_blocks_per_head(),
-                 .key_blocks = args.pooled_blocks,
-                 .order_group = static_cast<int>(g.shape.q_heads / args.order_heads),
-                 .blocks_per_segment = g.segment / g.block,
+  const Params p{.grid = {g, args.permuted.order_heads},
+                 .pooled = args.pooled,
+                 .sink_block = args.permuted.sink_block,
+                 .lists = args.lists,
                  .rows_at_once = rows_at_once,
                  .score_stride = static_cast<int>(stride),
-                 .scale_log2 = static_cast<float>(options.scale / std::log(2.0)),
-                 .options = options_of_heads,
+                 .scale_log2 = scale_log2(args.options.scale),
+                 .options = args.options_of_heads(),
                  .source = source,
-                 .scores = scores,
+                 .scores = scores_of(args),
                  .second_scores = two ? static_cast<const float*>(args.scratch) : nullptr};
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows, rows_at_once)),
-                  static_cast<unsigned>(g.shape.batch * g.shape.q_heads));
+  const dim3 grid(static_cast<unsigned>(ceil_div(g.rows(), rows_at_once)), static_cast<unsigned>(p.grid.heads));
   if (two) return launch(select_rows<__half, 64, 2>, grid, select_threads, shared_bytes, stream, Start::early, p);
-  return dispatch(args.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+  return dispatch(args.inputs.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     return launch(select_rows<T, dim, 1>, grid, select_threads, shared_bytes, stream, Start::early, p);
   });
 }

@@ -31,6 +31,13 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, std::size_
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
+// Counts the current device's multiprocessors.
+inline cudaError_t count_multiprocessors(int& count) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
 #ifdef __CUDACC__
 // Lets the stream's next kernel start as soon as there is room for it.
 __device__ inline void let_next_kernel_start() {

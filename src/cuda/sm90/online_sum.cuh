@@ -9,6 +9,11 @@
 
 namespace pbsattn::cuda {
 
+// Returns what a product is multiplied by to be an exponent of base 2.
+inline float scale_log2(float scale) {
+  return static_cast<float>(scale / std::log(2.0));
+}
+
 // Of a scoring query: its largest product, and log2 of the sum of exp2((product - max) * scale_log2). A query that
 // isn't there has a sum of +inf, so that its weights are 0.
 struct LogSum {

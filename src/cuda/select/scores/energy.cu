@@ -8,14 +8,15 @@
 // next are on their way. Two thread blocks a multiprocessor, so that one multiplies while the other exponentiates.
 //
 // The least work at 128K tokens, 32 heads of 128: 0.55 TFLOP and 2.1 G exponentials, 0.6 ms each.
-#include <algorithm>
 #include <cmath>
 
-#include "cuda/limits.h"
+#include "cuda/geometry.cuh"
+#include "cuda/select/pooled_product.cuh"
 #include "cuda/select/scores/scores.h"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/prologue.cuh"
 #include "cuda/sm90/swizzled_tile.cuh"
 
 namespace pbsattn::cuda {
@@ -25,14 +26,10 @@ constexpr int threads = 256;
 constexpr int stages = 2;
 
 struct Params {
+  RowGrid grid;
   ConstView q;
-  const void *pooled_k, *pooled_own;
+  Pooled pooled;
   float* scores;  // of tile [batch][q_head][row] where its list will be
-  std::int64_t q_offset, kv_len, causal_blocks;
-  std::int64_t pooled_blocks, blocks;  // of a head in pooled_k, in pooled_own
-  int first_row, first_scored_row;
-  int q_heads, group, order_group;
-  int blocks_per_segment;
   float scale_log2;
 };
 
@@ -42,8 +39,8 @@ struct Shared {
   alignas(1024) unsigned char k[stages][SwizzledTile<head_dim>::bytes];
 };
 
-// log2 of the sum over the row's `count` queries of exp2(product * scale_log2), of this thread's block `r` of two; the
-// same in the four lanes that share it. NaN where a product is, or is +inf.
+// Returns log2 of the sum over the row's `count` queries of exp2(product * scale_log2), of this thread's block `r` of
+// two; the same in the four lanes that share it. NaN where a product is, or is +inf.
 __device__ inline float log_energy(const float (&s)[64], int r, int count, float scale_log2) {
   const int column = threadIdx.x % 4 * 2;
   Statistics total;
@@ -64,25 +61,23 @@ __device__ inline float log_energy(const float (&s)[64], int r, int count, float
 
 template <class T, int head_dim>
 __global__ void __launch_bounds__(threads, 2) energies(const __grid_constant__ Params p) {
-  extern __shared__ unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<head_dim>*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
-  const int head = static_cast<int>(blockIdx.x);  // of all batch entries
+  auto& shared = aligned_shared<Shared<head_dim>>();
+  const RowGrid& grid = p.grid;
+  const int head = static_cast<int>(blockIdx.x);
   // The last rows have the most blocks, so they start first.
-  const int row = p.first_scored_row + static_cast<int>(gridDim.y - 1 - blockIdx.y);
-  const int diagonal = p.first_row + row;
-  const int own_begin = diagonal / p.blocks_per_segment * p.blocks_per_segment;
-  const std::int64_t begin = max(diagonal * std::int64_t{block_tokens}, p.q_offset);  // tokens
-  const std::int64_t end = min((diagonal + std::int64_t{1}) * block_tokens, p.kv_len);
-  const int count = static_cast<int>(end - begin);
-  const int whole = static_cast<int>(end / block_tokens);
+  const int row = grid.first_pruning_row() + static_cast<int>(gridDim.y - 1 - blockIdx.y);
+  const int diagonal = grid.diagonal(row);
+  const int own_begin = grid.own_begin(diagonal);
+  const Span present = grid.queries_of(diagonal);
+  const int count = present.count();
+  const int whole = present.end == block_tokens ? diagonal + 1 : diagonal;  // blocks that the last query sees
   const int tiles = (whole + tile_tokens - 1) / tile_tokens;
-  float* const scores = p.scores + head * p.causal_blocks + row * static_cast<std::int64_t>(p.first_row) +
-                        row * (row + std::int64_t{1}) / 2;
+  float* const scores = p.scores + grid.list_start(head, row);
 
-  const T* const queries = static_cast<const T*>(p.q.data) + head / p.q_heads * p.q.batch_stride +
-                           head % p.q_heads * p.q.head_stride + (begin - p.q_offset) * p.q.token_stride;
-  const T* const moved = static_cast<const T*>(p.pooled_k) + head / p.order_group * p.pooled_blocks * head_dim;
-  const T* const original = static_cast<const T*>(p.pooled_own) + head / p.group * p.blocks * head_dim;
+  const T* const queries = head_of<T>(p.q, head / grid.q_heads, head % grid.q_heads) +
+                           (grid.first_query(diagonal) + present.begin) * p.q.token_stride;
+  const T* const moved = means_of<T, head_dim>(p.pooled.k, grid.order_head(head), p.pooled.k_blocks).data;
+  const T* const original = means_of<T, head_dim>(p.pooled.own, grid.kv_head(head), grid.blocks).data;
   const auto load_keys = [&](int tile) {
     gather_tile<T, head_dim, threads>(shared.k[tile % stages], original, [&](int i) -> const T* {
       const int block = tile * tile_tokens + i;
@@ -119,31 +114,19 @@ __global__ void __launch_bounds__(threads, 2) energies(const __grid_constant__ P
 
 }  // namespace
 
-cudaError_t score_energy(const ScoreArgs& args, cudaStream_t stream) {
-  const Geometry& g = args.geometry;
-  const std::int64_t first_scored_row = std::max<std::int64_t>(g.segment / g.block - g.first_row(), 0);
-  const std::int64_t scored_rows = g.rows() - args.dense_last_rows - first_scored_row;
-  if (scored_rows <= 0) return cudaSuccess;
-  const Params p{.q = args.q,
-                 .pooled_k = args.pooled_k,
-                 .pooled_own = args.pooled_own,
-                 .scores = args.scores,
-                 .q_offset = g.q_offset(),
-                 .kv_len = g.shape.kv_len,
-                 .causal_blocks = g.causal_blocks_per_head(),
-                 .pooled_blocks = args.pooled_blocks,
-                 .blocks = g.blocks(),
-                 .first_row = static_cast<int>(g.first_row()),
-                 .first_scored_row = static_cast<int>(first_scored_row),
-                 .q_heads = static_cast<int>(g.shape.q_heads),
-                 .group = static_cast<int>(g.group()),
-                 .order_group = static_cast<int>(g.shape.q_heads / args.order_heads),
-                 .blocks_per_segment = g.segment / g.block,
-                 .scale_log2 = static_cast<float>(args.scale / std::log(2.0))};
-  return dispatch(args.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    constexpr int shared_bytes = sizeof(Shared<dim>) + 1024;  // to align it
-    const dim3 grid(static_cast<unsigned>(g.shape.batch * g.shape.q_heads), static_cast<unsigned>(scored_rows));
-    return launch(energies<T, dim>, grid, threads, shared_bytes, stream, Start::after_earlier_kernels, p);
+cudaError_t score_energy(const SelectArgs& args, cudaStream_t stream) {
+  const RowGrid grid(args.geometry, args.permuted.order_heads);
+  const std::int64_t rows = scored_rows(args) - grid.first_pruning_row();
+  if (rows <= 0) return cudaSuccess;
+  const Params p{.grid = grid,
+                 .q = args.inputs.q,
+                 .pooled = args.pooled,
+                 .scores = scores_of(args),
+                 .scale_log2 = scale_log2(args.options.scale)};
+  const dim3 thread_blocks(grid.heads, static_cast<unsigned>(rows));
+  return dispatch(p.q.dtype, args.geometry.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    return launch(energies<T, dim>, thread_blocks, threads, aligned_bytes<Shared<dim>>, stream,
+                  Start::after_earlier_kernels, p);
   });
 }
 

@@ -8,14 +8,13 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/limits.h"
+#include "cuda/geometry.cuh"
 #include "cuda/select/pooled_product.cuh"
 #include "cuda/select/scores/cut.cuh"
 #include "cuda/select/scores/last_queries.h"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/launch.h"
-#include "cuda/sm90/tensor.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -28,47 +27,45 @@ enum class Way : std::int32_t { everything, pooling, masses };
 
 struct Params {
   OptionsOfHeads options;
-  Tensor q;
-  const void *pooled_q, *pooled_k;  // [batch][q_heads][rows][head_dim], [batch][kv_heads][blocks][head_dim]
+  RowGrid grid;
+  ConstView q;
+  const void *pooled_q, *pooled_k;  // the latter of keys where they were
   Masses masses;
   Way* way;             // [head]
   float* by_block;      // [head][2][blocks]: masses of columns, and of distances, where the longest fill whole blocks
   float* predicted;     // [head][blocks]
   std::uint64_t* cuts;  // [head][3]: of columns, distances and cells
   float* scores;
-  std::int64_t q_len, kv_len, rows, first_row, blocks, causal_blocks;
-  int q_heads, group, queries, blocks_per_segment;
+  int queries;
   float scale;
 
-  __device__ bool takes(std::int64_t head) const { return options.of(head).keep == KeepRule::coverage; }
-  // Blocks of columns, and of distances, that the head keeps at least.
-  __device__ std::int64_t least(std::int64_t head) const {
-    return min((static_cast<std::int64_t>(options.of(head).min_budget) + block_tokens - 1) / block_tokens, blocks);
+  __device__ bool takes(int head) const { return options.of(head).keep == KeepRule::coverage; }
+  // Returns how many blocks of columns, and of distances, the head keeps at least.
+  __device__ int least(int head) const {
+    const unsigned budget = options.of(head).min_budget;
+    return min(static_cast<int>((budget + block_tokens - 1) / block_tokens), grid.blocks);
   }
-  __device__ std::int64_t entries_before(std::int64_t row) const { return row * first_row + row * (row + 1) / 2; }
 };
 
 // ----------------------------------------------------------------------------------------------------------- judge
 
-// The sum over the thread block, in a fixed order; all threads call it and get the same.
-__device__ inline double block_sum(double x) {
-  __shared__ double sums[32];
-  x = warp_sum(x);
+// Reduces over the thread block, warp by warp and then over the warps, in a fixed order; all threads call it and get
+// the same.
+template <class T, class Reduce>
+__device__ T reduce_block(T x, Reduce&& reduce) {
+  static_assert(judge_threads == 32 * 32);
+  __shared__ T of_warp[32];
+  x = reduce(x);
   __syncthreads();
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
   __syncthreads();
-  return warp_sum(threadIdx.x % 32 < judge_threads / 32 ? sums[threadIdx.x % 32] : 0.0);
+  return reduce(of_warp[threadIdx.x % 32]);
 }
-__device__ inline float block_max(float x) {
-  __shared__ float largest[32];
-  x = warp_max(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = x;
-  __syncthreads();
-  return warp_max(threadIdx.x % 32 < judge_threads / 32 ? largest[threadIdx.x % 32] : -INFINITY);
+__device__ inline double block_sum(double x) {
+  return reduce_block(x, warp_sum<double>);
 }
 
-// x log(x / y), 0 where x is 0.
+// Returns x log(x / y), 0 where x is 0.
 __device__ inline double divergence(double x, double y) {
   return x == 0 ? 0 : x * log(x / y);
 }
@@ -76,31 +73,35 @@ __device__ inline double divergence(double x, double y) {
 template <class T, int head_dim>
 __global__ void __launch_bounds__(judge_threads) judge(const __grid_constant__ Params p) {
   __shared__ float query[head_dim];
-  const std::int64_t head = blockIdx.x;
+  const int head = blockIdx.x;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t blocks = p.grid.blocks;
   let_next_kernel_start();
   wait_for_earlier_kernels();
   if (!p.takes(head)) return;
-  if (p.blocks <= max(std::int64_t{2}, p.least(head))) {
+  if (blocks <= max(2, p.least(head))) {
     if (threadIdx.x == 0) p.way[head] = Way::everything;
     return;
   }
   if (threadIdx.x < head_dim) {
-    const T* from = p.q.head<T>(head / p.q_heads, head % p.q_heads) + threadIdx.x;
+    const T* from = head_of<T>(p.q, head / p.grid.q_heads, head % p.grid.q_heads) + threadIdx.x;
     float sum = 0;
 #pragma unroll 8
-    for (int i = 0; i < p.queries; ++i) sum += static_cast<float>(from[(p.q_len - p.queries + i) * p.q.token_stride]);
+    for (int i = 0; i < p.queries; ++i)
+      sum += static_cast<float>(from[(p.grid.q_len - p.queries + i) * p.q.token_stride]);
     query[threadIdx.x] = sum / static_cast<float>(p.queries);
   }
   __syncthreads();
 
-  const T* pooled = static_cast<const T*>(p.pooled_k) + head / p.group * p.blocks * head_dim;
-  float* predicted = p.predicted + head * p.blocks;
-  float* columns = p.by_block + head * 2 * p.blocks;
-  float* distances = columns + p.blocks;
+  const T* pooled = means_of<T, head_dim>(p.pooled_k, p.grid.kv_head(head), blocks).data;
+  float* predicted = p.predicted + head * blocks;
+  float* columns = p.by_block + head * 2 * blocks;
+  float* distances = columns + blocks;
+  const float* columns_of = p.masses.columns + std::int64_t{head} * p.grid.kv_len;
+  const float* distances_of = p.masses.distances + std::int64_t{head} * p.grid.kv_len;
   float max = -INFINITY;
-  for (std::int64_t block = warp; block < p.blocks; block += judge_threads / 32) {
+  for (std::int64_t block = warp; block < blocks; block += judge_threads / 32) {
     float score = 0;
     float column = 0;
     float distance = 0;
@@ -109,31 +110,27 @@ __global__ void __launch_bounds__(judge_threads) judge(const __grid_constant__ P
     // The block of distances that is `block`-th from the end; the longest one is kv_len - 1.
     for (int i = lane; i < block_tokens; i += 32) {
       const std::int64_t at = block * block_tokens + i;
-      if (at >= p.kv_len) continue;
-      column += p.masses.columns[head * p.kv_len + at];
-      distance += p.masses.distances[head * p.kv_len + p.kv_len - 1 - at];
+      if (at >= p.grid.kv_len) continue;
+      column += columns_of[at];
+      distance += distances_of[p.grid.kv_len - 1 - at];
     }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      score += __shfl_xor_sync(~0U, score, offset);
-      column += __shfl_xor_sync(~0U, column, offset);
-      distance += __shfl_xor_sync(~0U, distance, offset);
-    }
-    score *= p.scale;
+    score = warp_sum(score) * p.scale;
+    column = warp_sum(column);
+    distance = warp_sum(distance);
     max = fmaxf(max, score);
     if (lane == 0) {
       predicted[block] = score;
       columns[block] = column;
-      distances[p.blocks - 1 - block] = distance;
+      distances[blocks - 1 - block] = distance;
     }
   }
-  max = block_max(max);  // has a barrier, after which the arrays can be read
+  max = reduce_block(max, warp_max);  // has a barrier, after which the arrays can be read
   double total = 0;
-  for (std::int64_t b = threadIdx.x; b < p.blocks; b += judge_threads)
+  for (std::int64_t b = threadIdx.x; b < blocks; b += judge_threads)
     total += exp(static_cast<double>(predicted[b]) - static_cast<double>(max));
   total = block_sum(total);
   double sum = 0;
-  for (std::int64_t b = threadIdx.x; b < p.blocks; b += judge_threads) {
+  for (std::int64_t b = threadIdx.x; b < blocks; b += judge_threads) {
     const double expected = exp(static_cast<double>(predicted[b]) - static_cast<double>(max)) / total;
     const double found = static_cast<double>(columns[b]) / p.queries;
     const double mean = (expected + found) / 2;
@@ -148,40 +145,39 @@ __global__ void __launch_bounds__(judge_threads) judge(const __grid_constant__ P
 // ------------------------------------------------------------------------------------------------------------ cuts
 
 __global__ void __launch_bounds__(cut_threads) cut_masses(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.y;
+  const int head = blockIdx.y;
   let_next_kernel_start();
   wait_for_earlier_kernels();
   if (!p.takes(head) || p.way[head] == Way::everything) return;
-  const std::int64_t least = p.least(head);
-  std::int64_t budget = least;
+  int budget = p.least(head);
   if (p.way[head] == Way::masses) {
     // Blocks that the heaviest tokens would fill whose masses stay within top_p, and one more.
-    const float* tokens = (blockIdx.x == 0 ? p.masses.columns : p.masses.distances) + head * p.kv_len;
+    const float* tokens =
+        (blockIdx.x == 0 ? p.masses.columns : p.masses.distances) + std::int64_t{head} * p.grid.kv_len;
     const Cut within = cut_within<Measure::sum>(static_cast<double>(p.options.of(head).top_p) * p.queries,
-                                                static_cast<int>(p.kv_len), [&](int i) { return tokens[i]; });
-    budget = min(max((within.count + std::int64_t{1}) / block_tokens + 1, least), p.blocks);
+                                                p.grid.kv_len, [&](int i) { return tokens[i]; });
+    budget = min(max((within.count + 1) / block_tokens + 1, budget), p.grid.blocks);
   }
-  const float* blocks = p.by_block + (head * 2 + blockIdx.x) * p.blocks;
+  const float* blocks = p.by_block + (std::int64_t{head} * 2 + blockIdx.x) * p.grid.blocks;
   const Cut cut =
-      cut_within<Measure::number>(static_cast<double>(max(budget, std::int64_t{1})), static_cast<int>(p.blocks),
-                                  [&](int i) { return i == 0 ? INFINITY : blocks[i]; });
+      cut_within<Measure::number>(max(budget, 1), p.grid.blocks, [&](int i) { return i == 0 ? INFINITY : blocks[i]; });
   if (threadIdx.x == 0) p.cuts[head * 3 + blockIdx.x] = cut.least;
 }
 
 __global__ void __launch_bounds__(cut_threads) cut_cells(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.x;
+  const int head = blockIdx.x;
   let_next_kernel_start();
   wait_for_earlier_kernels();
   if (!p.takes(head) || p.way[head] != Way::pooling) return;
-  const float* cells = p.scores + head * p.causal_blocks;
-  const Cut cut = cut_within<Measure::sum>(static_cast<double>(p.options.of(head).top_p) * static_cast<double>(p.rows),
-                                           static_cast<int>(p.causal_blocks), [&](int i) { return cells[i]; });
+  const float* cells = p.scores + p.grid.list_start(head, 0);
+  const Cut cut = cut_within<Measure::sum>(static_cast<double>(p.options.of(head).top_p) * p.grid.rows,
+                                           static_cast<int>(p.grid.causal_blocks), [&](int i) { return cells[i]; });
   if (threadIdx.x == 0) p.cuts[head * 3 + 2] = cut.least;
 }
 
 // ----------------------------------------------------------------------------------------------------------- cells
 
-// Softmax of a row's scores in place, by a warp; zeros where it has no value.
+// Makes a softmax of a row's scores in place, by a warp; zeros where it has no value.
 __device__ inline void normalise(float* scores, int count) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float max = -INFINITY;
@@ -196,17 +192,16 @@ __device__ inline void normalise(float* scores, int count) {
 
 template <class T, int head_dim>
 __global__ void __launch_bounds__(threads) score_cells(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.y;
+  const int head = blockIdx.y;
   let_next_kernel_start();
   wait_for_earlier_kernels();
   if (!p.takes(head) || p.way[head] != Way::pooling) return;
-  const std::int64_t first_row = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * pooled_rows;
-  const int rows = static_cast<int>(min(p.rows - first_row, std::int64_t{pooled_rows}));
-  const auto diagonal = [&](int row) { return static_cast<int>(p.first_row + first_row) + row; };
-  float* cells = p.scores + head * p.causal_blocks;
-  const auto of_row = [&](int row) { return cells + p.entries_before(first_row + row); };
-  const Means<T> queries{static_cast<const T*>(p.pooled_q) + (head * p.rows + first_row) * head_dim, rows};
-  const Means<T> keys{static_cast<const T*>(p.pooled_k) + head / p.group * p.blocks * head_dim, p.blocks};
+  const int first_row = static_cast<int>(gridDim.x - 1 - blockIdx.x) * pooled_rows;
+  const int rows = min(p.grid.rows - first_row, pooled_rows);
+  const auto diagonal = [&](int row) { return p.grid.diagonal(first_row + row); };
+  const auto of_row = [&](int row) { return p.scores + p.grid.list_start(head, first_row + row); };
+  const auto queries = means_of<T, head_dim>(p.pooled_q, head, p.grid.rows, first_row, rows);
+  const auto keys = means_of<T, head_dim>(p.pooled_k, p.grid.kv_head(head), p.grid.blocks);
   const auto scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
   multiply_pooled<head_dim>(
       queries, keys, 0, diagonal(rows - 1) + 1, [](int) { return true; },
@@ -221,21 +216,21 @@ __global__ void __launch_bounds__(threads) score_cells(const __grid_constant__ P
 }
 
 __global__ void __launch_bounds__(threads) write_scores(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.y;
-  const std::int64_t row = blockIdx.x;
+  const int head = blockIdx.y;
+  const int row = blockIdx.x;
   let_next_kernel_start();
   wait_for_earlier_kernels();
   if (!p.takes(head)) return;
   const Way way = p.way[head];
-  const std::int64_t diagonal = p.first_row + row;
-  const std::int64_t own_begin = diagonal / p.blocks_per_segment * p.blocks_per_segment;
-  const std::int64_t before = p.entries_before(row);
-  float* to = p.scores + head * p.causal_blocks + before;
-  const auto among = [&](int which, std::int64_t b) {
-    const float mass = b == 0 ? INFINITY : p.by_block[(head * 2 + which) * p.blocks + b];
+  const int diagonal = p.grid.diagonal(row);
+  const int own_begin = p.grid.own_begin(diagonal);
+  const std::int64_t before = p.grid.entries_before(row);
+  float* to = p.scores + p.grid.list_start(head, row);
+  const auto among = [&](int which, int b) {
+    const float mass = b == 0 ? INFINITY : p.by_block[(std::int64_t{head} * 2 + which) * p.grid.blocks + b];
     return cut_key(mass, b) >= p.cuts[head * 3 + which];
   };
-  for (std::int64_t b = threadIdx.x; b < own_begin; b += threads) {
+  for (int b = threadIdx.x; b < own_begin; b += threads) {
     const bool kept = way == Way::everything || among(0, b) || among(1, diagonal - b) ||
                       (way == Way::pooling && cut_key(to[b], before + b) >= p.cuts[head * 3 + 2]);
     to[b] = kept ? 1.0F : 0.0F;
@@ -245,71 +240,68 @@ __global__ void __launch_bounds__(threads) write_scores(const __grid_constant__ 
 // --------------------------------------------------------------------------------------------------------- launches
 
 struct Scratch {
-  Scratch(const Geometry& g, std::byte* base) : masses(g, last_queries, base), bytes(masses.bytes) {
+  Scratch(const Geometry& g, void* base) : carver(base), masses(g, last_queries, carver) {
     const std::int64_t heads = g.shape.batch * g.shape.q_heads;
-    const auto take = [&]<class T>(T*& pointer, std::int64_t count) {
-      if (base != nullptr) pointer = reinterpret_cast<T*>(base + bytes);
-      bytes += static_cast<std::size_t>(count) * sizeof(T);
-    };
-    take(cuts, heads * 3);
-    take(way, heads);
-    take(by_block, heads * 2 * g.blocks());
-    take(predicted, heads * g.blocks());
+    carver.take(cuts, heads * 3);
+    carver.take(way, heads);
+    carver.take(by_block, heads * 2 * g.blocks());
+    carver.take(predicted, heads * g.blocks());
   }
+  Carver carver;
   Masses masses;
-  std::size_t bytes;
   std::uint64_t* cuts = nullptr;
   Way* way = nullptr;
   float *by_block = nullptr, *predicted = nullptr;
 };
 
+template <class T, int head_dim>
+cudaError_t launch_all(const Params& p, cudaStream_t stream) {
+  const unsigned heads = p.grid.heads;
+  if (const cudaError_t error = launch(judge<T, head_dim>, dim3(heads), judge_threads, 0, stream, Start::early, p);
+      error != cudaSuccess)
+    return error;
+  if (const cudaError_t error = launch(cut_masses, dim3(2, heads), cut_threads, 0, stream, Start::early, p);
+      error != cudaSuccess)
+    return error;
+  const auto products = static_cast<unsigned>(ceil_div(p.grid.rows, pooled_rows));
+  if (const cudaError_t error =
+          launch(score_cells<T, head_dim>, dim3(products, heads), threads, 0, stream, Start::early, p);
+      error != cudaSuccess)
+    return error;
+  if (const cudaError_t error = launch(cut_cells, dim3(heads), cut_threads, 0, stream, Start::early, p);
+      error != cudaSuccess)
+    return error;
+  return launch(write_scores, dim3(p.grid.rows, heads), threads, 0, stream, Start::early, p);
+}
+
 }  // namespace
 
 std::size_t flexible_scratch_size(const Geometry& geometry) {
-  return Scratch(geometry, nullptr).bytes;
+  return Scratch(geometry, nullptr).carver.bytes;
 }
 
-cudaError_t score_flexible(const ScoreArgs& args, cudaStream_t stream) {
+cudaError_t score_flexible(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
-  const Scratch scratch(g, static_cast<std::byte*>(args.scratch));
-  cudaError_t error = find_masses(args, KeepRule::coverage, g.scoring_queries(), last_queries, scratch.masses, stream);
-  if (error != cudaSuccess) return error;
-  const Params p{.options = args.options,
-                 .q = {args.q.data, args.q.batch_stride, args.q.head_stride, args.q.token_stride},
-                 .pooled_q = args.pooled_q,
-                 .pooled_k = args.pooled_own,
+  const Scratch scratch(g, args.scratch);
+  if (const cudaError_t error =
+          find_masses(args, KeepRule::coverage, g.scoring_queries(), last_queries, scratch.masses, stream);
+      error != cudaSuccess)
+    return error;
+  const Params p{.options = args.options_of_heads(),
+                 .grid = {g, args.permuted.order_heads},
+                 .q = args.inputs.q,
+                 .pooled_q = args.pooled.q,
+                 .pooled_k = args.pooled.own,
                  .masses = scratch.masses,
                  .way = scratch.way,
                  .by_block = scratch.by_block,
                  .predicted = scratch.predicted,
                  .cuts = scratch.cuts,
-                 .scores = args.scores,
-                 .q_len = g.shape.q_len,
-                 .kv_len = g.shape.kv_len,
-                 .rows = g.rows(),
-                 .first_row = g.first_row(),
-                 .blocks = g.blocks(),
-                 .causal_blocks = g.causal_blocks_per_head(),
-                 .q_heads = static_cast<int>(g.shape.q_heads),
-                 .group = static_cast<int>(g.group()),
+                 .scores = scores_of(args),
                  .queries = static_cast<int>(g.scoring_queries()),
-                 .blocks_per_segment = g.segment / g.block,
-                 .scale = args.scale};
-  const auto heads = static_cast<unsigned>(g.shape.batch * g.shape.q_heads);
-  const auto rows = static_cast<unsigned>(p.rows);
-  const auto rows_of_product = static_cast<unsigned>(ceil_div(p.rows, pooled_rows));
-  const auto by_type = [&](auto&& launch_typed) { return dispatch(args.q.dtype, g.shape.head_dim, launch_typed); };
-  error = by_type([&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return launch(judge<T, dim>, dim3(heads), judge_threads, 0, stream, Start::early, p);
-  });
-  if (error == cudaSuccess) error = launch(cut_masses, dim3(2, heads), cut_threads, 0, stream, Start::early, p);
-  if (error == cudaSuccess)
-    error = by_type([&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-      return launch(score_cells<T, dim>, dim3(rows_of_product, heads), threads, 0, stream, Start::early, p);
-    });
-  if (error == cudaSuccess) error = launch(cut_cells, dim3(heads), cut_threads, 0, stream, Start::early, p);
-  if (error == cudaSuccess) error = launch(write_scores, dim3(rows, heads), threads, 0, stream, Start::early, p);
-  return error;
+                 .scale = args.options.scale};
+  return dispatch(p.q.dtype, g.shape.head_dim,
+                  [&]<class T, int dim>(T, std::integral_constant<int, dim>) { return launch_all<T, dim>(p, stream); });
 }
 
 }  // namespace pbsattn::cuda

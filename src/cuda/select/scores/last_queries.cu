@@ -7,15 +7,13 @@
 // where a thread adds up one column, or one diagonal that begins in the tile before. So each sum is taken by one
 // thread, query after query: keys whose weights are equal have equal sums, and the same input gives the same bits.
 #include <algorithm>
-#include <cmath>
 
-#include "cuda/limits.h"
+#include "cuda/geometry.cuh"
 #include "cuda/select/scores/last_queries.h"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/mma.cuh"
 #include "cuda/sm90/online_sum.cuh"
-#include "cuda/sm90/tensor.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -42,30 +40,33 @@ constexpr int sharers = warps * 16 / most;
 struct Params {
   OptionsOfHeads options;
   KeepRule keep;
-  Tensor q, k;
-  int q_heads, group;
-  std::int64_t q_len, kv_len;
+  RowGrid grid;
+  ConstView q, k;
   int queries;
   int unit_tiles, units;
   float scale_log2;
-  float2 *parts, *log_sums;
-  float *columns, *distances;
+  Masses masses;
+
+  __device__ bool takes(int head) const { return options.of(head).keep == keep; }
 };
 
-// The products of a warp's 16 queries: lane 4 g + t holds rows g and g + 8, as in pooled_product.cuh.
-template <class T, int head_dim>
-struct Queries {
+// A warp's 16 queries, and its share of the keys that it multiplies them by: of a tile's groups of 8 keys every
+// sharers<most>-th from `first_group` on. Lane 4 g + t holds queries `row` = g and g + 8, as in pooled_product.cuh.
+template <class T, int head_dim, int most>
+struct WarpWork {
   static constexpr int chunks = head_dim / 32;  // of a lane
 
-  // Those from place `first` on.
-  __device__ Queries(const Params& p, const T* head, int most, int first) {
+  __device__ WarpWork(const Params& p, int head)
+      : keys(head_of<T>(p.k, head / p.grid.q_heads, p.grid.kv_head(head % p.grid.q_heads))) {
+    const T* const queries = head_of<T>(p.q, head / p.grid.q_heads, head % p.grid.q_heads);
     const auto load = [&](uint4(&to)[chunks], int place) {
       const bool present = place >= most - p.queries;
-      const T* row = head + (present ? p.q_len - most + place : 0) * p.q.token_stride;
-      load_row(to, row, present);
+      load_row(to, queries + (present ? p.grid.q_len - most + place : 0) * p.q.token_stride, present);
     };
-    load(low, first + threadIdx.x % 32 / 4);
-    load(high, first + threadIdx.x % 32 / 4 + 8);
+    load(low, row);
+    load(high, row + 8);
+    last_key[0] = p.grid.kv_len - most + row;
+    last_key[1] = last_key[0] + 8;
   }
 
   __device__ static void load_row(uint4 (&to)[chunks], const T* row, bool present) {
@@ -74,11 +75,11 @@ struct Queries {
     for (int i = 0; i < chunks; ++i) to[i] = present ? __ldg(from + 4 * i) : make_uint4(0, 0, 0, 0);
   }
 
-  // s: of this lane's two rows with keys first + 2 t and first + 2 t + 1.
-  __device__ void multiply(const Params& p, const T* keys, std::int64_t first, float (&s)[4]) const {
+  // Multiplies this lane's two rows by keys first + 2 t and first + 2 t + 1.
+  __device__ void multiply(const Params& p, std::int64_t first, float (&s)[4]) const {
     uint4 k[chunks];
     const std::int64_t key = first + threadIdx.x % 32 / 4;
-    load_row(k, keys + (key < p.kv_len ? key : 0) * p.k.token_stride, key < p.kv_len);
+    load_row(k, keys + (key < p.grid.kv_len ? key : 0) * p.k.token_stride, key < p.grid.kv_len);
 #pragma unroll
     for (float& x : s) x = 0;
 #pragma unroll
@@ -88,42 +89,34 @@ struct Queries {
     }
   }
 
+  int first_group = threadIdx.x / 32 / (most / 16);
+  int row = threadIdx.x / 32 % (most / 16) * 16 + threadIdx.x % 32 / 4;
+  const T* keys;
+  std::int64_t last_key[2];  // visible
   uint4 low[chunks], high[chunks];
 };
 
-// What a thread works on: the warp's first query, and its first group of 8 keys of a tile, every sharers<most>-th from
-// there.
-template <int most>
-struct Share {
-  int first_query = threadIdx.x / 32 % (most / 16) * 16;
-  int first_group = threadIdx.x / 32 / (most / 16);
-};
-
-// Maxima and sums of a unit of keys: a thread block's own for each query and each of the warps that share it.
+// Writes maxima and sums of a unit of keys: a thread block's own for each query and each of the warps that share it.
 template <class T, int head_dim, int most>
 __global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.y;  // of all batch entries
+  const int head = blockIdx.y;
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  if (p.options.of(head).keep != p.keep) return;
-  const int batch = static_cast<int>(head / p.q_heads);
-  const int q_head = static_cast<int>(head % p.q_heads);
-  const Share<most> share;
-  const Queries<T, head_dim> queries(p, p.q.head<T>(batch, q_head), most, share.first_query);
-  const T* keys = p.k.head<T>(batch, q_head / p.group);
-  const int row = share.first_query + threadIdx.x % 32 / 4;
-  const std::int64_t last_key[2] = {p.kv_len - most + row, p.kv_len - most + row + 8};  // visible
+  if (!p.takes(head)) return;
+  const WarpWork<T, head_dim, most> work(p, head);
+  const int row = work.row;
 
   constexpr int at_once = 4;  // groups of 8 keys
   constexpr int groups = tile_keys / 8;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * p.unit_tiles * tile_keys;
-  const std::int64_t end = min(begin + static_cast<std::int64_t>(p.unit_tiles) * tile_keys, p.kv_len);
+  const std::int64_t end =
+      min(begin + static_cast<std::int64_t>(p.unit_tiles) * tile_keys, std::int64_t{p.grid.kv_len});
   Statistics state[2];
   for (std::int64_t tile = begin; tile < end; tile += tile_keys)
-    for (int group = share.first_group; group < groups; group += at_once * sharers<most>) {
+    for (int group = work.first_group; group < groups; group += at_once * sharers<most>) {
       float s[at_once][4];
 #pragma unroll
-      for (int i = 0; i < at_once; ++i) queries.multiply(p, keys, tile + (group + i * sharers<most>)*8, s[i]);
+      for (int i = 0; i < at_once; ++i) work.multiply(p, tile + (group + i * sharers<most>)*8, s[i]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         Statistics part;
@@ -133,7 +126,7 @@ __global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             float& x = s[i][2 * r + c];
-            if (tile + (group + i * sharers<most>)*8 + threadIdx.x % 4 * 2 + c > last_key[r]) x = -INFINITY;
+            if (tile + (group + i * sharers<most>)*8 + threadIdx.x % 4 * 2 + c > work.last_key[r]) x = -INFINITY;
             part.max = fmaxf(part.max, x);
           }
         const float shift = Statistics::finite_or_zero(part.max);
@@ -145,7 +138,7 @@ __global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__
         state[r] = part;
       }
     }
-  float2* to = p.parts + ((head * p.units + blockIdx.x) * sharers<most> + share.first_group) * most;
+  float2* to = p.masses.parts + ((head * p.units + blockIdx.x) * sharers<most> + work.first_group) * most;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     state[r].merge_across_lanes(p.scale_log2);
@@ -153,16 +146,16 @@ __global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__
   }
 }
 
-// The largest product of each query, and log2 of the sum: +inf for places and softmaxes without a value.
+// Writes the largest product of each query, and log2 of the sum: +inf for places and softmaxes without a value.
 template <int most>
 __global__ void __launch_bounds__(most) merge_parts(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.x;
+  const int head = blockIdx.x;
   const int place = static_cast<int>(threadIdx.x);
   const int count = p.units * sharers<most>;
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  if (p.options.of(head).keep != p.keep) return;
-  const float2* parts = p.parts + head * count * most + place;
+  if (!p.takes(head)) return;
+  const float2* parts = p.masses.parts + head * count * most + place;
   Statistics total;
 #pragma unroll 8
   for (int i = 0; i < count; ++i) {
@@ -170,7 +163,7 @@ __global__ void __launch_bounds__(most) merge_parts(const __grid_constant__ Para
     total.merge({part.x, part.y}, p.scale_log2);
   }
   const bool counts = place >= most - p.queries && total.sum > 0 && total.sum < INFINITY;
-  p.log_sums[head * most + place] = counts ? make_float2(total.max, log2f(total.sum)) : make_float2(0, INFINITY);
+  p.masses.log_sums[head * most + place] = counts ? make_float2(total.max, log2f(total.sum)) : make_float2(0, INFINITY);
 }
 
 constexpr int weight_stride = 2 * tile_keys + 8;  // puts the rows of a warp's float2 writes in different banks
@@ -182,21 +175,16 @@ constexpr int weight_bytes = (most * weight_stride + 2 * tile_keys) * static_cas
 template <class T, int head_dim, int most>
 __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(const __grid_constant__ Params p) {
   extern __shared__ float weights[];  // [most][weight_stride], and sums of the second half of 128 queries
-  const std::int64_t head = blockIdx.y;
+  const int head = blockIdx.y;
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  if (p.options.of(head).keep != p.keep) return;
-  const int batch = static_cast<int>(head / p.q_heads);
-  const int q_head = static_cast<int>(head % p.q_heads);
-  const Share<most> share;
-  const Queries<T, head_dim> queries(p, p.q.head<T>(batch, q_head), most, share.first_query);
-  const T* keys = p.k.head<T>(batch, q_head / p.group);
-  const int row = share.first_query + threadIdx.x % 32 / 4;
-  const std::int64_t last_key[2] = {p.kv_len - most + row, p.kv_len - most + row + 8};
-  const float2 log_sum[2] = {p.log_sums[head * most + row], p.log_sums[head * most + row + 8]};
+  if (!p.takes(head)) return;
+  const WarpWork<T, head_dim, most> work(p, head);
+  const int row = work.row;
+  const float2 log_sum[2] = {p.masses.log_sums[head * most + row], p.masses.log_sums[head * most + row + 8]};
 
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * p.unit_tiles;
-  const std::int64_t end = min(begin + p.unit_tiles, (p.kv_len + tile_keys - 1) / tile_keys);
+  const std::int64_t end = min(begin + p.unit_tiles, std::int64_t{(p.grid.kv_len + tile_keys - 1) / tile_keys});
   // Which sum a thread takes: a column's or a diagonal's, over 64 queries.
   constexpr int halves = most / 64;
   const int i = static_cast<int>(threadIdx.x) % tile_keys;
@@ -212,10 +200,10 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
     float* half = weights + tile % 2 * tile_keys;
     constexpr int at_once = 4;  // groups of 8 keys
     constexpr int step = weight_threads<most> / 32 * 16 / most;
-    for (int group = share.first_group; group < tile_keys / 8; group += at_once * step) {
+    for (int group = work.first_group; group < tile_keys / 8; group += at_once * step) {
       float s[at_once][4];
 #pragma unroll
-      for (int j = 0; j < at_once; ++j) queries.multiply(p, keys, tile * tile_keys + (group + j * step) * 8, s[j]);
+      for (int j = 0; j < at_once; ++j) work.multiply(p, tile * tile_keys + (group + j * step) * 8, s[j]);
 #pragma unroll
       for (int j = 0; j < at_once; ++j) {
         const int column = (group + j * step) * 8 + static_cast<int>(threadIdx.x) % 4 * 2;
@@ -223,7 +211,7 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
         for (int r = 0; r < 2; ++r) {
           float2 weight;
           const auto of = [&](float x, std::int64_t key) {
-            const bool counts = key <= last_key[r] && log_sum[r].y < INFINITY;
+            const bool counts = key <= work.last_key[r] && log_sum[r].y < INFINITY;
             return counts ? sm90::exp2_fast(fmaf(x - log_sum[r].x, p.scale_log2, -log_sum[r].y)) : 0.0F;
           };
           weight.x = of(s[j][2 * r], tile * tile_keys + column);
@@ -236,9 +224,9 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
     float sum = 0;
     const std::int64_t key = tile * tile_keys + i;
     // Of the diagonal on which the first place meets the same key of the tile before.
-    const std::int64_t distance = p.kv_len - most - (key - tile_keys);
-    const bool wanted = adds_columns ? tile < end && key < p.kv_len
-                                     : (tile > begin || begin == 0) && distance >= 0 && distance < p.kv_len;
+    const std::int64_t distance = p.grid.kv_len - most - (key - tile_keys);
+    const bool wanted = adds_columns ? tile < end && key < p.grid.kv_len
+                                     : (tile > begin || begin == 0) && distance >= 0 && distance < p.grid.kv_len;
     if (wanted && adds_columns) {
 #pragma unroll 16
       for (int place = first_place; place < first_place + 64; ++place) sum += half[place * weight_stride + i];
@@ -253,61 +241,52 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
     if (!wanted || first_place > 0) continue;
     if constexpr (halves == 2) sum += *second_half;
     if (adds_columns)
-      p.columns[head * p.kv_len + key] = sum;
+      p.masses.columns[std::int64_t{head} * p.grid.kv_len + key] = sum;
     else
-      p.distances[head * p.kv_len + distance] = sum;
+      p.masses.distances[std::int64_t{head} * p.grid.kv_len + distance] = sum;
   }
 }
 
 template <class T, int head_dim, int most>
-cudaError_t launch_all(const Params& p, unsigned heads, cudaStream_t stream) {
-  const dim3 grid(p.units, heads);
-  cudaError_t error = launch(find_parts<T, head_dim, most>, grid, threads, 0, stream, Start::after_earlier_kernels, p);
-  if (error == cudaSuccess) error = launch(merge_parts<most>, dim3(heads), most, 0, stream, Start::early, p);
-  if (error == cudaSuccess)
-    error =
-        launch(add_weights<T, head_dim, most>, grid, weight_threads<most>, weight_bytes<most>, stream, Start::early, p);
-  return error;
+cudaError_t launch_all(const Params& p, cudaStream_t stream) {
+  const dim3 grid(p.units, p.grid.heads);
+  if (const cudaError_t error =
+          launch(find_parts<T, head_dim, most>, grid, threads, 0, stream, Start::after_earlier_kernels, p);
+      error != cudaSuccess)
+    return error;
+  if (const cudaError_t error = launch(merge_parts<most>, dim3(p.grid.heads), most, 0, stream, Start::early, p);
+      error != cudaSuccess)
+    return error;
+  return launch(add_weights<T, head_dim, most>, grid, weight_threads<most>, weight_bytes<most>, stream, Start::early,
+                p);
 }
 
 }  // namespace
 
-Masses::Masses(const Geometry& g, int most_queries, std::byte* base) {
+Masses::Masses(const Geometry& g, int most_queries, Carver& carver) {
   constexpr std::size_t alignment = 256;
   const std::int64_t heads = g.shape.batch * g.shape.q_heads;
-  const auto take = [&]<class T>(T*& pointer, std::int64_t count) {
-    if (base != nullptr) pointer = reinterpret_cast<T*>(base + bytes);
-    bytes += (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
-  };
-  take(columns, heads * g.shape.kv_len);
-  take(distances, heads * g.shape.kv_len);
-  take(parts, heads * units_of(g) * warps * 16);
-  take(log_sums, heads * most_queries);
+  carver.take(columns, heads * g.shape.kv_len, alignment);
+  carver.take(distances, heads * g.shape.kv_len, alignment);
+  carver.take(parts, heads * units_of(g) * warps * 16, alignment);
+  carver.take(log_sums, heads * most_queries, alignment);
 }
 
-cudaError_t find_masses(const ScoreArgs& args, KeepRule keep, std::int64_t queries, int most_queries,
+cudaError_t find_masses(const SelectArgs& args, KeepRule keep, std::int64_t queries, int most_queries,
                         const Masses& masses, cudaStream_t stream) {
   const Geometry& g = args.geometry;
-  const auto tensor = [](const ConstView& v) { return Tensor{v.data, v.batch_stride, v.head_stride, v.token_stride}; };
-  const Params p{.options = args.options,
+  const Params p{.options = args.options_of_heads(),
                  .keep = keep,
-                 .q = tensor(args.q),
-                 .k = tensor(args.k),
-                 .q_heads = static_cast<int>(g.shape.q_heads),
-                 .group = static_cast<int>(g.group()),
-                 .q_len = g.shape.q_len,
-                 .kv_len = g.shape.kv_len,
+                 .grid = {g, args.permuted.order_heads},
+                 .q = args.inputs.q,
+                 .k = args.inputs.k,
                  .queries = static_cast<int>(queries),
                  .unit_tiles = static_cast<int>(unit_tiles(g)),
                  .units = static_cast<int>(units_of(g)),
-                 .scale_log2 = static_cast<float>(args.scale / std::log(2.0)),
-                 .parts = masses.parts,
-                 .log_sums = masses.log_sums,
-                 .columns = masses.columns,
-                 .distances = masses.distances};
-  const auto heads = static_cast<unsigned>(g.shape.batch * g.shape.q_heads);
-  return dispatch(args.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return most_queries == 64 ? launch_all<T, dim, 64>(p, heads, stream) : launch_all<T, dim, 128>(p, heads, stream);
+                 .scale_log2 = scale_log2(args.options.scale),
+                 .masses = masses};
+  return dispatch(p.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    return most_queries == 64 ? launch_all<T, dim, 64>(p, stream) : launch_all<T, dim, 128>(p, stream);
   });
 }
 

@@ -2,15 +2,15 @@
 // by. A part of select().
 #pragma once
 
+#include "cuda/carver.h"
 #include "cuda/select/scores/scores.h"
 
 namespace pbsattn::cuda {
 
-// Their arrays in the scratch of a score. Made without a base address, it counts bytes.
+// Their arrays in the scratch of a score.
 struct Masses {
-  Masses(const Geometry& geometry, int most_queries, std::byte* base);
+  Masses(const Geometry& geometry, int most_queries, Carver& carver);
 
-  std::size_t bytes = 0;
   // [batch][q_heads][kv_len]: softmax weights of the queries added up, by key and by distance from query to key. A
   // query whose softmax has no value counts nothing.
   float *columns = nullptr, *distances = nullptr;
@@ -18,8 +18,9 @@ struct Masses {
   float2* log_sums = nullptr;  // [batch][q_heads][most_queries]
 };
 
-// Of the last `queries` queries, up to most_queries, which is 64 or 128. Heads whose rule isn't `keep` are left out.
-cudaError_t find_masses(const ScoreArgs& args, KeepRule keep, std::int64_t queries, int most_queries,
+// Enqueues the masses of the last `queries` queries, up to most_queries, which is 64 or 128. Heads whose rule isn't
+// `keep` are left out.
+cudaError_t find_masses(const SelectArgs& args, KeepRule keep, std::int64_t queries, int most_queries,
                         const Masses& masses, cudaStream_t stream);
 
 }  // namespace pbsattn::cuda

@@ -24,6 +24,7 @@
 #include <cmath>
 
 #include "core/score_traits.h"
+#include "cuda/carver.h"
 #include "cuda/select/scores/mass_keys.cuh"
 #include "cuda/select/scores/mass_patches.cuh"
 #include "cuda/sm90/tensor_map.h"
@@ -45,29 +46,25 @@ __global__ void __launch_bounds__(128)
   const int chunk = static_cast<int>(threadIdx.x) % chunks;
   if (line >= p.query_lines) return;
   const int kind = p.kind_of(row);
-  const std::int64_t token = (p.first_row + row) * std::int64_t{block_tokens} + p.sampled_at[kind][line] - p.q_offset;
-  const auto* from = static_cast<const std::uint16_t*>(q.data) + head / p.q_heads * q.batch_stride +
-                     head % p.q_heads * q.head_stride + token * q.token_stride;
-  gathered[((head * static_cast<std::int64_t>(p.rows) + row) * p.query_lines + line) * chunks + chunk] =
+  const int query = p.grid.first_query(p.grid.diagonal(row)) + p.sampled_at[kind][line];
+  const auto* from = head_of<std::uint16_t>(q, head / p.grid.q_heads, head % p.grid.q_heads) + query * q.token_stride;
+  gathered[((head * static_cast<std::int64_t>(p.grid.rows) + row) * p.query_lines + line) * chunks + chunk] =
       line < p.sampled_count[kind] ? __ldg(reinterpret_cast<const uint4*>(from) + chunk) : make_uint4(0, 0, 0, 0);
 }
 
-// A row of one head: the mean over its query lines of their shares; of sampled, the mean of that and of what is there.
-// Lines without a value make the row's scores NaN.
+// Writes of a row of one head the mean over its query lines of their shares; of sampled, the mean of that and of what
+// is there. Lines without a value make the row's scores NaN.
 __global__ void __launch_bounds__(share_threads) share_mass(const __grid_constant__ Params p) {
   constexpr int warps = share_threads / 32;
   __shared__ float totals[block_tokens];
   const int row = p.row_begin + static_cast<int>(blockIdx.x);
-  const int block = p.first_row + row;
-  const int count = p.causal ? block + 1 : p.own_begin(block);
-  const float* sums =
-      p.log_sums + blockIdx.y * p.head_sums + (p.entries_before(row) - p.entries_before(p.row_begin)) * p.query_lines;
+  const int block = p.grid.diagonal(row);
+  const int count = p.causal ? block + 1 : p.grid.own_begin(block);
+  const float* sums = p.log_sums + blockIdx.y * p.head_sums + p.sums_before(row);
   // Of the block's lines, those that hold a query of this call.
-  const std::int64_t first_token = block * std::int64_t{block_tokens} - p.q_offset;
-  const int first = p.sampled ? 0 : static_cast<int>(max(-first_token, std::int64_t{0})) / p.patch;
-  const int last =
-      p.sampled ? p.sampled_count[p.kind_of(row)]
-                : static_cast<int>(min(p.q_len - first_token, std::int64_t{block_tokens}) + p.patch - 1) / p.patch;
+  const Span queries = p.grid.queries_of(block);
+  const int first = p.sampled ? 0 : queries.begin / p.patch;
+  const int last = p.sampled ? p.sampled_count[p.kind_of(row)] : (queries.end + p.patch - 1) / p.patch;
 
   for (int line = first + static_cast<int>(threadIdx.x) / 32; line < last; line += warps) {
     const float* of_line = sums + line * (block + 1);
@@ -80,7 +77,7 @@ __global__ void __launch_bounds__(share_threads) share_mass(const __grid_constan
     if (threadIdx.x % 32 == 0) totals[line] = shift + log2f(sum);
   }
   __syncthreads();
-  float* to = p.scores + (p.first_head + blockIdx.y) * p.causal_blocks + p.entries_before(row);
+  float* to = p.scores + p.grid.list_start(p.first_head + blockIdx.y, row);
   for (int b = threadIdx.x; b < count; b += share_threads) {
     float share = 0;
     for (int line = first; line < last; ++line) share += sm90::exp2_fast(sums[line * (block + 1) + b] - totals[line]);
@@ -89,28 +86,28 @@ __global__ void __launch_bounds__(share_threads) share_mass(const __grid_constan
   }
 }
 
+// Rows [begin, end) have something to score. Those of some heads, or some of one head's, are worked on at a time.
 struct Work {
-  Work(const Geometry& geometry, std::int64_t lines_of_block, std::int64_t dense_last_rows)
-      : g(geometry),
+  Work(const Geometry& g, std::int64_t lines_of_block, std::int64_t scored_rows)
+      : grid(g, g.shape.q_heads),
         lines(lines_of_block),
-        begin(std::max<std::int64_t>(g.segment / g.block - g.first_row(), 0)),
-        end(std::max(g.rows() - dense_last_rows, begin)) {}
-  // Sums of one head's rows [from, to).
+        begin(grid.first_pruning_row()),
+        end(std::max(scored_rows, begin)) {}
+  // Returns how many sums a head has in rows [from, to).
   std::int64_t sums(std::int64_t from, std::int64_t to) const {
-    const auto before = [&](std::int64_t row) { return row * g.first_row() + row * (row + 1) / 2; };
-    return (before(to) - before(from)) * lines;
+    return (grid.entries_before(static_cast<int>(to)) - grid.entries_before(static_cast<int>(from))) * lines;
   }
   std::int64_t heads_at_once(std::int64_t room) const {
     return std::max<std::int64_t>(room / std::max<std::int64_t>(sums(begin, end), 1), 1);
   }
-  // The end of the rows from `row` on whose sums have room; at least `step` rows.
+  // Returns the end of the rows from `row` on whose sums have room; at least `step` rows.
   std::int64_t end_of_part(std::int64_t row, std::int64_t step, std::int64_t room) const {
     std::int64_t part = std::min(row + step, end);
     while (part < end && sums(row, std::min(part + step, end)) <= room) part = std::min(part + step, end);
     return part;
   }
-  const Geometry& g;
-  std::int64_t lines, begin, end;  // rows [begin, end) have something to score
+  RowGrid grid;
+  std::int64_t lines, begin, end;
 };
 
 bool in_patches(BlockScore score) {
@@ -120,20 +117,28 @@ int query_lines_of(BlockScore score) {
   if (score == BlockScore::sampled) return max_sampled;
   return in_patches(score) ? lines_of_block : block_tokens;
 }
-// Tiles of keys that a tile of the last rows meets, or more: those of the permuted keys, and of the caller's those of
-// the rows' own segments.
+// Returns how many tiles of keys a tile of the last rows meets, or more: those of the permuted keys, and of the
+// caller's those of the rows' own segments.
 std::int64_t most_tiles(const Params& p) {
   const int rows_of_tile = tile_queries / p.query_lines;
-  const std::int64_t last = p.first_row + p.row_end;
-  return p.patch == 1 ? last + key_groups * (std::max(rows_of_tile / key_groups, 1) + p.blocks_per_segment)
-                      : ceil_div(last, blocks_of_tile) + (rows_of_tile + p.blocks_per_segment) / blocks_of_tile + 2;
+  const std::int64_t last = p.grid.diagonal(p.row_end);
+  const int per_segment = p.grid.blocks_per_segment;
+  return p.patch == 1 ? last + key_groups * (std::max(rows_of_tile / key_groups, 1) + per_segment)
+                      : ceil_div(last, blocks_of_tile) + (rows_of_tile + per_segment) / blocks_of_tile + 2;
 }
-std::size_t gathered_bytes(BlockScore score, const Geometry& g) {
-  constexpr std::int64_t element_bytes = 2;
-  return score == BlockScore::sampled
-             ? g.shape.batch * g.shape.q_heads * g.rows() * max_sampled * g.shape.head_dim * element_bytes
-             : 0;
-}
+
+struct Scratch {
+  Scratch(BlockScore score, const Geometry& g, void* base) : carver(base) {
+    constexpr std::int64_t element_bytes = 2;
+    if (score == BlockScore::sampled)
+      carver.take(gathered,
+                  g.shape.batch * g.shape.q_heads * g.rows() * max_sampled * g.shape.head_dim * element_bytes);
+    carver.take(log_sums, 0);  // what is left is theirs
+  }
+  Carver carver;
+  std::byte* gathered = nullptr;  // of sampled: its queries, [batch][q_heads][rows][max_sampled][head_dim]
+  float* log_sums = nullptr;
+};
 
 // One of the two first launches.
 struct FirstLaunch {
@@ -142,36 +147,35 @@ struct FirstLaunch {
   std::int64_t tiles_of_item;
 };
 
-cudaError_t score_all(const ScoreArgs& args, Params p, const Maps& maps, const FirstLaunch& first,
+cudaError_t score_all(Params p, const Work& work, std::size_t scratch_bytes, const Maps& maps, const FirstLaunch& first,
                       cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(first.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, first.shared_bytes);
-  if (error != cudaSuccess) return error;
-
-  const Geometry& g = args.geometry;
-  const Work work(g, p.query_lines, args.dense_last_rows);
   const int rows_of_tile = tile_queries / p.query_lines;
-  const std::int64_t heads = g.shape.batch * g.shape.q_heads;
-  const auto room = static_cast<std::int64_t>((args.scratch_bytes - gathered_bytes(args.score, g)) / sizeof(float));
+  const auto room = static_cast<std::int64_t>(scratch_bytes / sizeof(float));
   const std::int64_t heads_at_once = work.heads_at_once(room);
-  for (std::int64_t head = 0; head < heads; head += heads_at_once)
+  for (std::int64_t head = 0; head < p.grid.heads; head += heads_at_once)
     for (std::int64_t row = work.begin; row < work.end; row = p.row_end) {
       const std::int64_t row_end = work.end_of_part(row, rows_of_tile, room);
       p.first_head = static_cast<int>(head);
       p.row_begin = static_cast<int>(row);
       p.row_end = static_cast<int>(row_end);
       p.head_sums = work.sums(row, row_end);
-      const auto heads_now = static_cast<unsigned>(std::min(heads_at_once, heads - head));
-      first.kernel<<<dim3(static_cast<unsigned>(ceil_div(most_tiles(p), first.tiles_of_item)),
-                          static_cast<unsigned>(ceil_div(row_end - row, rows_of_tile)), heads_now),
-                     first.threads, first.shared_bytes, stream>>>(p, maps);
-      share_mass<<<dim3(static_cast<unsigned>(row_end - row), heads_now), share_threads, 0, stream>>>(p);
+      const auto heads_now = static_cast<unsigned>(std::min(heads_at_once, p.grid.heads - head));
+      const dim3 tiles(static_cast<unsigned>(ceil_div(most_tiles(p), first.tiles_of_item)),
+                       static_cast<unsigned>(ceil_div(row_end - row, rows_of_tile)), heads_now);
+      if (const cudaError_t error = launch(first.kernel, tiles, first.threads, first.shared_bytes, stream,
+                                           Start::after_earlier_kernels, p, maps);
+          error != cudaSuccess)
+        return error;
+      if (const cudaError_t error = launch(share_mass, dim3(static_cast<unsigned>(row_end - row), heads_now),
+                                           share_threads, 0, stream, Start::after_earlier_kernels, p);
+          error != cudaSuccess)
+        return error;
     }
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 // Fills in where the sampled queries of each kind of row are, and gathers them.
-cudaError_t gather(const ScoreArgs& args, Params& p, cudaStream_t stream) {
+cudaError_t gather(const SelectArgs& args, Params& p, std::byte* gathered, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   for (const std::int64_t row : {std::int64_t{0}, std::min<std::int64_t>(1, g.rows() - 1), g.rows() - 1}) {
     // The first kind's row comes first, and the last kind's last, so a row that is both is of the first kind.
@@ -183,9 +187,8 @@ cudaError_t gather(const ScoreArgs& args, Params& p, cudaStream_t stream) {
           static_cast<int>(g.row_begin(row) - g.diagonal(row) * g.block + sampled_query(queries, i));
   }
   const int chunks = static_cast<int>(g.shape.head_dim / 8);
-  gather_sampled<<<dim3(static_cast<unsigned>(g.rows()), static_cast<unsigned>(g.shape.batch * g.shape.q_heads)), 128,
-                   0, stream>>>(p, args.q, static_cast<uint4*>(args.scratch), chunks);
-  return cudaGetLastError();
+  return launch(gather_sampled, dim3(p.grid.rows, p.grid.heads), 128, 0, stream, Start::after_earlier_kernels, p,
+                args.inputs.q, reinterpret_cast<uint4*>(gathered), chunks);
 }
 
 }  // namespace
@@ -195,61 +198,52 @@ std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::
   if (score == BlockScore::vertical_slash) return vertical_slash_scratch_size(geometry);
   if (score == BlockScore::flexible) return flexible_scratch_size(geometry);
   if (score != BlockScore::exact && score != BlockScore::sampled && !in_patches(score)) return 0;
-  const Work work(geometry, query_lines_of(score), dense_last_rows);
-  const std::int64_t heads = geometry.shape.batch * geometry.shape.q_heads;
-  return gathered_bytes(score, geometry) + std::min(heads * work.sums(work.begin, work.end), most_sums) * sizeof(float);
+  const Work work(geometry, query_lines_of(score), geometry.rows() - dense_last_rows);
+  return Scratch(score, geometry, nullptr).carver.bytes +
+         std::min(work.grid.heads * work.sums(work.begin, work.end), most_sums) * sizeof(float);
 }
 
-cudaError_t score_mass(const ScoreArgs& args, cudaStream_t stream) {
+cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
-  const int tokens_of_line = in_patches(args.score) ? patch : 1;
-  Params p{.log_sums = reinterpret_cast<float*>(static_cast<std::byte*>(args.scratch) + gathered_bytes(args.score, g)),
-           .scores = args.scores,
-           .causal_blocks = g.causal_blocks_per_head(),
-           .q_offset = g.q_offset(),
-           .q_len = g.shape.q_len,
-           .q_heads = static_cast<int>(g.shape.q_heads),
-           .group = static_cast<int>(g.group()),
-           .heads_of_order = static_cast<int>(g.shape.q_heads / args.order_heads),
-           .first_row = static_cast<int>(g.first_row()),
-           .blocks_per_segment = g.segment / g.block,
-           .causal = counts_kept_first(args.score),
-           .scale_log2 = static_cast<float>(args.scale / std::log(2.0) / tokens_of_line),
+  const BlockScore score = args.options.score;
+  const int tokens_of_line = in_patches(score) ? patch : 1;
+  const Scratch scratch(score, g, args.scratch);
+  Params p{.grid = {g, args.permuted.order_heads},
+           .log_sums = scratch.log_sums,
+           .scores = scores_of(args),
+           .causal = counts_kept_first(score),
+           .scale_log2 = static_cast<float>(args.options.scale / std::log(2.0) / tokens_of_line),
            .patch = tokens_of_line,
-           .query_lines = query_lines_of(args.score),
-           .sampled = args.score == BlockScore::sampled,
-           .rows = static_cast<int>(g.rows())};
+           .query_lines = query_lines_of(score),
+           .sampled = score == BlockScore::sampled};
+  const ConstView& k = args.inputs.k;
   const std::int64_t permuted_head = g.permuted_len() * g.shape.head_dim;
-  const ConstView permuted =
-      args.permuted_k == nullptr
-          ? args.k
-          : ConstView{args.permuted_k, args.k.dtype, args.order_heads * permuted_head, permuted_head, g.shape.head_dim};
+  const ConstView permuted = args.permuted.k == nullptr
+                                 ? k
+                                 : ConstView{args.permuted.k, k.dtype, args.permuted.order_heads * permuted_head,
+                                             permuted_head, g.shape.head_dim};
   const Box box =
       tokens_of_line == 1 ? Box{tile_tokens, static_cast<int>(g.shape.head_dim)} : Box{lines_of_box, panel, patch};
-  ConstView q = args.q;
+  ConstView q = args.inputs.q;
   std::int64_t q_tokens = g.shape.q_len;
   if (p.sampled) {
     q_tokens = g.rows() * max_sampled;
-    q = {args.scratch, q.dtype, g.shape.q_heads * q_tokens * g.shape.head_dim, q_tokens * g.shape.head_dim,
-         g.shape.head_dim};
-    if (const cudaError_t error = gather(args, p, stream); error != cudaSuccess) return error;
+    const std::int64_t head = q_tokens * g.shape.head_dim;
+    q = {scratch.gathered, q.dtype, g.shape.q_heads * head, head, g.shape.head_dim};
+    if (const cudaError_t error = gather(args, p, scratch.gathered, stream); error != cudaSuccess) return error;
   }
   Maps maps;
   if (!make_tensor_map(maps.q, q, g.shape.batch, g.shape.q_heads, q_tokens, g.shape.head_dim, box) ||
-      !make_tensor_map(maps.permuted_k, permuted, g.shape.batch, args.order_heads, g.permuted_len(), g.shape.head_dim,
-                       box) ||
-      !make_tensor_map(maps.k, args.k, g.shape.batch, g.shape.kv_heads, g.shape.kv_len, g.shape.head_dim, box))
+      !make_tensor_map(maps.permuted_k, permuted, g.shape.batch, args.permuted.order_heads, g.permuted_len(),
+                       g.shape.head_dim, box) ||
+      !make_tensor_map(maps.k, k, g.shape.batch, g.shape.kv_heads, g.shape.kv_len, g.shape.head_dim, box))
     return cudaErrorInvalidValue;
-  return dispatch(args.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    constexpr int alignment = 1024;
-    return tokens_of_line == 1
-               ? score_all(args, p, maps,
-                           {score_keys<T, dim>, key_threads, static_cast<int>(sizeof(KeyShared<dim>)) + alignment,
-                            steps_of_item},
-                           stream)
-               : score_all(args, p, maps,
-                           {score_lines<T, dim>, threads, static_cast<int>(sizeof(Shared)) + alignment, tiles_of_item},
-                           stream);
+  return dispatch(q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    const FirstLaunch first =
+        tokens_of_line == 1 ? FirstLaunch{score_keys<T, dim>, key_threads, aligned_bytes<KeyShared<dim>>, steps_of_item}
+                            : FirstLaunch{score_lines<T, dim>, threads, aligned_bytes<Shared>, tiles_of_item};
+    return score_all(p, Work(g, p.query_lines, scored_rows(args)), args.scratch_bytes - scratch.carver.bytes, maps,
+                     first, stream);
   });
 }
 

@@ -51,17 +51,17 @@ struct KeyItem {
   }
   // Token blocks of a warpgroup's first and last row; the first is beyond the last where it has none.
   __device__ int first_block(const Params& p, int group) const {
-    return p.first_row + row + group * group_queries / p.query_lines;
+    return p.grid.diagonal(row + group * group_queries / p.query_lines);
   }
   __device__ int last_block(const Params& p, int group) const {
-    return p.first_row + min(row + ((group + 1) * group_queries - 1) / p.query_lines, p.row_end - 1);
+    return p.grid.diagonal(min(row + ((group + 1) * group_queries - 1) / p.query_lines, p.row_end - 1));
   }
   // Permuted blocks that a warpgroup's rows see, and original ones.
   __device__ int permuted_of(const Params& p, int group) const {
-    return first_block(p, group) > last_block(p, group) ? 0 : p.own_begin(last_block(p, group));
+    return first_block(p, group) > last_block(p, group) ? 0 : p.grid.own_begin(last_block(p, group));
   }
   __device__ int own_of(const Params& p, int group) const {
-    return max(last_block(p, group) + 1 - p.own_begin(first_block(p, group)), 0);
+    return max(last_block(p, group) + 1 - p.grid.own_begin(first_block(p, group)), 0);
   }
   __device__ bool is_own(int step) const { return step >= permuted; }
   __device__ int group_of_own(int step) const { return (step - permuted) % key_groups; }
@@ -69,7 +69,7 @@ struct KeyItem {
   __device__ int own_block(const Params& p, int step) const {
     const int group = group_of_own(step);
     const int i = (step - permuted) / key_groups;
-    return i < own_of(p, group) ? p.own_begin(first_block(p, group)) + i : -1;
+    return i < own_of(p, group) ? p.grid.own_begin(first_block(p, group)) + i : -1;
   }
 
   int head;  // of all batch entries
@@ -80,14 +80,12 @@ struct KeyItem {
 
 template <int head_dim>
 __device__ void produce_keys(const Params& p, const Maps& maps, const KeyItem& item, KeyShared<head_dim>& shared) {
-  const int batch = item.head / p.q_heads;
-  const int head = item.head % p.q_heads;
-  const std::int64_t first_query = p.sampled ? static_cast<std::int64_t>(item.row) * p.query_lines
-                                             : (p.first_row + item.row) * std::int64_t{block_tokens} - p.q_offset;
+  const int batch = item.head / p.grid.q_heads;
+  const int head = item.head % p.grid.q_heads;
+  const int first_query = p.sampled ? item.row * p.query_lines : p.grid.first_query(p.grid.diagonal(item.row));
   shared.q_full.arrive_expecting(sizeof(shared.q));
   for (int i = 0; i < tile_queries / tile_tokens; ++i)
-    sm90::tma_load(shared.q[i], maps.q, shared.q_full, 0, static_cast<int>(first_query) + i * tile_tokens, 0, head,
-                   batch);
+    sm90::tma_load(shared.q[i], maps.q, shared.q_full, 0, first_query + i * tile_tokens, 0, head, batch);
   Ring<key_stages> stage;
   for (int step = item.begin; step < item.end; ++step) {
     const bool own = item.is_own(step);
@@ -96,7 +94,7 @@ __device__ void produce_keys(const Params& p, const Maps& maps, const KeyItem& i
     shared.free[stage.at].wait(stage.parity ^ 1);
     shared.full[stage.at].arrive_expecting(sizeof(shared.k[0]));
     sm90::tma_load(shared.k[stage.at], own ? maps.k : maps.permuted_k, shared.full[stage.at], 0, block * block_tokens,
-                   0, head / (own ? p.group : p.heads_of_order), batch);
+                   0, own ? p.grid.kv_head(head) : p.grid.order_head(head), batch);
     stage.next();
   }
 }
@@ -145,15 +143,14 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
   };
   const auto block_of = [&](int r) {  // -1: none
     const int row = item.row + query_of(r) / p.query_lines;
-    return row < p.row_end ? p.first_row + row : -1;
+    return row < p.row_end ? p.grid.diagonal(row) : -1;
   };
   float* sums = p.log_sums + blockIdx.z * p.head_sums;
   int to[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = item.row + query_of(r) / p.query_lines;
-    to[r] = static_cast<int>((p.entries_before(row) - p.entries_before(p.row_begin)) * p.query_lines) +
-            query_of(r) % p.query_lines * (p.first_row + row + 1);
+    to[r] = static_cast<int>(p.sums_before(row)) + query_of(r) % p.query_lines * (p.grid.diagonal(row) + 1);
   }
   float s[64];
   const auto release = [&](unsigned stage) {
@@ -190,7 +187,7 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
       const int block = step / 4 * 4 + lane;
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (block <= step && block < p.own_begin(block_of(r))) sums[to[r] + block] = held[r];
+        if (block <= step && block < p.grid.own_begin(block_of(r))) sums[to[r] + block] = held[r];
     }
   }
   turns.finish();
@@ -207,14 +204,14 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
       for (int r = 0; r < 2; ++r) {
         const int block = block_of(r);
         const int last_key =
-            (block - key_block) * block_tokens + p.place_of(block - p.first_row, query_of(r) % p.query_lines);
+            (block - key_block) * block_tokens + p.place_of(block - p.grid.first_row, query_of(r) % p.query_lines);
 #pragma unroll
         for (int i = 0; i < 64; i += 4)
 #pragma unroll
           for (int c = 0; c < 2; ++c)
             if (i * 2 + lane * 2 + c > last_key) s[i + 2 * r + c] = -INFINITY;
         const float log_sum = log_sum_exactly(s, r, p.scale_log2, max[r]);
-        if (lane == r && key_block >= p.own_begin(block) && key_block <= block) sums[to[r] + key_block] = log_sum;
+        if (lane == r && key_block >= p.grid.own_begin(block) && key_block <= block) sums[to[r] + key_block] = log_sum;
       }
     } else {
       release(stage.at);
@@ -226,19 +223,12 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
 template <class T, int head_dim>
 __global__ void __launch_bounds__(key_threads, 1)
     score_keys(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
-  extern __shared__ unsigned char memory[];
-  auto& shared = *reinterpret_cast<KeyShared<head_dim>*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
+  auto& shared = aligned_shared<KeyShared<head_dim>>();
   const KeyItem item(p);
   if (item.begin >= item.end) return;
-  if (threadIdx.x == 0) shared.init();
-  __syncthreads();
-  if (threadIdx.x / 128 < key_groups) {
-    sm90::take_registers<112>();
-    consume_keys<T, head_dim>(p, item, shared);
-  } else {
-    sm90::give_registers<32>();
-    if (threadIdx.x % 128 == 0) produce_keys<head_dim>(p, maps, item, shared);
-  }
+  run_roles<key_groups, 112, 32>(
+      shared, [&] { consume_keys<T, head_dim>(p, item, shared); },
+      [&] { produce_keys<head_dim>(p, maps, item, shared); });
 }
 
 }  // namespace pbsattn::cuda::mass

@@ -35,10 +35,10 @@ struct Item {
     constexpr int rows_of_tile = tile_queries / lines_of_block;
     // The last rows have the most keys, so they start first.
     const int row = p.row_begin + static_cast<int>(gridDim.y - 1 - blockIdx.y) * rows_of_tile;
-    block = p.first_row + row;
-    const int last_block = p.first_row + min(row + rows_of_tile, p.row_end) - 1;
-    permuted_tiles = (p.own_begin(last_block) + blocks_of_tile - 1) / blocks_of_tile;
-    first_own_tile = p.own_begin(block) / blocks_of_tile;
+    block = p.grid.diagonal(row);
+    const int last_block = p.grid.diagonal(min(row + rows_of_tile, p.row_end) - 1);
+    permuted_tiles = (p.grid.own_begin(last_block) + blocks_of_tile - 1) / blocks_of_tile;
+    first_own_tile = p.grid.own_begin(block) / blocks_of_tile;
     const int own_tiles = p.causal ? last_block / blocks_of_tile + 1 - first_own_tile : 0;
     begin = static_cast<int>(blockIdx.x) * tiles_of_item;
     end = min(begin + tiles_of_item, permuted_tiles + own_tiles);
@@ -57,13 +57,13 @@ struct Item {
 template <int head_dim>
 __device__ void produce(const Params& p, const Maps& maps, const Item& item, Shared& shared) {
   constexpr int panels = head_dim / panel;  // of one token
-  const int batch = item.head / p.q_heads;
-  const int head = item.head % p.q_heads;
-  const int first_query = static_cast<int>(item.block * std::int64_t{block_tokens} - p.q_offset);
+  const int batch = item.head / p.grid.q_heads;
+  const int head = item.head % p.grid.q_heads;
+  const int first_query = p.grid.first_query(item.block);
   Ring<stages> stage;
   for (int tile = item.begin; tile < item.end; ++tile) {
     const CUtensorMap& keys = item.is_own(tile) ? maps.k : maps.permuted_k;
-    const int k_head = head / (item.is_own(tile) ? p.group : p.heads_of_order);
+    const int k_head = item.is_own(tile) ? p.grid.kv_head(head) : p.grid.order_head(head);
     const int first_key = item.block_of(tile) * block_tokens;
     for (int step = 0; step < patch * panels; ++step, stage.next()) {
       const int i = step / panels;
@@ -79,7 +79,7 @@ __device__ void produce(const Params& p, const Maps& maps, const Item& item, Sha
   }
 }
 
-// Log-sum-exps of this thread's two query lines (`line`, `line` + 8) over each block of a tile.
+// Writes the log-sum-exps of this thread's two query lines (`line`, `line` + 8) over each block of a tile.
 __device__ inline void store_log_sums(const Params& p, const Item& item, float (&s)[64], int line, int tile) {
   constexpr int n8_of_block = 16 / blocks_of_tile;
   const int lane = threadIdx.x % 4;
@@ -89,11 +89,10 @@ __device__ inline void store_log_sums(const Params& p, const Item& item, float (
   for (int r = 0; r < 2; ++r) {
     const int block = item.block + (line + 8 * r) / lines_of_block;
     const int line_of_block = (line + 8 * r) % lines_of_block;
-    const int row = block - p.first_row;
-    const int own_begin = p.own_begin(block);
+    const int row = block - p.grid.first_row;
+    const int own_begin = p.grid.own_begin(block);
     const int last_key = own ? (block - first_block) * lines_of_block + line_of_block : tile_keys - 1;
-    float* to = p.log_sums + blockIdx.z * p.head_sums +
-                (p.entries_before(row) - p.entries_before(p.row_begin)) * lines_of_block + line_of_block * (block + 1);
+    float* to = p.log_sums + blockIdx.z * p.head_sums + p.sums_before(row) + line_of_block * (block + 1);
 #pragma unroll
     for (int b = 0; b < blocks_of_tile; ++b) {
       float max = -INFINITY;
@@ -159,19 +158,11 @@ __device__ void consume(const Params& p, const Item& item, Shared& shared) {
 template <class T, int head_dim>
 __global__ void __launch_bounds__(threads, 1)
     score_lines(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
-  extern __shared__ unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
+  auto& shared = aligned_shared<Shared>();
   const Item item(p);
   if (item.begin >= item.end) return;
-  if (threadIdx.x == 0) shared.init();
-  __syncthreads();
-  if (threadIdx.x / 128 < consumers) {
-    sm90::take_registers<232>();
-    consume<T, head_dim>(p, item, shared);
-  } else {
-    sm90::give_registers<40>();
-    if (threadIdx.x % 128 == 0) produce<head_dim>(p, maps, item, shared);
-  }
+  run_roles<consumers, 232, 40>(
+      shared, [&] { consume<T, head_dim>(p, item, shared); }, [&] { produce<head_dim>(p, maps, item, shared); });
 }
 
 }  // namespace pbsattn::cuda::mass

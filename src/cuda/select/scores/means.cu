@@ -6,13 +6,15 @@
 // of the band; a launch before finds them from the means of the whole head (reference/dual_band.cc).
 //
 // The least work at 128K tokens, 32 heads of 128: 67 million products of means, 17 GFLOP, and 270 MB written.
-#include <algorithm>
 #include <cmath>
 
+#include "cuda/carver.h"
+#include "cuda/geometry.cuh"
 #include "cuda/select/pooled_product.cuh"
 #include "cuda/select/scores/scores.h"
 #include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/online_sum.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -22,18 +24,16 @@ constexpr int calibrate_threads = 256;
 constexpr int bands = 2;
 
 struct Params {
-  const void *pooled_q, *pooled_k, *pooled_own;
-  std::int64_t rows, first_row, first_dense_row, blocks, causal_blocks;
-  std::int64_t pooled_blocks;  // of a head in pooled_k
-  int group, order_group;      // query heads of a KV head, and of an order
-  int blocks_per_segment;
+  RowGrid grid;
+  Pooled pooled;
+  int scored_rows;
   float scale_log2;
   float* factors;        // [batch][q_heads][bands]; null: all columns, with scale_log2
   float* scores[bands];  // of tile [batch][q_head][row] where its list will be, and the second band's alike
 };
 
 // Columns i and i + head_dim / 2 rotate together, the fastest first: the first band has the faster half of them, the
-// second the slower three quarters. Whether a band has the columns of a 16-byte chunk of a mean.
+// second the slower three quarters. Tells whether a band has the columns of a 16-byte chunk of a mean.
 template <int head_dim>
 __device__ bool band_has(int band, int chunk) {
   constexpr int pair_chunks = head_dim / 2 / 8;
@@ -77,15 +77,14 @@ __device__ Squares sum_squares(Means<T> means) {
   return {sum_of_threads(sums.all, of_warp), sum_of_threads(sums.fast, of_warp), sum_of_threads(sums.slow, of_warp)};
 }
 
-// A head's factors: the scale over the band's share of the columns and over what pooling left of its root mean squares,
-// relative to those of all columns.
+// Writes a head's factors: the scale over the band's share of the columns and over what pooling left of its root mean
+// squares, relative to those of all columns.
 template <class T, int head_dim>
 __global__ void __launch_bounds__(calibrate_threads) calibrate(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.x;
-  const Squares queries =
-      sum_squares<head_dim>(Means{static_cast<const T*>(p.pooled_q) + head * p.rows * head_dim, p.rows});
-  const Squares keys = sum_squares<head_dim>(
-      Means{static_cast<const T*>(p.pooled_own) + head / p.group * p.blocks * head_dim, p.blocks});
+  const int head = blockIdx.x;
+  const RowGrid& grid = p.grid;
+  const Squares queries = sum_squares<head_dim>(means_of<T, head_dim>(p.pooled.q, head, grid.rows));
+  const Squares keys = sum_squares<head_dim>(means_of<T, head_dim>(p.pooled.own, grid.kv_head(head), grid.blocks));
   if (threadIdx.x != 0) return;
   const auto factor = [&](double of_queries, double of_keys, double share_of_columns) {
     const auto ratio = [&](double part, double all, std::int64_t count) {
@@ -94,83 +93,82 @@ __global__ void __launch_bounds__(calibrate_threads) calibrate(const __grid_cons
       const double left = sqrt(part / (static_cast<double>(count * head_dim) * share_of_columns));
       return left / (whole < least ? least : whole);  // NaN stays
     };
-    const double share = share_of_columns * ratio(of_queries, queries.all, p.rows) * ratio(of_keys, keys.all, p.blocks);
+    const double share =
+        share_of_columns * ratio(of_queries, queries.all, grid.rows) * ratio(of_keys, keys.all, grid.blocks);
     return static_cast<float>(static_cast<double>(p.scale_log2) / share);
   };
   p.factors[head * bands] = factor(queries.fast, keys.fast, 0.5);
   p.factors[head * bands + 1] = factor(queries.slow, keys.slow, 0.75);
 }
 
-// 16 rows of one head, the last ones first, since they have the most blocks; grid.z: the bands.
+// Scores 16 rows of one head, the last ones first, since they have the most blocks; grid.z: the bands.
 template <class T, int head_dim>
 __global__ void __launch_bounds__(product_threads) multiply_means(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.y;  // of all batch entries
+  const RowGrid& grid = p.grid;
+  const int head = blockIdx.y;
   const int band = static_cast<int>(blockIdx.z);
-  const std::int64_t first_row = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * pooled_rows;
-  const std::int64_t last_row = min(first_row + pooled_rows, p.first_dense_row) - 1;
-  const auto own_begin = [&](std::int64_t row) {
-    return static_cast<int>((p.first_row + row) / p.blocks_per_segment * p.blocks_per_segment);
-  };
+  const int first_row = static_cast<int>(gridDim.x - 1 - blockIdx.x) * pooled_rows;
+  const int last_row = min(first_row + pooled_rows, p.scored_rows) - 1;
   const float factor = p.factors == nullptr ? p.scale_log2 : p.factors[head * bands + band];
-  float* const scores = (band == 0 ? p.scores[0] : p.scores[1]) + head * p.causal_blocks;
-  const Means queries{static_cast<const T*>(p.pooled_q) + (head * p.rows + first_row) * head_dim,
-                      last_row + 1 - first_row};
+  float* const scores = band == 0 ? p.scores[0] : p.scores[1];
+  const auto queries = means_of<T, head_dim>(p.pooled.q, head, grid.rows, first_row, last_row + 1 - first_row);
   const auto multiply = [&](const Means<T>& keys, int begin, int end, bool own) {
     multiply_pooled<head_dim>(
         queries, keys, begin, end, [&](int chunk) { return p.factors == nullptr || band_has<head_dim>(band, chunk); },
         [&](int place, int block, float2 products) {
-          const std::int64_t row = first_row + place;
+          const int row = first_row + place;
           if (row > last_row) return;
-          const int first_own = own_begin(row);
-          const auto diagonal = static_cast<int>(p.first_row + row);
-          float* const to = scores + row * p.first_row + row * (row + 1) / 2 + block;
+          const int diagonal = grid.diagonal(row);
+          const int first_own = grid.own_begin(diagonal);
+          float* const to = scores + grid.list_start(head, row) + block;
           const auto wanted = [&](int b) { return own ? b >= first_own && b <= diagonal : b < first_own; };
           if (wanted(block)) to[0] = products.x * factor;
           if (wanted(block + 1)) to[1] = products.y * factor;
         });
   };
-  const T* const moved = static_cast<const T*>(p.pooled_k) + head / p.order_group * p.pooled_blocks * head_dim;
-  const T* const original = static_cast<const T*>(p.pooled_own) + head / p.group * p.blocks * head_dim;
-  multiply({moved, p.pooled_blocks}, 0, own_begin(last_row), false);
-  multiply({original, p.blocks}, own_begin(first_row), static_cast<int>(p.first_row + last_row) + 1, true);
+  const int own_of_first = grid.own_begin(grid.diagonal(first_row));
+  const int own_of_last = grid.own_begin(grid.diagonal(last_row));
+  multiply(means_of<T, head_dim>(p.pooled.k, grid.order_head(head), p.pooled.k_blocks), 0, own_of_last, false);
+  multiply(means_of<T, head_dim>(p.pooled.own, grid.kv_head(head), grid.blocks), own_of_first,
+           grid.diagonal(last_row) + 1, true);
 }
+
+// Of dual_band.
+struct Scratch {
+  Scratch(const Geometry& g, void* base) : carver(base) {
+    const std::int64_t heads = g.shape.batch * g.shape.q_heads;
+    carver.take(second, heads * g.causal_blocks_per_head());
+    carver.take(factors, heads * bands);
+  }
+  Carver carver;
+  float *second = nullptr, *factors = nullptr;
+};
 
 }  // namespace
 
 std::size_t dual_band_scratch_size(const Geometry& g) {
-  return g.shape.batch * g.shape.q_heads * (g.causal_blocks_per_head() + bands) * sizeof(float);
+  return Scratch(g, nullptr).carver.bytes;
 }
 
-cudaError_t score_means(const ScoreArgs& args, cudaStream_t stream) {
+cudaError_t score_means(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
-  const std::int64_t heads = g.shape.batch * g.shape.q_heads;
-  const std::int64_t scored_rows = std::max<std::int64_t>(g.rows() - args.dense_last_rows, 0);
-  if (scored_rows == 0) return cudaSuccess;
-  const bool dual = args.score == BlockScore::dual_band;
-  auto* const second = static_cast<float*>(args.scratch);
-  const Params p{.pooled_q = args.pooled_q,
-                 .pooled_k = args.pooled_k,
-                 .pooled_own = args.pooled_own,
-                 .rows = g.rows(),
-                 .first_row = g.first_row(),
-                 .first_dense_row = scored_rows,
-                 .blocks = g.blocks(),
-                 .causal_blocks = g.causal_blocks_per_head(),
-                 .pooled_blocks = args.pooled_blocks,
-                 .group = static_cast<int>(g.group()),
-                 .order_group = static_cast<int>(g.shape.q_heads / args.order_heads),
-                 .blocks_per_segment = g.segment / g.block,
-                 .scale_log2 = static_cast<float>(args.scale / std::log(2.0)),
-                 .factors = dual ? second + heads * g.causal_blocks_per_head() : nullptr,
-                 .scores = {args.scores, second}};
-  return dispatch(args.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+  const std::int64_t rows = scored_rows(args);
+  if (rows == 0) return cudaSuccess;
+  const bool dual = args.options.score == BlockScore::dual_band;
+  const Scratch scratch(g, dual ? args.scratch : nullptr);
+  const Params p{.grid = {g, args.permuted.order_heads},
+                 .pooled = args.pooled,
+                 .scored_rows = static_cast<int>(rows),
+                 .scale_log2 = scale_log2(args.options.scale),
+                 .factors = scratch.factors,
+                 .scores = {scores_of(args), scratch.second}};
+  return dispatch(args.inputs.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     if (dual)
-      if (const cudaError_t error = launch(calibrate<T, dim>, dim3(static_cast<unsigned>(heads)), calibrate_threads, 0,
-                                           stream, Start::after_earlier_kernels, p);
+      if (const cudaError_t error = launch(calibrate<T, dim>, dim3(p.grid.heads), calibrate_threads, 0, stream,
+                                           Start::after_earlier_kernels, p);
           error != cudaSuccess)
         return error;
-    const dim3 grid(static_cast<unsigned>(ceil_div(scored_rows, pooled_rows)), static_cast<unsigned>(heads),
-                    dual ? bands : 1);
+    const dim3 grid(static_cast<unsigned>(ceil_div(rows, pooled_rows)), p.grid.heads, dual ? bands : 1);
     return launch(multiply_means<T, dim>, grid, product_threads, 0, stream, Start::after_earlier_kernels, p);
   });
 }

@@ -16,15 +16,14 @@
 // The least work at 128K tokens, 32 heads, head_dim 128: 2 x 0.55 TFLOP of products and 2 x 2.1 G exponentials, which
 // take as long as each other and overlap: 1.4 to 1.6 ms.
 #include <algorithm>
-#include <cmath>
 
-#include "cuda/limits.h"
+#include "cuda/geometry.cuh"
 #include "cuda/select/scores/per_query_fold.cuh"
 #include "cuda/select/scores/scores.h"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/prologue.cuh"
 #include "cuda/sm90/ring.cuh"
-#include "cuda/sm90/tensor.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/sm90/turns.cuh"
 
@@ -43,21 +42,14 @@ constexpr int consumer_registers = 112;
 constexpr int slots = 2;  // items whose queries are in shared memory
 
 struct Params {
-  float* scores;  // of tile [batch][q_head][row] where its list will be
-  int heads;      // batch x query heads
-  int q_heads;
-  int heads_of_order;
+  RowGrid grid;
+  float* scores;              // of tile [batch][q_head][row] where its list will be
+  int scored_rows;            // those from there on are dense
   int first_pair, last_pair;  // of token blocks 2 i and 2 i + 1
-  int first_row, first_dense_row;
-  int blocks_per_segment;
-  int blocks;  // of a head
-  int kv_heads, group;
-  const void* pooled_own;  // [batch][kv_heads][blocks][head_dim]: means of blocks in the original order
-  std::int64_t causal_blocks;
-  std::int64_t q_offset, q_len;
+  const void* pooled_own;
   float scale_log2;
 
-  __device__ int items() const { return (last_pair - first_pair + 1) * heads; }
+  __host__ __device__ int items() const { return (last_pair - first_pair + 1) * grid.heads; }
 };
 
 struct Maps {
@@ -87,26 +79,19 @@ struct Shared {
 
 struct Item {
   __device__ Item(const Params& p, int index)
-      : head(index % p.heads), block((p.last_pair - index / p.heads) * rows_of_item) {
+      : head(index % p.grid.heads), block((p.last_pair - index / p.grid.heads) * rows_of_item) {
     static_assert(rows_of_item == 2);
     tiles = (max(visible_of(p, block), visible_of(p, block + 1)) + tile_tokens - 1) / tile_tokens;
   }
-  // Blocks that the row of token block `of` may prune; none where it isn't scored.
+  // Returns how many blocks the row of token block `of` may prune; none where it isn't scored.
   __device__ static int visible_of(const Params& p, int of) {
-    const bool scored = of >= p.first_row && of < p.first_row + p.first_dense_row;
-    return scored ? of / p.blocks_per_segment * p.blocks_per_segment : 0;
+    const bool scored = of >= p.grid.first_row && of < p.grid.diagonal(p.scored_rows);
+    return scored ? p.grid.own_begin(of) : 0;
   }
   int head;   // of all batch entries
   int block;  // token block of the first row
   int tiles;  // of keys that some row sees
 };
-
-// Of a block's 128 tokens, those that are queries of this call: [x, y).
-__device__ inline int2 queries_of(const Params& p, int block) {
-  const std::int64_t first_token = block * std::int64_t{block_tokens} - p.q_offset;
-  return {static_cast<int>(max(-first_token, std::int64_t{0})),
-          static_cast<int>(min(p.q_len - first_token, std::int64_t{block_tokens}))};
-}
 
 template <int head_dim>
 __device__ void produce(const Params& p, const Maps& maps, Shared<head_dim>& shared) {
@@ -114,19 +99,19 @@ __device__ void produce(const Params& p, const Maps& maps, Shared<head_dim>& sha
   CountedRing<Shared<head_dim>::stages> stage;
   for (int index = blockIdx.x; index < p.items(); index += gridDim.x, slot.next()) {
     const Item item(p, index);
-    const int batch = item.head / p.q_heads;
-    const int head = item.head % p.q_heads;
+    const int batch = item.head / p.grid.q_heads;
+    const int head = item.head % p.grid.q_heads;
     shared.q_free[slot.at()].wait(slot.parity() ^ 1);
     shared.q_full[slot.at()].arrive_expecting(sizeof(shared.q[0]));
     for (int i = 0; i < rows_of_item; ++i)
-      sm90::tma_load(shared.q[slot.at()][i], maps.q, shared.q_full[slot.at()], 0,
-                     static_cast<int>((item.block + i) * std::int64_t{block_tokens} - p.q_offset), 0, head, batch);
+      sm90::tma_load(shared.q[slot.at()][i], maps.q, shared.q_full[slot.at()], 0, p.grid.first_query(item.block + i), 0,
+                     head, batch);
     for (int step = 0; step < 2 * item.tiles; ++step, stage.next()) {
       const int tile = step < item.tiles ? step : step - item.tiles;
       shared.k_free[stage.at()].wait(stage.parity() ^ 1);
       shared.k_full[stage.at()].arrive_expecting(sizeof(shared.k[0]));
       sm90::tma_load(shared.k[stage.at()], maps.pooled_k, shared.k_full[stage.at()], 0, tile * tile_tokens, 0,
-                     head / p.heads_of_order, batch);
+                     p.grid.order_head(head), batch);
     }
   }
 }
@@ -171,9 +156,8 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
     const unsigned char* queries = shared.q[slot.at()][row_of_item];
     // Calls use(products, first of eight own blocks) for the warp's queries.
     const auto for_each_own = [&](auto&& use) {
-      const int kv_head = item.head / p.q_heads * p.kv_heads + item.head % p.q_heads / p.group;
-      const T* own_keys =
-          static_cast<const T*>(p.pooled_own) + (static_cast<std::int64_t>(kv_head) * p.blocks + visible) * head_dim;
+      const std::int64_t first_own = std::int64_t{p.grid.kv_head(item.head)} * p.grid.blocks + visible;
+      const T* own_keys = static_cast<const T*>(p.pooled_own) + first_own * head_dim;
       for (int own = 0; tiles > 0 && visible + own <= block; own += 8) {
         float d[4];
         multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, block + 1 - visible - own);
@@ -194,8 +178,8 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
     LogSum* log_sums = shared.log_sums[slot.at()][row_of_item];
     float* shifts = shared.shifts[slot.at()][row_of_item];
     LogSum mine[2];
-    const int2 present = queries_of(p, block);
-    bool tame = present.x == 0 && present.y == tile_tokens;
+    const Span present = p.grid.queries_of(block);
+    bool tame = present.begin == 0 && present.end == tile_tokens;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       statistics[r].merge_across_lanes(p.scale_log2);
@@ -215,7 +199,7 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
         const LogSum of_query = mine[x / 2];
         const int query = first_of_warp + lane / 4 + x / 2 * 8;
         const float weight = sm90::exp2_fast(fmaf(d[x] - of_query.max, p.scale_log2, -of_query.log2_sum));
-        if (query >= present.x && query < present.y) sum[x % 2] += weight;
+        if (query >= present.begin && query < present.end) sum[x % 2] += weight;
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -226,10 +210,8 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
     });
     tame = wait_all(1 + row_of_item, groups_of_row * 128, tame);
 
-    const int row = block - p.first_row;
-    float* scores = p.scores + item.head * p.causal_blocks + row * static_cast<std::int64_t>(p.first_row) +
-                    row * (row + std::int64_t{1}) / 2;
-    const float share = 1.0F / static_cast<float>(present.y - present.x);  // of a query
+    float* scores = p.scores + p.grid.list_start(item.head, block - p.grid.first_row);
+    const float share = 1.0F / static_cast<float>(present.count());  // of a query
     if (const int own = threadIdx.x % (groups_of_row * 128); tiles > 0 && visible + own <= block) {
       float sum = 0;
       for (const auto& part : shared.own[slot.at()][row_of_item]) sum += part[own];
@@ -242,7 +224,7 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
           if (tame)
             sum_weights(s, p.scale_log2, shifts, sum);
           else
-            sum_weights(s, p.scale_log2, log_sums, queries_of(p, block), sum);
+            sum_weights(s, p.scale_log2, log_sums, p.grid.queries_of(block), sum);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             const int key_block = tile * tile_tokens + first_of_warp + lane / 4 + r * 8;
@@ -258,68 +240,42 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
 template <class T, int head_dim>
 __global__ void __launch_bounds__(threads, 1)
     score_queries(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
-  extern __shared__ unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<head_dim>*>(memory + (1024 - sm90::shared_address(memory) % 1024) % 1024);
-  if (threadIdx.x == 0) shared.init();
-  __syncthreads();
-  if (threadIdx.x / 128 < consumers) {
-    sm90::take_registers<consumer_registers>();
-    consume<T, head_dim>(p, shared);
-  } else {
-    sm90::give_registers<producer_registers>();
-    if (threadIdx.x % 128 == 0) produce<head_dim>(p, maps, shared);
-  }
+  auto& shared = aligned_shared<Shared<head_dim>>();
+  run_roles<consumers, consumer_registers, producer_registers>(
+      shared, [&] { consume<T, head_dim>(p, shared); }, [&] { produce<head_dim>(p, maps, shared); });
 }
 
 }  // namespace
 
-cudaError_t score_per_query(const ScoreArgs& args, cudaStream_t stream) {
+cudaError_t score_per_query(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
-  const int blocks_per_segment = g.segment / g.block;
-  const std::int64_t first_dense_row = std::max<std::int64_t>(g.rows() - args.dense_last_rows, 0);
-  const std::int64_t first_block = std::max<std::int64_t>(g.first_row(), blocks_per_segment);
-  const std::int64_t last_block = g.first_row() + first_dense_row - 1;
-  if (last_block < first_block) return cudaSuccess;
-  const Params p{.scores = args.scores,
-                 .heads = static_cast<int>(g.shape.batch * g.shape.q_heads),
-                 .q_heads = static_cast<int>(g.shape.q_heads),
-                 .heads_of_order = static_cast<int>(g.shape.q_heads / args.order_heads),
-                 .first_pair = static_cast<int>(first_block / rows_of_item),
-                 .last_pair = static_cast<int>(last_block / rows_of_item),
-                 .first_row = static_cast<int>(g.first_row()),
-                 .first_dense_row = static_cast<int>(first_dense_row),
-                 .blocks_per_segment = blocks_per_segment,
-                 .blocks = static_cast<int>(g.blocks()),
-                 .kv_heads = static_cast<int>(g.shape.kv_heads),
-                 .group = static_cast<int>(g.group()),
-                 .pooled_own = args.pooled_own,
-                 .causal_blocks = g.causal_blocks_per_head(),
-                 .q_offset = g.q_offset(),
-                 .q_len = g.shape.q_len,
-                 .scale_log2 = static_cast<float>(args.scale / std::log(2.0))};
-  const std::int64_t pooled_head = args.pooled_blocks * g.shape.head_dim;
-  const ConstView pooled{args.pooled_k, args.q.dtype, args.order_heads * pooled_head, pooled_head, g.shape.head_dim};
+  const RowGrid grid(g, args.permuted.order_heads);
+  const int rows = static_cast<int>(scored_rows(args));
+  if (rows <= grid.first_pruning_row()) return cudaSuccess;
+  const Params p{.grid = grid,
+                 .scores = scores_of(args),
+                 .scored_rows = rows,
+                 .first_pair = grid.diagonal(grid.first_pruning_row()) / rows_of_item,
+                 .last_pair = grid.diagonal(rows - 1) / rows_of_item,
+                 .pooled_own = args.pooled.own,
+                 .scale_log2 = scale_log2(args.options.scale)};
+  const ConstView& q = args.inputs.q;
+  const std::int64_t pooled_head = args.pooled.k_blocks * g.shape.head_dim;
+  const ConstView pooled{args.pooled.k, q.dtype, args.permuted.order_heads * pooled_head, pooled_head,
+                         g.shape.head_dim};
   Maps maps;
-  if (!make_tensor_map(maps.q, args.q, g.shape.batch, g.shape.q_heads, g.shape.q_len, g.shape.head_dim, tile_tokens) ||
-      !make_tensor_map(maps.pooled_k, pooled, g.shape.batch, args.order_heads, permuted_blocks(g), g.shape.head_dim,
-                       tile_tokens))
+  if (!make_tensor_map(maps.q, q, g.shape.batch, g.shape.q_heads, g.shape.q_len, g.shape.head_dim, tile_tokens) ||
+      !make_tensor_map(maps.pooled_k, pooled, g.shape.batch, args.permuted.order_heads, permuted_blocks(g),
+                       g.shape.head_dim, tile_tokens))
     return cudaErrorInvalidValue;
-
-  int device = 0;
   int multiprocessors = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-      error != cudaSuccess)
-    return error;
-  return dispatch(args.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    constexpr int shared_bytes = sizeof(Shared<dim>) + 1024;  // to align it
+  if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
+  return dispatch(q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    constexpr int shared_bytes = aligned_bytes<Shared<dim>>;
     static_assert(shared_bytes <= 227 * 1024);
-    const auto kernel = score_queries<T, dim>;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-    const int items = (p.last_pair - p.first_pair + 1) * p.heads;
-    kernel<<<std::min(items, multiprocessors), threads, shared_bytes, stream>>>(p, maps);
-    return cudaGetLastError();
+    const dim3 thread_blocks(std::min(p.items(), multiprocessors));
+    return launch(score_queries<T, dim>, thread_blocks, threads, shared_bytes, stream, Start::after_earlier_kernels, p,
+                  maps);
   });
 }
 

@@ -1,6 +1,7 @@
 // What per_query.cu does with products in registers, and the products of a few keys by one warp.
 #pragma once
 
+#include "cuda/geometry.cuh"
 #include "cuda/select/scores/exp.cuh"
 #include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/mma.cuh"
@@ -68,8 +69,8 @@ __device__ inline void sum_weights(const float (&s)[64], float scale_log2, const
   for (int r = 0; r < 2; ++r) sum[r] = part[r][0] + part[r][1];
 }
 
-// The same over the queries [of.x, of.y), whatever their products.
-__device__ inline void sum_weights(const float (&s)[64], float scale_log2, const LogSum* log_sums, int2 of,
+// Sums them over the queries `of`, whatever their products.
+__device__ inline void sum_weights(const float (&s)[64], float scale_log2, const LogSum* log_sums, Span of,
                                    float (&sum)[2]) {
   const int column = threadIdx.x % 4 * 2;
   sum[0] = sum[1] = 0;
@@ -82,8 +83,8 @@ __device__ inline void sum_weights(const float (&s)[64], float scale_log2, const
       const float low = sm90::exp2_fast(fmaf(s[i + 2 * r] - pair.x, scale_log2, -pair.y));
       const float high = sm90::exp2_fast(fmaf(s[i + 2 * r + 1] - pair.z, scale_log2, -pair.w));
       // What isn't there may be NaN.
-      if (query >= of.x && query < of.y) sum[r] += low;
-      if (query + 1 >= of.x && query + 1 < of.y) sum[r] += high;
+      if (query >= of.begin && query < of.end) sum[r] += low;
+      if (query + 1 >= of.begin && query + 1 < of.end) sum[r] += high;
     }
   }
 }

@@ -1,11 +1,11 @@
 // BlockScore::vertical_slash on Hopper (MInference): the heaviest columns and diagonals of a head, as blocks. After the
 // masses (last_queries.cu) three launches:
-//   1. cut_masses: a thread block finds how heavy the least of a head's columns, or diagonals, is that it keeps.
+//   1. cut_lines: a thread block finds how heavy the least of a head's columns, or diagonals, is that it keeps.
 //   2. mark_blocks: a warp reduces 128 of either to what blocks need to know of them.
-//   3. write_scores: 1 for the blocks of a row that a column stands in or a diagonal passes through.
+//   3. score_marked: 1 for the blocks of a row that a column stands in or a diagonal passes through.
 #include <algorithm>
 
-#include "cuda/limits.h"
+#include "cuda/geometry.cuh"
 #include "cuda/select/scores/cut.cuh"
 #include "cuda/select/scores/last_queries.h"
 #include "cuda/sm90/launch.h"
@@ -29,48 +29,46 @@ struct Marks {
 
 struct Params {
   OptionsOfHeads options;
+  RowGrid grid;
   const float *columns, *distances;
   std::uint64_t* cuts;  // [head][2]: keys of columns and diagonals from where they are kept
   Marks* marks;         // [head][blocks]
   float* scores;
-  std::int64_t kv_len, q_offset, first_row, blocks, causal_blocks;
-  int blocks_per_segment;
 
-  __device__ bool takes(std::int64_t head) const { return options.of(head).keep == KeepRule::vertical_slash; }
+  __device__ bool takes(int head) const { return options.of(head).keep == KeepRule::vertical_slash; }
   __device__ float column(std::int64_t head, std::int64_t i) const {
-    return i < least_columns ? INFINITY : columns[head * kv_len + i];
+    return i < least_columns ? INFINITY : columns[head * grid.kv_len + i];
   }
   __device__ float distance(std::int64_t head, std::int64_t i) const {
-    return i < near ? INFINITY : distances[head * kv_len + i];
+    return i < near ? INFINITY : distances[head * grid.kv_len + i];
   }
 };
 
-__global__ void __launch_bounds__(cut_threads) cut_masses(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.y;
+__global__ void __launch_bounds__(cut_threads) cut_lines(const __grid_constant__ Params p) {
+  const int head = blockIdx.y;
   let_next_kernel_start();
   wait_for_earlier_kernels();
   if (!p.takes(head)) return;
   const HeadOptions& options = p.options.of(head);
   const bool columns = blockIdx.x == 0;
   const int count = columns ? max(options.vertical, least_columns) : max(options.slash, least_diagonals);
-  const Cut cut = cut_within<Measure::number>(count, static_cast<int>(p.kv_len), [&](std::int64_t i) {
-    return columns ? p.column(head, i) : p.distance(head, i);
-  });
+  const Cut cut = cut_within<Measure::number>(
+      count, p.grid.kv_len, [&](std::int64_t i) { return columns ? p.column(head, i) : p.distance(head, i); });
   if (threadIdx.x == 0) p.cuts[head * 2 + blockIdx.x] = cut.least;
 }
 
 __global__ void __launch_bounds__(threads) mark_blocks(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.y;
+  const int head = blockIdx.y;
   const std::int64_t block = static_cast<std::int64_t>(blockIdx.x) * (threads / 32) + threadIdx.x / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  if (!p.takes(head) || block >= p.blocks) return;
+  if (!p.takes(head) || block >= p.grid.blocks) return;
   Marks marks{.column = 0, .least = block_tokens, .most = -1};
 #pragma unroll
   for (int part = 0; part < block_tokens; part += 32) {
     const std::int64_t i = block * block_tokens + part + lane;
-    const bool present = i < p.kv_len;
+    const bool present = i < p.grid.kv_len;
     const unsigned columns =
         __ballot_sync(~0U, present && cut_key(p.column(head, present ? i : 0), i) >= p.cuts[head * 2]);
     const unsigned distances =
@@ -81,24 +79,26 @@ __global__ void __launch_bounds__(threads) mark_blocks(const __grid_constant__ P
       marks.most = static_cast<std::int16_t>(part + 31 - __clz(static_cast<int>(distances)));
     }
   }
-  if (lane == 0) p.marks[head * p.blocks + block] = marks;
+  if (lane == 0) p.marks[std::int64_t{head} * p.grid.blocks + block] = marks;
 }
 
-__global__ void __launch_bounds__(threads) write_scores(const __grid_constant__ Params p) {
-  const std::int64_t head = blockIdx.y;
-  const std::int64_t row = blockIdx.x;
+__global__ void __launch_bounds__(threads) score_marked(const __grid_constant__ Params p) {
+  const int head = blockIdx.y;
+  const int row = blockIdx.x;
   let_next_kernel_start();
   wait_for_earlier_kernels();
   if (!p.takes(head)) return;
-  const std::int64_t diagonal = p.first_row + row;
-  const std::int64_t own_begin = diagonal / p.blocks_per_segment * p.blocks_per_segment;
+  const int diagonal = p.grid.diagonal(row);
   // Distances from the row's queries to the keys of block b: from (diagonal - b - 1) * 128 + nearest to
   // (diagonal - b) * 128 + farthest.
-  const auto nearest = static_cast<int>(max(p.q_offset - diagonal * block_tokens, std::int64_t{0})) + 1;
-  const auto farthest = static_cast<int>(min(p.kv_len - diagonal * block_tokens, std::int64_t{block_tokens})) - 1;
-  const Marks* marks = p.marks + head * p.blocks;
-  float* to = p.scores + head * p.causal_blocks + row * p.first_row + row * (row + 1) / 2;
-  for (std::int64_t b = threadIdx.x; b < own_begin; b += threads) {
+  const Span queries = p.grid.queries_of(diagonal);
+  const int nearest = queries.begin + 1;
+  const int farthest = queries.end - 1;
+  const Marks* marks = p.marks + std::int64_t{head} * p.grid.blocks;
+  float* to = p.scores + p.grid.list_start(head, row);
+  const int own_begin = p.grid.own_begin(diagonal);
+#pragma unroll 1
+  for (int b = threadIdx.x; b < own_begin; b += threads) {
     const bool kept =
         marks[b].column != 0 || marks[diagonal - b - 1].most >= nearest || marks[diagonal - b].least <= farthest;
     to[b] = kept ? 1.0F : 0.0F;
@@ -106,17 +106,13 @@ __global__ void __launch_bounds__(threads) write_scores(const __grid_constant__ 
 }
 
 struct Scratch {
-  Scratch(const Geometry& g, std::byte* base) : masses(g, last_queries, base), bytes(masses.bytes) {
+  Scratch(const Geometry& g, void* base) : carver(base), masses(g, last_queries, carver) {
     const std::int64_t heads = g.shape.batch * g.shape.q_heads;
-    const auto take = [&]<class T>(T*& pointer, std::int64_t count) {
-      if (base != nullptr) pointer = reinterpret_cast<T*>(base + bytes);
-      bytes += static_cast<std::size_t>(count) * sizeof(T);
-    };
-    take(cuts, heads * 2);
-    take(marks, heads * g.blocks());
+    carver.take(cuts, heads * 2);
+    carver.take(marks, heads * g.blocks());
   }
+  Carver carver;
   Masses masses;
-  std::size_t bytes;
   std::uint64_t* cuts = nullptr;
   Marks* marks = nullptr;
 };
@@ -124,33 +120,33 @@ struct Scratch {
 }  // namespace
 
 std::size_t vertical_slash_scratch_size(const Geometry& geometry) {
-  return Scratch(geometry, nullptr).bytes;
+  return Scratch(geometry, nullptr).carver.bytes;
 }
 
-cudaError_t score_vertical_slash(const ScoreArgs& args, cudaStream_t stream) {
+cudaError_t score_vertical_slash(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
-  const Scratch scratch(g, static_cast<std::byte*>(args.scratch));
-  cudaError_t error = find_masses(args, KeepRule::vertical_slash, std::min<std::int64_t>(last_queries, g.shape.q_len),
-                                  last_queries, scratch.masses, stream);
-  const Params p{.options = args.options,
+  const Scratch scratch(g, args.scratch);
+  if (const cudaError_t error =
+          find_masses(args, KeepRule::vertical_slash, std::min<std::int64_t>(last_queries, g.shape.q_len), last_queries,
+                      scratch.masses, stream);
+      error != cudaSuccess)
+    return error;
+  const Params p{.options = args.options_of_heads(),
+                 .grid = {g, args.permuted.order_heads},
                  .columns = scratch.masses.columns,
                  .distances = scratch.masses.distances,
                  .cuts = scratch.cuts,
                  .marks = scratch.marks,
-                 .scores = args.scores,
-                 .kv_len = g.shape.kv_len,
-                 .q_offset = g.q_offset(),
-                 .first_row = g.first_row(),
-                 .blocks = g.blocks(),
-                 .causal_blocks = g.causal_blocks_per_head(),
-                 .blocks_per_segment = g.segment / g.block};
-  const auto heads = static_cast<unsigned>(g.shape.batch * g.shape.q_heads);
-  if (error == cudaSuccess) error = launch(cut_masses, dim3(2, heads), cut_threads, 0, stream, Start::early, p);
-  const auto warps = static_cast<unsigned>(ceil_div(p.blocks, threads / 32));
-  if (error == cudaSuccess) error = launch(mark_blocks, dim3(warps, heads), threads, 0, stream, Start::early, p);
-  const auto rows = static_cast<unsigned>(g.rows());
-  if (error == cudaSuccess) error = launch(write_scores, dim3(rows, heads), threads, 0, stream, Start::early, p);
-  return error;
+                 .scores = scores_of(args)};
+  const unsigned heads = p.grid.heads;
+  if (const cudaError_t error = launch(cut_lines, dim3(2, heads), cut_threads, 0, stream, Start::early, p);
+      error != cudaSuccess)
+    return error;
+  const auto marking = static_cast<unsigned>(ceil_div(p.grid.blocks, threads / 32));
+  if (const cudaError_t error = launch(mark_blocks, dim3(marking, heads), threads, 0, stream, Start::early, p);
+      error != cudaSuccess)
+    return error;
+  return launch(score_marked, dim3(p.grid.rows, heads), threads, 0, stream, Start::early, p);
 }
 
 }  // namespace pbsattn::cuda
