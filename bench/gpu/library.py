@@ -111,14 +111,17 @@ class Library:
 
 
 class Plan:
-    def __init__(self, library, options, q, k, cap):
+    """Of options of all heads, or of an array of each head's."""
+
+    def __init__(self, library, options, q, k, cap=NO_CAP):
         self.library = library
         batch, q_heads, q_len, head_dim = q.shape
         shape = Shape(batch, q_heads, k.shape[1], q_len, k.shape[2], head_dim)
         self.handle = void_p()
-        library.check(library.c.pbsattn_plan_create(ctypes.byref(options), ctypes.byref(shape),
-                                                    ctypes.byref(Device(CUDA, 1, 0)), size_t(cap),
-                                                    ctypes.byref(self.handle)))
+        by_head = isinstance(options, ctypes.Array)
+        create = library.c.pbsattn_plan_create_by_head if by_head else library.c.pbsattn_plan_create
+        library.check(create(ctypes.byref(options), ctypes.byref(shape), ctypes.byref(Device(CUDA, 1, 0)), size_t(cap),
+                             ctypes.byref(self.handle)))
         self.workspace_size = library.c.pbsattn_plan_workspace_size(self.handle)
         self.path = library.c.pbsattn_plan_path(self.handle).decode()
         self.workspace = torch.empty(self.workspace_size, dtype=torch.uint8, device="cuda")
