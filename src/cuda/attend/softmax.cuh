@@ -1,8 +1,7 @@
-// The online softmax of a product's rows, in the registers of the warpgroup that multiplied (sm90_wgmma.cuh).
+// The online softmax of a product's rows, in the registers of the warpgroup that multiplied (sm90/wgmma.cuh).
 #pragma once
 
 #include <limits>
-#include <type_traits>
 
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/wgmma.cuh"
@@ -74,16 +73,5 @@ struct Softmax {
     }
   }
 };
-
-template <class Element>
-__device__ std::uint32_t pack(float low, float high) {
-  std::uint32_t bits;
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-  }
-  return bits;
-}
 
 }  // namespace pbsattn::cuda::sm90

@@ -6,7 +6,9 @@
 
 #include "cuda/arrays.h"
 #include "cuda/attend/softmax.cuh"
+#include "cuda/attend/tile_order.h"
 #include "cuda/geometry.cuh"
+#include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/wgmma.cuh"
@@ -23,23 +25,6 @@ constexpr int consumer_warps = consumers * warpgroup / 32;
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
 constexpr int producer_registers = 40;
 constexpr int consumer_registers = 232;
-
-// The order in which tiles are taken, when no array gives it: heads in sections whose K and V fit L2 together; in a
-// section long rows first, and the section's heads side by side.
-struct TileOrder {
-  int rows = 0;
-  int heads = 0;  // batch x query heads
-  int section_heads = 0;
-
-  __host__ __device__ int tiles() const { return rows * heads; }
-  __host__ __device__ int tile(int place) const {
-    const int section = place / (section_heads * rows);
-    const int rest = place - section * section_heads * rows;
-    const int first = section * section_heads;
-    const int width = first + section_heads <= heads ? section_heads : heads - first;
-    return (first + rest % width) * rows + rows - 1 - rest / width;
-  }
-};
 
 struct AttendParams {
   TileOrder order;
