@@ -7,7 +7,7 @@
 #include "cuda/attend/attend.h"
 #include "cuda/limits.h"
 #include "cuda/permute/permute.h"
-#include "cuda/select/scores/scores.h"
+#include "cuda/select/select.h"
 
 namespace pbsattn::cuda {
 

@@ -7,9 +7,10 @@
 #include "core/executor.h"
 #include "cuda/arrays.h"
 #include "cuda/carver.h"
-#include "cuda/select/head_options.h"
 
 namespace pbsattn::cuda {
+
+struct HeadOptions;
 
 inline constexpr std::int64_t element_bytes = 2;
 inline constexpr std::size_t alignment = 256;  // of every array in the workspace

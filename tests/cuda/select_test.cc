@@ -7,7 +7,6 @@
 
 #include "cuda/device_run.h"
 #include "cuda/limits.h"
-#include "cuda/select/scores/scores.h"
 #include "cuda/select/select.h"
 #include "reference/definition.h"
 

@@ -148,21 +148,22 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
 
   const cudaError_t error =
       dispatch(args.inputs.k.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-        const dim3 statistics_grid(p.units, static_cast<unsigned>(ceil_div(p.grid.group, heads_at_once)),
-                                   p.batch * p.kv_heads);
-        if (const cudaError_t failed = launch(score_statistics<T, dim>, statistics_grid, statistics_threads,
-                                              statistics_shared_bytes<dim>, stream, Start::after_earlier_kernels, p);
-            failed != cudaSuccess)
-          return failed;
-        if (const cudaError_t failed = launch(merge_statistics, dim3(p.grid.heads), 128, 0, stream, Start::early, p);
-            failed != cudaSuccess)
-          return failed;
-        const dim3 reorder_grid(static_cast<unsigned>(g.complete_segments()), p.kv_heads, p.batch);
-        return g.segment <= resident_tiles * tile_tokens
-                   ? launch(reorder_resident<T, dim>, reorder_grid, resident::everyone, ResidentShared<dim>::bytes,
-                            stream, Start::early, p)
-                   : launch(reorder<T, dim>, reorder_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment),
-                            stream, Start::early, p);
+        const dim3 units_grid(p.units, static_cast<unsigned>(ceil_div(p.grid.group, heads_at_once)),
+                              p.batch * p.kv_heads);
+        const dim3 segments_grid(static_cast<unsigned>(g.complete_segments()), p.kv_heads, p.batch);
+        return in_order(
+            [&] {
+              return launch(score_statistics<T, dim>, units_grid, statistics_threads, statistics_shared_bytes<dim>,
+                            stream, Start::after_earlier_kernels, p);
+            },
+            [&] { return launch(merge_statistics, dim3(p.grid.heads), 128, 0, stream, Start::early, p); },
+            [&] {
+              return g.segment <= resident_tiles * tile_tokens
+                         ? launch(reorder_resident<T, dim>, segments_grid, resident::everyone,
+                                  ResidentShared<dim>::bytes, stream, Start::early, p)
+                         : launch(reorder<T, dim>, segments_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment),
+                                  stream, Start::early, p);
+            });
       });
   if (error != cudaSuccess || args.pooled.v == nullptr) return error;
   const std::int64_t head = g.permuted_len() * g.shape.head_dim;
@@ -174,15 +175,18 @@ cudaError_t pool(const PermuteArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const Sinks sinks{args.permuted.sink_block, g.shape.batch * g.shape.kv_heads};  // token 0 stays where it is
   if (args.pooled.q == nullptr) return cudaMemsetAsync(sinks.block, 0, sinks.count * sizeof(std::int32_t), stream);
-  if (const cudaError_t error = launch_pool(queries(args), g, stream, sinks); error != cudaSuccess) return error;
-  if (args.pooled.v != nullptr)
-    if (const cudaError_t error =
-            launch_pool(whole_blocks(g, args.inputs.v, g.shape.kv_heads, args.pooled.v), g, stream);
-        error != cudaSuccess)
-      return error;
-  return launch_pool(
-      args.pooled.own != nullptr ? own_keys(args) : whole_blocks(g, args.inputs.k, g.shape.kv_heads, args.pooled.k), g,
-      stream);
+  return in_order(
+      [&] { return launch_pool(queries(args), g, stream, sinks); },
+      [&] {
+        return args.pooled.v == nullptr
+                   ? cudaSuccess
+                   : launch_pool(whole_blocks(g, args.inputs.v, g.shape.kv_heads, args.pooled.v), g, stream);
+      },
+      [&] {
+        return launch_pool(args.pooled.own != nullptr ? own_keys(args)
+                                                      : whole_blocks(g, args.inputs.k, g.shape.kv_heads, args.pooled.k),
+                           g, stream);
+      });
 }
 
 }  // namespace pbsattn::cuda

@@ -152,6 +152,19 @@ cudaError_t score_blocks(const SelectArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
+std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows) {
+  switch (score) {
+    case BlockScore::dual_band: return dual_band_scratch_size(geometry);
+    case BlockScore::vertical_slash: return vertical_slash_scratch_size(geometry);
+    case BlockScore::flexible: return flexible_scratch_size(geometry);
+    case BlockScore::antidiagonal:
+    case BlockScore::antidiagonal_causal:
+    case BlockScore::exact:
+    case BlockScore::sampled: return mass_scratch_size(score, geometry, dense_last_rows);
+    default: return 0;
+  }
+}
+
 cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const BlockScore score = args.options.score;

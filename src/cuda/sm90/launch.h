@@ -12,6 +12,7 @@ namespace pbsattn::cuda {
 // it reads what they wrote, and before it writes what they read.
 enum class Start { after_earlier_kernels, early };
 
+// Launches a kernel with `shared_bytes` of dynamic shared memory.
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
                    Start start, const std::type_identity_t<Params>&... params) {
@@ -29,6 +30,14 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, std::size_
   config.attrs = &early;
   config.numAttrs = start == Start::early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+// Makes calls one after the other until one fails, and returns its error.
+template <class... Calls>
+cudaError_t in_order(Calls&&... calls) {
+  cudaError_t error = cudaSuccess;
+  static_cast<void>((((error = calls()) == cudaSuccess) && ...));
+  return error;
 }
 
 // Counts the current device's multiprocessors.

@@ -257,21 +257,13 @@ struct Scratch {
 template <class T, int head_dim>
 cudaError_t launch_all(const Params& p, cudaStream_t stream) {
   const unsigned heads = p.grid.heads;
-  if (const cudaError_t error = launch(judge<T, head_dim>, dim3(heads), judge_threads, 0, stream, Start::early, p);
-      error != cudaSuccess)
-    return error;
-  if (const cudaError_t error = launch(cut_masses, dim3(2, heads), cut_threads, 0, stream, Start::early, p);
-      error != cudaSuccess)
-    return error;
   const auto products = static_cast<unsigned>(ceil_div(p.grid.rows, pooled_rows));
-  if (const cudaError_t error =
-          launch(score_cells<T, head_dim>, dim3(products, heads), threads, 0, stream, Start::early, p);
-      error != cudaSuccess)
-    return error;
-  if (const cudaError_t error = launch(cut_cells, dim3(heads), cut_threads, 0, stream, Start::early, p);
-      error != cudaSuccess)
-    return error;
-  return launch(write_scores, dim3(p.grid.rows, heads), threads, 0, stream, Start::early, p);
+  return in_order(
+      [&] { return launch(judge<T, head_dim>, dim3(heads), judge_threads, 0, stream, Start::early, p); },
+      [&] { return launch(cut_masses, dim3(2, heads), cut_threads, 0, stream, Start::early, p); },
+      [&] { return launch(score_cells<T, head_dim>, dim3(products, heads), threads, 0, stream, Start::early, p); },
+      [&] { return launch(cut_cells, dim3(heads), cut_threads, 0, stream, Start::early, p); },
+      [&] { return launch(write_scores, dim3(p.grid.rows, heads), threads, 0, stream, Start::early, p); });
 }
 
 }  // namespace

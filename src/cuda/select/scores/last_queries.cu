@@ -104,7 +104,6 @@ __global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__
   wait_for_earlier_kernels();
   if (!p.takes(head)) return;
   const WarpWork<T, head_dim, most> work(p, head);
-  const int row = work.row;
 
   constexpr int at_once = 4;  // groups of 8 keys
   constexpr int groups = tile_keys / 8;
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     state[r].merge_across_lanes(p.scale_log2);
-    if (threadIdx.x % 4 == 0) to[row + 8 * r] = make_float2(state[r].max, state[r].sum);
+    if (threadIdx.x % 4 == 0) to[work.row + 8 * r] = make_float2(state[r].max, state[r].sum);
   }
 }
 
@@ -180,8 +179,7 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
   wait_for_earlier_kernels();
   if (!p.takes(head)) return;
   const WarpWork<T, head_dim, most> work(p, head);
-  const int row = work.row;
-  const float2 log_sum[2] = {p.masses.log_sums[head * most + row], p.masses.log_sums[head * most + row + 8]};
+  const float2 log_sum[2] = {p.masses.log_sums[head * most + work.row], p.masses.log_sums[head * most + work.row + 8]};
 
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * p.unit_tiles;
   const std::int64_t end = min(begin + p.unit_tiles, std::int64_t{(p.grid.kv_len + tile_keys - 1) / tile_keys});
@@ -216,7 +214,7 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
           };
           weight.x = of(s[j][2 * r], tile * tile_keys + column);
           weight.y = of(s[j][2 * r + 1], tile * tile_keys + column + 1);
-          *reinterpret_cast<float2*>(half + (row + 8 * r) * weight_stride + column) = weight;
+          *reinterpret_cast<float2*>(half + (work.row + 8 * r) * weight_stride + column) = weight;
         }
       }
     }
@@ -250,15 +248,13 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
 template <class T, int head_dim, int most>
 cudaError_t launch_all(const Params& p, cudaStream_t stream) {
   const dim3 grid(p.units, p.grid.heads);
-  if (const cudaError_t error =
-          launch(find_parts<T, head_dim, most>, grid, threads, 0, stream, Start::after_earlier_kernels, p);
-      error != cudaSuccess)
-    return error;
-  if (const cudaError_t error = launch(merge_parts<most>, dim3(p.grid.heads), most, 0, stream, Start::early, p);
-      error != cudaSuccess)
-    return error;
-  return launch(add_weights<T, head_dim, most>, grid, weight_threads<most>, weight_bytes<most>, stream, Start::early,
-                p);
+  return in_order(
+      [&] { return launch(find_parts<T, head_dim, most>, grid, threads, 0, stream, Start::after_earlier_kernels, p); },
+      [&] { return launch(merge_parts<most>, dim3(p.grid.heads), most, 0, stream, Start::early, p); },
+      [&] {
+        return launch(add_weights<T, head_dim, most>, grid, weight_threads<most>, weight_bytes<most>, stream,
+                      Start::early, p);
+      });
 }
 
 }  // namespace

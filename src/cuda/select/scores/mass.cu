@@ -162,14 +162,14 @@ cudaError_t score_all(Params p, const Work& work, std::size_t scratch_bytes, con
       const auto heads_now = static_cast<unsigned>(std::min(heads_at_once, p.grid.heads - head));
       const dim3 tiles(static_cast<unsigned>(ceil_div(most_tiles(p), first.tiles_of_item)),
                        static_cast<unsigned>(ceil_div(row_end - row, rows_of_tile)), heads_now);
-      if (const cudaError_t error = launch(first.kernel, tiles, first.threads, first.shared_bytes, stream,
-                                           Start::after_earlier_kernels, p, maps);
-          error != cudaSuccess)
-        return error;
-      if (const cudaError_t error = launch(share_mass, dim3(static_cast<unsigned>(row_end - row), heads_now),
-                                           share_threads, 0, stream, Start::after_earlier_kernels, p);
-          error != cudaSuccess)
-        return error;
+      const dim3 rows(static_cast<unsigned>(row_end - row), heads_now);
+      const cudaError_t error = in_order(
+          [&] {
+            return launch(first.kernel, tiles, first.threads, first.shared_bytes, stream, Start::after_earlier_kernels,
+                          p, maps);
+          },
+          [&] { return launch(share_mass, rows, share_threads, 0, stream, Start::after_earlier_kernels, p); });
+      if (error != cudaSuccess) return error;
     }
   return cudaSuccess;
 }
@@ -193,11 +193,7 @@ cudaError_t gather(const SelectArgs& args, Params& p, std::byte* gathered, cudaS
 
 }  // namespace
 
-std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows) {
-  if (score == BlockScore::dual_band) return dual_band_scratch_size(geometry);
-  if (score == BlockScore::vertical_slash) return vertical_slash_scratch_size(geometry);
-  if (score == BlockScore::flexible) return flexible_scratch_size(geometry);
-  if (score != BlockScore::exact && score != BlockScore::sampled && !in_patches(score)) return 0;
+std::size_t mass_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows) {
   const Work work(geometry, query_lines_of(score), geometry.rows() - dense_last_rows);
   return Scratch(score, geometry, nullptr).carver.bytes +
          std::min(work.grid.heads * work.sums(work.begin, work.end), most_sums) * sizeof(float);

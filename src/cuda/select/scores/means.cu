@@ -24,8 +24,8 @@ constexpr int calibrate_threads = 256;
 constexpr int bands = 2;
 
 struct Params {
-  RowGrid grid;
   Pooled pooled;
+  RowGrid grid;
   int scored_rows;
   float scale_log2;
   float* factors;        // [batch][q_heads][bands]; null: all columns, with scale_log2
@@ -156,8 +156,8 @@ cudaError_t score_means(const SelectArgs& args, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   const bool dual = args.options.score == BlockScore::dual_band;
   const Scratch scratch(g, dual ? args.scratch : nullptr);
-  const Params p{.grid = {g, args.permuted.order_heads},
-                 .pooled = args.pooled,
+  const Params p{.pooled = args.pooled,
+                 .grid = {g, args.permuted.order_heads},
                  .scored_rows = static_cast<int>(rows),
                  .scale_log2 = scale_log2(args.options.scale),
                  .factors = scratch.factors,

@@ -12,7 +12,7 @@
 namespace pbsattn::cuda {
 
 // Returns the bytes of scratch of a score.
-std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows);
+std::size_t mass_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows);
 std::size_t dual_band_scratch_size(const Geometry& geometry);
 std::size_t vertical_slash_scratch_size(const Geometry& geometry);
 std::size_t flexible_scratch_size(const Geometry& geometry);

@@ -126,11 +126,6 @@ std::size_t vertical_slash_scratch_size(const Geometry& geometry) {
 cudaError_t score_vertical_slash(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const Scratch scratch(g, args.scratch);
-  if (const cudaError_t error =
-          find_masses(args, KeepRule::vertical_slash, std::min<std::int64_t>(last_queries, g.shape.q_len), last_queries,
-                      scratch.masses, stream);
-      error != cudaSuccess)
-    return error;
   const Params p{.options = args.options_of_heads(),
                  .grid = {g, args.permuted.order_heads},
                  .columns = scratch.masses.columns,
@@ -139,14 +134,15 @@ cudaError_t score_vertical_slash(const SelectArgs& args, cudaStream_t stream) {
                  .marks = scratch.marks,
                  .scores = scores_of(args)};
   const unsigned heads = p.grid.heads;
-  if (const cudaError_t error = launch(cut_lines, dim3(2, heads), cut_threads, 0, stream, Start::early, p);
-      error != cudaSuccess)
-    return error;
   const auto marking = static_cast<unsigned>(ceil_div(p.grid.blocks, threads / 32));
-  if (const cudaError_t error = launch(mark_blocks, dim3(marking, heads), threads, 0, stream, Start::early, p);
-      error != cudaSuccess)
-    return error;
-  return launch(score_marked, dim3(p.grid.rows, heads), threads, 0, stream, Start::early, p);
+  return in_order(
+      [&] {
+        return find_masses(args, KeepRule::vertical_slash, std::min<std::int64_t>(last_queries, g.shape.q_len),
+                           last_queries, scratch.masses, stream);
+      },
+      [&] { return launch(cut_lines, dim3(2, heads), cut_threads, 0, stream, Start::early, p); },
+      [&] { return launch(mark_blocks, dim3(marking, heads), threads, 0, stream, Start::early, p); },
+      [&] { return launch(score_marked, dim3(p.grid.rows, heads), threads, 0, stream, Start::early, p); });
 }
 
 }  // namespace pbsattn::cuda
