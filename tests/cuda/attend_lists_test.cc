@@ -96,12 +96,7 @@ class CudaAttend : public testing::TestWithParam<Case> {};
 TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   const Case& test = GetParam();
   std::mt19937_64 random(11);
-  Problem problem({.shape = test.shape,
-                   .q = test.dtype,
-                   .k = test.dtype,
-                   .v = test.dtype,
-                   .out = test.dtype,
-                   .layout = test.layout});
+  Problem problem(alike(test.shape, test.dtype, test.layout));
   if (test.nan_values) {
     for (std::int64_t h = 0; h < test.shape.kv_heads; ++h)
       for (std::int64_t b = 0; b < test.shape.kv_len / 128; ++b) problem.v.set(0, h, 128 * b + 64, b, std::nan(""));
@@ -149,30 +144,25 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   expect_output(problem, options, trace, Precision::bf16);
 }
 
-Shape shape(std::int64_t q_len, std::int64_t kv_len, std::int64_t head_dim, std::int64_t q_heads = 2,
-            std::int64_t kv_heads = 1, std::int64_t batch = 1) {
-  return {
-      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
-}
-
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const std::int64_t d : {64, 128}) {
     const auto name = [d](const char* rest) { return rest + std::string("_d") + std::to_string(d); };
-    all.push_back({name("own_segment_alone"), shape(900, 900, d), 0});
-    all.push_back({name("half"), shape(1500, 1500, d, 4, 2, 2), 0.5});
-    all.push_back({name("one_heavy_row"), shape(3000, 3000, d, 2, 2), -1});
-    all.push_back({name("more_tiles_than_processors"), shape(2048, 2048, d, 12, 2), 0.2});
-    all.push_back({name("segment_of_block"), shape(700, 700, d), 0.5, 128});
-    all.push_back({name("long_segment"), shape(1300, 1300, d), 0.5, 512});
-    all.push_back({name("chunk_inside_a_block"), shape(300, 1337, d), 0.5});
-    all.push_back({name("one_query"), shape(1, 1000, d), 0.5});
-    all.push_back({name("shared_order"), shape(1000, 1000, d, 4, 2), 0.5, 256, true});
+    all.push_back({name("own_segment_alone"), shape_of(900, 900, d), 0});
+    all.push_back({name("half"), shape_of(1500, 1500, d, 4, 2, 2), 0.5});
+    all.push_back({name("one_heavy_row"), shape_of(3000, 3000, d, 2, 2), -1});
+    all.push_back({name("more_tiles_than_processors"), shape_of(2048, 2048, d, 12, 2), 0.2});
+    all.push_back({name("segment_of_block"), shape_of(700, 700, d), 0.5, 128});
+    all.push_back({name("long_segment"), shape_of(1300, 1300, d), 0.5, 512});
+    all.push_back({name("chunk_inside_a_block"), shape_of(300, 1337, d), 0.5});
+    all.push_back({name("one_query"), shape_of(1, 1000, d), 0.5});
+    all.push_back({name("shared_order"), shape_of(1000, 1000, d, 4, 2), 0.5, 256, true});
     all.push_back({.name = name("nan_in_each_block_of_values"),
-                   .shape = shape(2048, 2048, d, 12, 2),
+                   .shape = shape_of(2048, 2048, d, 12, 2),
                    .density = 0.2,
                    .nan_values = true});
-    all.push_back({name("f16_tokens_first"), shape(777, 777, d, 4, 2, 2), 0.5, 256, false, DType::f16, Layout::bshd});
+    all.push_back(
+        {name("f16_tokens_first"), shape_of(777, 777, d, 4, 2, 2), 0.5, 256, false, DType::f16, Layout::bshd});
   }
   return all;
 }

@@ -9,22 +9,6 @@
 namespace pbsattn::test {
 namespace {
 
-struct Case {
-  std::string name;
-  ProblemSpec problem;
-  Options options;
-};
-
-ProblemSpec of(const Shape& shape, DType dtype = DType::bf16, Layout layout = Layout::bhsd) {
-  return {.shape = shape, .q = dtype, .k = dtype, .v = dtype, .out = dtype, .layout = layout};
-}
-
-Shape shape(std::int64_t q_len, std::int64_t kv_len, std::int64_t head_dim = 64, std::int64_t q_heads = 2,
-            std::int64_t kv_heads = 1, std::int64_t batch = 1) {
-  return {
-      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
-}
-
 Options pbs(float top_p = 0.8F) {
   Options options = method("pbs");
   options.top_p = top_p;
@@ -38,46 +22,46 @@ Options pbs_with(Change&& change) {
   return options;
 }
 
-std::vector<Case> lengths_and_chunks() {
-  std::vector<Case> cases;
+std::vector<MethodCase> lengths_and_chunks() {
+  std::vector<MethodCase> cases;
   for (const std::int64_t n : {1, 127, 128, 255, 257, 512, 1000}) {
-    cases.push_back({"dense_n" + std::to_string(n), of(shape(n, n)), method("full")});
-    cases.push_back({"pbs_n" + std::to_string(n), of(shape(n, n)), pbs()});
+    cases.push_back({"dense_n" + std::to_string(n), alike(shape_of(n, n)), method("full")});
+    cases.push_back({"pbs_n" + std::to_string(n), alike(shape_of(n, n)), pbs()});
   }
   for (const std::int64_t q_len : {1, 31, 100, 129, 300})
-    cases.push_back({"pbs_chunk" + std::to_string(q_len), of(shape(q_len, 777)), pbs()});
+    cases.push_back({"pbs_chunk" + std::to_string(q_len), alike(shape_of(q_len, 777)), pbs()});
   return cases;
 }
 
-std::vector<Case> heads() {
-  std::vector<Case> cases;
+std::vector<MethodCase> heads() {
+  std::vector<MethodCase> cases;
   for (const std::int64_t group : {1, 2, 3, 5, 8})
-    cases.push_back({"group" + std::to_string(group), of(shape(200, 600, 128, group, 1)), pbs()});
-  cases.push_back({"three_kv_heads", of(shape(300, 600, 64, 9, 3)), pbs()});
-  cases.push_back({"batch_of_two", of(shape(300, 600, 64, 4, 2, 2)), pbs()});
+    cases.push_back({"group" + std::to_string(group), alike(shape_of(200, 600, 128, group, 1)), pbs()});
+  cases.push_back({"three_kv_heads", alike(shape_of(300, 600, 64, 9, 3)), pbs()});
+  cases.push_back({"batch_of_two", alike(shape_of(300, 600, 64, 4, 2, 2)), pbs()});
   // More than one unit of keys for the log-sum-exp of key scores, and a unit that ends early.
-  cases.push_back({"many_units", of(shape(70, 2700, 128)), pbs()});
+  cases.push_back({"many_units", alike(shape_of(70, 2700, 128)), pbs()});
   return cases;
 }
 
-std::vector<Case> dtypes_and_layouts() {
-  std::vector<Case> cases;
+std::vector<MethodCase> dtypes_and_layouts() {
+  std::vector<MethodCase> cases;
   for (const std::int64_t dim : {64, 128})
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-      cases.push_back({type + std::string("_dim") + std::to_string(dim), of(shape(700, 700, dim), dtype), pbs()});
-  cases.push_back({"bshd", of(shape(300, 600, 64, 4, 2, 2), DType::bf16, Layout::bshd), pbs()});
-  cases.push_back({"cache", of(shape(300, 600, 128, 4, 2, 2), DType::bf16, Layout::cache), pbs()});
+      cases.push_back({type + std::string("_dim") + std::to_string(dim), alike(shape_of(700, 700, dim), dtype), pbs()});
+  cases.push_back({"bshd", alike(shape_of(300, 600, 64, 4, 2, 2), DType::bf16, Layout::bshd), pbs()});
+  cases.push_back({"cache", alike(shape_of(300, 600, 128, 4, 2, 2), DType::bf16, Layout::cache), pbs()});
   return cases;
 }
 
-std::vector<Case> options() {
-  const ProblemSpec problem = of(shape(900, 1100, 64));
-  std::vector<Case> cases;
+std::vector<MethodCase> options() {
+  const ProblemSpec problem = alike(shape_of(900, 1100, 64));
+  std::vector<MethodCase> cases;
   for (const int segment : {128, 256, 384, 512, 1024})
     cases.push_back({"segment" + std::to_string(segment), problem, pbs_with([&](Options& o) { o.segment = segment; })});
-  cases.push_back({"shared_order", of(shape(300, 1100, 64, 6, 2)),
+  cases.push_back({"shared_order", alike(shape_of(300, 1100, 64, 6, 2)),
                    pbs_with([](Options& o) { o.order_scope = OrderScope::kv_head; })});
-  cases.push_back({"shared_order_long_segment", of(shape(300, 1100, 64, 3, 1)), pbs_with([](Options& o) {
+  cases.push_back({"shared_order_long_segment", alike(shape_of(300, 1100, 64, 3, 1)), pbs_with([](Options& o) {
                      o.order_scope = OrderScope::kv_head;
                      o.segment = 512;
                    })});
@@ -107,7 +91,7 @@ std::vector<Case> options() {
                      o.score = BlockScore::per_query;
                      o.permutation = Permutation::none;
                    })});
-  cases.push_back({"per_query_shared_order", of(shape(300, 1100, 64, 6, 2, 2)), pbs_with([](Options& o) {
+  cases.push_back({"per_query_shared_order", alike(shape_of(300, 1100, 64, 6, 2, 2)), pbs_with([](Options& o) {
                      o.score = BlockScore::per_query;
                      o.order_scope = OrderScope::kv_head;
                    })});
@@ -118,10 +102,10 @@ std::vector<Case> options() {
                      })});
   for (const std::int64_t dim : {64, 128})
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-      cases.push_back({type + std::string("_per_query_dim") + std::to_string(dim), of(shape(700, 730, dim), dtype),
-                       pbs_with(per_query)});
+      cases.push_back({type + std::string("_per_query_dim") + std::to_string(dim),
+                       alike(shape_of(700, 730, dim), dtype), pbs_with(per_query)});
   // More than one tile of 128 pooled keys, and the last one short of its second half.
-  cases.push_back({"per_query_two_tiles", of(shape(140, 21'000, 64, 1)), pbs_with(per_query)});
+  cases.push_back({"per_query_two_tiles", alike(shape_of(140, 21'000, 64, 1)), pbs_with(per_query)});
   cases.push_back({"threshold", problem, threshold(0.1F, 0, BlockScore::mean_pool)});
   cases.push_back({"threshold_floor", problem, threshold(0.4F, 0.6F, BlockScore::mean_pool)});
   cases.push_back({"threshold_per_query", problem, threshold(0.1F, 0, BlockScore::per_query)});
@@ -153,8 +137,8 @@ std::vector<Case> options() {
 }
 
 // Scores that have launches of their own.
-std::vector<Case> masses() {
-  std::vector<Case> cases;
+std::vector<MethodCase> masses() {
+  std::vector<MethodCase> cases;
   for (const auto& [name, score] : {std::pair{"antidiagonal", BlockScore::antidiagonal},
                                     {"antidiagonal_causal", BlockScore::antidiagonal_causal},
                                     {"exact", BlockScore::exact},
@@ -168,20 +152,21 @@ std::vector<Case> masses() {
                          change(o);
                        })});
     };
-    const ProblemSpec problem = of(shape(900, 1100, 64));
+    const ProblemSpec problem = alike(shape_of(900, 1100, 64));
     const auto nothing = [](Options&) {};
     for (const std::int64_t dim : {64, 128})
       for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-        add(type + std::string("_dim") + std::to_string(dim), of(shape(700, 730, dim), dtype), nothing);
+        add(type + std::string("_dim") + std::to_string(dim), alike(shape_of(700, 730, dim), dtype), nothing);
     // Neither begins nor ends with a whole patch of 8, nor with a whole block.
-    add("chunk", of(shape(301, 1111, 64)), nothing);
-    add("one_query", of(shape(1, 777, 64)), nothing);
-    add("heads", of(shape(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), nothing);
+    add("chunk", alike(shape_of(301, 1111, 64)), nothing);
+    add("one_query", alike(shape_of(1, 777, 64)), nothing);
+    add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), nothing);
     // More than one thread block's share of keys or tile of their means, and more than one tile of queries.
     const bool of_means = score >= BlockScore::mean_pool_causal && score != BlockScore::sampled;
-    add("many_keys", of(shape(130, of_means ? 21'000 : 9000, 64, 1)), nothing);
-    add("many_queries", of(shape(2200, 2300, 64, 1)), nothing);
-    add("shared_order", of(shape(300, 1100, 64, 6, 2, 2)), [](Options& o) { o.order_scope = OrderScope::kv_head; });
+    add("many_keys", alike(shape_of(130, of_means ? 21'000 : 9000, 64, 1)), nothing);
+    add("many_queries", alike(shape_of(2200, 2300, 64, 1)), nothing);
+    add("shared_order", alike(shape_of(300, 1100, 64, 6, 2, 2)),
+        [](Options& o) { o.order_scope = OrderScope::kv_head; });
     add("unpermuted", problem, [](Options& o) { o.permutation = Permutation::none; });
     for (const int segment : {128, 384, 1024})
       add("segment" + std::to_string(segment), problem, [=](Options& o) { o.segment = segment; });
@@ -206,13 +191,13 @@ std::vector<Case> masses() {
     std::string label(name);
     std::ranges::replace_if(
         label, [](char c) { return c == '-' || c == '+'; }, '_');
-    cases.push_back({label, of(shape(900, 1100, 64)), method(name)});
+    cases.push_back({label, alike(shape_of(900, 1100, 64)), method(name)});
   }
   return cases;
 }
 
 // Blocks that a row doesn't attend to answer as their means.
-std::vector<Case> corrections() {
+std::vector<MethodCase> corrections() {
   const Options flashprefill = [] {
     Options options = method("flashprefill");
     options.threshold = 0.5F;
@@ -225,23 +210,23 @@ std::vector<Case> corrections() {
     options.correction = Correction::mean;
     return options;
   };
-  const ProblemSpec problem = of(shape(900, 1100, 64));
-  std::vector<Case> cases{
-      {"flashprefill", of(shape(900, 1100, 128)), flashprefill},
-      {"flashprefill_chunk", of(shape(301, 1111, 64)), flashprefill},
-      {"flashprefill_one_query", of(shape(1, 777, 64)), flashprefill},
-      {"flashprefill_short", of(shape(100, 100, 64)), flashprefill},
-      {"flashprefill_heads", of(shape(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), flashprefill},
+  const ProblemSpec problem = alike(shape_of(900, 1100, 64));
+  std::vector<MethodCase> cases{
+      {"flashprefill", alike(shape_of(900, 1100, 128)), flashprefill},
+      {"flashprefill_chunk", alike(shape_of(301, 1111, 64)), flashprefill},
+      {"flashprefill_one_query", alike(shape_of(1, 777, 64)), flashprefill},
+      {"flashprefill_short", alike(shape_of(100, 100, 64)), flashprefill},
+      {"flashprefill_heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), flashprefill},
       // More than one tile of means, and tiles whose blocks are all listed.
-      {"flashprefill_many_keys", of(shape(130, 40'000, 64, 1)), flashprefill},
+      {"flashprefill_many_keys", alike(shape_of(130, 40'000, 64, 1)), flashprefill},
       {"corrected_permuted", problem, corrected(pbs(0.5F))},
-      {"corrected_permuted_dim128", of(shape(300, 1100, 128, 3, 1)), corrected(pbs(0.5F))},
-      {"corrected_shared_order", of(shape(300, 1100, 64, 6, 2, 2)), corrected(pbs_with([](Options& o) {
+      {"corrected_permuted_dim128", alike(shape_of(300, 1100, 128, 3, 1)), corrected(pbs(0.5F))},
+      {"corrected_shared_order", alike(shape_of(300, 1100, 64, 6, 2, 2)), corrected(pbs_with([](Options& o) {
          o.order_scope = OrderScope::kv_head;
          o.top_p = 0.4F;
        }))},
       {"corrected_segment384", problem, corrected(pbs_with([](Options& o) { o.segment = 384; }))},
-      {"corrected_unscored", of(shape(130, 20'000, 64, 1)), corrected(method("streaming"))},
+      {"corrected_unscored", alike(shape_of(130, 20'000, 64, 1)), corrected(method("streaming"))},
       {"corrected_vertical_slash", problem, corrected([] {
          Options options = method("minference");
          options.vertical = 10;
@@ -251,11 +236,12 @@ std::vector<Case> corrections() {
       {"corrected_per_query", problem, corrected(pbs_with([](Options& o) { o.score = BlockScore::per_query; }))},
   };
   for (const std::int64_t dim : {64, 128})
-    cases.push_back({"corrected_f16_dim" + std::to_string(dim), of(shape(700, 730, dim), DType::f16), flashprefill});
+    cases.push_back(
+        {"corrected_f16_dim" + std::to_string(dim), alike(shape_of(700, 730, dim), DType::f16), flashprefill});
   return cases;
 }
 
-class CudaBackend : public testing::TestWithParam<Case> {};
+class CudaBackend : public testing::TestWithParam<MethodCase> {};
 
 TEST_P(CudaBackend, AgreesWithTheReference) {
   Problem problem(GetParam().problem);

@@ -89,11 +89,7 @@ void DeviceProblem::poison_outputs() {
 namespace {
 
 RunResult run_on_device(const Plan& plan, Problem& problem, const DeviceRunOptions& how) {
-  RunResult result{.stats = {},
-                   .trace = {},
-                   .options = plan.options(),
-                   .path = std::string(plan.path()),
-                   .workspace_size = plan.workspace_size()};
+  RunResult result = result_of(plan);
   EXPECT_LE(plan.workspace_size(), how.cap);
   problem.out.fill(std::nan(""));
   DeviceProblem device(problem);

@@ -15,7 +15,7 @@ constexpr Shape shape{.q_heads = 2, .kv_heads = 1, .q_len = 600, .kv_len = 600, 
 constexpr int block = 128;
 
 Problem make() {
-  return Problem({.shape = shape, .q = DType::bf16, .k = DType::bf16, .v = DType::bf16, .out = DType::bf16});
+  return Problem(alike(shape));
 }
 
 class CudaHostileInputs : public testing::TestWithParam<HostileCase> {};

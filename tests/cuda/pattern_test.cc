@@ -12,22 +12,6 @@
 namespace pbsattn::test {
 namespace {
 
-struct Case {
-  std::string name;
-  ProblemSpec problem;
-  Options options;
-};
-
-ProblemSpec of(const Shape& shape, DType dtype = DType::bf16, Layout layout = Layout::bhsd, std::uint64_t seed = 1) {
-  return {.shape = shape, .q = dtype, .k = dtype, .v = dtype, .out = dtype, .layout = layout, .seed = seed};
-}
-
-Shape shape(std::int64_t q_len, std::int64_t kv_len, std::int64_t head_dim = 64, std::int64_t q_heads = 2,
-            std::int64_t kv_heads = 1, std::int64_t batch = 1) {
-  return {
-      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
-}
-
 // MInference with few columns and diagonals, because a test's sequence is short.
 Options minference(int vertical = 40, int slash = 120) {
   Options options = method("minference");
@@ -45,8 +29,8 @@ Options flexprefill(float tau, float top_p = 0.8F, int min_budget = 1) {
   return options;
 }
 
-std::vector<Case> patterns() {
-  std::vector<Case> cases;
+std::vector<MethodCase> patterns() {
+  std::vector<MethodCase> cases;
   const auto add = [&](const std::string& what, const ProblemSpec& problem, auto&& change) {
     for (const auto& [name, options] : {std::pair{"minference_", minference()},
                                         {"flexprefill_", flexprefill(0)},
@@ -59,26 +43,27 @@ std::vector<Case> patterns() {
   const auto nothing = [](Options&) {};
   for (const std::int64_t dim : {64, 128})
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-      add(type + std::string("_dim") + std::to_string(dim), of(shape(700, 700, dim), dtype), nothing);
+      add(type + std::string("_dim") + std::to_string(dim), alike(shape_of(700, 700, dim), dtype), nothing);
   // Neither begins nor ends with a whole block.
-  add("chunk", of(shape(301, 1111)), nothing);
-  add("chunk_that_ends_a_block", of(shape(200, 768)), nothing);
+  add("chunk", alike(shape_of(301, 1111)), nothing);
+  add("chunk_that_ends_a_block", alike(shape_of(200, 768)), nothing);
   // Fewer queries than score.
-  for (const std::int64_t q_len : {1, 31, 100}) add("queries" + std::to_string(q_len), of(shape(q_len, 777)), nothing);
-  add("heads", of(shape(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), nothing);
-  add("cache", of(shape(300, 600, 64, 4, 2, 2), DType::bf16, Layout::cache), nothing);
+  for (const std::int64_t q_len : {1, 31, 100})
+    add("queries" + std::to_string(q_len), alike(shape_of(q_len, 777)), nothing);
+  add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), nothing);
+  add("cache", alike(shape_of(300, 600, 64, 4, 2, 2), DType::bf16, Layout::cache), nothing);
   // More than one thread block's share of keys, and a share that ends early.
-  add("many_keys", of(shape(70, 2700, 128)), nothing);
-  add("segment384", of(shape(900, 1000)), [](Options& o) { o.segment = 384; });
-  add("paper", of(shape(500, 700)), [](Options& o) { o.rules = Rules::paper; });
-  add("scaled", of(shape(500, 700)), [](Options& o) { o.scale = 0.2F; });
-  add("always_kept", of(shape(900, 1000)), [](Options& o) {
+  add("many_keys", alike(shape_of(70, 2700, 128)), nothing);
+  add("segment384", alike(shape_of(900, 1000)), [](Options& o) { o.segment = 384; });
+  add("paper", alike(shape_of(500, 700)), [](Options& o) { o.rules = Rules::paper; });
+  add("scaled", alike(shape_of(500, 700)), [](Options& o) { o.scale = 0.2F; });
+  add("always_kept", alike(shape_of(900, 1000)), [](Options& o) {
     o.dense_last_rows = 1;
     o.sink_blocks = 2;
     o.local_blocks = 2;
   });
 
-  const ProblemSpec problem = of(shape(900, 1100));
+  const ProblemSpec problem = alike(shape_of(900, 1100));
   for (const auto& [vertical, slash] :
        {std::pair{0, 0}, {30, 50}, {31, 101}, {300, 100}, {30, 500}, {1099, 50}, {0, 1099}, {2000, 2000}})
     cases.push_back(
@@ -91,11 +76,11 @@ std::vector<Case> patterns() {
     }
   for (const int budget : {0, 129, 700, 1024, 5000})
     cases.push_back({"flexprefill_budget" + std::to_string(budget), problem, flexprefill(0.3F, 0.7F, budget)});
-  cases.push_back({"streaming", of(shape(1000, 1500)), method("streaming")});
+  cases.push_back({"streaming", alike(shape_of(1000, 1500)), method("streaming")});
   return cases;
 }
 
-class CudaPattern : public testing::TestWithParam<Case> {};
+class CudaPattern : public testing::TestWithParam<MethodCase> {};
 
 TEST_P(CudaPattern, AgreesWithTheReference) {
   Problem problem(GetParam().problem);
@@ -108,13 +93,13 @@ INSTANTIATE_TEST_SUITE_P(Methods, CudaPattern, testing::ValuesIn(patterns()),
                          [](const auto& test) { return test.param.name; });
 
 TEST(CudaPatternHostile, AgreesWithTheReference) {
-  const Shape small = shape(600, 600);
+  const Shape small = shape_of(600, 600);
   for (const HostileCase& hostile : hostile_cases(small, 128))
     for (const auto& [name, options] : {std::pair{"minference", minference(30, 100)},
                                         {"flexprefill", flexprefill(0.1F, 0.7F)},
                                         {"flexprefill, pooled", flexprefill(1, 0.7F)}}) {
       SCOPED_TRACE(hostile.name + ", " + name);
-      Problem problem(of(small));
+      Problem problem(alike(small));
       hostile.change(problem);
       const RunResult result = run_on_device(options, problem);
       expect_lists(problem, result.options, result.trace, tolerance_for(problem, Precision::bf16));
@@ -123,7 +108,7 @@ TEST(CudaPatternHostile, AgreesWithTheReference) {
 
 // Equal masses: the first columns and the shortest distances come first.
 TEST(CudaPatternHostile, TiesAreTheFirst) {
-  Problem problem(of(shape(1000, 1000)));
+  Problem problem(alike(shape_of(1000, 1000)));
   problem.k.fill(0.25);
   for (const Options& options :
        {minference(200, 50), minference(30, 200), flexprefill(0, 0.5F), flexprefill(1, 0.5F)}) {
@@ -181,34 +166,39 @@ HeadsRun run_by_head(const std::vector<Options>& heads, Problem& problem, std::s
   return run;
 }
 
-class CudaHeads : public testing::TestWithParam<const char*> {};
+void expect_same_lists(const Trace& got, const Trace& wanted, std::int64_t flat_head) {
+  for (std::int64_t row = 0; row < got.rows; ++row)
+    EXPECT_EQ(row_list(got, flat_head, row), row_list(wanted, flat_head, row))
+        << "head " << flat_head << ", row " << row;
+}
+
+class CudaHeads : public testing::TestWithParam<const char*> {
+ protected:
+  static std::vector<Options> heads_of(const Shape& shape) {
+    Options all = method(GetParam());
+    all.min_budget = 1;
+    return mixed(all, shape.q_heads);
+  }
+};
 
 // What a head lists is what a plan of its options lists for all heads.
 TEST_P(CudaHeads, KeepByTheirOwnRules) {
-  Options all = method(GetParam());
-  all.min_budget = 1;
-  const Shape small = shape(650, 700, 64, 6, 2, 2);
-  const std::vector<Options> heads = mixed(all, small.q_heads);
-  Problem problem(of(small));
+  const Shape small = shape_of(650, 700, 64, 6, 2, 2);
+  const std::vector<Options> heads = heads_of(small);
+  Problem problem(alike(small));
   const HeadsRun together = run_by_head(heads, problem);
   for (std::int64_t h = 0; h < small.q_heads; ++h) {
-    const RunResult alike = run_on_device(heads[h], problem);
-    for (std::int64_t batch = 0; batch < small.batch; ++batch) {
-      const std::int64_t flat = batch * small.q_heads + h;
-      for (std::int64_t row = 0; row < together.trace.rows; ++row)
-        EXPECT_EQ(row_list(together.trace, flat, row), row_list(alike.trace, flat, row))
-            << "head " << flat << ", row " << row;
-    }
+    const RunResult alone = run_on_device(heads[h], problem);
+    for (std::int64_t batch = 0; batch < small.batch; ++batch)
+      expect_same_lists(together.trace, alone.trace, batch * small.q_heads + h);
   }
 }
 
 // Passes of fewer heads find the rules of theirs.
 TEST_P(CudaHeads, CapsGiveTheSameBits) {
-  Options all = method(GetParam());
-  all.min_budget = 1;
-  const Shape small = shape(650, 700, 64, 6, 2, 2);
-  const std::vector<Options> heads = mixed(all, small.q_heads);
-  Problem problem(of(small));
+  const Shape small = shape_of(650, 700, 64, 6, 2, 2);
+  const std::vector<Options> heads = heads_of(small);
+  Problem problem(alike(small));
   const HeadsRun whole = run_by_head(heads, problem);
   for (const std::size_t parts : {2, 4, 6, 12}) {
     SCOPED_TRACE(parts);
@@ -221,11 +211,9 @@ TEST_P(CudaHeads, CapsGiveTheSameBits) {
 
 // A captured graph keeps the rules when the plan is gone, and takes new contents.
 TEST_P(CudaHeads, GraphOutlivesThePlan) {
-  Options all = method(GetParam());
-  all.min_budget = 1;
-  const Shape small = shape(500, 600, 64, 6, 2);
-  const std::vector<Options> heads = mixed(all, small.q_heads);
-  Problem problem(of(small));
+  const Shape small = shape_of(500, 600, 64, 6, 2);
+  const std::vector<Options> heads = heads_of(small);
+  Problem problem(alike(small));
   DeviceProblem device(problem);
   auto plan = std::make_unique<Plan>(Plan::create(heads, small, Device::cuda()));
   DeviceMemory workspace(plan->workspace_size());
@@ -239,14 +227,14 @@ TEST_P(CudaHeads, GraphOutlivesThePlan) {
   expect_success(cudaGraphInstantiate(&executable, graph, 0));
   plan.reset();
   for (const std::uint64_t seed : {1, 2}) {
-    Problem contents(of(small, DType::bf16, Layout::bhsd, seed));
+    Problem contents(alike(small, DType::bf16, Layout::bhsd, seed));
     device.upload_inputs(contents);
     device.poison_outputs();
     workspace.poison();
     expect_success(cudaGraphLaunch(executable, stream));
     expect_success(cudaStreamSynchronize(stream));
     device.download_outputs(contents);
-    Problem direct(of(small, DType::bf16, Layout::bhsd, seed));
+    Problem direct(alike(small, DType::bf16, Layout::bhsd, seed));
     EXPECT_EQ(run_by_head(heads, direct).out, contents.out.bytes());
   }
   cudaGraphExecDestroy(executable);
@@ -259,15 +247,13 @@ INSTANTIATE_TEST_SUITE_P(Methods, CudaHeads, testing::Values("pbs", "minference"
 
 // More heads than one launch writes the rules of.
 TEST(CudaManyHeads, KeepByTheirOwnRules) {
-  const Shape many = shape(300, 400, 64, 100, 4);
+  const Shape many = shape_of(300, 400, 64, 100, 4);
   const std::vector<Options> heads = mixed(minference(), many.q_heads);
-  Problem problem(of(many));
+  Problem problem(alike(many));
   const HeadsRun together = run_by_head(heads, problem);
   for (const std::size_t h : {std::size_t{0}, std::size_t{47}, std::size_t{48}, std::size_t{99}}) {
-    const RunResult alike = run_on_device(heads[h], problem);
-    for (std::int64_t row = 0; row < together.trace.rows; ++row)
-      EXPECT_EQ(row_list(together.trace, static_cast<std::int64_t>(h), row),
-                row_list(alike.trace, static_cast<std::int64_t>(h), row));
+    const RunResult alone = run_on_device(heads[h], problem);
+    expect_same_lists(together.trace, alone.trace, static_cast<std::int64_t>(h));
   }
 }
 

@@ -10,9 +10,6 @@
 namespace pbsattn::test {
 namespace {
 
-ProblemSpec spec(const Shape& shape, DType dtype = DType::bf16, Layout layout = Layout::bhsd, std::uint64_t seed = 1) {
-  return {.shape = shape, .q = dtype, .k = dtype, .v = dtype, .out = dtype, .layout = layout, .seed = seed};
-}
 constexpr Shape small{.batch = 2, .q_heads = 6, .kv_heads = 2, .q_len = 500, .kv_len = 900, .head_dim = 64};
 
 Options pbs() {
@@ -104,7 +101,7 @@ TEST(CudaPlan, AutoIsDenseWhereItIsShort) {
 
 TEST(CudaPlan, RefusesBadBuffers) {
   const Plan plan = Plan::create(pbs(), small, Device::cuda());
-  Problem problem(spec(small));
+  Problem problem(alike(small));
   const DeviceProblem device(problem);
   const DeviceMemory workspace(plan.workspace_size());
   const std::span<std::byte> memory(workspace.data(), plan.workspace_size());
@@ -151,7 +148,7 @@ TEST(CudaPlan, RefusesBadBuffers) {
 
 TEST(CudaPlan, ReportsEarlierErrors) {
   const Plan plan = Plan::create(pbs(), small, Device::cuda());
-  Problem problem(spec(small));
+  Problem problem(alike(small));
   const DeviceProblem device(problem);
   const DeviceMemory workspace(plan.workspace_size());
   ASSERT_NE(cudaSetDevice(4096), cudaSuccess);
@@ -167,7 +164,7 @@ TEST(CudaPlan, ReportsEarlierErrors) {
 // Whoever asks the run-time library for errors after a call of its own isn't to find ours.
 TEST(CudaPlan, TakesItsErrorsBack) {
   const Plan plan = Plan::create(pbs(), small, Device::cuda());
-  Problem problem(spec(small));
+  Problem problem(alike(small));
   const DeviceProblem device(problem);
   const DeviceMemory workspace(plan.workspace_size());
   const std::span<std::byte> memory(workspace.data(), workspace.size());
@@ -187,14 +184,14 @@ TEST(CudaPlan, CapsGiveTheSameBits) {
   for (const OrderScope scope : {OrderScope::query_head, OrderScope::kv_head}) {
     Options options = pbs();
     options.order_scope = scope;
-    Problem problem(spec(small));
+    Problem problem(alike(small));
     const RunResult all = run_on_device(options, problem);
     const std::vector<std::byte> wanted = problem.out.bytes();
     expect_right(problem, all, Precision::bf16);
     for (const std::size_t parts : {2, 4, 6, 12}) {
       if (scope == OrderScope::kv_head && parts > 4) continue;
       SCOPED_TRACE(parts);
-      Problem again(spec(small));
+      Problem again(alike(small));
       const RunResult capped = run_on_device(options, again, {.cap = all.workspace_size / parts + 16'384});
       EXPECT_EQ(again.out.bytes(), wanted);
       EXPECT_EQ(again.lse, problem.lse);
@@ -209,9 +206,9 @@ TEST(CudaPlan, CapsGiveTheSameBits) {
 TEST(CudaPlan, CapsGiveTheSameBitsOfEveryKind) {
   for (const Options& options : kinds()) {
     SCOPED_TRACE(static_cast<int>(options.score));
-    Problem problem(spec(small));
+    Problem problem(alike(small));
     const RunResult all = run_on_device(options, problem);
-    Problem again(spec(small));
+    Problem again(alike(small));
     const RunResult capped = run_on_device(options, again, {.cap = all.workspace_size * 3 / 4});
     EXPECT_EQ(again.out.bytes(), problem.out.bytes());
     EXPECT_EQ(again.lse, problem.lse);
@@ -222,7 +219,7 @@ TEST(CudaPlan, CapsGiveTheSameBitsOfEveryKind) {
 // A correction merges by log-sum-exps, which then are the plan's own.
 TEST(CudaPlan, CorrectsWhereNobodyAsksForLogSumExps) {
   for (const Options& options : kinds()) {
-    Problem problem(spec(small));
+    Problem problem(alike(small));
     run_on_device(options, problem);
     DeviceProblem device(problem);
     device.poison_outputs();
@@ -232,7 +229,7 @@ TEST(CudaPlan, CorrectsWhereNobodyAsksForLogSumExps) {
     outputs.lse = nullptr;
     plan.run(device.inputs(), outputs, {workspace.data(), workspace.size()});
     expect_success(cudaDeviceSynchronize());
-    Problem without(spec(small));
+    Problem without(alike(small));
     device.download_outputs(without);
     EXPECT_EQ(without.out.bytes(), problem.out.bytes());
   }
@@ -240,7 +237,7 @@ TEST(CudaPlan, CorrectsWhereNobodyAsksForLogSumExps) {
 
 TEST(CudaPlan, AnyWorkspaceAlignment) {
   for (const std::size_t misalign : {0, 1, 16, 255}) {
-    Problem problem(spec(small));
+    Problem problem(alike(small));
     expect_right(problem, run_on_device(pbs(), problem, {.misalign = misalign}), Precision::bf16);
   }
 }
@@ -256,7 +253,7 @@ TEST(CudaPlan, LongSequencesPlanUnderACap) {
 }
 
 TEST(CudaPlan, TwentyRunsGiveTheSameBits) {
-  Problem problem(spec({.q_heads = 8, .kv_heads = 2, .q_len = 3000, .kv_len = 3000, .head_dim = 128}));
+  Problem problem(alike({.q_heads = 8, .kv_heads = 2, .q_len = 3000, .kv_len = 3000, .head_dim = 128}));
   DeviceProblem device(problem);
   const Plan plan = Plan::create(pbs(), problem.shape, Device::cuda());
   DeviceMemory workspace(plan.workspace_size());
@@ -279,7 +276,7 @@ TEST(CudaPlan, TwentyRunsGiveTheSameBits) {
 
 TEST(CudaPlan, GraphReplaysWithNewContents) {
   for (const Options& options : kinds()) {
-    Problem problem(spec(small));
+    Problem problem(alike(small));
     DeviceProblem device(problem);
     const Plan plan = Plan::create(options, small, Device::cuda());
     const DeviceMemory workspace(plan.workspace_size());
@@ -291,13 +288,13 @@ TEST(CudaPlan, GraphReplaysWithNewContents) {
     expect_success(cudaStreamEndCapture(on.stream, &graph));
     expect_success(cudaGraphInstantiate(&executable, graph, 0));
     for (const std::uint64_t seed : {1, 2, 3}) {
-      Problem contents(spec(small, DType::bf16, Layout::bhsd, seed));
+      Problem contents(alike(small, DType::bf16, Layout::bhsd, seed));
       device.upload_inputs(contents);
       device.poison_outputs();
       expect_success(cudaGraphLaunch(executable, on.stream));
       expect_success(cudaStreamSynchronize(on.stream));
       device.download_outputs(contents);
-      Problem direct(spec(small, DType::bf16, Layout::bhsd, seed));
+      Problem direct(alike(small, DType::bf16, Layout::bhsd, seed));
       run_on_device(options, direct);
       EXPECT_EQ(contents.out.bytes(), direct.out.bytes());
       EXPECT_EQ(contents.lse, direct.lse);
@@ -311,7 +308,7 @@ TEST(CudaPlan, TwoStreamsAtOnce) {
   const Plan plan = Plan::create(pbs(), small, Device::cuda());
   struct Side {
     explicit Side(std::uint64_t seed, std::size_t bytes)
-        : problem(spec(small, DType::bf16, Layout::bhsd, seed)), device(problem), workspace(bytes) {}
+        : problem(alike(small, DType::bf16, Layout::bhsd, seed)), device(problem), workspace(bytes) {}
     Problem problem;
     DeviceProblem device;
     DeviceMemory workspace;
@@ -326,7 +323,7 @@ TEST(CudaPlan, TwoStreamsAtOnce) {
   expect_success(cudaDeviceSynchronize());
   for (std::size_t i = 0; i < sides.size(); ++i) {
     sides[i]->device.download_outputs(sides[i]->problem);
-    Problem alone(spec(small, DType::bf16, Layout::bhsd, i + 1));
+    Problem alone(alike(small, DType::bf16, Layout::bhsd, i + 1));
     run_on_device(pbs(), alone);
     EXPECT_EQ(sides[i]->problem.out.bytes(), alone.out.bytes());
   }

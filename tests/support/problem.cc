@@ -57,14 +57,18 @@ Problem::Problem(const ProblemSpec& spec)
   }
 }
 
+RunResult result_of(const Plan& plan) {
+  return {.stats = {},
+          .trace = {},
+          .options = plan.options(),
+          .path = std::string(plan.path()),
+          .workspace_size = plan.workspace_size()};
+}
+
 namespace {
 
 RunResult run(const Plan& plan, Problem& problem, const RunOptions& how) {
-  RunResult result{.stats = {},
-                   .trace = {},
-                   .options = plan.options(),
-                   .path = std::string(plan.path()),
-                   .workspace_size = plan.workspace_size()};
+  RunResult result = result_of(plan);
   EXPECT_LE(plan.workspace_size(), how.cap);
 
   constexpr std::size_t guard = 64;

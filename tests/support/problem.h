@@ -49,6 +49,8 @@ struct RunResult {
   std::size_t workspace_size = 0;
 };
 
+// What a plan says of itself, before it is run.
+RunResult result_of(const Plan& plan);
 // Plans and runs in a workspace full of NaN, and checks that nothing outside views and workspace changed.
 RunResult run(const Options& options, Problem& problem, const RunOptions& how = {});
 // The same with options of all heads, or of each; the result has the first head's.
