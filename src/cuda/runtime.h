@@ -17,8 +17,9 @@ namespace pbsattn::cuda {
                           static_cast<int>(error), cudaGetErrorString(error)));
 }
 
-// The run-time library also keeps a thread's last error for whoever asks next. Those of our calls are thrown, or don't
-// matter, so we take them back: a caller who asks after a call of its own isn't to find ours.
+// Tells whether a call succeeded. The run-time library also keeps a thread's last error for whoever asks next. Those of
+// our calls are thrown, or don't matter, so we take them back: a caller who asks after a call of its own isn't to find
+// ours.
 inline bool succeeded(cudaError_t error) {
   if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
   return error == cudaSuccess;
@@ -63,7 +64,7 @@ class Timeline {
     events_.push_back(event);
     check(cudaEventRecord(event, stream_), "timing event");
   }
-  // From mark `i` to the next; the stream's work must be done.
+  // Returns the time from mark `i` to the next; the stream's work must be done.
   double seconds(std::size_t i) const {
     float milliseconds = 0;
     check(cudaEventElapsedTime(&milliseconds, events_[i], events_[i + 1]), "timing event");

@@ -5,11 +5,11 @@
 
 namespace pbsattn::cuda {
 
-// When a plan is made. Throw unsupported.
+// Check a device, and a plan against what the backend takes, when the plan is made. Throw unsupported.
 void check_device(int index);
 void check_limits(const detail::PlanSpec& spec);
 
-// When it runs: dtypes, alignment, and whose memory it is. Throws unsupported or invalid_argument.
+// Checks when it runs: dtypes, alignment, and whose memory it is. Throws unsupported or invalid_argument.
 void check_buffers(const detail::PlanSpec& spec, const Inputs& inputs, const Outputs& outputs,
                    const std::byte* workspace);
 

@@ -77,7 +77,7 @@ bool is_sparse(const detail::PlanSpec& spec) {
   });
 }
 
-// Everything, then whole KV heads of one batch entry, then query heads of one KV head, which share no order.
+// Tries everything, then whole KV heads of one batch entry, then query heads of one KV head, which share no order.
 Extent choose_extent(const detail::PlanSpec& spec, bool sparse) {
   const Geometry& g = spec.geometry;
   const auto bytes = [&](const Extent& e) { return workspace_bytes(spec, sparse, e); };

@@ -37,13 +37,13 @@ struct Layout {
   std::size_t score_scratch_bytes = 0;
 };
 
-// Whether some row has a block that may be pruned.
+// Tells whether some row has a block that may be pruned.
 bool is_sparse(const detail::PlanSpec& spec);
 
-// The largest pass that the cap allows. Throws out_of_memory if one head is too large.
+// Returns the largest pass that the cap allows. Throws out_of_memory if one head is too large.
 Extent choose_extent(const detail::PlanSpec& spec, bool sparse);
 
-// Of a whole plan, at whatever address its workspace starts.
+// Returns the bytes of a whole plan, at whatever address its workspace starts.
 std::size_t workspace_bytes(const detail::PlanSpec& spec, bool sparse, const Extent& extent);
 
 }  // namespace pbsattn::cuda

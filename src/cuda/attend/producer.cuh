@@ -153,7 +153,7 @@ __device__ void guard(Shared& shared, int lane) {
   });
 }
 
-// The copy engine takes no negative coordinate in a store, so the short first row of a chunk goes by hand.
+// Stores the short first row of a chunk by hand, since the copy engine takes no negative coordinate in a store.
 template <class Shared>
 __device__ void store_short_row(const AttendParams& p, const typename Shared::QTile& tile, const Tile& at, int query,
                                 int lane) {

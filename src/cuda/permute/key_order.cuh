@@ -26,19 +26,19 @@ __device__ inline void sum_weights(const float (&s)[64], float scale_log2, const
   }
 }
 
-// What sorts descending as an integer: scores are not negative; NaN comes last.
+// Returns what sorts descending as an integer: scores are not negative; NaN comes last.
 __device__ inline int sortable(float score) {
   return isnan(score) ? -1 : __float_as_int(score);
 }
 
-// How many of four integers are at least `bound`.
+// Counts which of four integers are at least `bound`.
 __device__ inline int count_at_least(const int* values, int bound) {
   const int4 four = *reinterpret_cast<const int4*>(values);
   return (four.x >= bound) + (four.y >= bound) + (four.z >= bound) + (four.w >= bound);
 }
 
-// from[rank] = key, by counting the keys that come before each: those of larger score, and of equal score those before
-// it. `threads` threads take part.
+// Writes from[rank] = key, by counting the keys that come before each: those of larger score, and of equal score those
+// before it. `threads` threads take part.
 template <int threads>
 __device__ void rank_keys(const int* score, int segment, int thread, int* from) {
   for (int key = thread; key < segment; key += threads) {
@@ -57,7 +57,7 @@ __device__ void rank_keys(const int* score, int segment, int thread, int* from) 
   }
 }
 
-// The mean of a block's keys, from each thread's sum over some of its rows of 8 columns: those of 16-byte chunk
+// Writes the mean of a block's keys, from each thread's sum over some of its rows of 8 columns: those of 16-byte chunk
 // `thread` modulo the number of chunks. All threads call it and meet once, at `meet`; calls take turns with two `sums`.
 template <class T, int warps, int head_dim, class Meet>
 __device__ void write_block_mean(float (&sum)[8], float (&sums)[warps][head_dim], int thread, Meet&& meet,

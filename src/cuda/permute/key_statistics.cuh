@@ -38,7 +38,8 @@ constexpr int heads_at_once = 2;
 constexpr int key_stages = 3;
 constexpr int tiles_of_round = 2;
 
-// The barrier of the two warpgroups that multiply; barrier 0 is __syncthreads(), which the third would have to join.
+// Waits at the barrier of the two warpgroups that multiply; barrier 0 is __syncthreads(), which the third would have to
+// join.
 __device__ inline void multiplying_barrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(multiplying_threads) : "memory");
 }

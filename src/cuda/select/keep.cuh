@@ -55,7 +55,7 @@ __device__ inline Weights exponentiate(float* scores, int count, int end, int la
   return {sum, 1.0F, total, end, total >= 1.0F};
 }
 
-// The same of scores in memory that `weights` takes.
+// Does the same of scores in memory that `weights` takes.
 __device__ inline Weights exponentiate(const float* from, float* weights, int count, int end, int lane) {
   for (int i = lane; i < end; i += 32) weights[i] = from[i];
   return exponentiate(weights, count, end, lane);
@@ -80,7 +80,7 @@ __device__ inline Weights take(const float* from, float* weights, int count, int
   return {sum, warp_max(largest), total, count, total > 0};
 }
 
-// Of two scores of a row the higher share of each of `count` blocks, in the place of the first.
+// Takes of two scores of a row the higher share of each of `count` blocks, in the place of the first.
 __device__ inline Weights take_higher(float* first, Weights of_first, const float* second, Weights of_second, int count,
                                       int lane) {
   const auto share = [](float weight, Weights of) { return of.valid ? weight / of.total : 0.0F; };
@@ -90,7 +90,7 @@ __device__ inline Weights take_higher(float* first, Weights of_first, const floa
   return {1.0F, warp_max(largest), 1.0F, count, of_first.valid || of_second.valid};
 }
 
-// The highest of a row's weights, up to and including the one that brings their sum (by_count: their number) to
+// Finds the highest of a row's weights, up to and including the one that brings their sum (by_count: their number) to
 // `target`. `least` is under each weight that is kept.
 template <bool by_count>
 __device__ Threshold find_highest(const float* weights, float target, float least, float largest, int count, int lane) {
@@ -137,7 +137,7 @@ __device__ Threshold find_highest(const float* weights, float target, float leas
   return {high, low, static_cast<int>(fminf(fmaxf(needed, 1.0F), static_cast<float>(in_interval)))};
 }
 
-// What top-p keeps of a row's weights to bring their sum to `target`.
+// Finds what top-p keeps of a row's weights to bring their sum to `target`.
 __device__ inline Threshold find_top_p(float target, const float* weights, Weights all, int count, int lane) {
   // Of at most `pruned`, one of `count` pruned weights is above the mean.
   const float pruned = all.sum - target;
@@ -148,14 +148,14 @@ __device__ inline Threshold find_top_p(float target, const float* weights, Weigh
                              all.largest, count, lane);
 }
 
-// How many a rule that counts keeps of blocks 0 .. own_begin-1: core/keep_rule.h's kept_count().
+// Returns how many a rule that counts keeps of blocks 0 .. own_begin-1: core/keep_rule.h's kept_count().
 __device__ inline int kept_count(const HeadOptions& options, int own_begin, int diagonal) {
   if (options.keep == KeepRule::top_k) return min(options.top_k, own_begin);
   const int wanted = static_cast<int>(ceilf(options.density * static_cast<float>(diagonal + 1)));
   return min(max(wanted - (diagonal + 1 - own_begin), 0), own_begin);
 }
 
-// What the keep rule takes of a row's weights, and may change those that are kept in any case.
+// Finds what the keep rule takes of a row's weights, and may change those that are kept in any case.
 __device__ inline Threshold find_threshold(const HeadOptions& options, float* weights, Weights all, int own_begin,
                                            int diagonal, int sink, int lane) {
   const auto at_least = [](float weight) { return Threshold{__float_as_uint(weight), ~0U, 0}; };
@@ -205,7 +205,7 @@ struct Taker {
   Threshold threshold;
   int ties = 0;  // seen so far
 
-  // Whether the block of this lane is taken; `scored`: it has a weight.
+  // Tells whether the block of this lane is taken; `scored`: it has a weight.
   __device__ bool takes(int block, bool scored, unsigned lanes_below) {
     const bool reads_weights = threshold.above != keep_all().above && threshold.above != keep_none().above;
     const unsigned weight = scored && reads_weights ? __float_as_uint(weights[block]) : 0;

@@ -9,7 +9,7 @@ namespace pbsattn::cuda {
 __device__ inline void copy_async(std::uint32_t to, const void* from, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present ? 16 : 0) : "memory");
 }
-// Does the same of what is read once, so that L2 keeps other things.
+// Returns the policy of what is read once, so that L2 keeps other things.
 __device__ inline std::uint64_t evict_first() {
   std::uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -11,7 +11,7 @@
 
 namespace pbsattn::cuda {
 
-// The two elements packed in 32 bits, and back (rounded to nearest even).
+// Takes two elements packed in 32 bits apart, and back (rounded to nearest even).
 template <class T>
 __device__ inline float2 unpack(std::uint32_t bits) {
   if constexpr (std::is_same_v<T, __half>) return __half22float2(reinterpret_cast<const __half2&>(bits));

@@ -8,8 +8,8 @@
 
 namespace pbsattn::cuda {
 
-// d += a b^T: 16 x 16 and 8 x 16 elements. Lane 4 g + t holds d of rows g and g + 8, columns 2 t and 2 t + 1; a's and
-// b's of rows g (and g + 8), packed pairs at 2 t and 2 t + 8 along the sum.
+// Adds a b^T to d: 16 x 16 and 8 x 16 elements. Lane 4 g + t holds d of rows g and g + 8, columns 2 t and 2 t + 1; a's
+// and b's of rows g (and g + 8), packed pairs at 2 t and 2 t + 8 along the sum.
 template <class T>
 __device__ inline void mma(float (&d)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2, std::uint32_t a3,
                            std::uint32_t b0, std::uint32_t b1) {

@@ -27,7 +27,8 @@ struct Statistics {
   float max = -INFINITY;
   float sum = 0;
 
-  // Products of -inf alone leave max at -inf; subtracting 0 instead keeps NaN out of the sum.
+  // Returns what to subtract of a maximum: products of -inf alone leave it at -inf, and subtracting 0 instead keeps NaN
+  // out of the sum.
   __device__ static float finite_or_zero(float x) { return x == -INFINITY ? 0.0F : x; }
 
   __device__ void merge(Statistics other, float scale_log2) {

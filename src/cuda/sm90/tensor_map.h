@@ -17,7 +17,7 @@ struct Box {
 
 // Describes a view of 16-bit elements as rank 5, (element of a 64-wide panel, token, panel, head, batch), read or
 // written in boxes that lie in shared memory as [panel][token][64] with 128-byte swizzle.
-// False if the driver refuses: data not 16-byte aligned, strides no multiples of 8 elements, or no driver.
+// Returns false if the driver refuses: data not 16-byte aligned, strides no multiples of 8 elements, or no driver.
 bool make_tensor_map(CUtensorMap& map, const void* data, DType dtype, std::int64_t batch_stride,
                      std::int64_t head_stride, std::int64_t token_stride, std::int64_t batch, std::int64_t heads,
                      std::int64_t tokens, std::int64_t head_dim, Box box);
@@ -28,7 +28,7 @@ bool make_tensor_map(CUtensorMap& map, const View& view, std::int64_t batch, std
   return make_tensor_map(map, view.data, view.dtype, view.batch_stride, view.head_stride, view.token_stride, batch,
                          heads, tokens, head_dim, box);
 }
-// Boxes of whole tokens.
+// Does the same in boxes of whole tokens.
 template <class View>
 bool make_tensor_map(CUtensorMap& map, const View& view, std::int64_t batch, std::int64_t heads, std::int64_t tokens,
                      std::int64_t head_dim, int box_tokens) {

@@ -9,7 +9,7 @@
 
 namespace pbsattn::cuda {
 
-// The index of this thread's warpgroup, as a value that the compiler knows to be the same in the whole warp.
+// Returns the index of this thread's warpgroup, as a value that the compiler knows to be the same in the whole warp.
 __device__ inline int warpgroup_index() {
   return __shfl_sync(~0U, static_cast<int>(threadIdx.x) / 128, 0);
 }
@@ -25,7 +25,7 @@ class Turns {
   __device__ void pass() const {
     asm volatile("bar.arrive %0, 256;" ::"r"(first_barrier + (group_ + 1) % groups) : "memory");
   }
-  // After the last turn: takes the one that was passed on to the first warpgroup.
+  // Ends the turns, by taking the one that was passed on to the first warpgroup.
   __device__ void finish() const {
     if (group_ == 0) wait();
   }

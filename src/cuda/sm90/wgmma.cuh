@@ -25,7 +25,7 @@ __device__ inline std::uint64_t operand(const void* shared, std::uint32_t panel_
   return swizzle_128b | (group_bytes >> 4) << 32 | std::uint64_t{panel_bytes >> 4} << 16 |
          (shared_address(shared) & 0x3FFFF) >> 4;
 }
-// The operand `bytes` further on.
+// Returns the operand `bytes` further on.
 __device__ inline std::uint64_t advance(std::uint64_t descriptor, int bytes) {
   return descriptor + (bytes >> 4);
 }
@@ -75,7 +75,7 @@ __device__ void pin(float (&registers)[n]) {
   PBSATTN_REGISTERS_8(d, i), PBSATTN_REGISTERS_8(d, i + 8), PBSATTN_REGISTERS_8(d, i + 16), \
       PBSATTN_REGISTERS_8(d, i + 24)
 
-// d = a b^T (+ d if add): a is 64 x 16, b is 128 x 16, both in shared memory with rows along the sum.
+// Starts d = a b^T (+ d if add): a is 64 x 16, b is 128 x 16, both in shared memory with rows along the sum.
 template <class Element>
 __device__ void wgmma(float (&d)[64], std::uint64_t a, std::uint64_t b, int add) {
   PBSATTN_WGMMA(Element, "m64n128k16", PBSATTN_NAMES_64, "%64, %65, add, 1, 1, 0, 0", "%66",
@@ -83,7 +83,8 @@ __device__ void wgmma(float (&d)[64], std::uint64_t a, std::uint64_t b, int add)
                 : "l"(a), "l"(b), "r"(add));
 }
 
-// d = a b (+ d if add) with `a` 64 x 16 in registers; b in shared memory is 16 x 128 (transposed = 1) or 128 x 16 (0).
+// Starts d = a b (+ d if add) with `a` 64 x 16 in registers; b in shared memory is 16 x 128 (transposed = 1) or 128 x
+// 16 (0).
 template <class Element, int transposed>
 __device__ void wgmma(float (&d)[64], const std::uint32_t* a, std::uint64_t b, int add) {
   PBSATTN_WGMMA(Element, "m64n128k16", PBSATTN_NAMES_64, "{%64, %65, %66, %67}, %68, add, 1, 1, %70", "%69",
@@ -91,7 +92,7 @@ __device__ void wgmma(float (&d)[64], const std::uint32_t* a, std::uint64_t b, i
                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(transposed));
 }
 
-// The same with 64 columns.
+// Does the same with 64 columns.
 template <class Element, int transposed>
 __device__ void wgmma(float (&d)[32], const std::uint32_t* a, std::uint64_t b, int add) {
   PBSATTN_WGMMA(Element, "m64n64k16", PBSATTN_NAMES_32, "{%32, %33, %34, %35}, %36, add, 1, 1, %38", "%37",

@@ -14,7 +14,8 @@ namespace pbsattn::cuda {
 
 constexpr int cut_threads = 1024;
 
-// Values aren't negative and not NaN. Of equal ones the first is the highest, so that keys are different.
+// Returns what orders values, which aren't negative and not NaN, as integers. Of equal ones the first is the highest,
+// so that keys are different.
 __device__ inline std::uint64_t cut_key(float value, std::int64_t index) {
   return static_cast<std::uint64_t>(__float_as_uint(value)) << 32 | (~0U - static_cast<unsigned>(index));
 }
@@ -99,8 +100,8 @@ __device__ void narrow(CutInterval& interval, double limit, int base_count, doub
   }
 }
 
-// The highest of value(0) .. value(size - 1) whose number, or sum, stays within `limit`: up to the first that would
-// exceed it. All threads of the block call it and get the same.
+// Finds the highest of value(0) .. value(size - 1) whose number, or sum, stays within `limit`: up to the first that
+// would exceed it. All threads of the block call it and get the same.
 template <Measure measure, class Value>
 __device__ Cut cut_within(double limit, int size, Value&& value) {
   if (measure == Measure::number && size <= limit) return {0, size};

@@ -11,7 +11,7 @@
 
 namespace pbsattn::cuda {
 
-// Of a product in registers, row r's elements in this thread are s[4 i + 2 r + c]: the sum of exp2(s * scale - shift).
+// Returns the sum of exp2(s * scale - shift) of row r of a product in registers: in this thread s[4 i + 2 r + c].
 __device__ inline float sum_relative(const float (&s)[64], int r, float scale_log2, float shift) {
   float sum[2] = {};
 #pragma unroll
@@ -22,7 +22,7 @@ __device__ inline float sum_relative(const float (&s)[64], int r, float scale_lo
   return sum[0] + sum[1];
 }
 
-// Whether such a sum is good. What it is relative to is -inf where there were no products yet.
+// Tells whether such a sum is good. What it is relative to is -inf where there were no products yet.
 __device__ inline bool is_trusted(float sum, float shift) {
   return sum < 0x1p40F && fabsf(shift) < 0x1p28F;
 }
@@ -37,7 +37,7 @@ __device__ inline float largest_of(const float (&s)[64], int r) {
   return fmaxf(max[0], max[1]);
 }
 
-// The sum of exp2((s - max) * scale).
+// Returns the sum of exp2((s - max) * scale).
 __device__ inline float sum_exactly(const float (&s)[64], int r, float scale_log2, float max) {
   float sum[2] = {};
 #pragma unroll

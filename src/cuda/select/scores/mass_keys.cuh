@@ -49,14 +49,14 @@ struct KeyItem {
     begin = static_cast<int>(blockIdx.x) * steps_of_item;
     end = min(begin + steps_of_item, permuted + own * key_groups);
   }
-  // Token blocks of a warpgroup's first and last row; the first is beyond the last where it has none.
+  // Return the token blocks of a warpgroup's first and last row; the first is beyond the last where it has none.
   __device__ int first_block(const Params& p, int group) const {
     return p.grid.diagonal(row + group * group_queries / p.query_lines);
   }
   __device__ int last_block(const Params& p, int group) const {
     return p.grid.diagonal(min(row + ((group + 1) * group_queries - 1) / p.query_lines, p.row_end - 1));
   }
-  // Permuted blocks that a warpgroup's rows see, and original ones.
+  // Return how many permuted blocks a warpgroup's rows see, and original ones.
   __device__ int permuted_of(const Params& p, int group) const {
     return first_block(p, group) > last_block(p, group) ? 0 : p.grid.own_begin(last_block(p, group));
   }
@@ -65,7 +65,7 @@ struct KeyItem {
   }
   __device__ bool is_own(int step) const { return step >= permuted; }
   __device__ int group_of_own(int step) const { return (step - permuted) % key_groups; }
-  // The key block of a step of an own segment; -1: none.
+  // Returns the key block of a step of an own segment; -1: none.
   __device__ int own_block(const Params& p, int step) const {
     const int group = group_of_own(step);
     const int i = (step - permuted) / key_groups;
@@ -108,8 +108,8 @@ __device__ inline float log_sum_exactly(const float (&s)[64], int r, float scale
   return fmaf(shift, scale_log2, __log2f(quad_sum(sum_exactly(s, r, scale_log2, shift))));
 }
 
-// The same of both queries, where it can be relative to `max`, the largest product that sums were relative to so far,
-// -inf at first. A query's sums don't depend on those beside it.
+// Does the same of both queries, where it can be relative to `max`, the largest product that sums were relative to so
+// far, -inf at first. A query's sums don't depend on those beside it.
 __device__ inline void log_sum_block(const float (&s)[64], float scale_log2, float (&max)[2], float (&log_sum)[2]) {
   bool trusted[2];
 #pragma unroll

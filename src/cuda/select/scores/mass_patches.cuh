@@ -44,7 +44,7 @@ struct Item {
     end = min(begin + tiles_of_item, permuted_tiles + own_tiles);
   }
   __device__ bool is_own(int tile) const { return tile >= permuted_tiles; }
-  // The first key block of a tile.
+  // Returns the first key block of a tile.
   __device__ int block_of(int tile) const {
     return (is_own(tile) ? first_own_tile + tile - permuted_tiles : tile) * blocks_of_tile;
   }

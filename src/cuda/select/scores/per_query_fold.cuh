@@ -89,7 +89,7 @@ __device__ inline void sum_weights(const float (&s)[64], float scale_log2, const
   }
 }
 
-// Products of this warp's 16 queries from `first_query` on with `n8` pooled keys, of which `count` are there: element
+// Multiplies this warp's 16 queries from `first_query` on by eight pooled keys, of which `count` are there: element
 // (lane / 4 + 8 r, 2 (lane % 4) + c) is d[2 r + c], and -inf where there is no key.
 template <class T, int head_dim>
 __device__ inline void multiply_own(float (&d)[4], const unsigned char* queries, int first_query, const T* keys,
