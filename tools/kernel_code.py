@@ -81,7 +81,7 @@ def compare(before, after):
 
 def shown(name):
     """A kernel's name without its namespaces and the parameters it is launched with."""
-    name = re.sub(r"\(anonymous namespace\)::|pbsattn::(test|cuda)::(sm90::|mass::)?|^void ", "", name)
+    name = re.sub(r"\(anonymous namespace\)::|pbsattn::(test|cuda)::(attention::|mass::|sm90::)?|^void ", "", name)
     return name.partition("(")[0]
 
 

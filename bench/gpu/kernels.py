@@ -60,7 +60,7 @@ def make_plan(library, method, q, k, by_head=False, **changes):
 
 def short(name):
     """A kernel's name without its namespaces and the parameters it is launched with."""
-    name = re.sub(r"\(anonymous namespace\)::|pbsattn::cuda::(sm90::|mass::)?|^void ", "", name)
+    name = re.sub(r"\(anonymous namespace\)::|pbsattn::cuda::(attention::|mass::|sm90::)?|^void ", "", name)
     return name.partition("(")[0]
 
 

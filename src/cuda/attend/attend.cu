@@ -34,7 +34,7 @@
 namespace pbsattn::cuda {
 namespace {
 
-using namespace sm90;
+using namespace attention;
 
 template <class Element, int head_dim>
 __global__ void __launch_bounds__(threads, 1)
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(threads, 1)
   __syncthreads();
   const int role = threadIdx.x / warpgroup;
   if (role == 0) {
-    give_registers<producer_registers>();
+    sm90::give_registers<producer_registers>();
     const int lane = threadIdx.x % 32;
     switch (threadIdx.x / 32) {
       case 0: load(p, maps, shared, lane); break;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(threads, 1)
         break;
     }
   } else {
-    take_registers<consumer_registers>();
+    sm90::take_registers<consumer_registers>();
     consume(p, shared, role - 1);
   }
 }

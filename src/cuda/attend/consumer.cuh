@@ -3,7 +3,7 @@
 
 #include "cuda/attend/tile.cuh"
 
-namespace pbsattn::cuda::sm90 {
+namespace pbsattn::cuda::attention {
 
 template <class Shared>
 __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
@@ -13,7 +13,7 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
   constexpr int kv_panel_bytes = block * panel * sizeof(Element);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x % warpgroup / 32;
-  const auto release = [&](Barrier& barrier) {
+  const auto release = [&](sm90::Barrier& barrier) {
     if (lane == 0) barrier.arrive();
   };
 
@@ -31,32 +31,33 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
 #pragma unroll
     for (int i = 0; i < head_dim / 16; ++i) {
       const int chunk = 2 * i + lane / 16;
-      load_matrices(q + 4 * i, tile[chunk / 8][row] + (chunk % 8 ^ row % 8) * 8);
+      sm90::load_matrices(q + 4 * i, tile[chunk / 8][row] + (chunk % 8 ^ row % 8) * 8);
     }
   };
   // S = Q K^T
   const auto multiply_qk = [&] {
     shared.k_full[k.at].wait(k.parity);
-    const std::uint64_t k_operand = operand(shared.k[k.at]);
-    pin(s);
-    wgmma_fence();
+    const std::uint64_t k_operand = sm90::operand(shared.k[k.at]);
+    sm90::pin(s);
+    sm90::wgmma_fence();
 #pragma unroll
     for (int d = 0; d < head_dim; d += 16) {
       const int place = d / panel * kv_panel_bytes + d % panel * static_cast<int>(sizeof(Element));
-      wgmma<Element, 0>(s, q + d / 4, advance(k_operand, place), d > 0);
+      sm90::wgmma<Element, 0>(s, q + d / 4, sm90::advance(k_operand, place), d > 0);
     }
-    wgmma_commit();
+    sm90::wgmma_commit();
   };
   // O += P V, once V is there
   const auto multiply_pv = [&] {
-    const std::uint64_t v_operand = operand(shared.v[v.at], kv_panel_bytes);
-    pin(o);
-    wgmma_fence();
+    const std::uint64_t v_operand = sm90::operand(shared.v[v.at], kv_panel_bytes);
+    sm90::pin(o);
+    sm90::wgmma_fence();
 #pragma unroll
     for (int key = 0; key < block; key += 16) {
-      wgmma<Element, 1>(o, weights + key / 4, advance(v_operand, key * panel * static_cast<int>(sizeof(Element))), 1);
+      sm90::wgmma<Element, 1>(o, weights + key / 4,
+                              sm90::advance(v_operand, key * panel * static_cast<int>(sizeof(Element))), 1);
     }
-    wgmma_commit();
+    sm90::wgmma_commit();
   };
   const auto pack_weights = [&] {
 #pragma unroll
@@ -83,8 +84,8 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     shared.q_full[slot.at][wg].wait(slot.parity);
     read_q(shared.q[slot.at][wg]);
     multiply_qk();
-    wgmma_wait<0>();
-    pin(s);
+    sm90::wgmma_wait<0>();
+    sm90::pin(s);
     free_k();
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
@@ -100,15 +101,15 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     for (int i = 1; i < tile.count; ++i) {
       multiply_qk();
       multiply_pv();
-      wgmma_wait<1>();
-      pin(s);
+      sm90::wgmma_wait<1>();
+      sm90::pin(s);
       free_k();
       const bool moved = softmax.raise(s, p.scale_log2, factor);
       Ring<Shared::v_stages> next_v = v;
       next_v.next();
       shared.v_full[next_v.at].wait(next_v.parity);
-      wgmma_wait<0>();
-      pin(o);
+      sm90::wgmma_wait<0>();
+      sm90::pin(o);
       free_v();
       // At head_dim 64 the exponential unit is the bottleneck, and O is rescaled and P packed in its shadow.
       if (head_dim == 64 || moved) {
@@ -133,8 +134,8 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
         p.lse[tile.batch * p.lse_batch_stride + std::int64_t{tile.head} * p.grid.q_len + query] = lse;
       }
     }
-    wgmma_wait<0>();
-    pin(o);
+    sm90::wgmma_wait<0>();
+    sm90::pin(o);
     free_v();
 #pragma unroll
     for (int i = 0; i < outputs; ++i) o[i] *= inverse[i % 4 / 2];
@@ -152,12 +153,12 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
       const int chunk = 2 * i + lane / 16;
       Element* to = shared.q[slot.at][wg][chunk / 8][out_row] + (chunk % 8 ^ out_row % 8) * 8;
       const float* part = o + 8 * i;
-      store_matrices(to, pack<Element>(part[0], part[1]), pack<Element>(part[2], part[3]),
-                     pack<Element>(part[4], part[5]), pack<Element>(part[6], part[7]));
+      sm90::store_matrices(to, pack<Element>(part[0], part[1]), pack<Element>(part[2], part[3]),
+                           pack<Element>(part[4], part[5]), pack<Element>(part[6], part[7]));
     }
-    fence_async_shared();
+    sm90::fence_async_shared();
     shared.out_full[slot.at][wg].arrive();
   });
 }
 
-}  // namespace pbsattn::cuda::sm90
+}  // namespace pbsattn::cuda::attention

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
   const int half = static_cast<int>(threadIdx.x) / 128 * 64;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int column = lane % 4 * 2;
-  sm90::Softmax softmax;
+  attention::Softmax softmax;
   float s[64], o[outputs];
 #pragma unroll
   for (float& x : o) x = 0;

@@ -4,7 +4,7 @@
 #include "cuda/attend/tile.cuh"
 #include "cuda/sm90/launch.h"
 
-namespace pbsattn::cuda::sm90 {
+namespace pbsattn::cuda::attention {
 
 template <class Shared>
 __device__ void schedule(const AttendParams& p, Shared& shared) {
@@ -39,12 +39,12 @@ template <class Shared>
 __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shared, int lane) {
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
-  const auto load_block = [&](auto& stage, auto& tiles, Barrier* full, Barrier* free, const CUtensorMap& map, int token,
-                              int head, int batch) {
+  const auto load_block = [&](auto& stage, auto& tiles, sm90::Barrier* full, sm90::Barrier* free,
+                              const CUtensorMap& map, int token, int head, int batch) {
     free[stage.at].wait(stage.parity ^ 1);
     if (lane == 0) {
       full[stage.at].arrive_expecting(sizeof(tiles[0]));
-      tma_load(tiles[stage.at], map, full[stage.at], 0, token, 0, head, batch);
+      sm90::tma_load(tiles[stage.at], map, full[stage.at], 0, token, 0, head, batch);
     }
     stage.next();
   };
@@ -74,8 +74,8 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
       shared.q_free[slot.at][wg].wait(slot.parity ^ 1);
       if (lane == 0) {
         shared.q_full[slot.at][wg].arrive_expecting(sizeof(shared.q[0][0]));
-        tma_load(shared.q[slot.at][wg], maps.q, shared.q_full[slot.at][wg], 0, tile.token + wg * 64 - p.grid.q_offset,
-                 0, tile.head, tile.batch);
+        sm90::tma_load(shared.q[slot.at][wg], maps.q, shared.q_full[slot.at][wg], 0,
+                       tile.token + wg * 64 - p.grid.q_offset, 0, tile.head, tile.batch);
       }
     }
     const auto announce_v = [&] {
@@ -145,7 +145,7 @@ __device__ void guard(Shared& shared, int lane) {
         }
         for (int c = 0; c < 2; ++c) shared.first_bad[slot.at][column + 2 * w + c] = first[c];
       }
-      fence_async_shared();
+      sm90::fence_async_shared();
     }
     if (lane == 0) shared.any_bad[slot.at] = any_bad;
     shared.guarded[slot.at].arrive();
@@ -179,12 +179,12 @@ __device__ void store(const AttendParams& p, const TensorMaps& maps, Shared& sha
       if (query < 0) {
         store_short_row<Shared>(p, shared.q[slot.at][wg], tile, query, lane);
       } else if (lane == 0) {
-        tma_store(maps.out, shared.q[slot.at][wg], 0, query, 0, tile.head, tile.batch);
-        tma_store_wait_read();
+        sm90::tma_store(maps.out, shared.q[slot.at][wg], 0, query, 0, tile.head, tile.batch);
+        sm90::tma_store_wait_read();
       }
       shared.q_free[slot.at][wg].arrive();
     }
   });
 }
 
-}  // namespace pbsattn::cuda::sm90
+}  // namespace pbsattn::cuda::attention

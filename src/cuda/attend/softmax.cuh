@@ -6,7 +6,7 @@
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/wgmma.cuh"
 
-namespace pbsattn::cuda::sm90 {
+namespace pbsattn::cuda::attention {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
@@ -47,7 +47,7 @@ struct Softmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       // Of two -inf nothing was summed, and their difference is no number.
-      factor[r] = top[r] == -infinity ? 1.0F : exp2_fast((maximum[r] - top[r]) * scale_log2);
+      factor[r] = top[r] == -infinity ? 1.0F : sm90::exp2_fast((maximum[r] - top[r]) * scale_log2);
       maximum[r] = top[r];
       offset[r] = top[r] == -infinity ? 0.0F : top[r] * scale_log2;
     }
@@ -64,7 +64,7 @@ struct Softmax {
     float part[2][chains] = {};
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
-      s[i] = exp2_fast(fmaf(s[i], scale_log2, -offset[i % 4 / 2]));
+      s[i] = sm90::exp2_fast(fmaf(s[i], scale_log2, -offset[i % 4 / 2]));
       part[i % 4 / 2][(i / 4 * 2 + i % 2) % chains] += s[i];
     }
 #pragma unroll
@@ -74,4 +74,4 @@ struct Softmax {
   }
 };
 
-}  // namespace pbsattn::cuda::sm90
+}  // namespace pbsattn::cuda::attention

@@ -13,7 +13,7 @@
 #include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/wgmma.cuh"
 
-namespace pbsattn::cuda::sm90 {
+namespace pbsattn::cuda::attention {
 
 constexpr int block = 128;      // queries of a tile, keys of a block
 constexpr int consumers = 2;    // warpgroups
@@ -82,9 +82,9 @@ struct Shared {
   Tile tile[tile_slots];
   int any_bad[tile_slots];
   int first_bad[tile_slots][head_dim];  // if any_bad: first key of the diagonal block whose V is not finite, or 128
-  Barrier tile_full[tile_slots], tile_free[tile_slots], v_asked[tile_slots], guarded[tile_slots];
-  Barrier q_full[tile_slots][consumers], q_free[tile_slots][consumers], out_full[tile_slots][consumers];
-  Barrier k_full[k_stages], k_free[k_stages], v_full[v_stages], v_free[v_stages];
+  sm90::Barrier tile_full[tile_slots], tile_free[tile_slots], v_asked[tile_slots], guarded[tile_slots];
+  sm90::Barrier q_full[tile_slots][consumers], q_free[tile_slots][consumers], out_full[tile_slots][consumers];
+  sm90::Barrier k_full[k_stages], k_free[k_stages], v_full[v_stages], v_free[v_stages];
 
   __device__ void init() {
     for (int slot = 0; slot < tile_slots; ++slot) {
@@ -98,11 +98,11 @@ struct Shared {
         out_full[slot][wg].init(warpgroup);
       }
     }
-    for (Barrier& barrier : k_full) barrier.init(1);
-    for (Barrier& barrier : v_full) barrier.init(1);
-    for (Barrier& barrier : k_free) barrier.init(consumer_warps);
-    for (Barrier& barrier : v_free) barrier.init(consumer_warps);
-    fence_barrier_init();
+    for (sm90::Barrier& barrier : k_full) barrier.init(1);
+    for (sm90::Barrier& barrier : v_full) barrier.init(1);
+    for (sm90::Barrier& barrier : k_free) barrier.init(consumer_warps);
+    for (sm90::Barrier& barrier : v_free) barrier.init(consumer_warps);
+    sm90::fence_barrier_init();
   }
 };
 
@@ -118,4 +118,4 @@ __device__ void for_each_tile(Shared& shared, Each&& each) {
   }
 }
 
-}  // namespace pbsattn::cuda::sm90
+}  // namespace pbsattn::cuda::attention
