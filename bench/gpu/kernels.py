@@ -21,9 +21,10 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools"))
 
-from common import run_main
 from inputs import structured_set
 from library import Library, Options, Plan
+
+from common import run_main
 
 HEADS, KV_HEADS = 32, 8
 STAGES = ("permute", "select", "attend")
