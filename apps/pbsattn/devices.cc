@@ -7,6 +7,7 @@
 
 #include "commands.h"
 #include "files.h"
+#include "flags.h"
 #include "pbsattn/pbsattn.hpp"
 
 namespace app {
@@ -34,10 +35,7 @@ void print_devices(bool json) {
 }  // namespace
 
 void add_devices(CLI::App& program) {
-  auto* command = program.add_subcommand("devices", "show what this machine has and which code path it takes");
-  auto json = std::make_shared<bool>(false);
-  command->add_flag("--json", *json, "print JSON");
-  command->callback([json] { print_devices(*json); });
+  add_listing(program, "devices", "show what this machine has and which code path it takes", print_devices);
 }
 
 }  // namespace app

@@ -14,6 +14,7 @@
 #include "commands.h"
 #include "errors.h"
 #include "files.h"
+#include "flags.h"
 #include "mask_svg.h"
 #include "progress.h"
 #include "session.h"
@@ -22,15 +23,11 @@ namespace app {
 namespace {
 
 struct MaskOptions {
-  std::string model;
-  std::string prompt_file;
+  PromptFlags prompt;
   std::string out;
   int layer = 0;
   int head = 0;
-  int tokens = 0;
-  int threads = 0;
   AttentionFlags attention;
-  bool verbose = false;
 };
 
 // One head's [token][head_dim] tensor, copied out of the model.
@@ -114,19 +111,16 @@ void mask(const MaskOptions& options) {
   const Attention before = attention_named("pbs-unpermuted", options.attention);
   const Attention after = attention_named("pbs", options.attention);
   const Attention full = attention_named("full", options.attention);
-  if (options.threads < 0 || options.threads > most_threads) {
-    throw UsageError(
-        fmt::format("--threads {}: outside 0 .. {}; 0 takes one for each processor", options.threads, most_threads));
-  }
-  const std::string text = read_prompt(options.prompt_file);
+  options.prompt.check_threads();
+  const std::string text = read_prompt(options.prompt.prompt_file);
   OutputFile file(options.out);
 
-  Session session(options.model, options.verbose);
+  Session session(options.prompt.model, options.prompt.verbose);
   require_index(options.layer, session.info().layers, "--layer", "layers");
   require_index(options.head, session.info().q_heads, "--head", "query heads");
   std::vector<llama_token> prompt = session.tokenize(text);
-  if (options.tokens > 0 && options.tokens < static_cast<int>(prompt.size())) {
-    prompt.resize(static_cast<std::size_t>(options.tokens));
+  if (options.prompt.tokens > 0 && options.prompt.tokens < static_cast<int>(prompt.size())) {
+    prompt.resize(static_cast<std::size_t>(options.prompt.tokens));
   }
   const int length = static_cast<int>(prompt.size());
   if (length > session.info().context || length < GGML_PBSATTN_MIN_TOKENS_FLOOR) {
@@ -134,14 +128,14 @@ void mask(const MaskOptions& options) {
         fmt::format("prompt of {} tokens: outside {} .. {}, the model's context; pass another text or --tokens", length,
                     GGML_PBSATTN_MIN_TOKENS_FLOOR, session.info().context));
   }
-  const int threads = options.threads > 0 ? options.threads : pbsattn::describe_cpu().threads;
+  const int threads = options.prompt.thread_count();
   session.open({.prompt = length, .threads = threads});
 
   Capture capture{.layer = options.layer, .head = options.head, .shape = {}, .q = {}, .k = {}, .v = {}};
   capture_head(session, capture, prompt, full);
-  const std::string title =
-      fmt::format("{}, layer {}, head {}, {} tokens, top-p {}", std::filesystem::path(options.model).stem().string(),
-                  options.layer, options.head, length, after.options.top_p);
+  const std::string title = fmt::format("{}, layer {}, head {}, {} tokens, top-p {}",
+                                        std::filesystem::path(options.prompt.model).stem().string(), options.layer,
+                                        options.head, length, after.options.top_p);
   const std::vector<MaskPanel> panels = {panel("Keys where they stand", before, capture, threads),
                                          panel("Keys permuted inside segments", after, capture, threads)};
   file.commit(mask_svg(title, panels));
@@ -154,16 +148,11 @@ void mask(const MaskOptions& options) {
 void add_mask(CLI::App& program) {
   auto* command = program.add_subcommand("mask", "draw the blocks one head attends to, before and after permutation");
   auto options = std::make_shared<MaskOptions>();
-  command->add_option("--model", options->model, "a model in GGUF format")->required();
-  command->add_option("--prompt-file", options->prompt_file, "a long text in UTF-8")->required();
+  options->prompt.add_to(*command);
   command->add_option("--layer", options->layer, "the layer, from 0")->capture_default_str();
   command->add_option("--head", options->head, "the query head, from 0")->capture_default_str();
   command->add_option("--out", options->out, "the SVG file to write")->required();
-  command->add_option("--tokens", options->tokens, "read only the text's first N tokens; 0: all")
-      ->capture_default_str();
   options->attention.add_to(*command);
-  command->add_option("--threads", options->threads, "threads; 0: one for each processor")->capture_default_str();
-  command->add_flag("--verbose", options->verbose, "show llama.cpp's own messages");
   command->callback([options] { mask(*options); });
 }
 

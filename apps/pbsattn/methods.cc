@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "commands.h"
 #include "files.h"
+#include "flags.h"
 
 namespace app {
 namespace {
@@ -30,10 +31,7 @@ void print_methods(bool json) {
 }  // namespace
 
 void add_methods(CLI::App& program) {
-  auto* command = program.add_subcommand("methods", "list the methods and their options");
-  auto json = std::make_shared<bool>(false);
-  command->add_flag("--json", *json, "print JSON");
-  command->callback([json] { print_methods(*json); });
+  add_listing(program, "methods", "list the methods and their options", print_methods);
 }
 
 }  // namespace app

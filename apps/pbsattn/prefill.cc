@@ -16,6 +16,7 @@
 #include "commands.h"
 #include "errors.h"
 #include "files.h"
+#include "flags.h"
 #include "prefill_report.h"
 #include "progress.h"
 #include "session.h"
@@ -24,20 +25,16 @@ namespace app {
 namespace {
 
 struct PrefillOptions {
-  std::string model;
-  std::string prompt_file;
-  int tokens = 0;   // of the prompt to read; 0: all
+  PromptFlags prompt;
   int context = 0;  // 0: what prompt and continuation need
   std::string method = "pbs";
   std::string compare = "ggml,full";
   AttentionFlags attention;
   int generate = 32;
-  int threads = 0;
   std::string positions = "256";
   bool token_ids = false;
   bool each = false;
   std::string json;  // a file, or "-" for the standard output
-  bool verbose = false;
 };
 
 int positions_from(const std::string& text) {
@@ -48,12 +45,6 @@ int positions_from(const std::string& text) {
     throw UsageError(fmt::format("--positions {}: neither a number above 0 nor \"all\"; 256 is the default", text));
   }
   return count;
-}
-
-void require_between(int value, int least, int most, const char* option, const char* way_out) {
-  if (value < least || value > most) {
-    throw UsageError(fmt::format("{} {}: outside {} .. {}; {}", option, value, least, most, way_out));
-  }
 }
 
 // The attentions to run, in the order of the table: the ones to compare with, then the method.
@@ -81,7 +72,7 @@ std::vector<llama_token> read_token_ids(const std::string& text, const PrefillOp
     const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), token);
     if (error != std::errc() || end != word.data() + word.size() || token < 0 || token >= vocabulary) {
       throw Failure(fmt::format("prompt file {}: \"{}\" is no token; --token-ids takes numbers from 0 to {}",
-                                options.prompt_file, word.substr(0, 32), vocabulary - 1));
+                                options.prompt.prompt_file, word.substr(0, 32), vocabulary - 1));
     }
     tokens.push_back(token);
   }
@@ -99,11 +90,11 @@ std::vector<llama_token> prompt_tokens(const Session& session, const std::string
   std::vector<llama_token> tokens =
       options.token_ids ? read_token_ids(text, options, model.vocabulary) : session.tokenize(text);
   const int found = static_cast<int>(tokens.size());
-  if (options.tokens > found) {
-    throw Failure(fmt::format("--tokens {}: {} holds {} tokens; pass a longer text or fewer tokens", options.tokens,
-                              options.prompt_file, found));
+  if (options.prompt.tokens > found) {
+    throw Failure(fmt::format("--tokens {}: {} holds {} tokens; pass a longer text or fewer tokens",
+                              options.prompt.tokens, options.prompt.prompt_file, found));
   }
-  if (options.tokens != 0) tokens.resize(static_cast<std::size_t>(options.tokens));
+  if (options.prompt.tokens != 0) tokens.resize(static_cast<std::size_t>(options.prompt.tokens));
   const int count = static_cast<int>(tokens.size());
   const int least = std::max(segment + 1, GGML_PBSATTN_MIN_TOKENS_FLOOR);
   if (count < least) {
@@ -185,24 +176,24 @@ void prefill(const PrefillOptions& options) {
   const int wanted_positions = positions_from(options.positions);
   constexpr int most_tokens = 1 << 24;
   require_between(options.generate, 0, most_tokens, "--generate", "0 generates nothing");
-  require_between(options.tokens, 0, most_tokens, "--tokens", "0 reads the whole text");
+  require_between(options.prompt.tokens, 0, most_tokens, "--tokens", "0 reads the whole text");
   require_between(options.context, 0, most_tokens, "--context", "0 takes what the prompt needs");
-  require_between(options.threads, 0, most_threads, "--threads", "0 takes one for each processor");
-  const std::string text = read_prompt(options.prompt_file);
+  options.prompt.check_threads();
+  const std::string text = read_prompt(options.prompt.prompt_file);
   std::optional<OutputFile> json_file;
   if (!options.json.empty() && options.json != "-") json_file.emplace(options.json);
 
-  Session session(options.model, options.verbose);
+  Session session(options.prompt.model, options.prompt.verbose);
   const std::vector<llama_token> prompt = prompt_tokens(session, text, options, list.back().options.segment);
   const int length = static_cast<int>(prompt.size());
   const std::vector<int> positions = sample_positions(length, wanted_positions);
   check_logits_fit(positions.size(), session.info());
 
   PrefillReport report{.model = session.info(),
-                       .prompt_file = options.prompt_file,
+                       .prompt_file = options.prompt.prompt_file,
                        .prompt_tokens = length,
                        .context = options.context != 0 ? options.context : length + options.generate,
-                       .threads = options.threads != 0 ? options.threads : pbsattn::describe_cpu().threads,
+                       .threads = options.prompt.thread_count(),
                        .positions = static_cast<int>(positions.size()),
                        .each_position = options.each};
   session.open({.prompt = length,
@@ -244,12 +235,9 @@ void prefill(const PrefillOptions& options) {
 void add_prefill(CLI::App& program) {
   auto* command = program.add_subcommand("prefill", "run a long prompt under several attentions and compare them");
   auto options = std::make_shared<PrefillOptions>();
-  command->add_option("--model", options->model, "a model in GGUF format")->required();
-  command->add_option("--prompt-file", options->prompt_file, "a long text in UTF-8")->required();
+  options->prompt.add_to(*command);
   command->add_flag("--token-ids", options->token_ids,
                     "the prompt file holds the numbers of tokens, as a tokenizer gave them, instead of a text");
-  command->add_option("--tokens", options->tokens, "read only the text's first N tokens; 0: all")
-      ->capture_default_str();
   command->add_option("--context", options->context, "tokens the KV cache holds; 0: as many as needed")
       ->capture_default_str();
   command->add_option("--method", options->method, "the method under test; `pbsattn methods` lists them")
@@ -263,14 +251,12 @@ void add_prefill(CLI::App& program) {
   options->attention.add_to(*command);
   command->add_option("--generate", options->generate, "tokens to continue the prompt with, greedily")
       ->capture_default_str();
-  command->add_option("--threads", options->threads, "threads; 0: one for each processor")->capture_default_str();
   command->add_option("--positions", options->positions, "positions at which fidelity is measured: a number, or all")
       ->capture_default_str();
   command->add_flag("--each", options->each, "write the likelihood at every one of these positions into the JSON");
   command->add_option("--json", options->json, "write JSON to a file; without a file, print it instead of the table")
       ->expected(0, 1)
       ->default_str("-");
-  command->add_flag("--verbose", options->verbose, "show llama.cpp's own messages");
   command->callback([options] { prefill(*options); });
 }
 

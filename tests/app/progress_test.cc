@@ -9,20 +9,23 @@
 namespace app {
 namespace {
 
+// Tells of a step at this share until it has been asked three times.
+void tell_three_times(std::FILE* file, double share) {
+  std::atomic<int> told = 0;
+  const Progress progress("pbs",
+                          [&told, share] {
+                            ++told;
+                            told.notify_all();
+                            return share;
+                          },
+                          {.file = file, .line_every = std::chrono::milliseconds(1)});
+  for (int seen = told; seen < 3; seen = told) told.wait(seen);
+}
+
 TEST(Progress, TellsLinesWhereThereIsNoTerminal) {
   std::FILE* file = std::tmpfile();
   ASSERT_NE(file, nullptr);
-  {
-    std::atomic<int> told = 0;
-    const Progress progress("pbs",
-                            [&told] {
-                              ++told;
-                              told.notify_all();
-                              return 0.25;
-                            },
-                            {.file = file, .line_every = std::chrono::milliseconds(1)});
-    for (int seen = told; seen < 3; seen = told) told.wait(seen);
-  }
+  tell_three_times(file, 0.25);
   std::rewind(file);
   char text[256];
   int lines = 0;
@@ -47,17 +50,7 @@ TEST(Progress, EndsAtOnceWithoutALineWhereTheStepIsShort) {
 TEST(Progress, StreamThatCannotBeWrittenEndsNothing) {
   std::FILE* file = std::fopen("/dev/full", "w");
   if (file == nullptr) GTEST_SKIP() << "no /dev/full here";
-  {
-    std::atomic<int> told = 0;
-    const Progress progress("pbs",
-                            [&told] {
-                              ++told;
-                              told.notify_all();
-                              return 0.5;
-                            },
-                            {.file = file, .line_every = std::chrono::milliseconds(1)});
-    for (int seen = told; seen < 3; seen = told) told.wait(seen);
-  }
+  tell_three_times(file, 0.5);
   std::fclose(file);
 }
 

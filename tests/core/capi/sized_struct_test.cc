@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "support/refusal.h"
+
 namespace pbsattn {
 namespace {
 
@@ -39,17 +41,6 @@ Grown* as_grown(Version& version) {
   return static_cast<Grown*>(address);
 }
 
-template <class Body>
-std::string refusal_of(Body&& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), ErrorCode::invalid_argument);
-    return error.what();
-  }
-  return "none";
-}
-
 TEST(SizedStruct, OfAnOlderProgramReadsWithDefaults) {
   First old{.struct_size = sizeof old, .a = 1, .b = 2};
   const Grown read = read_struct(as_grown(old), "old", defaults);
@@ -71,7 +62,7 @@ TEST(SizedStruct, OfALaterProgramReadsWhereNothingNewIsSet) {
   EXPECT_EQ(read.struct_size, sizeof(Grown));
   EXPECT_EQ(read.c, 3);
   later.d = std::int64_t{1} << 56;  // its last byte alone
-  EXPECT_EQ(refusal_of([&] { read_struct(as_grown(later), "later"); }),
+  EXPECT_EQ(test::refusal_of([&] { read_struct(as_grown(later), "later"); }),
             "later: a field after c is set that pbsattn " + std::string(version()) +
                 " doesn't know (byte 39 of 40); leave it zero, or use the library that your header came with");
 }
@@ -83,12 +74,12 @@ TEST(SizedStruct, OfNoVersionIsRefused) {
     const std::string expected = "any.struct_size " + std::to_string(size) +
                                  ": no size that a pbsattn::Grown can have (24 to 4096, a multiple of 8); set it to "
                                  "sizeof(pbsattn::Grown)";
-    EXPECT_EQ(refusal_of([&] { read_struct(as_grown(any), "any"); }), expected);
-    EXPECT_EQ(refusal_of([&] { write_struct(as_grown(any), "any", defaults); }), expected);
-    EXPECT_EQ(refusal_of([&] { write_settings(as_grown(any), "any", defaults, defaults); }), expected);
+    EXPECT_EQ(test::refusal_of([&] { read_struct(as_grown(any), "any"); }), expected);
+    EXPECT_EQ(test::refusal_of([&] { write_struct(as_grown(any), "any", defaults); }), expected);
+    EXPECT_EQ(test::refusal_of([&] { write_settings(as_grown(any), "any", defaults, defaults); }), expected);
     EXPECT_EQ(any.a, 1);
   }
-  EXPECT_EQ(refusal_of([] { read_struct<Grown>(nullptr, "any"); }), "any: null pointer");
+  EXPECT_EQ(test::refusal_of([] { read_struct<Grown>(nullptr, "any"); }), "any: null pointer");
 }
 
 TEST(SizedStruct, WritesWhatTheProgramKnows) {
@@ -114,7 +105,7 @@ TEST(SizedStruct, SettingsAreNotCutOff) {
   EXPECT_EQ(old.a, 11);
   settings.a = 12;
   settings.c = 31;
-  EXPECT_EQ(refusal_of([&] { write_settings(as_grown(old), "old", settings, defaults); }),
+  EXPECT_EQ(test::refusal_of([&] { write_settings(as_grown(old), "old", settings, defaults); }),
             "old.struct_size 24: too small to hold these settings, which need 32; compile with the header of pbsattn " +
                 std::string(version()));
   EXPECT_EQ(old.a, 11);
@@ -130,7 +121,7 @@ TEST(SizedStruct, ArraysHaveTheCallersStride) {
     EXPECT_EQ(read_struct(long_ones[i], long_ones.name(i)).a, static_cast<std::int64_t>(i) + 1);
   }
   later[2].struct_size = sizeof(Grown);
-  EXPECT_EQ(refusal_of([&] { StructArray<Grown>(as_grown(later[0]), later.size(), "later"); }),
+  EXPECT_EQ(test::refusal_of([&] { StructArray<Grown>(as_grown(later[0]), later.size(), "later"); }),
             "later[2].struct_size 32: not that of later[0], 40; set it to sizeof(pbsattn::Grown) in each");
 }
 

@@ -13,18 +13,13 @@
 #include "core/options/c_options.h"
 #include "pbsattn/pbsattn.h"
 #include "support/options.h"
+#include "support/refusal.h"
 
 namespace pbsattn {
 namespace {
 
 std::string refusal_of(std::string_view text) {
-  try {
-    parse_method(text);
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), ErrorCode::invalid_argument);
-    return error.what();
-  }
-  return "none";
+  return test::refusal_of([&] { parse_method(text); });
 }
 
 TEST(Options, EveryDoorSetsTheSame) {
