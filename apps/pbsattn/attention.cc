@@ -38,10 +38,12 @@ void AttentionFlags::add_to(CLI::App& command) {
         if constexpr (std::is_enum_v<Field>) {
           const auto help = fmt::format("{}: {}", info.meaning, fmt::join(pbsattn::Names<Field>::values, ", "));
           option = command.add_option_function<std::string>(
-              flag, [this, name = info.name](const std::string& value) { given_.emplace_back(name, value); }, help);
+              flag, [this, name = info.name.data()](const std::string& value) { given_.emplace_back(name, value); },
+              help);
         } else {
           option = command.add_option_function<Field>(
-              flag, [this, name = info.name](Field value) { given_.emplace_back(name, fmt::format("{}", value)); },
+              flag,
+              [this, name = info.name.data()](Field value) { given_.emplace_back(name, fmt::format("{}", value)); },
               std::string(info.meaning));
         }
         option->group("Options of methods, each of which has its own where none is given");

@@ -154,40 +154,47 @@ typedef struct pbsattn_run {
 
 typedef struct pbsattn_plan pbsattn_plan;
 
-/* The library's version, "major.minor.patch". */
+/* Returns the library's version, "major.minor.patch". */
 PBSATTN_API const char* pbsattn_version(void);
 
-/* The calling thread's last error message; "" if there was none. */
+/* Returns the calling thread's last error message in one line; "" if there was none. */
 PBSATTN_API const char* pbsattn_last_error(void);
 
-/* Names of the methods table: index 0, 1, ... until NULL. */
+/* Returns a name of the methods table: index 0, 1, ... until NULL. */
 PBSATTN_API const char* pbsattn_method_name(size_t index);
 
-/* Fills *options with a named method. Refused, as in the functions below that fill options, where the method sets what
- * an older program's options have no field for. */
+/* Fills *options with those of a method, which may bring some of its own: "pbs", or "pbs:top_p=0.95:segment=512".
+ * Refused, as in the functions below that fill options, where the method sets what an older program's options have no
+ * field for. */
 PBSATTN_API pbsattn_status pbsattn_method(const char* name, pbsattn_options* options);
 
-/* Sets one option by its name in pbsattn::Options, from text: "top_p" and "0.8", "keep" and "top_k". */
+/* Sets one option by its name in pbsattn::Options, from text: "top_p" and "0.8", "keep" and "top_k". Refuses a name or
+ * a value that there isn't; whether a number is in its range pbsattn_plan_create() checks. */
 PBSATTN_API pbsattn_status pbsattn_set_option(pbsattn_options* options, const char* name, const char* value);
 
-/* Checks and plans; SIZE_MAX as workspace_cap means no cap. *plan is NULL on failure. */
+/* Checks and plans; workspace_cap is in bytes, SIZE_MAX for no cap. *plan is NULL on failure. */
 PBSATTN_API pbsattn_status pbsattn_plan_create(const pbsattn_options* options, const pbsattn_shape* shape,
                                                const pbsattn_device* device, size_t workspace_cap, pbsattn_plan** plan);
-/* The same with options of each of the shape's q_heads query heads, which may differ as pbsattn::Plan::create says. All
+/* Plans with options of each of the shape's q_heads query heads, which may differ as pbsattn::Plan::create says. All
  * have the struct_size of the first. */
 PBSATTN_API pbsattn_status pbsattn_plan_create_by_head(const pbsattn_options* heads, const pbsattn_shape* shape,
                                                        const pbsattn_device* device, size_t workspace_cap,
                                                        pbsattn_plan** plan);
-PBSATTN_API void pbsattn_plan_destroy(pbsattn_plan* plan); /* NULL is fine */
 
-PBSATTN_API size_t pbsattn_plan_workspace_size(const pbsattn_plan* plan); /* bytes; 0 for NULL */
-PBSATTN_API const char* pbsattn_plan_path(const pbsattn_plan* plan);      /* code path; "" for NULL */
+/* Frees a plan; NULL is fine. */
+PBSATTN_API void pbsattn_plan_destroy(pbsattn_plan* plan);
 
-/* The plan's options, with scale and fallback resolved. */
+/* Returns the bytes of workspace that a run needs; 0 for NULL. */
+PBSATTN_API size_t pbsattn_plan_workspace_size(const pbsattn_plan* plan);
+
+/* Returns the code path of inputs that are not all bf16, which lives as long as the plan; "" for NULL. */
+PBSATTN_API const char* pbsattn_plan_path(const pbsattn_plan* plan);
+
+/* Fills *options with the plan's, scale and fallback resolved. */
 PBSATTN_API pbsattn_status pbsattn_plan_options(const pbsattn_plan* plan, pbsattn_options* options);
 
-/* Computes. On the CPU it returns when done; on a CUDA device it enqueues and returns, or with stats waits for its
- * work. */
+/* Computes out, and lse and stats where they aren't NULL. On the CPU it returns when done; on a CUDA device it enqueues
+ * and returns, or with stats waits for its work. */
 PBSATTN_API pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_run* run);
 
 #ifdef __cplusplus

@@ -1,6 +1,6 @@
 // Permuted Block-Sparse Attention (PBS-Attn) for the prefill of long prompts.
 //
-//     auto options = pbsattn::method("pbs");
+//     auto options = pbsattn::method("pbs");  // or, by text, parse_method("pbs:top_p=0.95") of options.hpp
 //     pbsattn::Shape shape{.batch = 1, .q_heads = 32, .kv_heads = 8,
 //                          .q_len = n, .kv_len = n, .head_dim = 128};
 //     auto plan = pbsattn::Plan::create(options, shape, pbsattn::Device::cpu());
@@ -194,10 +194,10 @@ struct MethodInfo {
   Options options;
 };
 
-// The table of named methods.
+// Returns the table of named methods, in the order in which programs list them.
 std::span<const MethodInfo> methods();
 
-// The options of a named method. Throws invalid_argument, naming the nearest known name, if there is none.
+// Returns the options of a named method. Throws invalid_argument, naming the nearest known name, if there is none.
 Options method(std::string_view name);
 
 // --------------------------------------------------------------------------------------------- devices
@@ -209,11 +209,11 @@ struct Device {
                     // of its container
   int index = 0;    // of a CUDA device
 
-  // SIMD and multithreaded; the code path is chosen from what the processor has when the plan is made.
+  // Names the processor: SIMD and multithreaded, its code path chosen from what it has when the plan is made.
   static Device cpu(int threads = 0) { return {Kind::cpu, threads}; }
-  // The executable definition: naive loops in double precision, for tests and for reading.
+  // Names the executable definition: naive loops in double precision, for tests and for reading.
   static Device reference() { return {Kind::reference, 1}; }
-  // An NVIDIA GPU of compute capability 9.0 (H100, H200), by its CUDA index. Inputs, outputs, lse and workspace
+  // Names an NVIDIA GPU of compute capability 9.0 (H100, H200) by its CUDA index. Inputs, outputs, lse and workspace
   // are in its memory, f16 or bf16, with rows at 16-byte boundaries.
   static Device cuda(int index = 0) { return {Kind::cuda, 1, index}; }
 };
@@ -232,6 +232,8 @@ struct DeviceInfo {
   std::string f32_path;            // the path f32 products take
   std::string bf16_path;           // the path bf16 products take
 };
+
+// Returns what Device::cpu() finds on this machine.
 DeviceInfo describe_cpu();
 
 // ------------------------------------------------------------------------------------------------ runs
@@ -256,9 +258,11 @@ struct Stats {
   double select_seconds = 0;
   double attend_seconds = 0;
 
+  // Returns the share of dense attention's pairs that were computed, in [0, 1]; 1 where there are none.
   double density() const {
     return causal_blocks == 0 ? 1.0 : static_cast<double>(visited_blocks) / static_cast<double>(causal_blocks);
   }
+  // Returns the time of all stages, in seconds.
   double seconds() const { return permute_seconds + select_seconds + attend_seconds; }
 };
 
@@ -286,12 +290,12 @@ class Plan {
  public:
   static constexpr std::size_t no_cap = static_cast<std::size_t>(-1);
 
-  // Throws Error if options, shape and device don't go together, or no workspace of at most
+  // Checks and plans. Throws Error if options, shape and device don't go together, or no workspace of at most
   // workspace_cap bytes suffices. Under a cap the plan works KV head by KV head, or query head by query head.
   static Plan create(const Options& options, const Shape& shape, const Device& device = Device::cpu(),
                      std::size_t workspace_cap = no_cap);
 
-  // The same with options of each query head, which all batch entries share. Heads may differ in the keep rule and its
+  // Plans with options of each query head, which all batch entries share. Heads may differ in the keep rule and its
   // numbers (top_p to min_budget) and in what is always kept (dense_last_rows, sink_blocks, local_blocks). options()
   // gives the first head's.
   static Plan create(std::span<const Options> heads, const Shape& shape, const Device& device = Device::cpu(),
@@ -301,10 +305,12 @@ class Plan {
   Plan& operator=(Plan&&) noexcept;
   ~Plan();
 
-  const Options& options() const noexcept;  // with scale and fallback resolved
+  // Tell what was planned: the options with scale and fallback resolved, the shape, the bytes of workspace that a run
+  // needs at any alignment, and the code path of inputs that are not all bf16, e.g. "avx512_f32".
+  const Options& options() const noexcept;
   const Shape& shape() const noexcept;
-  std::size_t workspace_size() const noexcept;  // bytes, any alignment
-  std::string_view path() const noexcept;       // the code path of inputs that are not all bf16, e.g. "avx512_f32"
+  std::size_t workspace_size() const noexcept;
+  std::string_view path() const noexcept;
 
   // Computes. Throws Error when a pointer is null, the workspace is too small, or what is written - out, lse, and
   // workspace_size() bytes of the workspace - shares memory with the rest or out with itself; tensors may lie between
@@ -313,7 +319,7 @@ class Plan {
   void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats = nullptr,
            Trace* trace = nullptr) const;
 
-  // The same on a stream of the plan's device: enqueues and returns, without allocation or synchronisation, so it
+  // Computes on a stream of the plan's device: enqueues and returns, without allocation or synchronisation, so it
   // can be captured in a CUDA graph. Buffers must live until the work is done. With stats or trace it waits for its
   // work and reads them back, which a capture can't hold. A CUDA error pending from earlier work is thrown.
   void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stream stream,
@@ -324,6 +330,7 @@ class Plan {
   std::unique_ptr<detail::Executor> executor_;
 };
 
+// Returns the library's version, "major.minor.patch".
 std::string_view version();
 
 }  // namespace pbsattn

@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-/* The backend's registration; the first call reads the PBSATTN_* environment. */
+/* Returns the backend's registration; the first call reads the PBSATTN_* environment. */
 PBSATTN_API ggml_backend_reg_t ggml_backend_pbsattn_reg(void);
 
 /* ------------------------------------------------------------------------------------------ settings */
@@ -57,7 +57,7 @@ struct ggml_pbsattn_config {
   int32_t reserved; /* 0 */
 };
 
-/* The settings in force. Returns false, filling nothing, if a struct_size is wrong. */
+/* Fills *config with the settings in force. Returns false, filling nothing, if a struct_size is wrong. */
 PBSATTN_API bool ggml_backend_pbsattn_get_config(struct ggml_pbsattn_config* config);
 
 /* Puts settings in force from the next op on. Returns false, changing nothing, if a value breaks a rule;
@@ -65,11 +65,11 @@ PBSATTN_API bool ggml_backend_pbsattn_get_config(struct ggml_pbsattn_config* con
  * llama.cpp builds a graph: after MODE_OFF, the next context or the next new batch shape picks it up. */
 PBSATTN_API bool ggml_backend_pbsattn_configure(const struct ggml_pbsattn_config* config);
 
-/* Options by layer and head from here on, as layer_settings.h has them in JSON; they change the options that
- * configure() gave. NULL: none. Returns false, changing nothing, where the text is wrong. */
+/* Puts options by layer and head in force from the next op on, as docs/llama.cpp.md has them in JSON; they change the
+ * options that configure() gave. NULL: none. Returns false, changing nothing, where the text is wrong. */
 PBSATTN_API bool ggml_backend_pbsattn_set_layers(const char* json);
 
-/* The calling thread's last error in one line, "" if there was none. */
+/* Returns the calling thread's last error in one line, "" if there was none. */
 PBSATTN_API const char* ggml_backend_pbsattn_last_error(void);
 
 /* ---------------------------------------------------------------------------------------- statistics */
@@ -95,7 +95,7 @@ enum ggml_pbsattn_reason {
 };
 #define GGML_PBSATTN_REASONS_MAX 32 /* that there is room for */
 
-/* A few words for a table, such as "mask not causal". */
+/* Returns a few words for a table, such as "mask not causal". */
 PBSATTN_API const char* ggml_backend_pbsattn_reason_name(enum ggml_pbsattn_reason reason);
 
 /* The ops of one layer since the last reset. Times are wall-clock seconds, summed over calls. */
@@ -125,11 +125,11 @@ PBSATTN_API void ggml_backend_pbsattn_stats_reset(void);
  * nothing, if the entries' struct_size, of which all have the same, is wrong. */
 PBSATTN_API size_t ggml_backend_pbsattn_stats_get(struct ggml_pbsattn_layer_stats* layers, size_t capacity);
 
-/* Reasons for which ops of at least min_tokens queries were left to ggml when a graph was planned, since the
- * last reset: bit r set for enum ggml_pbsattn_reason r. Such ops never arrive here and have no layer. */
+/* Returns the reasons for which ops of at least min_tokens queries were left to ggml when a graph was planned, since
+ * the last reset: bit r set for enum ggml_pbsattn_reason r. Such ops never arrive here and have no layer. */
 PBSATTN_API uint32_t ggml_backend_pbsattn_refusals(void);
 
-/* Why this op would be left to ggml at planning time, or GGML_PBSATTN_TAKEN. The mask is read later. */
+/* Tells why this op would be left to ggml at planning time, or GGML_PBSATTN_TAKEN. The mask is read later. */
 PBSATTN_API enum ggml_pbsattn_reason ggml_backend_pbsattn_examine(const struct ggml_tensor* op);
 
 /* ------------------------------------------------------------------------------------------ observer */
