@@ -1,11 +1,14 @@
-// What the stages of one pass are called with, each over all threads.
+// What the stages of one pass are called with.
 #pragma once
+
+#include <algorithm>
+#include <bit>
 
 #include "cpu/workspace.h"
 
 namespace pbsattn::cpu {
 
-// What the stages of a pass share. They talk through the pass's arrays.
+// What the stages of a pass share. They talk through the layout's arrays. Heads are counted from the pass's first.
 struct StageContext {
   const detail::PlanSpec& spec;
   const Kernels& kernels;      // of the plan's products
@@ -13,27 +16,68 @@ struct StageContext {
   const Inputs& inputs;
   const Outputs& outputs;
   Heads heads;
-  const Pass& pass;
+  const Layout& layout;
 
   const Geometry& geometry() const { return spec.geometry; }
+  int head_dim() const { return static_cast<int>(spec.geometry.shape.head_dim); }
+  // Keys of a block, fewer of the last.
+  int block_keys(std::int64_t block) const {
+    return static_cast<int>(
+        std::min<std::int64_t>(geometry().block, geometry().shape.kv_len - block * geometry().block));
+  }
   const Options& options(std::int64_t q_head) const { return spec.options_of(heads.q_begin + q_head); }
   float scale_log2() const { return spec.options.scale * 1.44269504088896340736F; }
-  std::byte* scratch(int thread) const { return pass.scratch + thread * pass.scratch_bytes; }
-  // Pass-relative KV head of a pass-relative query head.
+  std::byte* scratch(int thread) const { return layout.scratch + thread * layout.scratch_bytes; }
   std::int64_t kv_head(std::int64_t q_head) const {
     return geometry().kv_head(heads.q_begin + q_head) - heads.kv_begin;
   }
+
+  // Index of a query head's permuted and pooled blocks and of its order.
+  std::int64_t order_head(std::int64_t q_head) const {
+    return layout.permuted && !layout.shared_order ? q_head : kv_head(q_head);
+  }
+  // Tokens in a query head's slots from a permuted block's first on.
+  const std::int32_t* order(std::int64_t q_head, std::int64_t block) const {
+    return layout.order + order_head(q_head) * geometry().permuted_len() + block * geometry().block;
+  }
   // The block that holds token 0.
   std::int64_t sink_block(std::int64_t q_head) const {
-    return pass.permuted ? pass.sink_block[pass.far_head(q_head, kv_head(q_head))] : 0;
+    return layout.permuted ? layout.sink_block[order_head(q_head)] : 0;
   }
+
+  // Means of a query head's blocks, [block][head_dim]: as they were permuted, and where they were.
+  const float* pooled_k(std::int64_t q_head) const { return layout.pooled_k + pooled_offset(q_head); }
+  const float* pooled_v(std::int64_t q_head) const { return layout.pooled_v + pooled_offset(q_head); }
+  const float* pooled_own(std::int64_t q_head) const {
+    return layout.pooled_own + kv_head(q_head) * up_to_tile(geometry().blocks()) * head_dim();
+  }
+
+  // Bit b of a row's mask: the row sees block b.
+  std::uint64_t* mask(std::int64_t q_head, std::int64_t row) const {
+    return layout.mask + (q_head * geometry().rows() + row) * layout.mask_words;
+  }
+  // Calls body(block) for the blocks that a row sees, ascending. The last is its diagonal, which every row has.
+  template <class Body>
+  void for_each_block(std::int64_t q_head, std::int64_t row, Body&& body) const {
+    const std::uint64_t* const words = mask(q_head, row);
+    for (std::int64_t word = 0; word < layout.mask_words; ++word)
+      for (std::uint64_t bits = words[word]; bits != 0; bits &= bits - 1)
+        body(static_cast<std::int32_t>(word * 64 + std::countr_zero(bits)));
+  }
+
   Rows q_rows(std::int64_t q_head, std::int64_t query) const {
     return rows_of(inputs.q, heads.q_begin + q_head, query);
   }
+  // Rows of a head of the call, from a token on.
   Rows rows_of(const ConstView& view, std::int64_t head, std::int64_t token) const {
     const std::int64_t offset = heads.batch * view.batch_stride + head * view.head_stride + token * view.token_stride;
     return {static_cast<const std::byte*>(view.data) + offset * (view.dtype == DType::f32 ? 4 : 2), view.dtype,
             view.token_stride, nullptr};
+  }
+
+ private:
+  std::int64_t pooled_offset(std::int64_t q_head) const {
+    return order_head(q_head) * up_to_tile(layout.permuted_blocks) * head_dim();
   }
 };
 

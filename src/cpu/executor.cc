@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 
 #include "core/fallback.h"
 #include "core/stopwatch.h"
@@ -26,8 +25,8 @@ class CpuExecutor final : public detail::Executor {
         for_bf16_(spec.options.precision == Precision::automatic ? kernels_for(Precision::bf16)
                                                                  : KernelList{automatic_}),
         f32_(&f32_path()),
-        pass_(choose_pass(spec, paths())),
-        workspace_size_(pass_bytes(spec, paths(), pass_)) {}
+        extent_(choose_extent(spec, paths())),
+        workspace_size_(workspace_bytes(spec, paths(), extent_)) {}
 
   std::size_t workspace_size() const noexcept override { return workspace_size_; }
   std::string_view path() const noexcept override { return automatic_->name; }
@@ -39,11 +38,11 @@ class CpuExecutor final : public detail::Executor {
     const Kernels& kernels = bf16 ? bf16_path() : *automatic_;
     Stats total;
     if (trace != nullptr) *trace = detail::start_trace(g);
-    const Pass pass(spec, kernels, pass_, workspace.data());
+    const Layout layout(spec, kernels, extent_, workspace.data());
     for (std::int64_t batch = 0; batch < g.shape.batch; ++batch) {
       for (std::int64_t head = 0; head < g.shape.q_heads;) {
         const Heads heads = heads_at(batch, head);
-        const StageContext context{spec, kernels, *f32_, inputs, outputs, heads, pass};
+        const StageContext context{spec, kernels, *f32_, inputs, outputs, heads, layout};
         Stopwatch watch;
         permute(context);
         total.permute_seconds += watch.lap();
@@ -90,25 +89,21 @@ class CpuExecutor final : public detail::Executor {
   Heads heads_at(std::int64_t batch, std::int64_t head) const {
     const Geometry& g = spec.geometry;
     const std::int64_t kv_begin = g.kv_head(head);
-    const std::int64_t kv_end = std::min(g.shape.kv_heads, kv_begin + pass_.kv_heads);
-    const std::int64_t q_end = std::min(kv_end * g.group(), head + pass_.q_heads);
+    const std::int64_t kv_end = std::min(g.shape.kv_heads, kv_begin + extent_.kv_heads);
+    const std::int64_t q_end = std::min(kv_end * g.group(), head + extent_.q_heads);
     return {batch, head, q_end - head, kv_begin, kv_end - kv_begin};
   }
 
   static void extend_trace(const StageContext& c, Trace& trace) {
     const Geometry& g = c.geometry();
     for (std::int64_t head = 0; head < c.heads.q_count; ++head) {
-      const std::int64_t moved = c.pass.permuted ? g.permuted_len() : 0;
-      const std::int32_t* const order =
-          moved == 0 ? nullptr : c.pass.order + c.pass.far_head(head, c.kv_head(head)) * moved;
+      const std::int64_t moved = c.layout.permuted ? g.permuted_len() : 0;
+      const std::int32_t* const order = moved == 0 ? nullptr : c.order(head, 0);
       trace.order.insert(trace.order.end(), order, order + moved);
       for (std::int64_t token = moved; token < g.shape.kv_len; ++token)
         trace.order.push_back(static_cast<std::int32_t>(token));
       for (std::int64_t row = 0; row < g.rows(); ++row) {
-        const std::uint64_t* const mask = c.pass.mask + (head * g.rows() + row) * c.pass.mask_words;
-        for (std::int64_t word = 0; word < c.pass.mask_words; ++word)
-          for (std::uint64_t bits = mask[word]; bits != 0; bits &= bits - 1)
-            trace.block.push_back(static_cast<std::int32_t>(word * 64 + std::countr_zero(bits)));
+        c.for_each_block(head, row, [&](std::int32_t block) { trace.block.push_back(block); });
         trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
       }
     }
@@ -125,7 +120,7 @@ class CpuExecutor final : public detail::Executor {
   KernelList for_bf16_;
   mutable std::atomic<const Kernels*> bf16_ = nullptr;
   const Kernels* f32_;
-  PassShape pass_;
+  Extent extent_;
   std::size_t workspace_size_;
 };
 

@@ -25,18 +25,18 @@ struct Loop {
   }
 };
 
-class Pool {
+class Threads {
  public:
   // Never destroyed: threads may still be needed by other static objects' destructors. A child of fork has none of its
-  // parent's threads, and locks in whatever state they were, so it starts afresh and leaves the old pool alone.
-  static Pool& instance() {
-    static std::atomic<Pool*> pool = [] {
+  // parent's threads, and locks in whatever state they were, so it starts afresh and leaves the old ones alone.
+  static Threads& instance() {
+    static std::atomic<Threads*> threads = [] {
 #if defined(__unix__)
-      pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+      pthread_atfork(nullptr, nullptr, [] { threads = new Threads; });
 #endif
-      return new Pool;
+      return new Threads;
     }();
-    return *pool;
+    return *threads;
   }
 
   void run(int threads, Loop& loop) {
@@ -100,7 +100,7 @@ void parallel_for(int threads, std::int64_t items, const std::function<void(std:
   if (useful <= 1)
     loop.work(0);
   else
-    Pool::instance().run(useful, loop);
+    Threads::instance().run(useful, loop);
 }
 
 }  // namespace pbsattn::cpu

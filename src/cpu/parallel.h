@@ -1,4 +1,4 @@
-// A pool of threads for one process, and the one loop the stages need.
+// The threads of one process, and the one loop the stages need.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What one pass over some heads keeps in memory, and how heads are cut into passes.
+// The workspace of a CPU plan: where the arrays of a pass lie, and how heads are cut into passes.
 #pragma once
 
 #include <cstddef>
@@ -17,27 +17,31 @@ struct Heads {
   std::int64_t kv_begin = 0, kv_count = 0;
 };
 
-// Sizes a pass is laid out from.
-struct PassShape {
+// How many heads a pass takes.
+struct Extent {
   std::int64_t q_heads = 0;
   std::int64_t kv_heads = 0;
 };
 
-// Arrays of one pass in the caller's workspace. With a null base the same arithmetic gives the size.
-// "Far" blocks are those that some row sees outside its own segment: permuted, or the originals
-// themselves when nothing is permuted.
-struct Pass {
-  Pass(const detail::PlanSpec& spec, const Kernels& kernels, PassShape shape, std::byte* base);
+// Rounds a number of pooled rows up to whole tiles, which the products take.
+inline std::int64_t up_to_tile(std::int64_t rows) {
+  return ceil_div(rows, row_tile) * row_tile;
+}
 
-  std::byte* keys = nullptr;              // [kv_heads][blocks][block][head_dim] packed, original order
-  std::byte* values = nullptr;            // the same
+// Arrays of one pass in the caller's workspace. With a null base the same arithmetic gives the size. *Permuted* blocks
+// are those that some row sees before its own segment; where no key moves they stay where they were, and k and v serve.
+struct Layout {
+  Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent extent, std::byte* base);
+
+  std::byte* k = nullptr;                 // [kv_heads][blocks][block][head_dim] packed, original order
+  std::byte* v = nullptr;                 // the same
   std::uint8_t* values_finite = nullptr;  // [kv_heads][blocks]
-  std::byte* far_keys = nullptr;          // [order_heads][far_blocks][block][head_dim] packed, permuted; none
-                                          // where the path gathers
-  std::byte* far_values = nullptr;        // the same
-  float* pooled_keys = nullptr;           // [far_heads][far_blocks up to a row_tile][head_dim]
-  float* pooled_values = nullptr;         // the same of values, where what is pruned is corrected for
-  float* original_pooled = nullptr;       // [kv_heads][blocks up to a row_tile][head_dim], in the original order
+  std::byte* permuted_k = nullptr;        // [order_heads][permuted_blocks][block][head_dim] packed; none where the
+                                          // path gathers
+  std::byte* permuted_v = nullptr;        // the same
+  float* pooled_k = nullptr;              // [pooled_heads][permuted_blocks up to a row_tile][head_dim]
+  float* pooled_v = nullptr;              // the same of values, where what is pruned is corrected for
+  float* pooled_own = nullptr;            // [kv_heads][blocks up to a row_tile][head_dim], in the original order
   float* band_factors = nullptr;          // [q_heads][2]
   std::byte* scoring_queries = nullptr;   // [q_heads][scoring_strips][strip_bytes] packed: they score the keys
   std::byte* exps = nullptr;              // [q_heads][scored_blocks][scoring_strips][block][strip] of element_size
@@ -52,8 +56,8 @@ struct Pass {
   bool permuted = false;
   bool scored = false;
   bool corrected = false;
-  bool shared_order = false;    // one order for each KV head
-  std::int64_t far_blocks = 0;  // blocks before the last row's own segment
+  bool shared_order = false;         // one order for each KV head
+  std::int64_t permuted_blocks = 0;  // blocks before the last row's own segment
   std::int64_t scoring_strips = 0;
   std::int64_t scored_blocks = 0;  // blocks of complete segments, whose keys are scored
   std::int64_t strip_bytes = 0;    // of a packed strip of queries
@@ -62,18 +66,12 @@ struct Pass {
   std::int64_t block_bytes = 0;  // of a packed block of keys or of values
   std::int64_t scratch_bytes = 0;
   std::int64_t lists_bytes = 0;  // of scratch, at its start: a group's block lists of the rows that are done together
-
-  // Index of a pass's query head in far_keys, pooled_keys and order.
-  std::int64_t far_head(std::int64_t q_head, std::int64_t kv_head) const {
-    return permuted && !shared_order ? q_head : kv_head;
-  }
 };
 
-// Bytes of a pass for whichever of these paths a run takes.
-std::size_t pass_bytes(const detail::PlanSpec& spec, std::span<const Kernels* const> paths, PassShape shape);
+// Returns the bytes of a pass for whichever of these paths a run takes.
+std::size_t workspace_bytes(const detail::PlanSpec& spec, std::span<const Kernels* const> paths, Extent extent);
 
-// The largest useful pass within the plan's cap. Throws Error(out_of_memory) when even the smallest is
-// over it.
-PassShape choose_pass(const detail::PlanSpec& spec, std::span<const Kernels* const> paths);
+// Returns the largest useful pass within the plan's cap. Throws Error(out_of_memory) when even the smallest is over it.
+Extent choose_extent(const detail::PlanSpec& spec, std::span<const Kernels* const> paths);
 
 }  // namespace pbsattn::cpu

@@ -138,7 +138,7 @@ int blocks_in_common(const AttendRow& a, const AttendRow& b) {
 Gang gang_at(const AttendRow* rows, int count) {
   Gang gang{rows, 1};
   const auto alike = [&](const AttendRow& row) {
-    if (row.keys != rows->keys || row.far_keys != rows->far_keys || needs_care(row) || needs_care(*rows)) return false;
+    if (row.k != rows->k || row.permuted_k != rows->permuted_k || needs_care(row) || needs_care(*rows)) return false;
     const int most = row.block_count > rows->block_count ? row.block_count : rows->block_count;
     return 4 * blocks_in_common(*rows, row) >= 3 * most;
   };
@@ -161,8 +161,8 @@ Chunk next_chunk(const Gang& gang, const std::array<int, most_rows>& begin, int 
       block = row.blocks[at];
     }
     if (owner == nullptr) break;
-    chunk.keys[static_cast<std::size_t>(chunk.count)] = keys_of(*owner, block, block_bytes);
-    chunk.values[static_cast<std::size_t>(chunk.count)] = values_of(*owner, block, block_bytes);
+    chunk.keys[static_cast<std::size_t>(chunk.count)] = k_of(*owner, block, block_bytes);
+    chunk.values[static_cast<std::size_t>(chunk.count)] = v_of(*owner, block, block_bytes);
     for (int r = 0; r < gang.count; ++r) {
       const AttendRow& row = gang.rows[r];
       int& at = chunk.end[static_cast<std::size_t>(r)];
@@ -199,10 +199,11 @@ class Fetching {
   int done_ = 0;
 };
 
+// Runs rows' units through one pipeline, in which those of a row follow those of the row before.
 template <int Pairs>
-class Rows {
+class RowStream {
  public:
-  explicit Rows(const AttendArgs& args)
+  explicit RowStream(const AttendArgs& args)
       : args_(args),
         pipeline_(args.scratch, args.scale_log2),
         careful_(args.scratch + Pipeline<Pairs>::scratch_bytes),
@@ -357,11 +358,11 @@ auto with_pairs(int head_dim, Body&& body) {
 
 void attend_rows(const AttendRow* rows, int count, const AttendArgs& args) {
   [[maybe_unused]] const TileScope scope;
-  with_pairs(args.head_dim, [&](auto pairs) { Rows<pairs.value>(args).run(rows, count); });
+  with_pairs(args.head_dim, [&](auto pairs) { RowStream<pairs.value>(args).run(rows, count); });
 }
 
 std::int64_t attend_scratch_bytes(int head_dim, int block) {
-  return with_pairs(head_dim, [&](auto pairs) { return Rows<pairs.value>::scratch_bytes(block); });
+  return with_pairs(head_dim, [&](auto pairs) { return RowStream<pairs.value>::scratch_bytes(block); });
 }
 
 }  // namespace pbsattn::cpu::amx

@@ -17,11 +17,11 @@ inline int tile_pairs(int head_dim) {
   return ceil_div(head_dim, 32);
 }
 
-inline const std::byte* keys_of(const AttendRow& row, std::int64_t block, std::int64_t block_bytes) {
-  return (block < row.far_end ? row.far_keys : row.keys) + block * block_bytes;
+inline const std::byte* k_of(const AttendRow& row, std::int64_t block, std::int64_t block_bytes) {
+  return (block < row.permuted_end ? row.permuted_k : row.k) + block * block_bytes;
 }
-inline const std::byte* values_of(const AttendRow& row, std::int64_t block, std::int64_t block_bytes) {
-  return (block < row.far_end ? row.far_values : row.values) + block * block_bytes;
+inline const std::byte* v_of(const AttendRow& row, std::int64_t block, std::int64_t block_bytes) {
+  return (block < row.permuted_end ? row.permuted_v : row.v) + block * block_bytes;
 }
 
 // Unit `part` of the row's i-th block for a strip; without groups where it lies wholly in the future. Other
@@ -31,8 +31,8 @@ inline Unit make_unit(Strip& strip, const AttendArgs& args, int i, int part) {
   const std::int64_t block = row.blocks[i];
   const std::int64_t skipped = part * std::int64_t{unit_keys} * tile_pairs(args.head_dim) * tile_row_bytes;
   Unit unit;
-  unit.keys = keys_of(row, block, args.block_bytes) + skipped;
-  unit.values = values_of(row, block, args.block_bytes) + skipped;
+  unit.keys = k_of(row, block, args.block_bytes) + skipped;
+  unit.values = v_of(row, block, args.block_bytes) + skipped;
   unit.strip = &strip;
   const int left = ceil_div(args.block - part * unit_keys, group_keys);
   unit.groups = left < unit_groups ? left : unit_groups;

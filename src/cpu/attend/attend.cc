@@ -1,15 +1,15 @@
-// Attention over the chosen blocks: by rows, so that a block of keys and values is read once for all their
-// strips; the longest rows first, so that threads finish together.
+// Attention over the chosen blocks: by rows, so that a block of keys and values is read once for all their strips; the
+// longest rows first, so that threads finish together.
+#include "cpu/attend/attend.h"
+
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <bit>
 #include <limits>
 #include <span>
 #include <utility>
 #include <vector>
 
-#include "cpu/attend/attend.h"
 #include "cpu/attend/correction.h"
 #include "cpu/parallel.h"
 
@@ -52,13 +52,10 @@ class RowScratch {
   std::int64_t scores_floats_ = 0;
 };
 
-// The blocks that a row sees, ascending. The last is its diagonal, which every row has.
+// Writes the list of the blocks that a row sees.
 std::span<const std::int32_t> list_row(const StageContext& c, std::int64_t head, std::int64_t row, std::int32_t* list) {
-  const std::uint64_t* const mask = c.pass.mask + (head * c.geometry().rows() + row) * c.pass.mask_words;
   std::size_t count = 0;
-  for (std::int64_t word = 0; word < c.pass.mask_words; ++word)
-    for (std::uint64_t bits = mask[word]; bits != 0; bits &= bits - 1)
-      list[count++] = static_cast<std::int32_t>(word * 64 + std::countr_zero(bits));
+  c.for_each_block(head, row, [&](std::int32_t block) { list[count++] = block; });
   return {list, count};
 }
 
@@ -81,13 +78,12 @@ struct RowOutput {
   }
 };
 
-// One row, on a path that attends a block at a time.
+// Attends one row on a path that takes a block at a time.
 void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std::span<const std::int32_t> blocks,
                 std::byte* memory) {
   const Geometry& g = c.geometry();
-  const auto dim = static_cast<int>(g.shape.head_dim);
+  const int dim = c.head_dim();
   const std::int64_t kv_head = c.kv_head(head);
-  const std::int64_t far_head = c.pass.far_head(head, kv_head);
   const std::int64_t begin = g.row_begin(row);
   const int queries = static_cast<int>(g.row_end(row) - begin);
   const int strips = static_cast<int>(ceil_div(queries, strip));
@@ -96,31 +92,29 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
   for (int i = 0; i < strips; ++i) {
     auto& [state, packed] = scratch.strip_state(i);
     const int count = std::min(strip, queries - i * strip);
-    c.kernels.pack_queries(c.q_rows(head, begin - g.q_offset() + i * strip), count, dim, packed);
+    c.kernels.pack.queries(c.q_rows(head, begin - g.q_offset() + i * strip), count, dim, packed);
     std::fill_n(state.max, strip, -std::numeric_limits<float>::infinity());
     std::fill_n(state.sum, strip, 0.0F);
     std::fill_n(state.out, dim * strip, 0.0F);
-    if (c.pass.corrected)
+    if (c.layout.corrected)
       correct_strip(c, head, row, begin - g.q_offset() + i * strip, count, blocks, state, scratch.rest());
   }
 
   const std::int64_t own_begin = g.own_begin(row);
   const auto packed_at = [&](std::int64_t block) -> PackedBlock {
-    const bool moved = block < own_begin && c.pass.permuted;
-    const std::int64_t original = kv_head * g.blocks() * c.pass.block_bytes;
-    if (moved && c.kernels.gathers)
-      return {c.pass.keys + original, c.pass.values + original,
-              c.pass.order + far_head * g.permuted_len() + block * g.block};
-    const std::int64_t far = (far_head * c.pass.far_blocks + block) * c.pass.block_bytes;
-    if (moved) return {c.pass.far_keys + far, c.pass.far_values + far, nullptr};
-    const std::int64_t place = original + block * c.pass.block_bytes;
-    return {c.pass.keys + place, c.pass.values + place, nullptr};
+    const bool moved = block < own_begin && c.layout.permuted;
+    const std::int64_t first = kv_head * g.blocks() * c.layout.block_bytes;
+    if (moved && c.kernels.gathers) return {c.layout.k + first, c.layout.v + first, c.order(head, block)};
+    const std::int64_t permuted = (c.order_head(head) * c.layout.permuted_blocks + block) * c.layout.block_bytes;
+    if (moved) return {c.layout.permuted_k + permuted, c.layout.permuted_v + permuted, nullptr};
+    const std::int64_t place = first + block * c.layout.block_bytes;
+    return {c.layout.k + place, c.layout.v + place, nullptr};
   };
   const auto visit = [&](std::int64_t block, std::int64_t next) {
-    const int keys = static_cast<int>(std::min<std::int64_t>(g.block, g.shape.kv_len - block * g.block));
+    const int keys = c.block_keys(block);
     const PackedBlock here = packed_at(block);
     const PackedBlock then = packed_at(next);
-    const int fetched = static_cast<int>(std::min<std::int64_t>(g.block, g.shape.kv_len - next * g.block));
+    const int fetched = c.block_keys(next);
     const bool causal = block == g.diagonal(row);
     for (int i = 0; i < strips; ++i) {
       const auto& [state, packed] = scratch.strip_state(i);
@@ -134,7 +128,7 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
                            .scale_log2 = c.scale_log2(),
                            .causal = causal,
                            .diagonal = diagonal,
-                           .values_finite = c.pass.values_finite[kv_head * g.blocks() + block] != 0,
+                           .values_finite = c.layout.values_finite[kv_head * g.blocks() + block] != 0,
                            .scratch = scratch.scores(),
                            .next = then,
                            .next_begin = fetched * i / strips,
@@ -151,25 +145,26 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
                          output.lse == nullptr ? nullptr : output.lse + i * strip);
 }
 
+// Describes a row to a path that takes whole rows.
 AttendRow describe_row(const StageContext& c, std::int64_t head, std::int64_t row,
                        std::span<const std::int32_t> blocks) {
   const Geometry& g = c.geometry();
   const std::int64_t kv_head = c.kv_head(head);
-  const std::int64_t far_offset = c.pass.far_head(head, kv_head) * c.pass.far_blocks * c.pass.block_bytes;
-  const std::int64_t offset = kv_head * g.blocks() * c.pass.block_bytes;
+  const std::int64_t permuted_offset = c.order_head(head) * c.layout.permuted_blocks * c.layout.block_bytes;
+  const std::int64_t offset = kv_head * g.blocks() * c.layout.block_bytes;
   const std::int64_t begin = g.row_begin(row);
   const RowOutput output(c, head, begin - g.q_offset());
   return {.queries = c.q_rows(head, begin - g.q_offset()),
           .count = static_cast<int>(g.row_end(row) - begin),
           .blocks = blocks.data(),
           .block_count = static_cast<int>(blocks.size()),
-          .far_keys = c.pass.permuted ? c.pass.far_keys + far_offset : nullptr,
-          .far_values = c.pass.permuted ? c.pass.far_values + far_offset : nullptr,
-          .keys = c.pass.keys + offset,
-          .values = c.pass.values + offset,
-          .far_end = c.pass.permuted ? g.own_begin(row) : 0,
+          .permuted_k = c.layout.permuted ? c.layout.permuted_k + permuted_offset : nullptr,
+          .permuted_v = c.layout.permuted ? c.layout.permuted_v + permuted_offset : nullptr,
+          .k = c.layout.k + offset,
+          .v = c.layout.v + offset,
+          .permuted_end = c.layout.permuted ? g.own_begin(row) : 0,
           .diagonal = begin - g.diagonal(row) * g.block,
-          .last_finite = c.pass.values_finite[kv_head * g.blocks() + g.diagonal(row)] != 0,
+          .last_finite = c.layout.values_finite[kv_head * g.blocks() + g.diagonal(row)] != 0,
           .out = output.out,
           .out_dtype = c.outputs.out.dtype,
           .out_stride = c.outputs.out.token_stride,
@@ -182,11 +177,11 @@ struct Item {
   std::int64_t row_begin, row_end;
 };
 
-// Returns the number of blocks visited.
+// Attends the rows of an item. Returns the number of blocks visited.
 std::int64_t attend_item(const StageContext& c, const Item& item, std::byte* scratch) {
   const Geometry& g = c.geometry();
   auto* list = reinterpret_cast<std::int32_t*>(scratch);
-  std::byte* const memory = scratch + c.pass.lists_bytes;
+  std::byte* const memory = scratch + c.layout.lists_bytes;
   std::int64_t visited = 0;
   std::array<AttendRow, most_heads * most_rows> rows;
   int count = 0;
@@ -202,15 +197,25 @@ std::int64_t attend_item(const StageContext& c, const Item& item, std::byte* scr
     }
   if (count > 0)
     c.kernels.attend_rows(rows.data(), count,
-                          {.head_dim = static_cast<int>(g.shape.head_dim),
+                          {.head_dim = c.head_dim(),
                            .block = g.block,
-                           .block_bytes = c.pass.block_bytes,
+                           .block_bytes = c.layout.block_bytes,
                            .scale_log2 = c.scale_log2(),
                            .scratch = memory});
   return visited;
 }
 
 }  // namespace
+
+std::int64_t row_scratch_bytes(const Geometry& g, const Kernels& kernels, std::int64_t corrected_blocks) {
+  const std::int64_t dim = g.shape.head_dim;
+  if (kernels.attend_rows != nullptr) return kernels.attend_scratch_bytes(static_cast<int>(dim), g.block);
+  const std::int64_t queries = kernels.packed_head_dim(dim) * kernels.element_size;
+  const std::int64_t state = (dim + 2) * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t scores = 2 * std::max<std::int64_t>(g.block, dim) * static_cast<std::int64_t>(sizeof(float));
+  return g.block * (queries + state) + scores * strip +
+         (corrected_blocks > 0 ? correction_bytes(g, corrected_blocks) : 0);
+}
 
 std::int64_t attend(const StageContext& c) {
   const Geometry& g = c.geometry();

@@ -8,10 +8,6 @@
 namespace pbsattn::cpu {
 namespace {
 
-std::int64_t score_rows(std::int64_t far_blocks) {
-  return ceil_div(far_blocks, row_tile) * row_tile;
-}
-
 // Calls body(b) for the blocks before the row's own segment that aren't listed.
 template <class Body>
 void for_each_pruned(std::int64_t own_begin, std::span<const std::int32_t> blocks, Body&& body) {
@@ -25,20 +21,19 @@ void for_each_pruned(std::int64_t own_begin, std::span<const std::int32_t> block
 
 }  // namespace
 
-std::int64_t correction_bytes(const Geometry& geometry, std::int64_t far_blocks) {
-  return (score_rows(far_blocks) + geometry.shape.head_dim) * strip * static_cast<std::int64_t>(sizeof(float));
+std::int64_t correction_bytes(const Geometry& geometry, std::int64_t permuted_blocks) {
+  return (up_to_tile(permuted_blocks) + geometry.shape.head_dim) * strip * static_cast<std::int64_t>(sizeof(float));
 }
 
 void correct_strip(const StageContext& c, std::int64_t head, std::int64_t row, std::int64_t first, int count,
                    std::span<const std::int32_t> blocks, const StripState& state, std::byte* scratch) {
   const Geometry& g = c.geometry();
-  const auto dim = static_cast<int>(g.shape.head_dim);
+  const int dim = c.head_dim();
   const std::int64_t own_begin = g.own_begin(row);
-  const std::int64_t place = c.pass.far_head(head, c.kv_head(head)) * score_rows(c.pass.far_blocks) * dim;
   float* const scores = reinterpret_cast<float*>(scratch);
-  float* const queries = scores + score_rows(c.pass.far_blocks) * strip;
-  c.f32_kernels.pack_queries(c.q_rows(head, first), count, dim, queries);
-  c.f32_kernels.scores(c.pass.pooled_keys + place, queries, static_cast<int>(score_rows(own_begin)), dim, scores);
+  float* const queries = scores + up_to_tile(c.layout.permuted_blocks) * strip;
+  c.f32_kernels.pack.queries(c.q_rows(head, first), count, dim, queries);
+  c.f32_kernels.scores(c.pooled_k(head), queries, static_cast<int>(up_to_tile(own_begin)), dim, scores);
 
   for_each_pruned(own_begin, blocks, [&](std::int64_t b) {
     for (int i = 0; i < strip; ++i) state.max[i] = std::max(state.max[i], scores[b * strip + i]);
@@ -51,7 +46,7 @@ void correct_strip(const StageContext& c, std::int64_t head, std::int64_t row, s
       weight[i] = keys * std::exp2((scores[b * strip + i] - origin) * c.scale_log2());
       state.sum[i] += weight[i];
     }
-    const float* const value = c.pass.pooled_values + place + b * dim;
+    const float* const value = c.pooled_v(head) + b * dim;
     for (int d = 0; d < dim; ++d)
       for (int i = 0; i < strip; ++i) state.out[d * strip + i] += weight[i] * value[d];
   });

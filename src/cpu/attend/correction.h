@@ -7,8 +7,8 @@
 
 namespace pbsattn::cpu {
 
-// Bytes of a thread's scratch, aligned like it.
-std::int64_t correction_bytes(const Geometry& geometry, std::int64_t far_blocks);
+// Returns the bytes of a thread's scratch, aligned like it.
+std::int64_t correction_bytes(const Geometry& geometry, std::int64_t permuted_blocks);
 
 // Begins the softmax of `count` queries of a row, from query `first` of the call, with the mean keys and values of the
 // blocks before the row's own segment that `blocks` doesn't list. `state` has seen nothing yet.

@@ -346,17 +346,10 @@ constexpr Kernels kernels{.name = "avx512_bf16",
                           .products = Precision::bf16,
                           .element_size = 2,
                           .gathers = false,
-                          .pack_keys = pack_keys,
-                          .pack_values = pack_values,
-                          .pack_queries = pack_queries,
+                          .pack = {pack_keys, pack_values, pack_queries},
                           .attend_block = attend_block,
                           .score_keys = score_keys,
-                          .weigh_keys = weigh_keys,
-                          .finish = nullptr,
-                          .score_factors = nullptr,
-                          .scores = nullptr,
-                          .sum_rows = nullptr,
-                          .round_row = nullptr};
+                          .weigh_keys = weigh_keys};
 
 }  // namespace
 

@@ -79,11 +79,11 @@ struct AttendRow {
   int count;                   // of queries, up to a block
   const std::int32_t* blocks;  // ascending; the last is the row's diagonal, the only one masked causally
   int block_count;
-  const std::byte* far_keys;  // packed blocks; block b lies in far_* where b < far_end
-  const std::byte* far_values;
-  const std::byte* keys;
-  const std::byte* values;
-  std::int64_t far_end;
+  const std::byte* permuted_k;  // packed blocks; block b lies in permuted_* where b < permuted_end
+  const std::byte* permuted_v;
+  const std::byte* k;
+  const std::byte* v;
+  std::int64_t permuted_end;
   std::int64_t diagonal;  // token of the row's first query minus token of the last block's first key
   bool last_finite;       // the last block's values; if not, masked values are kept out of the sum
   void* out;
@@ -106,6 +106,16 @@ struct Permission {
   bool (*refused)();  // when last asked
 };
 
+// How a path packs rows of any dtype.
+struct Packing {
+  // Packs `count` rows as keys (or values), with zero rows up to `padded`.
+  void (*keys)(const Rows& rows, int count, int padded, int head_dim, void* packed);
+  // Returns whether every value was finite.
+  bool (*values)(const Rows& rows, int count, int padded, int head_dim, void* packed);
+  // Packs `count` <= strip rows as a strip; the queries after them are zero.
+  void (*queries)(const Rows& rows, int count, int head_dim, void* packed);
+};
+
 // Every path has the first group of functions; the f32 paths serve the second for all of them. A path attends
 // either a block at a time (attend_block, then the second group's finish) or by rows (attend_rows).
 struct Kernels {
@@ -113,15 +123,9 @@ struct Kernels {
   Precision products;     // f32 or bf16
   int element_size;       // bytes of a packed element
   bool gathers;           // reads permuted blocks through an index, so that no permuted copy is needed
+  Packing pack;
 
-  // Packs `count` rows as keys (or values), with zero rows up to `padded`.
-  void (*pack_keys)(const Rows& rows, int count, int padded, int head_dim, void* packed);
-  // Returns whether every value was finite.
-  bool (*pack_values)(const Rows& rows, int count, int padded, int head_dim, void* packed);
-  // Packs `count` <= strip rows as a strip; the queries after them are zero.
-  void (*pack_queries)(const Rows& rows, int count, int head_dim, void* packed);
-
-  // One step of the online softmax.
+  // Takes one step of the online softmax.
   void (*attend_block)(const BlockArgs& args, const StripState& state);
 
   // Scores a block of keys by a strip of queries: exps[key][query], measured from the query's own maximum over
@@ -134,17 +138,17 @@ struct Kernels {
 
   // Writes `count` normalised rows, and their natural log-sum-exp where lse is not null.
   void (*finish)(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
-                 std::int64_t stride, float* lse);
+                 std::int64_t stride, float* lse) = nullptr;
   // From the maxima and sums that score_keys left for each block (block b's at b * stride), the factor that
   // turns each block's exps into softmax weights over all blocks, written over the maxima. Queries from
   // `queries` on get 0; a query that has a NaN score, or only -inf, gets NaN.
   void (*score_factors)(float* max, const float* sum, std::int64_t blocks, std::int64_t stride, float scale_log2,
-                        int queries);
+                        int queries) = nullptr;
   // scores[key][query] = keys . queries, unscaled.
-  void (*scores)(const void* keys, const void* queries, int count, int head_dim, float* scores);
+  void (*scores)(const void* keys, const void* queries, int count, int head_dim, float* scores) = nullptr;
   // sum[:] = the sum of `count` rows; and the rounding of float32 values to a dtype, in place.
-  void (*sum_rows)(const Rows& rows, int count, int head_dim, float* sum);
-  void (*round_row)(DType dtype, int count, float* row);
+  void (*sum_rows)(const Rows& rows, int count, int head_dim, float* sum) = nullptr;
+  void (*round_row)(DType dtype, int count, float* row) = nullptr;
 
   // Packed blocks hold head_dim and keys padded with zeros to multiples of these (or to the whole block).
   int head_dim_step = 1;

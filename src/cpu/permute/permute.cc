@@ -1,9 +1,10 @@
-// Moves keys and values: packs them in their original order and scores the keys by the last queries, block by
-// block; then orders each complete segment by score, and packs its far blocks again in that order.
+// Moves keys and values: packs them in their original order and scores the keys by the last queries, block by block;
+// then orders each complete segment by score, and packs its blocks again in that order.
 //
-// A key's score needs the softmax's maximum and sum over all keys, and they are known only after the last block.
-// So exponentials are kept, each block's measured from its own maximum: storing them is cheaper than a
-// second product.
+// A key's score needs the softmax's maximum and sum over all keys, and they are known only after the last block. So
+// exponentials are kept, each block's measured from its own maximum: storing them is cheaper than a second product.
+#include "cpu/permute/permute.h"
+
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -14,77 +15,57 @@
 
 #include "core/score_traits.h"
 #include "cpu/parallel.h"
-#include "cpu/permute/permute.h"
 
 namespace pbsattn::cpu {
 namespace {
 
-// Block b's rows of the original order.
-struct BlockRange {
-  std::int64_t first;
-  int count;
-};
-
-BlockRange block_range(const Geometry& g, std::int64_t block) {
-  const std::int64_t first = block * g.block;
-  return {first, static_cast<int>(std::min<std::int64_t>(g.block, g.shape.kv_len - first))};
-}
-
+// Rounds a block's number of keys up as the path packs them.
 int padded(const StageContext& c, int count) {
   const int step = c.kernels.key_step;
   return std::min((count + step - 1) / step * step, c.geometry().block);
 }
 
-// The mean of a block's rows, over `divisor` of them, rounded to their dtype as the method has it.
-void pool(const StageContext& c, const Rows& rows, int count, int divisor, float* mean) {
-  const auto dim = static_cast<int>(c.geometry().shape.head_dim);
-  c.f32_kernels.sum_rows(rows, count, dim, mean);
-  for (int d = 0; d < dim; ++d) mean[d] /= static_cast<float>(divisor);
-  c.f32_kernels.round_row(rows.dtype, dim, mean);
+// Pools a permuted block's keys and values, where something reads their means.
+void pool_permuted(const StageContext& c, std::int64_t order_head, std::int64_t block, const Rows& k, const Rows& v) {
+  const int size = c.geometry().block;
+  const std::int64_t place = (order_head * up_to_tile(c.layout.permuted_blocks) + block) * c.head_dim();
+  if (c.layout.scored || c.layout.corrected) pool_rows(c, k, size, size, c.layout.pooled_k + place);
+  if (c.layout.corrected) pool_rows(c, v, size, size, c.layout.pooled_v + place);
 }
 
-// The means of a far block.
-void pool_far(const StageContext& c, std::int64_t far_head, std::int64_t block, const Rows& keys, const Rows& values) {
+// Pools a block's keys where they were, where a score reads these means.
+void pool_own(const StageContext& c, std::int64_t kv_head, std::int64_t block, const Rows& k, int count) {
   const Geometry& g = c.geometry();
-  const std::int64_t pooled_rows = ceil_div(c.pass.far_blocks, row_tile) * row_tile;
-  const std::int64_t place = (far_head * pooled_rows + block) * g.shape.head_dim;
-  if (c.pass.scored || c.pass.corrected) pool(c, keys, g.block, g.block, c.pass.pooled_keys + place);
-  if (c.pass.corrected) pool(c, values, g.block, g.block, c.pass.pooled_values + place);
+  if (!c.layout.scored || !pools_own(c.spec.options.score)) return;
+  pool_rows(c, k, count, divides_by_count(c.spec.options) ? count : g.block,
+            c.layout.pooled_own + (kv_head * up_to_tile(g.blocks()) + block) * c.head_dim());
 }
 
-// The mean of a block's keys in their original order; the last block's follows the rules.
-void pool_original(const StageContext& c, std::int64_t kv_head, std::int64_t block, const Rows& keys, int count) {
-  const Geometry& g = c.geometry();
-  if (!c.pass.scored || !pools_own(c.spec.options.score)) return;
-  const std::int64_t stored = ceil_div(g.blocks(), row_tile) * row_tile;
-  pool(c, keys, count, divides_by_count(c.spec.options) ? count : g.block,
-       c.pass.original_pooled + (kv_head * stored + block) * g.shape.head_dim);
-}
-
+// Packs the last queries, which score the keys.
 void pack_scoring_queries(const StageContext& c) {
   const Geometry& g = c.geometry();
-  const auto dim = static_cast<int>(g.shape.head_dim);
-  const std::int64_t strips = c.pass.scoring_strips;
+  const int dim = c.head_dim();
+  const std::int64_t strips = c.layout.scoring_strips;
   parallel_for(c.spec.threads, c.heads.q_count * strips, [&](std::int64_t item, int) {
     const std::int64_t first = item % strips * strip;
     const auto count = static_cast<int>(std::min<std::int64_t>(strip, g.scoring_queries() - first));
-    c.kernels.pack_queries(c.q_rows(item / strips, g.shape.q_len - g.scoring_queries() + first), count, dim,
-                           c.pass.scoring_queries + item * c.pass.strip_bytes);
+    c.kernels.pack.queries(c.q_rows(item / strips, g.shape.q_len - g.scoring_queries() + first), count, dim,
+                           c.layout.scoring_queries + item * c.layout.strip_bytes);
   });
 }
 
-// The last queries' exponentials on one block of keys, for each query head that reads them.
+// Scores one block of keys by the last queries: leaves the exponentials of each query head that reads them.
 void score_block(const StageContext& c, std::int64_t kv_head, std::int64_t block, const std::byte* keys) {
   const Geometry& g = c.geometry();
-  const auto dim = static_cast<int>(g.shape.head_dim);
-  const std::int64_t strips = c.pass.scoring_strips;
+  const int dim = c.head_dim();
+  const std::int64_t strips = c.layout.scoring_strips;
   for (std::int64_t head = 0; head < c.heads.q_count; ++head) {
     if (c.kv_head(head) != kv_head) continue;
     for (std::int64_t i = 0; i < strips; ++i) {
-      const std::int64_t place = (head * c.pass.scored_blocks + block) * strips + i;
-      c.kernels.score_keys(keys, c.pass.scoring_queries + (head * strips + i) * c.pass.strip_bytes, g.block, dim,
-                           c.scale_log2(), c.pass.score_factors + place * strip, c.pass.score_sums + place * strip,
-                           c.pass.exps + place * c.pass.exps_bytes);
+      const std::int64_t place = (head * c.layout.scored_blocks + block) * strips + i;
+      c.kernels.score_keys(keys, c.layout.scoring_queries + (head * strips + i) * c.layout.strip_bytes, g.block, dim,
+                           c.scale_log2(), c.layout.score_factors + place * strip, c.layout.score_sums + place * strip,
+                           c.layout.exps + place * c.layout.exps_bytes);
     }
   }
 }
@@ -92,31 +73,32 @@ void score_block(const StageContext& c, std::int64_t kv_head, std::int64_t block
 // Packs every block in its original order. What else is made of a block's keys is made while they are in cache.
 void pack_original(const StageContext& c) {
   const Geometry& g = c.geometry();
-  const auto dim = static_cast<int>(g.shape.head_dim);
+  const int dim = c.head_dim();
   parallel_for(c.spec.threads, c.heads.kv_count * g.blocks(), [&](std::int64_t item, int) {
     const std::int64_t head = item / g.blocks();
     const std::int64_t block = item % g.blocks();
-    const auto [first, count] = block_range(g, block);
-    const Rows k = c.rows_of(c.inputs.k, c.heads.kv_begin + head, first);
-    const Rows v = c.rows_of(c.inputs.v, c.heads.kv_begin + head, first);
-    std::byte* const keys = c.pass.keys + item * c.pass.block_bytes;
-    c.kernels.pack_keys(k, count, padded(c, count), dim, keys);
-    if (c.pass.permuted && block < c.pass.scored_blocks) score_block(c, head, block, keys);
-    if (!c.pass.permuted && block < c.pass.far_blocks) pool_far(c, head, block, k, v);
-    pool_original(c, head, block, k, count);
-    c.pass.values_finite[item] =
-        c.kernels.pack_values(v, count, padded(c, count), dim, c.pass.values + item * c.pass.block_bytes);
+    const int count = c.block_keys(block);
+    const Rows k = c.rows_of(c.inputs.k, c.heads.kv_begin + head, block * g.block);
+    const Rows v = c.rows_of(c.inputs.v, c.heads.kv_begin + head, block * g.block);
+    std::byte* const keys = c.layout.k + item * c.layout.block_bytes;
+    c.kernels.pack.keys(k, count, padded(c, count), dim, keys);
+    if (c.layout.permuted && block < c.layout.scored_blocks) score_block(c, head, block, keys);
+    if (!c.layout.permuted && block < c.layout.permuted_blocks) pool_permuted(c, head, block, k, v);
+    pool_own(c, head, block, k, count);
+    c.layout.values_finite[item] =
+        c.kernels.pack.values(v, count, padded(c, count), dim, c.layout.v + item * c.layout.block_bytes);
   });
 }
 
+// Turns each block's maxima into factors of its exponentials.
 void finish_scores(const StageContext& c) {
   const Geometry& g = c.geometry();
-  const std::int64_t strips = c.pass.scoring_strips;
+  const std::int64_t strips = c.layout.scoring_strips;
   parallel_for(c.spec.threads, c.heads.q_count * strips, [&](std::int64_t item, int) {
     const std::int64_t i = item % strips;
-    const std::int64_t place = (item / strips * c.pass.scored_blocks * strips + i) * strip;
+    const std::int64_t place = (item / strips * c.layout.scored_blocks * strips + i) * strip;
     const auto queries = static_cast<int>(std::min<std::int64_t>(strip, g.scoring_queries() - i * strip));
-    c.f32_kernels.score_factors(c.pass.score_factors + place, c.pass.score_sums + place, c.pass.scored_blocks,
+    c.f32_kernels.score_factors(c.layout.score_factors + place, c.layout.score_sums + place, c.layout.scored_blocks,
                                 strips * strip, c.scale_log2(), queries);
   });
 }
@@ -150,54 +132,66 @@ void sort_by_weight(std::span<const float> weights, std::int64_t begin, std::uin
 // Orders one segment: its keys in descending score.
 void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t begin, std::byte* scratch) {
   const Geometry& g = c.geometry();
-  const std::int64_t heads = c.pass.shared_order ? g.group() : 1;
-  const std::int64_t strips = c.pass.scoring_strips;
+  const std::int64_t heads = c.layout.shared_order ? g.group() : 1;
+  const std::int64_t strips = c.layout.scoring_strips;
   float* const weights = reinterpret_cast<float*>(scratch);
   std::fill_n(weights, g.segment, 0.0F);
   for (std::int64_t head = order_head * heads; head < (order_head + 1) * heads; ++head) {
     for (std::int64_t i = 0; i < g.segment; i += g.block) {
-      const std::int64_t place = (head * c.pass.scored_blocks + (begin + i) / g.block) * strips;
-      c.kernels.weigh_keys(c.pass.exps + place * c.pass.exps_bytes, static_cast<int>(strips), g.block,
-                           c.pass.score_factors + place * strip, weights + i);
+      const std::int64_t place = (head * c.layout.scored_blocks + (begin + i) / g.block) * strips;
+      c.kernels.weigh_keys(c.layout.exps + place * c.layout.exps_bytes, static_cast<int>(strips), g.block,
+                           c.layout.score_factors + place * strip, weights + i);
     }
   }
   auto* const keys = reinterpret_cast<std::uint32_t*>(weights + g.segment);
   auto* const other = reinterpret_cast<std::int32_t*>(keys + g.segment);
-  std::int32_t* const order = c.pass.order + order_head * g.permuted_len() + begin;
+  std::int32_t* const order = c.layout.order + order_head * g.permuted_len() + begin;
   sort_by_weight({weights, static_cast<std::size_t>(g.segment)}, begin, keys, other, order);
-  if (begin == 0) c.pass.sink_block[order_head] = (std::find(order, order + g.segment, 0) - order) / g.block;
+  if (begin == 0) c.layout.sink_block[order_head] = (std::find(order, order + g.segment, 0) - order) / g.block;
 }
 
-// Orders the keys of each segment, and packs and pools its far blocks in that order.
+// Orders the keys of each segment, and packs and pools its blocks in that order.
 void order_segments(const StageContext& c) {
   const Geometry& g = c.geometry();
-  const auto dim = static_cast<int>(g.shape.head_dim);
-  const std::int64_t orders = c.pass.shared_order ? c.heads.kv_count : c.heads.q_count;
+  const int dim = c.head_dim();
+  const std::int64_t orders = c.layout.shared_order ? c.heads.kv_count : c.heads.q_count;
   parallel_for(c.spec.threads, orders * g.complete_segments(), [&](std::int64_t item, int thread) {
     const std::int64_t head = item % orders;  // heads of a group read the same tokens while they are in cache
     const std::int64_t begin = item / orders * g.segment;
     order_segment(c, head, begin, c.scratch(thread));
-    const std::int64_t kv_head = c.heads.kv_begin + (c.pass.shared_order ? head : c.kv_head(head));
-    const std::int64_t end = std::min((begin + g.segment) / g.block, c.pass.far_blocks);
+    const std::int64_t kv_head = c.heads.kv_begin + (c.layout.shared_order ? head : c.kv_head(head));
+    const std::int64_t end = std::min((begin + g.segment) / g.block, c.layout.permuted_blocks);
     for (std::int64_t block = begin / g.block; block < end; ++block) {
       Rows k = c.rows_of(c.inputs.k, kv_head, 0);
       Rows v = c.rows_of(c.inputs.v, kv_head, 0);
-      k.index = v.index = c.pass.order + head * g.permuted_len() + block * g.block;
-      pool_far(c, head, block, k, v);
+      k.index = v.index = c.layout.order + head * g.permuted_len() + block * g.block;
+      pool_permuted(c, head, block, k, v);
       if (c.kernels.gathers) continue;
-      const std::int64_t place = (head * c.pass.far_blocks + block) * c.pass.block_bytes;
-      c.kernels.pack_keys(k, g.block, g.block, dim, c.pass.far_keys + place);
-      c.kernels.pack_values(v, g.block, g.block, dim, c.pass.far_values + place);
+      const std::int64_t place = (head * c.layout.permuted_blocks + block) * c.layout.block_bytes;
+      c.kernels.pack.keys(k, g.block, g.block, dim, c.layout.permuted_k + place);
+      c.kernels.pack.values(v, g.block, g.block, dim, c.layout.permuted_v + place);
     }
   });
 }
 
 }  // namespace
 
+std::int64_t order_scratch_bytes(const Geometry& geometry) {
+  constexpr std::int64_t bytes = sizeof(float) + sizeof(std::uint32_t) + sizeof(std::int32_t);
+  return geometry.segment * bytes;
+}
+
+void pool_rows(const StageContext& c, const Rows& rows, int count, int divisor, float* mean) {
+  const int dim = c.head_dim();
+  c.f32_kernels.sum_rows(rows, count, dim, mean);
+  for (int d = 0; d < dim; ++d) mean[d] /= static_cast<float>(divisor);
+  c.f32_kernels.round_row(rows.dtype, dim, mean);
+}
+
 void permute(const StageContext& c) {
-  if (c.pass.permuted) pack_scoring_queries(c);
+  if (c.layout.permuted) pack_scoring_queries(c);
   pack_original(c);
-  if (!c.pass.permuted) return;
+  if (!c.layout.permuted) return;
   finish_scores(c);
   order_segments(c);
 }

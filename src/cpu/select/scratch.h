@@ -1,0 +1,46 @@
+// A thread's memory for selecting.
+#pragma once
+
+#include "core/executor.h"
+#include "cpu/kernels/kernels.h"
+
+namespace pbsattn::cpu {
+
+inline constexpr int patch = 8;  // queries and keys of an antidiagonal score's patch
+
+struct ScoredBlock {
+  float score;
+  std::int32_t block;
+};
+
+// Cells (row, block) of pooled attention whose bits lie in one range.
+struct CellBin {
+  double sum;
+  std::int64_t count;
+};
+inline constexpr int cell_bins = 1 << 11;
+
+struct SelectScratch {
+  // Without memory it counts bytes.
+  SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted_blocks, std::byte* memory);
+
+  float* scores;        // [blocks up to a row_tile][strip]
+  float* pooled_q;      // [strip][head_dim]
+  float* packed;        // [head_dim][strip] queries
+  ScoredBlock* sorted;  // [blocks]
+  float* weights;       // [2][blocks]
+  // Of scores other than mean_pool and per_query:
+  float* sums;          // [blocks up to a row_tile][strip]
+  float* keys;          // [block, at least patch * row_tile][head_dim]
+  float* exps;          // [block, at least row_tile][strip]
+  float* patches;       // [patch][head_dim][strip] queries
+  std::int32_t* index;  // [strip]
+  // Of patterns:
+  float* columns;         // [kv_len]
+  float* diagonals;       // [kv_len]
+  std::int32_t* ranked;   // [kv_len + 1]
+  CellBin* bins;          // [cell_bins], of flexible
+  std::int64_t size = 0;  // bytes
+};
+
+}  // namespace pbsattn::cpu
