@@ -75,6 +75,15 @@ std::vector<double> after_warm_up(const Samples& samples, const std::vector<doub
   return samples.counted(std::span(noted).subspan(1));
 }
 
+// Puts a measurement beside what a peer took in the same samples.
+Measurement against(const std::string& peer, double seconds, double ratio, const Samples& samples, Measurement ours) {
+  ours.peer = peer;
+  ours.peer_value = seconds;
+  ours.ratio = ratio;
+  ours.samples = samples;
+  return ours;
+}
+
 double rounded(double value) {
   return std::round(value * 1000) / 1000;
 }
@@ -87,15 +96,13 @@ void peak(const SuiteOptions& options, Report& report) {
                 .params = {{"path", path}, {"threads", 1}},
                 .metric = "rate of multiply-adds in registers",
                 .unit = "GFLOP/s",
-                .value = rate,
-                .peer = ""});
+                .value = rate});
   }
   report.add({.name = "peak",
               .params = {{"path", "memory"}, {"threads", 1}},
               .metric = "rate of reading",
               .unit = "GB/s",
-              .value = read_bandwidth(),
-              .peer = ""});
+              .value = read_bandwidth()});
 }
 
 void dense(const SuiteOptions& options, Report& report, std::int64_t tokens, std::int64_t head_dim) {
@@ -122,7 +129,6 @@ void dense(const SuiteOptions& options, Report& report, std::int64_t tokens, std
                   .metric = "rate",
                   .unit = "GFLOP/s",
                   .value = gflop / median(samples[i].counted()),
-                  .peer = "",
                   .samples = samples[i]};
 #ifdef PBSATTN_HAS_GGML
     if (const double error = relative_error(ours[i].out(), ggml.out()); !(error < 1e-2))
@@ -162,26 +168,20 @@ void sparse(const SuiteOptions& options, Report& report, const std::string& path
                                 {"threads", options.sampling.threads},
                                 {"path", path},
                                 {"density", rounded(density)}};
-    report.add({.name = "sparse",
-                .params = params,
-                .metric = "time / dense - density",
-                .unit = "of dense",
-                .value = ours / theirs - density,
-                .peer = "dense",
-                .peer_value = theirs,
-                .ratio = theirs / ours,
-                .samples = samples[0]});
+    report.add(against("dense", theirs, theirs / ours, samples[0],
+                       {.name = "sparse",
+                        .params = params,
+                        .metric = "time / dense - density",
+                        .unit = "of dense",
+                        .value = ours / theirs - density}));
     const double pair = median(after_warm_up(samples[0], attending)) / density;
     const double dense_pair = median(after_warm_up(samples[1], dense_attending));
-    report.add({.name = "lists",
-                .params = params,
-                .metric = "seconds of attend at density 1 if all pairs took as long",
-                .unit = "s",
-                .value = pair,
-                .peer = "dense",
-                .peer_value = dense_pair,
-                .ratio = dense_pair / pair,
-                .samples = samples[0]});
+    report.add(against("dense", dense_pair, dense_pair / pair, samples[0],
+                       {.name = "lists",
+                        .params = params,
+                        .metric = "seconds of attend at density 1 if all pairs took as long",
+                        .unit = "s",
+                        .value = pair}));
   }
 }
 
@@ -207,23 +207,20 @@ void stages(const SuiteOptions& options, Report& report, const std::string& path
   const auto share = [&](const std::vector<double>& seconds) {
     return median(after_warm_up(samples[0], seconds)) / whole;
   };
-  report.add({.name = "stages",
-              .params = {{"n", tokens},
-                         {"head_dim", 128},
-                         {"q_heads", 6},
-                         {"kv_heads", 1},
-                         {"threads", options.sampling.threads},
-                         {"path", path},
-                         {"density", rounded(sparse_runner.stats().density())},
-                         {"permute", rounded(share(permute))},
-                         {"select", rounded(share(select))}},
-              .metric = "time before attention, packing included",
-              .unit = "of dense",
-              .value = share(before),
-              .peer = "dense",
-              .peer_value = whole,
-              .ratio = 1 / share(before),
-              .samples = samples[0]});
+  report.add(against("dense", whole, 1 / share(before), samples[0],
+                     {.name = "stages",
+                      .params = {{"n", tokens},
+                                 {"head_dim", 128},
+                                 {"q_heads", 6},
+                                 {"kv_heads", 1},
+                                 {"threads", options.sampling.threads},
+                                 {"path", path},
+                                 {"density", rounded(sparse_runner.stats().density())},
+                                 {"permute", rounded(share(permute))},
+                                 {"select", rounded(share(select))}},
+                      .metric = "time before attention, packing included",
+                      .unit = "of dense",
+                      .value = share(before)}));
 }
 
 void two_threads(const SuiteOptions& options, Report& report, const std::string& path, std::int64_t tokens) {
@@ -238,15 +235,12 @@ void two_threads(const SuiteOptions& options, Report& report, const std::string&
   const double seconds = median(samples[0].counted());
   const double one_seconds = median(samples[1].counted());
   if (one.out() != two.out()) throw std::runtime_error("the result depends on the number of threads");
-  report.add({.name = "threads",
-              .params = {{"n", tokens}, {"head_dim", 128}, {"threads", 2}, {"path", path}},
-              .metric = "time",
-              .unit = "s",
-              .value = seconds,
-              .peer = "one",
-              .peer_value = one_seconds,
-              .ratio = one_seconds / seconds,
-              .samples = samples[0]});
+  report.add(against("one", one_seconds, one_seconds / seconds, samples[0],
+                     {.name = "threads",
+                      .params = {{"n", tokens}, {"head_dim", 128}, {"threads", 2}, {"path", path}},
+                      .metric = "time",
+                      .unit = "s",
+                      .value = seconds}));
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ struct Measurement {
   std::string metric;     // "rate"
   std::string unit;       // "GFLOP/s"
   double value = 0;
-  std::string peer;  // "" where there is none
+  std::string peer{};  // "" where there is none
   double peer_value = 0;
   double ratio = 0;   // ours against the peer's, above 1 is better for us; 0 where there is none
   Samples samples{};  // what the value is the median of; none where it is no such thing

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <vector>
+
 namespace pbsattn {
 namespace {
 
@@ -18,32 +20,33 @@ TEST(Geometry, HeadsOfAGroupShareAKvHead) {
   EXPECT_EQ(g.kv_head(3), 1);
 }
 
+// What a row has: [begin, end) of its tokens, the block on its diagonal, and its own segment's first block.
+struct Row {
+  std::int64_t begin, end, diagonal, own_begin;
+  bool operator==(const Row&) const = default;
+};
+
+std::vector<Row> rows_of(const Geometry& g) {
+  std::vector<Row> rows;
+  for (std::int64_t r = 0; r < g.rows(); ++r)
+    rows.push_back({g.row_begin(r), g.row_end(r), g.diagonal(r), g.own_begin(r)});
+  return rows;
+}
+
 TEST(Geometry, WholePrefill) {
   const Geometry g = geometry(18, 18);  // blocks 0..3, 4..7 | 8..11, 12..15 | 16, 17
+  EXPECT_EQ(rows_of(g), (std::vector<Row>{{0, 4, 0, 0}, {4, 8, 1, 0}, {8, 12, 2, 2}, {12, 16, 3, 2}, {16, 18, 4, 4}}));
   EXPECT_EQ(g.blocks(), 5);
-  EXPECT_EQ(g.rows(), 5);
   EXPECT_EQ(g.permuted_len(), 16);
-  EXPECT_EQ(g.row_begin(4), 16);
-  EXPECT_EQ(g.row_end(4), 18);
-  EXPECT_EQ(g.own_begin(1), 0);
-  EXPECT_EQ(g.own_begin(2), 2);
-  EXPECT_EQ(g.own_begin(3), 2);
-  EXPECT_EQ(g.own_begin(4), 4);
   EXPECT_EQ(g.causal_blocks_per_head(), 1 + 2 + 3 + 4 + 5);
   EXPECT_EQ(g.scoring_queries(), 4);
 }
 
 TEST(Geometry, AChunkMayStartInsideABlock) {
   const Geometry g = geometry(7, 17);  // tokens 10 .. 16: rows of blocks 2 (10, 11), 3 (12 .. 15) and 4 (16)
+  EXPECT_EQ(rows_of(g), (std::vector<Row>{{10, 12, 2, 2}, {12, 16, 3, 2}, {16, 17, 4, 4}}));
   EXPECT_EQ(g.q_offset(), 10);
   EXPECT_EQ(g.first_row(), 2);
-  EXPECT_EQ(g.rows(), 3);
-  EXPECT_EQ(g.row_begin(0), 10);
-  EXPECT_EQ(g.row_end(0), 12);
-  EXPECT_EQ(g.row_begin(1), 12);
-  EXPECT_EQ(g.row_end(2), 17);
-  EXPECT_EQ(g.diagonal(0), 2);
-  EXPECT_EQ(g.own_begin(2), 4);
   EXPECT_EQ(g.causal_blocks_per_head(), 3 + 4 + 5);
 }
 

@@ -122,13 +122,11 @@ TEST_F(Quota, MountsOfAGroup) {
   // Docker without a namespace: the group is named from the host's root and mounted by itself.
   const std::string mounts = "33 32 0:30 /docker/ab /cg/cpu ro - cgroup cgroup rw,cpu\n";
   version1("/cg/cpu", "200000\n");
-  EXPECT_EQ(count("4:cpu:/docker/ab\n", mounts), 2);
-  version1("/cg/cpu/inner", "100000\n");
-  EXPECT_EQ(count("4:cpu:/docker/ab/inner\n", mounts), 1);
+  for (const char* folder : {"/cg/cpu/inner", "/cg/cpu/c/inner"}) version1(folder, "100000\n");
   // Of groups elsewhere nothing is known but that what is mounted binds.
-  version1("/cg/cpu/c/inner", "100000\n");
-  EXPECT_EQ(count("4:cpu:/docker/abc/inner\n", mounts), 2);
-  EXPECT_EQ(count("4:cpu:/../../inner\n", mounts), 2);
+  for (const auto& [group, processors] :
+       {std::pair{"/docker/ab", 2}, {"/docker/ab/inner", 1}, {"/docker/abc/inner", 2}, {"/../../inner", 2}})
+    EXPECT_EQ(count(std::string("4:cpu:") + group + "\n", mounts), processors) << group;
 }
 
 TEST_F(Quota, NamesWithSpaces) {

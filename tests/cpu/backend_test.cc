@@ -5,71 +5,49 @@
 
 #include "cpu/path.h"
 #include "pbsattn/options.hpp"
+#include "support/case.h"
 #include "support/judge.h"
 
 namespace pbsattn::test {
 namespace {
 
-struct Case {
-  std::string name;
-  ProblemSpec problem;
-  Options options;
-};
-
-void PrintTo(const Case& c, std::ostream* stream) {
-  *stream << c.name;
-}
-
-Options pbs(float top_p = 0.8F) {
-  Options options = method("pbs");
-  options.top_p = top_p;
-  return options;
-}
-
-Shape shape(std::int64_t q_len, std::int64_t kv_len, std::int64_t head_dim = 64, std::int64_t q_heads = 2,
-            std::int64_t kv_heads = 1, std::int64_t batch = 1) {
-  return {
-      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
-}
-
 ProblemSpec of_dtypes(const Shape& s, DType q, DType k, DType v, DType out) {
   return {.shape = s, .q = q, .k = k, .v = v, .out = out};
 }
 
-std::vector<Case> lengths_and_chunks() {
-  std::vector<Case> cases;
+std::vector<MethodCase> lengths_and_chunks() {
+  std::vector<MethodCase> cases;
   for (const std::int64_t n : {1, 2, 127, 128, 129, 255, 256, 257, 511, 1000}) {
-    cases.push_back({"dense_n" + std::to_string(n), {.shape = shape(n, n)}, method("full")});
-    cases.push_back({"pbs_n" + std::to_string(n), {.shape = shape(n, n)}, pbs()});
+    cases.push_back({"dense_n" + std::to_string(n), {.shape = shape_of(n, n)}, method("full")});
+    cases.push_back({"pbs_n" + std::to_string(n), {.shape = shape_of(n, n)}, pbs()});
   }
   for (const std::int64_t q_len : {1, 3, 31, 100, 129, 300}) {
-    cases.push_back({"dense_chunk" + std::to_string(q_len), {.shape = shape(q_len, 777)}, method("full")});
-    cases.push_back({"pbs_chunk" + std::to_string(q_len), {.shape = shape(q_len, 777)}, pbs()});
+    cases.push_back({"dense_chunk" + std::to_string(q_len), {.shape = shape_of(q_len, 777)}, method("full")});
+    cases.push_back({"pbs_chunk" + std::to_string(q_len), {.shape = shape_of(q_len, 777)}, pbs()});
   }
   return cases;
 }
 
-std::vector<Case> heads() {
-  std::vector<Case> cases;
+std::vector<MethodCase> heads() {
+  std::vector<MethodCase> cases;
   for (const std::int64_t dim : {8, 24, 64, 80, 128, 256}) {
     const auto name = "dim" + std::to_string(dim);
-    cases.push_back({"f32_" + name, {.shape = shape(600, 600, dim, 1)}, pbs()});
-    cases.push_back({"bf16_" + name,
-                     of_dtypes(shape(450, 450, dim, 1), DType::bf16, DType::bf16, DType::bf16, DType::bf16), pbs()});
+    cases.push_back({"f32_" + name, {.shape = shape_of(600, 600, dim, 1)}, pbs()});
+    cases.push_back({"bf16_" + name, alike(shape_of(450, 450, dim, 1)), pbs()});
   }
   for (const std::int64_t group : {3, 5, 7, 8})
-    cases.push_back({"group" + std::to_string(group), {.shape = shape(300, 300, 64, group, 1)}, pbs()});
-  cases.push_back({"three_kv_heads", {.shape = shape(520, 520, 64, 9, 3)}, pbs()});
-  cases.push_back({"batch_of_two", {.shape = shape(300, 400, 64, 4, 2, 2)}, pbs()});
+    cases.push_back({"group" + std::to_string(group), {.shape = shape_of(300, 300, 64, group, 1)}, pbs()});
+  cases.push_back({"three_kv_heads", {.shape = shape_of(520, 520, 64, 9, 3)}, pbs()});
+  cases.push_back({"batch_of_two", {.shape = shape_of(300, 400, 64, 4, 2, 2)}, pbs()});
   return cases;
 }
 
-std::vector<Case> dtypes_and_layouts() {
-  const Shape s = shape(400, 520, 64, 4, 2);
-  const Shape two = shape(300, 300, 64, 4, 2, 2);
-  std::vector<Case> cases{
-      {"f16", of_dtypes(s, DType::f16, DType::f16, DType::f16, DType::f16), pbs()},
-      {"bf16", of_dtypes(s, DType::bf16, DType::bf16, DType::bf16, DType::bf16), pbs()},
+std::vector<MethodCase> dtypes_and_layouts() {
+  const Shape s = shape_of(400, 520, 64, 4, 2);
+  const Shape two = shape_of(300, 300, 64, 4, 2, 2);
+  std::vector<MethodCase> cases{
+      {"f16", alike(s, DType::f16), pbs()},
+      {"bf16", alike(s), pbs()},
       {"bf16_in_f32_out", of_dtypes(s, DType::bf16, DType::bf16, DType::bf16, DType::f32), pbs()},
       {"f32_query_f16_cache", of_dtypes(s, DType::f32, DType::f16, DType::f16, DType::f32), pbs()},
       {"all_different", of_dtypes(s, DType::bf16, DType::f32, DType::f16, DType::bf16), pbs()},
@@ -77,9 +55,7 @@ std::vector<Case> dtypes_and_layouts() {
   for (const auto& [name, layout] :
        {std::pair{"bshd", Layout::bshd}, {"padded", Layout::padded}, {"cache", Layout::cache}})
     for (const auto& [type, dtype] : {std::pair{"f32", DType::f32}, {"f16", DType::f16}, {"bf16", DType::bf16}})
-      cases.push_back({std::string(name) + "_" + type,
-                       {.shape = two, .q = dtype, .k = dtype, .v = dtype, .out = dtype, .layout = layout},
-                       pbs()});
+      cases.push_back({std::string(name) + "_" + type, alike(two, dtype, layout), pbs()});
   return cases;
 }
 
@@ -90,10 +66,10 @@ Options with(Settings settings, Options base = pbs()) {
   return base;
 }
 
-std::vector<Case> options() {
-  const Shape s = shape(700, 700);
-  const Shape chunk = shape(333, 777);
-  const Shape grouped = shape(600, 600, 64, 6, 2);
+std::vector<MethodCase> options() {
+  const Shape s = shape_of(700, 700);
+  const Shape chunk = shape_of(333, 777);
+  const Shape grouped = shape_of(600, 600, 64, 6, 2);
   const Settings per_query{{"score", "per_query"}};
   const Settings shared_per_query{{"score", "per_query"}, {"order_scope", "kv_head"}};
   return {
@@ -108,7 +84,7 @@ std::vector<Case> options() {
       {"dense_last_row", {.shape = s}, with({{"dense_last_rows", "1"}})},
       {"dense_last_rows", {.shape = s}, with({{"dense_last_rows", "100"}})},
       {"scale", {.shape = s}, with({{"scale", "0.05"}})},
-      {"block32_segment64", {.shape = shape(500, 500)}, with({{"block", "32"}, {"segment", "64"}})},
+      {"block32_segment64", {.shape = shape_of(500, 500)}, with({{"block", "32"}, {"segment", "64"}})},
       {"block64_segment256", {.shape = s}, with({{"block", "64"}, {"segment", "256"}})},
       {"block96_segment192", {.shape = s}, with({{"block", "96"}, {"segment", "192"}})},
       {"block128_segment128", {.shape = s}, with({{"block", "128"}, {"segment", "128"}})},
@@ -116,8 +92,7 @@ std::vector<Case> options() {
       {"block256_segment256", {.shape = s}, with({{"block", "256"}, {"segment", "256"}})},
       {"per_query", {.shape = s}, with(per_query)},
       {"per_query_chunk", {.shape = chunk}, with(per_query)},
-      {"per_query_bf16", of_dtypes(grouped, DType::bf16, DType::bf16, DType::bf16, DType::bf16),
-       with(shared_per_query)},
+      {"per_query_bf16", alike(grouped), with(shared_per_query)},
       {"threshold", {.shape = s}, with({{"keep", "threshold"}, {"threshold", "0.15"}})},
       {"threshold_0", {.shape = s}, with({{"keep", "threshold"}, {"threshold", "0"}})},
       {"threshold_floor", {.shape = s}, with({{"keep", "threshold"}, {"threshold", "0.4"}, {"floor_top_p", "0.6"}})},
@@ -130,33 +105,32 @@ std::vector<Case> options() {
 }
 
 // Every score on whole calls, on chunks that begin and end inside a block, and on permuted keys of grouped heads.
-std::vector<Case> scores() {
-  std::vector<Case> cases;
+std::vector<MethodCase> scores() {
+  std::vector<MethodCase> cases;
   for (const BlockScore score :
        {BlockScore::antidiagonal, BlockScore::antidiagonal_causal, BlockScore::exact, BlockScore::mean_pool_causal,
         BlockScore::sampled, BlockScore::energy, BlockScore::dual_band}) {
     Options options = pbs(0.7F);
     options.score = score;
     const std::string name(name_of(score));
-    cases.push_back({name, {.shape = shape(600, 600, 64, 4, 2)}, options});
+    cases.push_back({name, {.shape = shape_of(600, 600, 64, 4, 2)}, options});
     options.permutation = Permutation::none;
     options.segment = 128;
-    cases.push_back({name + "_chunk", {.shape = shape(333, 777)}, options});
+    cases.push_back({name + "_chunk", {.shape = shape_of(333, 777)}, options});
     options.keep = KeepRule::density;
     options.density = 0.6F;
     options.rules = Rules::paper;
-    cases.push_back({name + "_bf16",
-                     of_dtypes(shape(520, 520, 64, 2), DType::bf16, DType::bf16, DType::bf16, DType::bf16), options});
+    cases.push_back({name + "_bf16", alike(shape_of(520, 520, 64, 2)), options});
     options.block = options.segment = 32;
     options.keep = KeepRule::relative;
     options.threshold = 0.5F;
-    cases.push_back({name + "_block32", {.shape = shape(300, 300)}, options});
+    cases.push_back({name + "_block32", {.shape = shape_of(300, 300)}, options});
   }
   return cases;
 }
 
-std::vector<Case> named_methods() {
-  std::vector<Case> cases;
+std::vector<MethodCase> named_methods() {
+  std::vector<MethodCase> cases;
   for (const char* name : {"pbs+", "xattention", "mean-pool", "flashprefill", "prism", "minference", "flexprefill",
                            "streaming", "oracle", "pbs-sampled"}) {
     Options options = method(name);
@@ -169,27 +143,26 @@ std::vector<Case> named_methods() {
     std::string label(name);
     std::ranges::replace_if(
         label, [](char c) { return c == '-' || c == '+'; }, '_');
-    cases.push_back({"method_" + label, {.shape = shape(700, 700, 64, 1)}, options});
-    cases.push_back({"method_" + label + "_chunk", {.shape = shape(200, 650)}, options});
-    cases.push_back({"method_" + label + "_short", {.shape = shape(100, 100)}, options});
+    cases.push_back({"method_" + label, {.shape = shape_of(700, 700, 64, 1)}, options});
+    cases.push_back({"method_" + label + "_chunk", {.shape = shape_of(200, 650)}, options});
+    cases.push_back({"method_" + label + "_short", {.shape = shape_of(100, 100)}, options});
   }
   Options pooled = method("flexprefill");
   pooled.tau = 1;
   pooled.min_budget = 1;
-  cases.push_back({"flexprefill_by_pooling", {.shape = shape(700, 700)}, pooled});
+  cases.push_back({"flexprefill_by_pooling", {.shape = shape_of(700, 700)}, pooled});
   for (const bool permuted : {false, true}) {
     Options corrected = permuted ? pbs(0.5F) : method("flashprefill");
     corrected.correction = Correction::mean;
     corrected.dense_last_rows = 0;
     const std::string name = std::string("corrected") + (permuted ? "_permuted" : "");
-    cases.push_back({name, {.shape = shape(600, 600)}, corrected});
-    cases.push_back(
-        {name + "_bf16", of_dtypes(shape(300, 777), DType::bf16, DType::bf16, DType::bf16, DType::bf16), corrected});
+    cases.push_back({name, {.shape = shape_of(600, 600)}, corrected});
+    cases.push_back({name + "_bf16", alike(shape_of(300, 777)), corrected});
   }
   return cases;
 }
 
-std::vector<Case> joined(std::vector<Case> a, const std::vector<Case>& b) {
+std::vector<MethodCase> joined(std::vector<MethodCase> a, const std::vector<MethodCase>& b) {
   a.insert(a.end(), b.begin(), b.end());
   return a;
 }
@@ -201,7 +174,7 @@ std::vector<std::string> chosen_paths() {
   return {device.f32_path, device.bf16_path};
 }
 
-class Backend : public testing::TestWithParam<std::tuple<std::string, Case>> {};
+class Backend : public testing::TestWithParam<std::tuple<std::string, MethodCase>> {};
 
 TEST_P(Backend, AgreesWithTheReference) {
   const auto& [path, c] = GetParam();
@@ -215,7 +188,7 @@ TEST_P(Backend, AgreesWithTheReference) {
   expect_right(problem, result, products_of(result.path));
 }
 
-std::string test_name(const testing::TestParamInfo<std::tuple<std::string, Case>>& test) {
+std::string test_name(const testing::TestParamInfo<std::tuple<std::string, MethodCase>>& test) {
   return std::get<0>(test.param) + "_" + std::get<1>(test.param).name;
 }
 
@@ -232,7 +205,7 @@ INSTANTIATE_TEST_SUITE_P(ChosenPaths, Backend,
                          test_name);
 
 TEST(Backend, SparseCasesAreSparse) {
-  Problem problem({.shape = shape(1000, 1000)});
+  Problem problem({.shape = shape_of(1000, 1000)});
   const double density = run(pbs(), problem).stats.density();
   EXPECT_LT(density, 0.9);
   EXPECT_GT(density, 0.3);

@@ -24,9 +24,10 @@ List select_row_4(float top_p, const std::vector<double>& scores, const List& or
   return select_row_4(options, scores, order);
 }
 
-Options options_of(KeepRule keep) {
+Options options_of(KeepRule keep, float threshold = 0) {
   Options options = top_p_options;
   options.keep = keep;
+  options.threshold = threshold;
   return options;
 }
 
@@ -103,8 +104,7 @@ TEST(PerQueryScores, NanCountsAsZero) {
 }
 
 TEST(SelectBlocks, ThresholdKeepsScoresThatReachIt) {
-  Options options = options_of(KeepRule::threshold);
-  options.threshold = 0.25F;
+  Options options = options_of(KeepRule::threshold, 0.25F);
   EXPECT_EQ(select_row_4(options, {0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
   EXPECT_EQ(select_row_4(options, {0.0, 0.24, 0.5, 0.26}), (List{0, 2, 3, 4}));
   EXPECT_EQ(select_row_4(options, {0, 0, 0, 0}), (List{0, 4}));
@@ -115,8 +115,7 @@ TEST(SelectBlocks, ThresholdKeepsScoresThatReachIt) {
 }
 
 TEST(SelectBlocks, TheFloorKeepsMoreWhereTheThresholdKeepsLess) {
-  Options options = options_of(KeepRule::threshold);
-  options.threshold = 0.3F;
+  Options options = options_of(KeepRule::threshold, 0.3F);
   options.floor_top_p = 0.7F;
   EXPECT_EQ(select_row_4(options, {0.0, 0.125, 0.5, 0.25}), (List{0, 2, 3, 4}));          // the floor takes block 3
   EXPECT_EQ(select_row_4(options, {0.375, 0.25, 0.375, 0.0}), (List{0, 2, 4}));           // both agree
@@ -126,8 +125,7 @@ TEST(SelectBlocks, TheFloorKeepsMoreWhereTheThresholdKeepsLess) {
 }
 
 TEST(SelectBlocks, RelativeIsAShareOfTheHighest) {
-  Options options = options_of(KeepRule::relative);
-  options.threshold = 0.5F;
+  const Options options = options_of(KeepRule::relative, 0.5F);
   EXPECT_EQ(select_row_4(options, {0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));
   EXPECT_EQ(select_row_4(options, {0.0, 0.125, 0.5, 0.375}), (List{0, 2, 3, 4}));
   EXPECT_EQ(select_row_4(options, {0, 0, 0, 0}), (List{0, 4}));
