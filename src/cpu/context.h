@@ -20,7 +20,7 @@ struct StageContext {
 
   const Geometry& geometry() const { return spec.geometry; }
   int head_dim() const { return static_cast<int>(spec.geometry.shape.head_dim); }
-  // Keys of a block, fewer of the last.
+  // Counts the keys of a block, which are fewer in the last.
   int block_keys(std::int64_t block) const {
     return static_cast<int>(
         std::min<std::int64_t>(geometry().block, geometry().shape.kv_len - block * geometry().block));
@@ -32,27 +32,27 @@ struct StageContext {
     return geometry().kv_head(heads.q_begin + q_head) - heads.kv_begin;
   }
 
-  // Index of a query head's permuted and pooled blocks and of its order.
+  // Returns the index of a query head's permuted and pooled blocks and of its order.
   std::int64_t order_head(std::int64_t q_head) const {
     return layout.permuted && !layout.shared_order ? q_head : kv_head(q_head);
   }
-  // Tokens in a query head's slots from a permuted block's first on.
+  // Returns the tokens in a query head's slots from a permuted block's first on.
   const std::int32_t* order(std::int64_t q_head, std::int64_t block) const {
     return layout.order + order_head(q_head) * geometry().permuted_len() + block * geometry().block;
   }
-  // The block that holds token 0.
+  // Returns the block that holds token 0.
   std::int64_t sink_block(std::int64_t q_head) const {
     return layout.permuted ? layout.sink_block[order_head(q_head)] : 0;
   }
 
-  // Means of a query head's blocks, [block][head_dim]: as they were permuted, and where they were.
+  // Return the means of a query head's blocks, [block][head_dim]: as they were permuted, and where they were.
   const float* pooled_k(std::int64_t q_head) const { return layout.pooled_k + pooled_offset(q_head); }
   const float* pooled_v(std::int64_t q_head) const { return layout.pooled_v + pooled_offset(q_head); }
   const float* pooled_own(std::int64_t q_head) const {
     return layout.pooled_own + kv_head(q_head) * up_to_tile(geometry().blocks()) * head_dim();
   }
 
-  // Bit b of a row's mask: the row sees block b.
+  // Returns a row's mask. Bit b: the row sees block b.
   std::uint64_t* mask(std::int64_t q_head, std::int64_t row) const {
     return layout.mask + (q_head * geometry().rows() + row) * layout.mask_words;
   }
@@ -68,7 +68,7 @@ struct StageContext {
   Rows q_rows(std::int64_t q_head, std::int64_t query) const {
     return rows_of(inputs.q, heads.q_begin + q_head, query);
   }
-  // Rows of a head of the call, from a token on.
+  // Returns the rows of a head of the call, from a token on.
   Rows rows_of(const ConstView& view, std::int64_t head, std::int64_t token) const {
     const std::int64_t offset = heads.batch * view.batch_stride + head * view.head_stride + token * view.token_stride;
     return {static_cast<const std::byte*>(view.data) + offset * (view.dtype == DType::f32 ? 4 : 2), view.dtype,

@@ -75,7 +75,8 @@ class CpuExecutor final : public detail::Executor {
     return **std::ranges::find(list, Precision::f32, &Kernels::products);
   }
 
-  // The path of inputs that are all bf16: chosen by the first run that has them, which is known only then, and kept.
+  // Returns the path of inputs that are all bf16: chosen by the first run that has them, which is known only then, and
+  // kept.
   const Kernels& bf16_path() const {
     const Kernels* chosen = bf16_.load();
     if (chosen == nullptr) {
@@ -85,7 +86,8 @@ class CpuExecutor final : public detail::Executor {
     return *chosen;
   }
 
-  // The pass that starts at a query head: as many whole groups as a pass takes, or a group's next part.
+  // Returns the heads of the pass that starts at a query head: as many whole groups as a pass takes, or a group's next
+  // part.
   Heads heads_at(std::int64_t batch, std::int64_t head) const {
     const Geometry& g = spec.geometry;
     const std::int64_t kv_begin = g.kv_head(head);
@@ -109,7 +111,7 @@ class CpuExecutor final : public detail::Executor {
     }
   }
 
-  // Which of these a run takes depends on its inputs.
+  // Returns the paths of which a run's inputs choose one.
   KernelList paths() const {
     KernelList list = for_bf16_;
     list.push_back(automatic_);

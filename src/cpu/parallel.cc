@@ -57,7 +57,8 @@ class Threads {
   }
 
  private:
-  // Where the system has no more threads, or no memory for one, those there are do the work.
+  // Adds workers up to `count`. Where the system has no more threads, or no memory for one, those there are do the
+  // work.
   void grow(int count) {
     try {
       for (; workers_ < count; ++workers_)

@@ -31,7 +31,7 @@ std::vector<std::int32_t> permute(const Inputs& inputs, const Head& head, const 
                         : mean_group_scores(inputs, geometry, batch, geometry.kv_head(q_head), options.scale));
 }
 
-// `heads` are the options of all heads, or of each.
+// Decides orders and lists of all heads. `heads` are the options of all heads, or of each.
 void decide_timed(const Inputs& inputs, std::span<const Options> heads, const Geometry& geometry, Trace& trace,
                   Stats& stats) {
   trace = detail::start_trace(geometry);

@@ -27,7 +27,7 @@ constexpr Format format(DType dtype) {
   return {24, -149, std::numeric_limits<float>::max()};
 }
 
-// The nearest value of the dtype, infinity beyond its range.
+// Returns the nearest value of the dtype, infinity beyond its range.
 inline double round_to(DType dtype, double x) {
   if (!std::isfinite(x) || x == 0.0) return x;
   const Format f = format(dtype);

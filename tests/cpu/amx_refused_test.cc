@@ -21,7 +21,7 @@ namespace {
 
 constexpr Shape shape{.q_heads = 2, .kv_heads = 1, .q_len = 300, .kv_len = 300, .head_dim = 64};
 
-// What the kernel does from now on where this thread asks for permission.
+// Sets what the kernel does from now on where this thread asks for permission.
 bool answer_with(unsigned action) {
   constexpr unsigned request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   sock_filter steps[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
@@ -34,7 +34,7 @@ bool answer_with(unsigned action) {
   return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
 }
 
-// How a child process ends that runs the body after the kernel was set to answer so.
+// Returns how a child process ends that runs the body after the kernel was set to answer so.
 template <class Body>
 int end_of_child(unsigned action, Body&& body) {
   const pid_t child = fork();

@@ -104,7 +104,7 @@ std::vector<MethodCase> options() {
   };
 }
 
-// Every score on whole calls, on chunks that begin and end inside a block, and on permuted keys of grouped heads.
+// Lists every score on whole calls, on chunks that begin and end inside a block, and on permuted keys of grouped heads.
 std::vector<MethodCase> scores() {
   std::vector<MethodCase> cases;
   for (const BlockScore score :
@@ -167,7 +167,7 @@ std::vector<MethodCase> joined(std::vector<MethodCase> a, const std::vector<Meth
   return a;
 }
 
-// The paths that plans choose on this machine.
+// Lists the paths that plans choose on this machine.
 std::vector<std::string> chosen_paths() {
   const DeviceInfo device = describe_cpu();
   if (device.f32_path == device.bf16_path) return {device.f32_path};

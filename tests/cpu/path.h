@@ -20,7 +20,7 @@ class ForcedPath {
   std::optional<std::string> before_;
 };
 
-// What a path multiplies in, by its name.
+// Tells what a path multiplies in, by its name.
 Precision products_of(const std::string& path);
 
 }  // namespace pbsattn::test

@@ -12,7 +12,7 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 const List in_order{0, 1, 2, 3, 4, 5};
 
-// Six tokens, all of them queries of 1; weights of keys 0 .. 5 are 1 : 2 : 3 : 4 : 5 : 6; values (2^n, 1).
+// Makes six tokens, all of them queries of 1; weights of keys 0 .. 5 are 1 : 2 : 3 : 4 : 5 : 6; values (2^n, 1).
 Head weighted() {
   Head head{
       .q = matrix(1, {1, 1, 1, 1, 1, 1}), .k = matrix(1, {0, 0, 0, 0, 0, 0}), .v = matrix(2, std::vector(12, 1.0))};

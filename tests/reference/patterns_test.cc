@@ -14,7 +14,7 @@ Geometry geometry(std::int64_t q_len, std::int64_t kv_len, int block) {
   return {.shape = {.q_len = q_len, .kv_len = kv_len, .head_dim = 2}, .block = block, .segment = block};
 }
 
-// Every query looks at one key.
+// Makes a head whose queries all look at one key.
 Head looking_at(std::int64_t q_len, std::int64_t kv_len, std::int64_t key) {
   Head head{.q = Matrix(q_len, 2), .k = Matrix(kv_len, 2), .v = Matrix(kv_len, 2)};
   for (std::int64_t i = 0; i < q_len; ++i) head.q[i][0] = 1;

@@ -126,8 +126,8 @@ TEST(NewScores, NanCountsAsZero) {
 
 // ---------------------------------------------------------------------------------------------- dual_band
 
-// Four columns: pairs (0, 2), fast, and (1, 3), slow. The fast band has pair 0, the slow one pair 1 (three quarters of
-// two pairs is one).
+// Makes a head of four columns: pairs (0, 2), fast, and (1, 3), slow. The fast band has pair 0, the slow one pair 1
+// (three quarters of two pairs is one).
 Head four_columns() {
   Head head{.q = Matrix(6, 4), .k = Matrix(6, 4), .v = Matrix(6, 4)};
   for (std::int64_t n = 0; n < 6; ++n) head.q[n][0] = head.q[n][1] = 1;

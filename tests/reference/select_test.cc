@@ -14,7 +14,7 @@ Geometry geometry(std::int64_t q_len, std::int64_t kv_len) {
   return {.shape = {.q_len = q_len, .kv_len = kv_len, .head_dim = 1}, .block = 2, .segment = 4};
 }
 
-// Row 4 (tokens 8 and 9) of ten tokens: scored blocks 0 .. 3, own segment from block 4.
+// Selects for row 4 (tokens 8 and 9) of ten tokens: scored blocks 0 .. 3, own segment from block 4.
 List select_row_4(const Options& options, const std::vector<double>& scores, const List& order = identity(10)) {
   return select_blocks(options, geometry(10, 10), 4, {scores}, order);
 }

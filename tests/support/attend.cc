@@ -4,8 +4,8 @@
 #include <limits>
 #include <optional>
 
-#include "reference/numbers.h"
 #include "reference/definition.h"
+#include "reference/numbers.h"
 #include "support/judge.h"
 
 namespace pbsattn::test {
@@ -15,7 +15,7 @@ float to_operand(Precision products, double x) {
   return static_cast<float>(products == Precision::bf16 ? reference::round_to(DType::bf16, x) : x);
 }
 
-// One head's rows as floats ready to multiply.
+// Returns one head's rows as floats ready to multiply.
 std::vector<float> operands(const reference::Matrix& matrix, Precision products) {
   std::vector<float> result;
   result.reserve(matrix.values.size());
@@ -34,7 +34,7 @@ struct Visible {
   }
 };
 
-// Keys of index `many` and up count for `block` keys each.
+// Attends one query. Keys of index `many` and up count for `block` keys each.
 void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
                         std::int64_t dim, float scale, Precision products, const std::vector<std::int64_t>& keys,
                         std::int64_t many, int block, std::vector<float>& out, float& lse) {

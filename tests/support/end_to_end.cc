@@ -40,7 +40,7 @@ std::vector<KeepRule> rules_of(BlockScore score) {
   }
 }
 
-// What heads may differ in. Little is kept, since sequences are short.
+// Draws what heads may differ in. Little is kept, since sequences are short.
 void draw_numbers(Options& options, Random& random) {
   options.top_p = random.share();
   options.threshold = options.keep == KeepRule::relative ? random.share() : random.share() / 4;

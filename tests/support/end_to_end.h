@@ -28,11 +28,12 @@ struct PlanLimits {
   Precision precision = Precision::automatic;
 };
 
-// `each` plans of every score and rule. Sixteen of them have every combination of rules, order scope, correction and
-// one of two dtypes; the rest of a plan, and which combinations fewer plans take, is random but the same everywhere.
+// Returns `each` plans of every score and rule. Sixteen of them have every combination of rules, order scope,
+// correction and one of two dtypes; the rest of a plan, and which combinations fewer plans take, is random but the same
+// everywhere.
 std::vector<RandomPlan> random_plans(const PlanLimits& limits, int each);
 
-// The plans that the CUDA backend is compared on, and the CPU's too, so that all three agree.
+// Returns the plans that the CUDA backend is compared on, and the CPU's too, so that all three agree.
 std::vector<RandomPlan> plans_for_cuda();
 
 // What was compared, and what differed.

@@ -15,7 +15,7 @@ struct HostileCase {
   std::function<void(Problem&)> change;  // of a problem of random bf16 values, without batch
 };
 
-// For problems of at least three segments of two blocks, the last one incomplete.
+// Lists cases for problems of at least three segments of two blocks, the last one incomplete.
 std::vector<HostileCase> hostile_cases(const Shape& shape, int block);
 
 void set_row(Tensor& tensor, std::int64_t token, double value);
@@ -24,9 +24,9 @@ using Runner = std::function<RunResult(const Options&, Problem&)>;
 
 // The rest is of problems like the above whose fifth row begins their third segment; `pbs` has their block and segment.
 
-// Keys that are all alike stay where they are, and of blocks that are, the first are kept.
+// Expects that keys that are all alike stay where they are, and of blocks that are, the first are kept.
 void expect_equal_keys_keep_their_order(Problem problem, Options pbs, Precision products, const Runner& run);
-// Where everything is NaN, `reference_code` keeps no block by score, `paper` all; the output is NaN.
+// Expects that where everything is NaN, `reference_code` keeps no block by score, `paper` all; the output is NaN.
 void expect_nan_goes_by_the_rules(Problem problem, Options pbs, const Runner& run);
 
 }  // namespace pbsattn::test

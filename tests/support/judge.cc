@@ -25,8 +25,8 @@ void for_each_head(const Problem& problem, const Geometry& geometry, Body&& body
     }
 }
 
-// Of keys of one block whose scores are equal, the earlier token comes first: equal keys have equal weights there in
-// every precision.
+// Expects that of keys of one block whose scores are equal, the earlier token comes first: equal keys have equal
+// weights there in every precision.
 void expect_ties_by_token(const Geometry& geometry, const std::vector<double>& scores,
                           const std::vector<std::int32_t>& order) {
   for (std::int64_t slot = 1; slot < geometry.permuted_len(); ++slot) {

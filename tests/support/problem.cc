@@ -9,7 +9,7 @@ namespace {
 
 constexpr std::int64_t topic_length = 48;  // tokens that share a topic; deliberately no multiple of a block
 
-// Unit-length rows: every topic has a direction, and every KV head one that all queries share.
+// Draws a direction, of unit length: every topic has one, and every KV head one that all queries share.
 std::vector<double> direction(Normal& normal, std::int64_t head_dim) {
   std::vector<double> row(head_dim);
   double norm = 0;

@@ -53,17 +53,17 @@ struct RunResult {
 RunResult result_of(const Plan& plan);
 // Plans and runs in a workspace full of NaN, and checks that nothing outside views and workspace changed.
 RunResult run(const Options& options, Problem& problem, const RunOptions& how = {});
-// The same with options of all heads, or of each; the result has the first head's.
+// Does the same with options of all heads, or of each; the result has the first head's.
 RunResult run(std::span<const Options> heads, Problem& problem, const RunOptions& how = {});
 
 inline Geometry geometry_of(const Options& options, const Shape& shape) {
   return {.shape = shape, .block = options.block, .segment = options.segment};
 }
 
-// `options` with scale resolved as Plan does.
+// Returns `options` with scale resolved as Plan does.
 Options resolved(Options options, const Shape& shape);
 
-// The blocks of one row, and the order of one head.
+// Return the blocks of one row, and the order of one head.
 std::vector<std::int32_t> row_list(const Trace& trace, std::int64_t flat_head, std::int64_t row);
 std::vector<std::int32_t> head_order(const Trace& trace, std::int64_t flat_head, std::int64_t kv_len);
 

@@ -10,16 +10,17 @@
 
 namespace pbsattn::test {
 
-// The key scores that the order of query head `flat` follows, and by what share of the higher one two of them differ,
-// at most, that stand in the wrong order. What float32 can't hold counts as equal.
+// Return the key scores that the order of query head `flat` follows, and by what share of the higher one two of them
+// differ, at most, that stand in the wrong order. What float32 can't hold counts as equal.
 std::vector<double> ordering_scores(const Inputs& inputs, const Options& options, const Geometry& geometry,
                                     std::int64_t flat);
 double farthest_swap(const Geometry& geometry, const std::vector<double>& scores,
                      const std::vector<std::int32_t>& order);
 
-// By how much the reference's scores of a row would have to change for the definition to list exactly `list`: 0 where
-// it does, nothing where a change of `tolerance` is too small. The change favours the listed blocks, so whatever stands
-// behind the difference, it is that near to a tie. Of patterns it is how near the closest of the head's choices was.
+// Returns by how much the reference's scores of a row would have to change for the definition to list exactly `list`: 0
+// where it does, nothing where a change of `tolerance` is too small. The change favours the listed blocks, so whatever
+// stands behind the difference, it is that near to a tie. Of patterns it is how near the closest of the head's choices
+// was.
 std::optional<double> tie_behind(const Options& options, const Geometry& geometry, std::int64_t row,
                                  const reference::Scoring& scoring, const reference::RowScores& scores,
                                  const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& list,

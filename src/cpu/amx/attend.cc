@@ -116,7 +116,7 @@ struct Gang {
   int count = 0;
 };
 
-// Among few weights the rounding of each shows.
+// Tells whether a row is done with care: among few weights the rounding of each shows.
 bool needs_care(const AttendRow& row) {
   constexpr int few_blocks = 2;
   return !row.last_finite || row.block_count <= few_blocks;
@@ -134,7 +134,7 @@ int blocks_in_common(const AttendRow& a, const AttendRow& b) {
   return common;
 }
 
-// Rows whose lists differ much would only take turns.
+// Takes the next gang of rows. Those whose lists differ much would only take turns.
 Gang gang_at(const AttendRow* rows, int count) {
   Gang gang{rows, 1};
   const auto alike = [&](const AttendRow& row) {
@@ -146,7 +146,7 @@ Gang gang_at(const AttendRow* rows, int count) {
   return gang;
 }
 
-// The next blocks, up to `most`, that any row of the gang has listed after those before `begin`.
+// Takes the next blocks, up to `most`, that any row of the gang has listed after those before `begin`.
 Chunk next_chunk(const Gang& gang, const std::array<int, most_rows>& begin, int most, std::int64_t block_bytes) {
   Chunk chunk;
   chunk.begin = chunk.end = begin;
@@ -179,7 +179,7 @@ class Fetching {
   Fetching(const Chunk& chunk, std::int64_t block_bytes, int places)
       : chunk_(chunk), ranges_of_block_(ceil_div(static_cast<int>(block_bytes), Bytes)), places_(places) {}
 
-  // What is to be fetched in the next place, or `nothing`, which is in cache already.
+  // Returns what is to be fetched in the next place, or `nothing`, which is in cache already.
   const std::byte* next(const std::byte* nothing) {
     const std::int64_t ranges = 2 * chunk_.count * std::int64_t{ranges_of_block_};
     const auto due = static_cast<int>(ranges * ++place_ / places_);

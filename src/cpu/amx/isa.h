@@ -59,7 +59,7 @@ PBSATTN_INLINE U32 as_u32(F32 x) {
 PBSATTN_INLINE U32 widen(U16 x) {
   return __builtin_convertvector(x, U32);
 }
-// Lane i holds elements 2i and 2i + 1 of the two in sequence.
+// Puts in lane i elements 2i and 2i + 1 of the two in sequence.
 PBSATTN_INLINE U32 in_sequence(U16 a, U16 b) {
   return reinterpret_cast<U32>(__builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16,
                                                        17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
@@ -77,7 +77,7 @@ template <int T>
 PBSATTN_INLINE void tile_load(const void* from, std::int64_t stride = tile_row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
 }
-// For what is read once and should not push out of the first-level cache what is read again.
+// Loads what is read once and should not push out of the first-level cache what is read again.
 template <int T>
 PBSATTN_INLINE void tile_stream(const void* from, std::int64_t stride = tile_row_bytes) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
@@ -86,7 +86,7 @@ template <int T>
 PBSATTN_INLINE void tile_store(void* to, std::int64_t stride = tile_row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
 }
-// C += A B, where A is rows of pairs of bf16 and B has a row for each pair.
+// Adds A B to C, where A is rows of pairs of bf16 and B has a row for each pair.
 template <int C, int A, int B>
 PBSATTN_INLINE void tile_product() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
@@ -127,21 +127,21 @@ PBSATTN_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
 PBSATTN_INLINE F32 above_floor(F32 x) {
   return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
-// p * 2^floor(x)
+// Returns p * 2^floor(x).
 PBSATTN_INLINE F32 times_power(F32 p, F32 x) {
   return _mm512_scalef_ps(p, x);
 }
-// Lane i: bf16 pairs (low[i], high[i]), both cut off rather than rounded.
+// Pairs in lane i the bf16 of (low[i], high[i]), both cut off rather than rounded.
 PBSATTN_INLINE U32 cut_to_pairs(F32 low, F32 high) {
   return reinterpret_cast<U32>(
       _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high)));
 }
-// sum + low + high
+// Returns sum + low + high.
 PBSATTN_INLINE F32 add_pairs(F32 sum, U32 pairs) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pairs),
                           reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3F80)));
 }
-// a > b ? a : b in every lane: b where either is NaN
+// Returns a > b ? a : b in every lane: b where either is NaN
 PBSATTN_INLINE F32 larger(F32 a, F32 b) {
   return _mm512_max_ps(a, b);
 }
@@ -160,7 +160,7 @@ PBSATTN_INLINE void store_f32(void* to, int count, F32 x) {
 PBSATTN_INLINE void store_u16(void* to, int count, U16 x) {
   _mm256_mask_storeu_epi16(to, first_lanes(count), reinterpret_cast<__m256i>(x));
 }
-// `count` of 32 elements of 16 bits, two a lane
+// Writes `count` of 32 elements of 16 bits, two a lane.
 PBSATTN_INLINE void store_pairs(void* to, int count, U32 x) {
   const __mmask32 mask = count >= 2 * lanes ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
   _mm512_mask_storeu_epi16(to, mask, reinterpret_cast<__m512i>(x));
@@ -321,7 +321,7 @@ PBSATTN_INLINE U16 to_half(F32 x) {
   return T == DType::f16 ? to_f16(x) : to_bf16(x);
 }
 
-// out[j][i] = in[i][j] for 16 x 16 elements of 32 bits.
+// Writes out[j][i] = in[i][j] for 16 x 16 elements of 32 bits.
 PBSATTN_INLINE void transpose(const U32 in[lanes], U32 out[lanes]) {
   U32 a[lanes];
   U32 b[lanes];
@@ -373,7 +373,7 @@ PBSATTN_INLINE F32 exp2_cubic(F32 x, float bias) {
   p = multiply_add(p, f, splat(0.9999252F + bias));
   return times_power(p, x);
 }
-// 2^x to float32's accuracy: a Taylor-like polynomial around the middle, sqrt(2) * 2^f on [-1/2, 1/2).
+// Returns 2^x to float32's accuracy: a Taylor-like polynomial around the middle, sqrt(2) * 2^f on [-1/2, 1/2).
 PBSATTN_INLINE F32 exp2_precise(F32 x) {
   constexpr float root2 = 1.41421356237309505F;
   const F32 f = above_floor(x) - 0.5F;

@@ -134,7 +134,7 @@ constexpr const Permission* permission = nullptr;
 
 constexpr int tile_data = 18;  // the kernel's number of this feature
 
-// The processor has the instructions, and the kernel saves the registers.
+// Tells whether the processor has the instructions and the kernel saves the registers.
 bool supported() {
   unsigned a = 0;
   unsigned b = 0;

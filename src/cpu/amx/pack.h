@@ -6,7 +6,7 @@
 namespace pbsattn::cpu::amx {
 namespace {
 
-// cpu::Rows::at, which other files compile for other instructions.
+// Does what cpu::Rows::at does, which other files compile for other instructions.
 PBSATTN_INLINE const void* row_at(const Rows& rows, int i) {
   const std::int64_t offset = (rows.index != nullptr ? rows.index[i] : i) * rows.stride;
   return static_cast<const std::byte*>(rows.data) + offset * (rows.dtype == DType::f32 ? 4 : 2);

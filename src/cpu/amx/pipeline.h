@@ -78,7 +78,7 @@ inline void mask_group(std::byte* scores, std::int64_t ahead) {
   }
 }
 
-// S of one group of keys.
+// Computes S of one group of keys.
 inline void multiply_group(const std::byte* keys, const std::byte* queries, int pairs, std::byte* scores,
                            std::int64_t half_stride, std::int64_t tile_stride, std::int64_t row_stride) {
   tile_zero<0>();
@@ -101,7 +101,7 @@ inline void multiply_group(const std::byte* keys, const std::byte* queries, int 
   tile_store<3>(scores + half_stride + tile_stride, row_stride);
 }
 
-// 16 rows of O^T (+)= V^T P, over some groups of keys; `value_tiles` lie between one group's and the next's.
+// Computes 16 rows of O^T (+)= V^T P, over some groups of keys; `value_tiles` lie between one group's and the next's.
 inline void accumulate_tile(const std::byte* values, const std::byte* weights, int value_tiles, int groups, bool first,
                             std::byte* out) {
   if (first) {
@@ -223,8 +223,8 @@ class Pipeline {
     F32 sum[2];
   };
 
-  // One step of three whole units. Where that takes 32 keys, even ones go backwards, so that a step begins with the
-  // right operands that the one before ended with. Longer steps gain nothing by it.
+  // Runs one step of three whole units. Where that takes 32 keys, even ones go backwards, so that a step begins with
+  // the right operands that the one before ended with. Longer steps gain nothing by it.
   void run_full(const Unit& qk, int step, const Unit& exp, int behind, const Unit& pv) {
     if (steps == unit_groups && step % 2 == 0)
       run_spread<true>(qk, step, exp, behind, pv);
@@ -232,7 +232,7 @@ class Pipeline {
       run_spread<false>(qk, step, exp, behind, pv);
   }
 
-  // The exponentials are spread evenly over the products.
+  // Runs a step with its exponentials spread evenly over the products.
   template <bool Backwards>
   [[gnu::noinline]] void run_spread(const Unit& qk, int step, const Unit& exp, int behind, const Unit& pv) {
     constexpr int pieces = Exponentials::pieces;
@@ -254,7 +254,7 @@ class Pipeline {
     exps.finish(exp);
   }
 
-  // One step of whatever part of the units is there, one thing after the other.
+  // Runs one step of whatever part of the units is there, one thing after the other.
   [[gnu::noinline]] void run_parts(const Unit& qk, int qk_group, const Unit& exp, int exp_group, const Unit& pv,
                                    int part) {
     loaded_ = nullptr;
@@ -268,9 +268,9 @@ class Pipeline {
     if (pv.groups > 0) multiply_values(pv, part);
   }
 
-  // Both products of a step, in rounds of 2 x 2 tile products: tiles 0 to 3 sum, 4 and 5 hold the left operand,
-  // 6 and 7 the right one. The processor does not rename tiles far ahead, so every operand is loaded as soon as its
-  // tile has been read for the last time, in an order that turns round every round, and a sum is stored just
+  // Multiplies both products of a step, in rounds of 2 x 2 tile products: tiles 0 to 3 sum, 4 and 5 hold the left
+  // operand, 6 and 7 the right one. The processor does not rename tiles far ahead, so every operand is loaded as soon
+  // as its tile has been read for the last time, in an order that turns round every round, and a sum is stored just
   // before the next one begins in its tile.
   template <bool Backwards, class After>
   PBSATTN_INLINE void multiply_both(const Unit& qk, int qk_group, const Unit& pv, int part, const After& after) {
@@ -345,13 +345,13 @@ class Pipeline {
     unroll<0, 4>([&](auto sum)
                      __attribute__((always_inline)) { tile_store<sum.value>(sums(last) + sum.value * tile_bytes); });
   }
-  // Which sums a round adds to, and which round is the i-th.
+  // Tells which sums a round adds to, and which round is the i-th.
   static constexpr int sum_of(int r) {
     return r < key_rounds ? r / Pairs : step_groups + (r - key_rounds) / unit_groups;
   }
   static constexpr int round_at(int i, bool backwards) { return backwards ? rounds - 1 - i : i; }
 
-  // The products of a step one after the other, of whatever part of the units is there.
+  // Multiplies the products of a step one after the other, of whatever part of the units is there.
   void multiply_keys(const Unit& unit, int first_group) {
     const int end = unit.groups < first_group + step_groups ? unit.groups : first_group + step_groups;
     for (int group = first_group; group < end; ++group)

@@ -12,7 +12,7 @@ inline int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// Tile pairs of a head_dim; the packed rows are padded with zeros up to them.
+// Counts the tile pairs of a head_dim; the packed rows are padded with zeros up to them.
 inline int tile_pairs(int head_dim) {
   return ceil_div(head_dim, 32);
 }
@@ -24,7 +24,7 @@ inline const std::byte* v_of(const AttendRow& row, std::int64_t block, std::int6
   return (block < row.permuted_end ? row.permuted_v : row.v) + block * block_bytes;
 }
 
-// Unit `part` of the row's i-th block for a strip; without groups where it lies wholly in the future. Other
+// Makes unit `part` of the row's i-th block for a strip; without groups where it lies wholly in the future. Other
 // masked keys cost less than an uneven pipeline.
 inline Unit make_unit(Strip& strip, const AttendArgs& args, int i, int part) {
   const AttendRow& row = *strip.row;
@@ -47,7 +47,7 @@ inline Unit make_unit(Strip& strip, const AttendArgs& args, int i, int part) {
 // What attend_with_care needs: a unit's scores, then its weights, each the sum of two bf16.
 constexpr int careful_bytes = unit_groups * 8 * tile_bytes;
 
-// x cut to bf16's 8 bits, to nearest, as float32. It is finite or NaN, and not near float32's end.
+// Cuts x to bf16's 8 bits, to nearest, as float32. It is finite or NaN, and not near float32's end.
 PBSATTN_INLINE F32 rounded_to_bf16(F32 x) {
   return as_f32((as_u32(x) + 0x8000U) & 0xFFFF0000U);
 }
@@ -56,7 +56,7 @@ inline F32 zero_if_minus_infinity(F32 max) {
   return max == splat(-__builtin_inff()) ? F32{} : max;
 }
 
-// O^T += V^T P over visible pairs only: a masked value may be infinite or NaN, and 0 * inf is NaN.
+// Adds V^T P to O^T over visible pairs only: a masked value may be infinite or NaN, and 0 * inf is NaN.
 inline void accumulate_visible(const Unit& unit, int pairs, const std::byte* weights, std::byte* out) {
   const I32 lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int key = 0; key < unit.groups * group_keys; ++key) {
@@ -135,8 +135,8 @@ inline void attend_unit_with_care(const Unit& unit, int pairs, float scale, bool
   }
 }
 
-// A strip from its first block to its last with a running maximum, as a textbook has it. Where fine, weights have
-// 16 bits: with infinite values around, the second 8 could turn an infinity into NaN.
+// Attends a strip from its first block to its last with a running maximum, as a textbook has it. Where fine, weights
+// have 16 bits: with infinite values around, the second 8 could turn an infinity into NaN.
 inline void attend_with_care(Strip& strip, const AttendArgs& args, bool fine, std::byte* scratch) {
   const AttendRow& row = *strip.row;
   const int pairs = tile_pairs(args.head_dim);

@@ -24,7 +24,7 @@ __m256i as_bits(__m256bh pairs) {
   return reinterpret_cast<__m256i>(pairs);
 }
 
-// c[i][:] = beta[:] * c[i][:] + sum over k of a(i, k) . b[k][:] for row_tile rows i, where a(i, k) is the
+// Computes c[i][:] = beta[:] * c[i][:] + sum over k of a(i, k) . b[k][:] for row_tile rows i, where a(i, k) is the
 // pair a[i * row_stride + k * k_stride] and b is [..][strip] pairs. A null beta stands for zero.
 inline void product(const Pair* __restrict a, std::int64_t row_stride, std::int64_t k_stride, int k_count,
                     const Pair* __restrict b, const float* __restrict beta, float* __restrict c) {
@@ -54,7 +54,7 @@ inline void product(const Pair* __restrict a, std::int64_t row_stride, std::int6
   }
 }
 
-// 2^x for x <= 0 (NaN kept): 2^x = 2^f * 2^floor(x) with a minimax cubic for 2^f on [0, 1), relative error
+// Returns 2^x for x <= 0 (NaN kept): 2^x = 2^f * 2^floor(x) with a minimax cubic for 2^f on [0, 1), relative error
 // 7.5e-5, a 26th of bf16's half ulp. -inf gives 0.
 inline __m512 exp2_for_bf16(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -65,7 +65,7 @@ inline __m512 exp2_for_bf16(__m512 x) {
   return _mm512_scalef_ps(p, x);
 }
 
-// The same to float32's accuracy, for factors that stay in float32.
+// Returns the same to float32's accuracy, for factors that stay in float32.
 inline __m512 exp2_for_f32(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -85,7 +85,8 @@ inline __m512 max_or_zero(__m512 max) {
   return _mm512_mask_mov_ps(max, nothing, _mm512_setzero_ps());
 }
 
-// Subtracting before scaling keeps the exponent from rounding above 0, however large the scores are.
+// Returns an exponent in base 2. Subtracting before scaling keeps it from rounding above 0, however large the scores
+// are.
 inline __m512 exponent(__m512 score, __m512 origin, __m512 scale) {
   return _mm512_mul_ps(_mm512_sub_ps(score, origin), scale);
 }
@@ -96,7 +97,7 @@ inline __mmask16 sees(std::int64_t ahead, int j) {
   return blind <= 0 ? 0xFFFF : blind >= lanes ? 0 : static_cast<__mmask16>(0xFFFFU << blind);
 }
 
-// The first `left` lanes of a row's next 16.
+// Returns the first `left` lanes of a row's next 16.
 inline __mmask16 head_mask(int left) {
   return left >= lanes ? 0xFFFF : static_cast<__mmask16>((1U << left) - 1);
 }
@@ -113,7 +114,7 @@ inline __m256i load_bf16(const void* row, DType dtype, int d, __mmask16 mask) {
   return as_bits(_mm512_cvtneps_pbh(load_f32(row, dtype, d, mask)));
 }
 
-// Lane i holds (low[i], high[i]).
+// Puts (low[i], high[i]) in lane i.
 inline __m512i interleave(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
@@ -154,7 +155,7 @@ bool pack_values(const Rows& rows, int count, int padded, int head_dim, void* pa
   return special == 0;
 }
 
-// out[j][i] = in[i][j] for a 16 x 16 tile of 32-bit elements; strides in elements. Writes only the first
+// Writes out[j][i] = in[i][j] for a 16 x 16 tile of 32-bit elements; strides in elements. Writes only the first
 // `rows` rows of out.
 inline void transpose16(const Pair* in, std::int64_t in_stride, Pair* out, std::int64_t out_stride, int rows) {
   __m512i a[lanes];
@@ -213,7 +214,7 @@ void scores(const void* keys, const void* queries, int count, int head_dim, floa
             static_cast<const Pair*>(queries), nullptr, out + i * strip);
 }
 
-// O^T += P V over visible pairs only, for blocks whose masked values would spoil the sum.
+// Adds P V to O^T over visible pairs only, for blocks whose masked values would spoil the sum.
 void accumulate_visible(const BlockArgs& args, const Pair* weights, float* out) {
   for (int key = 0; key < args.count; ++key) {
     const Pair* value =
@@ -304,7 +305,7 @@ void attend_block(const BlockArgs& args, const StripState& state) {
   if (careful) accumulate_visible(args, weights, state.out);
 }
 
-// A block's scores go through `scores` a few keys at a time; the maximum must be known before any exponential.
+// Scores a whole block before any exponential, for which the maximum must be known.
 void score_keys(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max_out,
                 float* sum_out, void* exps) {
   alignas(64) float s[max_block * strip];

@@ -19,7 +19,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 using Narrow = hn::CappedTag<float, row_tile>;
 constexpr int narrow_lanes = static_cast<int>(hn::MaxLanes(Narrow()));
 
-// float16 by hand where the target has no instructions for it: there Highway 1.0 truncates, and takes
+// Loads float16, by hand where the target has no instructions for it: there Highway 1.0 truncates, and takes
 // infinity and NaN for numbers.
 template <class D32>
 HWY_INLINE hn::Vec<D32> load_f16(D32 d32, const std::uint16_t* halves) {
@@ -92,7 +92,7 @@ HWY_INLINE void convert_row(const void* row, DType dtype, int head_dim, float* H
     convert_row_of<DType::f16>(row, head_dim, out);
 }
 
-// Columns stay in registers while the rows go by.
+// Sums rows. Columns stay in registers while the rows go by.
 template <DType dtype>
 HWY_INLINE void sum_rows_of(const Rows& rows, int count, int head_dim, float* HWY_RESTRICT sum) {
   constexpr Narrow d32;

@@ -86,7 +86,7 @@ struct NoFetcher {
   void step() {}
 };
 
-// scores[i][:] for `count` rows, a multiple of row_tile.
+// Writes scores[i][:] for `count` rows, a multiple of row_tile.
 template <class Fetch>
 HWY_INLINE void score_rows(const float* const* rows, int count, int head_dim, const float* queries, float* scores,
                            Fetch& fetcher) {
@@ -101,7 +101,7 @@ HWY_INLINE void score_rows(const float* const* rows, int count, int head_dim, co
   }
 }
 
-// out[d][:] = rescale[:] * out[d][:] + the weighted sum of `count` rows, for all columns d.
+// Writes out[d][:] = rescale[:] * out[d][:] + the weighted sum of `count` rows, for all columns d.
 template <class Fetch>
 HWY_INLINE void add_values(const float* const* rows, int count, int head_dim, const float* weights,
                            const float* rescale, float* out, Fetch& fetcher) {
@@ -136,7 +136,7 @@ void hide_future(const BlockArgs& args, int first, int count, float* scores) {
   }
 }
 
-// O^T += P V over visible pairs only, for blocks whose masked values would spoil the sum.
+// Adds P V to O^T over visible pairs only, for blocks whose masked values would spoil the sum.
 void accumulate_visible(const BlockArgs& args, const float* const* values, int first, int count, const float* weights,
                         float* out) {
   for (int key = 0; key < count; ++key) {

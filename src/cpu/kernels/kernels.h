@@ -166,20 +166,20 @@ struct Kernels {
 
 using KernelList = std::vector<const Kernels*>;
 
-// The tables this processor can run, fastest first; never empty. f32 and bf16 paths are both listed, and not those that
-// the system has refused.
+// Returns the tables this processor can run, fastest first; never empty. f32 and bf16 paths are both listed, and not
+// those that the system has refused.
 KernelList runnable_kernels();
 
-// Those that products may take: of runnable_kernels() those whose products match, down to the first that needs no
-// permission, or the f32 one where bf16 has no fast path. PBSATTN_CPU_PATH=name in the environment, read when a plan is
-// made, forces one.
+// Returns those that products may take: of runnable_kernels() those whose products match, down to the first that needs
+// no permission, or the f32 one where bf16 has no fast path. PBSATTN_CPU_PATH=name in the environment, read when a plan
+// is made, forces one.
 KernelList candidates(Precision products);
 
-// The first that is permitted, for which its permission is asked. Throws unsupported if none is.
+// Returns the first that is permitted, for which its permission is asked. Throws unsupported if none is.
 const Kernels& choose(std::span<const Kernels* const> candidates);
 
 KernelList f32_kernels();  // Highway's targets, best first
-// Null where not compiled in or not supported. Nothing is asked of the system.
+// Return null where not compiled in or not supported. Nothing is asked of the system.
 const Kernels* amx_bf16_kernels();
 const Kernels* avx512_bf16_kernels();
 

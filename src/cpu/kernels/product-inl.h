@@ -35,7 +35,7 @@ constexpr int tile_vectors = 2;
 static_assert(strip_vectors % tile_vectors == 0);
 static_assert(row_tile % 8 == 0);
 
-// out[i][:] = rows[i][:] . queries[:][:] for `count` rows of head_dim elements; queries is [head_dim][strip].
+// Writes out[i][:] = rows[i][:] . queries[:][:] for `count` rows of head_dim elements; queries is [head_dim][strip].
 template <int count>
 HWY_INLINE void score_tile(const float* const* rows, int head_dim, const float* HWY_RESTRICT queries,
                            float* HWY_RESTRICT out) {
@@ -68,7 +68,7 @@ HWY_INLINE void score_tile(const float* const* rows, int head_dim, const float* 
   }
 }
 
-// out[i][:] = rescale[:] * out[i][:] + sum over keys of rows[key][i] * weights[key][:] for `count` columns i.
+// Writes out[i][:] = rescale[:] * out[i][:] + sum over keys of rows[key][i] * weights[key][:] for `count` columns i.
 template <int count>
 HWY_INLINE void value_tile(const float* const* rows, int first, int keys, const float* HWY_RESTRICT weights,
                            const float* HWY_RESTRICT rescale, float* HWY_RESTRICT out) {
@@ -101,8 +101,8 @@ HWY_INLINE void value_tile(const float* const* rows, int first, int keys, const 
   }
 }
 
-// 2^x for x <= 0 (or NaN, kept), relative error below 2e-7: x = n + f with n whole and f in [-1/2, 1/2], a minimax
-// polynomial for 2^f, times 2^n. Below 2^-126 the result is 0.
+// Returns 2^x for x <= 0 (or NaN, kept), relative error below 2e-7: x = n + f with n whole and f in [-1/2, 1/2], a
+// minimax polynomial for 2^f, times 2^n. Below 2^-126 the result is 0.
 HWY_INLINE Vec exp2_nonpositive(Vec x) {
   const hn::RebindToUnsigned<F> u32;
   const Vec least = hn::Set(f32, -127.0F);
@@ -126,13 +126,13 @@ HWY_INLINE Vec max_or_zero(Vec max) {
   return hn::IfThenElse(hn::Eq(max, hn::Set(f32, minus_infinity)), hn::Zero(f32), max);
 }
 
-// The unnormalised softmax weight of a score. Subtracting before scaling keeps the exponent from rounding
+// Returns the unnormalised softmax weight of a score. Subtracting before scaling keeps the exponent from rounding
 // above 0, however large the scores are.
 HWY_INLINE Vec weight_of(Vec score, Vec origin, Vec scale) {
   return exp2_nonpositive(hn::Mul(hn::Sub(score, origin), scale));
 }
 
-// The mask of queries, in the vector that begins at `lane`, that see the key `ahead` tokens after query 0.
+// Returns the mask of queries, in the vector that begins at `lane`, that see the key `ahead` tokens after query 0.
 HWY_INLINE hn::Mask<F> sees(std::int64_t ahead, int lane) {
   const auto clamped = static_cast<float>(std::min<std::int64_t>(ahead, strip));
   return hn::Ge(hn::Iota(f32, static_cast<float>(lane)), hn::Set(f32, clamped));
@@ -182,7 +182,7 @@ HWY_INLINE void softmax_step(float* HWY_RESTRICT scores, int count, float scale_
   }
 }
 
-// out[j][i] = rows[i][j] for 4 rows i of `columns` elements, a multiple of 4.
+// Writes out[j][i] = rows[i][j] for 4 rows i of `columns` elements, a multiple of 4.
 HWY_INLINE void transpose4(const float* const* rows, int columns, float* HWY_RESTRICT out, std::int64_t out_stride) {
 #if HWY_TARGET == HWY_SCALAR
   for (int i = 0; i < 4; ++i)

@@ -30,8 +30,8 @@ void keep_highest(std::int64_t count, std::span<const double> scores, std::vecto
   for (std::int64_t i = 0; i < count; ++i) keep[blocks[i]] = true;
 }
 
-// keep[b] for blocks 0 .. own_begin-1. `all_scores` may go on to the diagonal: then what is always kept counts first
-// toward top_p, or competes with the rest (core/score_traits.h).
+// Returns keep[b] for blocks 0 .. own_begin-1. `all_scores` may go on to the diagonal: then what is always kept counts
+// first toward top_p, or competes with the rest (core/score_traits.h).
 std::vector<bool> apply_rule(const Options& options, const Geometry& geometry, std::int64_t row,
                              std::int64_t sink_block, std::span<const double> all_scores) {
   const std::int64_t own_begin = geometry.own_begin(row);
@@ -67,7 +67,7 @@ std::vector<bool> apply_rule(const Options& options, const Geometry& geometry, s
   return keep;
 }
 
-// The same for a row's one or two scores. Scores that NaN made 0 keep nothing, or all.
+// Does the same for a row's one or two scores. Scores that NaN made 0 keep nothing, or all.
 std::vector<bool> apply_rule(const Options& options, const Geometry& geometry, std::int64_t row,
                              std::int64_t sink_block, const RowScores& scores) {
   const std::int64_t own_begin = geometry.own_begin(row);

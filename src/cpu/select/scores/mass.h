@@ -24,16 +24,16 @@ class BlockMasses {
   BlockMasses(const Kernels& kernels, const SelectScratch& scratch, std::int64_t blocks, float scale_log2)
       : kernels_(kernels), scratch_(scratch), blocks_(blocks), scale_log2_(scale_log2) {}
 
-  // Block b with keys that all queries see: packed rows, as many as a multiple of row_tile.
+  // Adds block b with keys that all queries see: packed rows, as many as a multiple of row_tile.
   void add(std::int64_t b, const float* keys, int count, int dim, const float* queries);
-  // The same where sees(query, key) says which; rows are padded to a multiple of row_tile.
+  // Adds it where sees(query, key) says which; rows are padded to a multiple of row_tile.
   template <class Sees>
   void add_masked(std::int64_t b, const float* keys, int count, int dim, const float* queries, Sees&& sees);
 
   // Turns what was added into factors of its exponentials: the softmax weight of a key is exps * factor.
   void finish(int queries);
   const float* factors(std::int64_t b) const { return scratch_.scores + b * strip; }
-  // weights[b] += the masses of the first `queries` queries.
+  // Adds to weights[b] the masses of the first `queries` queries.
   void add_to(float* weights, int queries) const;
 
  private:

@@ -10,7 +10,7 @@
 
 namespace pbsattn::cpu {
 
-// BlockScore::mean_pool: scores a strip of rows, [block][strip], which mean_pool_weights() turns into one row's
+// Scores a strip of rows by BlockScore::mean_pool, [block][strip], which mean_pool_weights() turns into one row's
 // weights.
 void score_mean_pool(const StageContext& c, std::int64_t head, std::int64_t first_row, int rows,
                      const SelectScratch& scratch);
@@ -21,7 +21,7 @@ double score_energy(const StageContext& c, std::int64_t head, std::int64_t row, 
 double score_per_query(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);
 double score_exact(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);
 double score_sampled(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);
-// BlockScore::antidiagonal and antidiagonal_causal.
+// Scores a row by BlockScore::antidiagonal or antidiagonal_causal.
 double score_antidiagonal(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);
 
 // BlockScore::dual_band: the slow band's weights follow blocks() after the fast one's.
@@ -32,7 +32,7 @@ BandTotals score_dual_band(const StageContext& c, std::int64_t head, std::int64_
 // Writes the factors of a head's two bands, from all its pooled queries and keys.
 void calibrate_bands(const StageContext& c, std::int64_t head, const SelectScratch& scratch);
 
-// BlockScore::vertical_slash and flexible: mark in the masks of a head's rows what its columns and diagonals keep.
+// Mark in the masks of a head's rows what its columns and diagonals keep.
 void mark_vertical_slash(const StageContext& c, std::int64_t head, const SelectScratch& scratch);
 void mark_flexible(const StageContext& c, std::int64_t head, const SelectScratch& scratch);
 

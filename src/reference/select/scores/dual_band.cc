@@ -9,7 +9,8 @@
 namespace pbsattn::reference {
 namespace {
 
-// Columns of head_dim that rotate with frequency indices [begin, end), of pairs (i, i + head_dim / 2), fastest first.
+// Returns the columns of head_dim that rotate with frequency indices [begin, end), of pairs (i, i + head_dim / 2),
+// fastest first.
 std::vector<std::int64_t> columns(std::int64_t head_dim, std::int64_t begin, std::int64_t end) {
   std::vector<std::int64_t> result;
   for (std::int64_t i = begin; i < end; ++i) {
