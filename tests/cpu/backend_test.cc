@@ -53,7 +53,7 @@ std::vector<MethodCase> dtypes_and_layouts() {
       {"all_different", of_dtypes(s, DType::bf16, DType::f32, DType::f16, DType::bf16), pbs()},
   };
   for (const auto& [name, layout] :
-       {std::pair{"bshd", Layout::bshd}, {"padded", Layout::padded}, {"cache", Layout::cache}})
+       {std::pair{"bshd", TensorLayout::bshd}, {"padded", TensorLayout::padded}, {"cache", TensorLayout::cache}})
     for (const auto& [type, dtype] : {std::pair{"f32", DType::f32}, {"f16", DType::f16}, {"bf16", DType::bf16}})
       cases.push_back({std::string(name) + "_" + type, alike(two, dtype, layout), pbs()});
   return cases;

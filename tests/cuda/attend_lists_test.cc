@@ -22,7 +22,7 @@ struct Case {
   int segment = 256;
   bool shared_order = false;
   DType dtype = DType::bf16;
-  Layout layout = Layout::bhsd;
+  TensorLayout layout = TensorLayout::bhsd;
   bool nan_values = false;  // one in the middle of each block of V, each in a column of its own
 };
 
@@ -162,7 +162,7 @@ std::vector<Case> cases() {
                    .density = 0.2,
                    .nan_values = true});
     all.push_back(
-        {name("f16_tokens_first"), shape_of(777, 777, d, 4, 2, 2), 0.5, 256, false, DType::f16, Layout::bshd});
+        {name("f16_tokens_first"), shape_of(777, 777, d, 4, 2, 2), 0.5, 256, false, DType::f16, TensorLayout::bshd});
   }
   return all;
 }

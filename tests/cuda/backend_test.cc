@@ -9,12 +9,6 @@
 namespace pbsattn::test {
 namespace {
 
-Options pbs(float top_p = 0.8F) {
-  Options options = method("pbs");
-  options.top_p = top_p;
-  return options;
-}
-
 template <class Change>
 Options pbs_with(Change&& change) {
   Options options = pbs();
@@ -49,8 +43,8 @@ std::vector<MethodCase> dtypes_and_layouts() {
   for (const std::int64_t dim : {64, 128})
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
       cases.push_back({type + std::string("_dim") + std::to_string(dim), alike(shape_of(700, 700, dim), dtype), pbs()});
-  cases.push_back({"bshd", alike(shape_of(300, 600, 64, 4, 2, 2), DType::bf16, Layout::bshd), pbs()});
-  cases.push_back({"cache", alike(shape_of(300, 600, 128, 4, 2, 2), DType::bf16, Layout::cache), pbs()});
+  cases.push_back({"bshd", alike(shape_of(300, 600, 64, 4, 2, 2), DType::bf16, TensorLayout::bshd), pbs()});
+  cases.push_back({"cache", alike(shape_of(300, 600, 128, 4, 2, 2), DType::bf16, TensorLayout::cache), pbs()});
   return cases;
 }
 
@@ -160,7 +154,7 @@ std::vector<MethodCase> masses() {
     // Neither begins nor ends with a whole patch of 8, nor with a whole block.
     add("chunk", alike(shape_of(301, 1111, 64)), nothing);
     add("one_query", alike(shape_of(1, 777, 64)), nothing);
-    add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), nothing);
+    add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, TensorLayout::bshd), nothing);
     // More than one thread block's share of keys or tile of their means, and more than one tile of queries.
     const bool of_means = score >= BlockScore::mean_pool_causal && score != BlockScore::sampled;
     add("many_keys", alike(shape_of(130, of_means ? 21'000 : 9000, 64, 1)), nothing);
@@ -216,7 +210,7 @@ std::vector<MethodCase> corrections() {
       {"flashprefill_chunk", alike(shape_of(301, 1111, 64)), flashprefill},
       {"flashprefill_one_query", alike(shape_of(1, 777, 64)), flashprefill},
       {"flashprefill_short", alike(shape_of(100, 100, 64)), flashprefill},
-      {"flashprefill_heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), flashprefill},
+      {"flashprefill_heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, TensorLayout::bshd), flashprefill},
       // More than one tile of means, and tiles whose blocks are all listed.
       {"flashprefill_many_keys", alike(shape_of(130, 40'000, 64, 1)), flashprefill},
       {"corrected_permuted", problem, corrected(pbs(0.5F))},

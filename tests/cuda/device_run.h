@@ -5,8 +5,8 @@
 
 #include <functional>
 #include <span>
-#include <string>
 
+#include "support/case.h"
 #include "support/problem.h"
 
 namespace pbsattn::test {
@@ -48,24 +48,6 @@ class DeviceProblem {
   DeviceMemory q_, k_, v_, out_, lse_;
   Inputs inputs_;
   Outputs outputs_;
-};
-
-// A problem whose tensors are alike, as the backend wants them.
-inline ProblemSpec alike(const Shape& shape, DType dtype = DType::bf16, Layout layout = Layout::bhsd,
-                         std::uint64_t seed = 1) {
-  return {.shape = shape, .q = dtype, .k = dtype, .v = dtype, .out = dtype, .layout = layout, .seed = seed};
-}
-inline Shape shape_of(std::int64_t q_len, std::int64_t kv_len, std::int64_t head_dim = 64, std::int64_t q_heads = 2,
-                      std::int64_t kv_heads = 1, std::int64_t batch = 1) {
-  return {
-      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
-}
-
-// A method on a problem, by which a test is named.
-struct MethodCase {
-  std::string name;
-  ProblemSpec problem;
-  Options options;
 };
 
 struct DeviceRunOptions {

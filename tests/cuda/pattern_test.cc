@@ -50,8 +50,8 @@ std::vector<MethodCase> patterns() {
   // Fewer queries than score.
   for (const std::int64_t q_len : {1, 31, 100})
     add("queries" + std::to_string(q_len), alike(shape_of(q_len, 777)), nothing);
-  add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, Layout::bshd), nothing);
-  add("cache", alike(shape_of(300, 600, 64, 4, 2, 2), DType::bf16, Layout::cache), nothing);
+  add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, TensorLayout::bshd), nothing);
+  add("cache", alike(shape_of(300, 600, 64, 4, 2, 2), DType::bf16, TensorLayout::cache), nothing);
   // More than one thread block's share of keys, and a share that ends early.
   add("many_keys", alike(shape_of(70, 2700, 128)), nothing);
   add("segment384", alike(shape_of(900, 1000)), [](Options& o) { o.segment = 384; });
@@ -227,14 +227,14 @@ TEST_P(CudaHeads, GraphOutlivesThePlan) {
   expect_success(cudaGraphInstantiate(&executable, graph, 0));
   plan.reset();
   for (const std::uint64_t seed : {1, 2}) {
-    Problem contents(alike(small, DType::bf16, Layout::bhsd, seed));
+    Problem contents(alike(small, DType::bf16, TensorLayout::bhsd, seed));
     device.upload_inputs(contents);
     device.poison_outputs();
     workspace.poison();
     expect_success(cudaGraphLaunch(executable, stream));
     expect_success(cudaStreamSynchronize(stream));
     device.download_outputs(contents);
-    Problem direct(alike(small, DType::bf16, Layout::bhsd, seed));
+    Problem direct(alike(small, DType::bf16, TensorLayout::bhsd, seed));
     EXPECT_EQ(run_by_head(heads, direct).out, contents.out.bytes());
   }
   cudaGraphExecDestroy(executable);

@@ -6,17 +6,12 @@
 
 #include "cuda/device_run.h"
 #include "support/judge.h"
+#include "support/refusal.h"
 
 namespace pbsattn::test {
 namespace {
 
 constexpr Shape small{.batch = 2, .q_heads = 6, .kv_heads = 2, .q_len = 500, .kv_len = 900, .head_dim = 64};
-
-Options pbs() {
-  Options options = method("pbs");
-  options.top_p = 0.7F;
-  return options;
-}
 
 // Every kind of launch: keys in an order, scores of means in scratch, a correction.
 std::vector<Options> kinds() {
@@ -26,23 +21,10 @@ std::vector<Options> kinds() {
   corrected.dense_last_rows = 0;
   corrected.threshold = 0.5F;
   corrected.local_blocks = 1;
-  Options permuted = pbs();
+  Options permuted = pbs(0.7F);
   permuted.score = BlockScore::energy;
   permuted.correction = Correction::mean;
-  return {pbs(), prism, corrected, permuted};
-}
-
-// Runs `body` and returns the message of the Error it must throw.
-template <class Body>
-std::string refusal(ErrorCode code, Body&& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    return error.what();
-  }
-  ADD_FAILURE() << "was not refused";
-  return {};
+  return {pbs(0.7F), prism, corrected, permuted};
 }
 
 class OwnedStream {
@@ -56,31 +38,31 @@ class OwnedStream {
 
 TEST(CudaPlan, RefusesWhatItCannotDo) {
   const auto create = [](const Options& options, Shape shape) {
-    return refusal(ErrorCode::unsupported, [&] { Plan::create(options, shape, Device::cuda()); });
+    return refusal_of([&] { Plan::create(options, shape, Device::cuda()); }, ErrorCode::unsupported);
   };
   Shape wide = small;
   wide.head_dim = 100;
-  EXPECT_NE(create(pbs(), wide).find("head_dim 100"), std::string::npos);
-  Options options = pbs();
+  EXPECT_NE(create(pbs(0.7F), wide).find("head_dim 100"), std::string::npos);
+  Options options = pbs(0.7F);
   options.block = 64;
   EXPECT_NE(create(options, small).find("block 64"), std::string::npos);
-  options = pbs();
+  options = pbs(0.7F);
   options.precision = Precision::f32;
   EXPECT_NE(create(options, small).find("precision f32"), std::string::npos);
-  options = pbs();
+  options = pbs(0.7F);
   options.segment = 16'384;
   EXPECT_NE(create(options, small).find("segment 16384"), std::string::npos);
   Shape many = small;
   many.batch = 20'000;
-  EXPECT_NE(create(pbs(), many).find("split the batch"), std::string::npos);
+  EXPECT_NE(create(pbs(0.7F), many).find("split the batch"), std::string::npos);
   Shape endless = small;
   endless.q_len = endless.kv_len = 7'000'000;
-  EXPECT_NE(create(pbs(), endless).find("kv_len 7000000"), std::string::npos);
+  EXPECT_NE(create(pbs(0.7F), endless).find("kv_len 7000000"), std::string::npos);
   endless.q_len = endless.kv_len = 4'000'000;
   EXPECT_NE(create(method("prism"), endless).find("block score dual_band"), std::string::npos);
-  refusal(ErrorCode::unsupported, [] { Plan::create(pbs(), small, Device::cuda(4096)); });
-  refusal(ErrorCode::unsupported, [] { Plan::create(pbs(), small, Device::cuda(-1)); });
-  refusal(ErrorCode::out_of_memory, [] { Plan::create(pbs(), small, Device::cuda(), 1000); });
+  refusal_of([] { Plan::create(pbs(0.7F), small, Device::cuda(4096)); }, ErrorCode::unsupported);
+  refusal_of([] { Plan::create(pbs(0.7F), small, Device::cuda(-1)); }, ErrorCode::unsupported);
+  refusal_of([] { Plan::create(pbs(0.7F), small, Device::cuda(), 1000); }, ErrorCode::out_of_memory);
 }
 
 // Dense where so few rows could save blocks that permuting costs more; sparse once there are many.
@@ -100,7 +82,7 @@ TEST(CudaPlan, AutoIsDenseWhereItIsShort) {
 }
 
 TEST(CudaPlan, RefusesBadBuffers) {
-  const Plan plan = Plan::create(pbs(), small, Device::cuda());
+  const Plan plan = Plan::create(pbs(0.7F), small, Device::cuda());
   Problem problem(alike(small));
   const DeviceProblem device(problem);
   const DeviceMemory workspace(plan.workspace_size());
@@ -108,53 +90,57 @@ TEST(CudaPlan, RefusesBadBuffers) {
 
   Inputs inputs = device.inputs();
   inputs.k = problem.inputs().k;
-  EXPECT_NE(refusal(ErrorCode::invalid_argument, [&] { plan.run(inputs, device.outputs(), memory); }).find("k: not in"),
-            std::string::npos);
+  EXPECT_NE(
+      refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::invalid_argument).find("k: not in"),
+      std::string::npos);
   inputs = device.inputs();
   inputs.v.data = static_cast<const std::byte*>(inputs.v.data) + 2;
-  refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
+  refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::unsupported);
   inputs = device.inputs();
   inputs.v.data = nullptr;
-  refusal(ErrorCode::invalid_argument, [&] { plan.run(inputs, device.outputs(), memory); });
+  refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::invalid_argument);
   inputs = device.inputs();
   inputs.q.token_stride -= 1;
-  refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
+  refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::unsupported);
   inputs = device.inputs();
   inputs.q.dtype = DType::f32;
-  refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
+  refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::unsupported);
   inputs = device.inputs();
   inputs.k.dtype = DType::f16;
-  refusal(ErrorCode::unsupported, [&] { plan.run(inputs, device.outputs(), memory); });
+  refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::unsupported);
   Outputs outputs = device.outputs();
   outputs.lse = problem.lse.data();
-  refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); });
+  refusal_of([&] { plan.run(device.inputs(), outputs, memory); }, ErrorCode::invalid_argument);
   outputs = device.outputs();
   outputs.lse = reinterpret_cast<float*>(reinterpret_cast<std::byte*>(outputs.lse) + 1);
-  refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); });
+  refusal_of([&] { plan.run(device.inputs(), outputs, memory); }, ErrorCode::invalid_argument);
   outputs = device.outputs();
   outputs.out.data = const_cast<void*>(device.inputs().q.data);
-  EXPECT_NE(refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); }).find("over q"),
+  EXPECT_NE(refusal_of([&] { plan.run(device.inputs(), outputs, memory); }, ErrorCode::invalid_argument).find("over q"),
             std::string::npos);
   outputs.out = device.outputs().out;
   outputs.lse = reinterpret_cast<float*>(memory.data());
-  EXPECT_NE(refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), outputs, memory); }).find("lse: at"),
-            std::string::npos);
-  refusal(ErrorCode::out_of_memory, [&] { plan.run(device.inputs(), device.outputs(), memory.subspan(1)); });
+  EXPECT_NE(
+      refusal_of([&] { plan.run(device.inputs(), outputs, memory); }, ErrorCode::invalid_argument).find("lse: at"),
+      std::string::npos);
+  refusal_of([&] { plan.run(device.inputs(), device.outputs(), memory.subspan(1)); }, ErrorCode::out_of_memory);
   std::vector<std::byte> host(plan.workspace_size());
-  refusal(ErrorCode::invalid_argument, [&] { plan.run(device.inputs(), device.outputs(), host); });
+  refusal_of([&] { plan.run(device.inputs(), device.outputs(), host); }, ErrorCode::invalid_argument);
   plan.run(device.inputs(), device.outputs(), memory);
   expect_success(cudaDeviceSynchronize());
 }
 
 TEST(CudaPlan, ReportsEarlierErrors) {
-  const Plan plan = Plan::create(pbs(), small, Device::cuda());
+  const Plan plan = Plan::create(pbs(0.7F), small, Device::cuda());
   Problem problem(alike(small));
   const DeviceProblem device(problem);
   const DeviceMemory workspace(plan.workspace_size());
   ASSERT_NE(cudaSetDevice(4096), cudaSuccess);
-  const std::string message = refusal(ErrorCode::internal, [&] {
-    plan.run(device.inputs(), device.outputs(), {workspace.data(), plan.workspace_size()});
-  });
+  const std::string message = refusal_of(
+      [&] {
+        plan.run(device.inputs(), device.outputs(), {workspace.data(), plan.workspace_size()});
+      },
+      ErrorCode::internal);
   EXPECT_NE(message.find("before this run"), std::string::npos);
   EXPECT_NE(cudaGetLastError(), cudaSuccess) << "the error stays with its owner";
   plan.run(device.inputs(), device.outputs(), {workspace.data(), plan.workspace_size()});
@@ -163,7 +149,7 @@ TEST(CudaPlan, ReportsEarlierErrors) {
 
 // Whoever asks the run-time library for errors after a call of its own isn't to find ours.
 TEST(CudaPlan, TakesItsErrorsBack) {
-  const Plan plan = Plan::create(pbs(), small, Device::cuda());
+  const Plan plan = Plan::create(pbs(0.7F), small, Device::cuda());
   Problem problem(alike(small));
   const DeviceProblem device(problem);
   const DeviceMemory workspace(plan.workspace_size());
@@ -171,7 +157,8 @@ TEST(CudaPlan, TakesItsErrorsBack) {
   const OwnedStream on;
   expect_success(cudaStreamBeginCapture(on.stream, cudaStreamCaptureModeGlobal));
   Stats stats;  // would wait, which a capture can't
-  refusal(ErrorCode::internal, [&] { plan.run(device.inputs(), device.outputs(), memory, Stream{on.stream}, &stats); });
+  refusal_of([&] { plan.run(device.inputs(), device.outputs(), memory, Stream{on.stream}, &stats); },
+             ErrorCode::internal);
   EXPECT_EQ(cudaPeekAtLastError(), cudaSuccess);
   cudaGraph_t graph = nullptr;
   EXPECT_NE(cudaStreamEndCapture(on.stream, &graph), cudaSuccess);
@@ -182,7 +169,7 @@ TEST(CudaPlan, TakesItsErrorsBack) {
 
 TEST(CudaPlan, CapsGiveTheSameBits) {
   for (const OrderScope scope : {OrderScope::query_head, OrderScope::kv_head}) {
-    Options options = pbs();
+    Options options = pbs(0.7F);
     options.order_scope = scope;
     Problem problem(alike(small));
     const RunResult all = run_on_device(options, problem);
@@ -238,24 +225,24 @@ TEST(CudaPlan, CorrectsWhereNobodyAsksForLogSumExps) {
 TEST(CudaPlan, AnyWorkspaceAlignment) {
   for (const std::size_t misalign : {0, 1, 16, 255}) {
     Problem problem(alike(small));
-    expect_right(problem, run_on_device(pbs(), problem, {.misalign = misalign}), Precision::bf16);
+    expect_right(problem, run_on_device(pbs(0.7F), problem, {.misalign = misalign}), Precision::bf16);
   }
 }
 
 TEST(CudaPlan, LongSequencesPlanUnderACap) {
   const Shape million{.batch = 1, .q_heads = 32, .kv_heads = 8, .q_len = 1 << 20, .kv_len = 1 << 20, .head_dim = 128};
   constexpr std::size_t gib = std::size_t{1} << 30;
-  EXPECT_LE(Plan::create(pbs(), million, Device::cuda(), gib).workspace_size(), gib);
+  EXPECT_LE(Plan::create(pbs(0.7F), million, Device::cuda(), gib).workspace_size(), gib);
   Shape eighth = million;
   eighth.q_len = eighth.kv_len = 1 << 17;
-  EXPECT_LE(Plan::create(pbs(), eighth, Device::cuda()).workspace_size(), gib * 5 / 2);
-  EXPECT_LE(Plan::create(pbs(), eighth, Device::cuda(), gib / 2).workspace_size(), gib / 2);
+  EXPECT_LE(Plan::create(pbs(0.7F), eighth, Device::cuda()).workspace_size(), gib * 5 / 2);
+  EXPECT_LE(Plan::create(pbs(0.7F), eighth, Device::cuda(), gib / 2).workspace_size(), gib / 2);
 }
 
 TEST(CudaPlan, TwentyRunsGiveTheSameBits) {
   Problem problem(alike({.q_heads = 8, .kv_heads = 2, .q_len = 3000, .kv_len = 3000, .head_dim = 128}));
   DeviceProblem device(problem);
-  const Plan plan = Plan::create(pbs(), problem.shape, Device::cuda());
+  const Plan plan = Plan::create(pbs(0.7F), problem.shape, Device::cuda());
   DeviceMemory workspace(plan.workspace_size());
   std::vector<std::byte> first;
   std::vector<float> first_lse;
@@ -288,13 +275,13 @@ TEST(CudaPlan, GraphReplaysWithNewContents) {
     expect_success(cudaStreamEndCapture(on.stream, &graph));
     expect_success(cudaGraphInstantiate(&executable, graph, 0));
     for (const std::uint64_t seed : {1, 2, 3}) {
-      Problem contents(alike(small, DType::bf16, Layout::bhsd, seed));
+      Problem contents(alike(small, DType::bf16, TensorLayout::bhsd, seed));
       device.upload_inputs(contents);
       device.poison_outputs();
       expect_success(cudaGraphLaunch(executable, on.stream));
       expect_success(cudaStreamSynchronize(on.stream));
       device.download_outputs(contents);
-      Problem direct(alike(small, DType::bf16, Layout::bhsd, seed));
+      Problem direct(alike(small, DType::bf16, TensorLayout::bhsd, seed));
       run_on_device(options, direct);
       EXPECT_EQ(contents.out.bytes(), direct.out.bytes());
       EXPECT_EQ(contents.lse, direct.lse);
@@ -305,10 +292,10 @@ TEST(CudaPlan, GraphReplaysWithNewContents) {
 }
 
 TEST(CudaPlan, TwoStreamsAtOnce) {
-  const Plan plan = Plan::create(pbs(), small, Device::cuda());
+  const Plan plan = Plan::create(pbs(0.7F), small, Device::cuda());
   struct Side {
     explicit Side(std::uint64_t seed, std::size_t bytes)
-        : problem(alike(small, DType::bf16, Layout::bhsd, seed)), device(problem), workspace(bytes) {}
+        : problem(alike(small, DType::bf16, TensorLayout::bhsd, seed)), device(problem), workspace(bytes) {}
     Problem problem;
     DeviceProblem device;
     DeviceMemory workspace;
@@ -323,8 +310,8 @@ TEST(CudaPlan, TwoStreamsAtOnce) {
   expect_success(cudaDeviceSynchronize());
   for (std::size_t i = 0; i < sides.size(); ++i) {
     sides[i]->device.download_outputs(sides[i]->problem);
-    Problem alone(alike(small, DType::bf16, Layout::bhsd, i + 1));
-    run_on_device(pbs(), alone);
+    Problem alone(alike(small, DType::bf16, TensorLayout::bhsd, i + 1));
+    run_on_device(pbs(0.7F), alone);
     EXPECT_EQ(sides[i]->problem.out.bytes(), alone.out.bytes());
   }
 }

@@ -240,7 +240,7 @@ TEST(Method, GroupedHeadsEqualRepeatedOnes) {
 TEST(Method, LayoutsAndBatchDoNotMatter) {
   const Shape shape{.batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = 20, .kv_len = 33, .head_dim = 5};
   const auto contiguous = output(small("pbs"), Problem({.shape = shape}));
-  for (const Layout layout : {Layout::bshd, Layout::padded, Layout::cache})
+  for (const TensorLayout layout : {TensorLayout::bshd, TensorLayout::padded, TensorLayout::cache})
     EXPECT_EQ(output(small("pbs"), Problem({.shape = shape, .layout = layout})), contiguous);
 }
 

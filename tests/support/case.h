@@ -20,7 +20,7 @@ inline void PrintTo(const MethodCase& c, std::ostream* stream) {
 }
 
 // Returns a problem's description whose tensors are all of one dtype and layout.
-inline ProblemSpec alike(const Shape& shape, DType dtype = DType::bf16, Layout layout = Layout::bhsd,
+inline ProblemSpec alike(const Shape& shape, DType dtype = DType::bf16, TensorLayout layout = TensorLayout::bhsd,
                          std::uint64_t seed = 1) {
   return {.shape = shape, .q = dtype, .k = dtype, .v = dtype, .out = dtype, .layout = layout, .seed = seed};
 }

@@ -13,7 +13,7 @@ namespace pbsattn::test {
 struct ProblemSpec {
   Shape shape;
   DType q = DType::f32, k = DType::f32, v = DType::f32, out = DType::f32;
-  Layout layout = Layout::bhsd;
+  TensorLayout layout = TensorLayout::bhsd;
   std::uint64_t seed = 1;
   // Where not 0, q and k are multiples of it: of 1/8, say, so that products of two and sums of a block are exact in
   // float32, and what is pooled is rounded alike by whoever adds it up.
@@ -49,7 +49,7 @@ struct RunResult {
   std::size_t workspace_size = 0;
 };
 
-// What a plan says of itself, before it is run.
+// Returns what a plan says of itself before it runs.
 RunResult result_of(const Plan& plan);
 // Plans and runs in a workspace full of NaN, and checks that nothing outside views and workspace changed.
 RunResult run(const Options& options, Problem& problem, const RunOptions& how = {});

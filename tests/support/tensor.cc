@@ -14,7 +14,7 @@ constexpr std::byte poison{0xA5};
 
 }  // namespace
 
-Tensor::Tensor(DType dtype_, Layout layout, std::int64_t batch_, std::int64_t heads_, std::int64_t tokens_,
+Tensor::Tensor(DType dtype_, TensorLayout layout, std::int64_t batch_, std::int64_t heads_, std::int64_t tokens_,
                std::int64_t head_dim_)
     : dtype(dtype_),
       batch(batch_),
@@ -24,24 +24,24 @@ Tensor::Tensor(DType dtype_, Layout layout, std::int64_t batch_, std::int64_t he
       element_size_(static_cast<std::int64_t>(size_of(dtype_))) {
   std::int64_t elements = batch * heads * tokens * head_dim;
   switch (layout) {
-    case Layout::bhsd:
+    case TensorLayout::bhsd:
       token_stride_ = head_dim;
       head_stride_ = tokens * token_stride_;
       batch_stride_ = heads * head_stride_;
       break;
-    case Layout::bshd:
+    case TensorLayout::bshd:
       head_stride_ = head_dim;
       token_stride_ = heads * head_stride_;
       batch_stride_ = tokens * token_stride_;
       break;
-    case Layout::padded:
+    case TensorLayout::padded:
       origin_ = 3;
       token_stride_ = head_dim + 5;
       head_stride_ = tokens * token_stride_ + 7;
       batch_stride_ = heads * head_stride_ + 11;
       elements = origin_ + batch * batch_stride_;
       break;
-    case Layout::cache:
+    case TensorLayout::cache:
       head_stride_ = head_dim;
       batch_stride_ = heads * head_stride_;
       token_stride_ = batch * batch_stride_;

@@ -10,7 +10,7 @@
 
 namespace pbsattn::test {
 
-enum class Layout {
+enum class TensorLayout {
   bhsd,    // [batch][head][token][head_dim]
   bshd,    // [batch][token][head][head_dim], as projections leave it
   padded,  // bhsd with gaps after each row, head and batch, starting at an odd element
@@ -20,7 +20,7 @@ enum class Layout {
 // [batch][heads][tokens][head_dim]. Elements outside the view hold a poison that padding_intact() looks for.
 class Tensor {
  public:
-  Tensor(DType dtype, Layout layout, std::int64_t batch, std::int64_t heads, std::int64_t tokens,
+  Tensor(DType dtype, TensorLayout layout, std::int64_t batch, std::int64_t heads, std::int64_t tokens,
          std::int64_t head_dim);
 
   double get(std::int64_t batch, std::int64_t head, std::int64_t token, std::int64_t d) const;
