@@ -19,6 +19,13 @@ void check(cudaError_t status) {
   std::exit(1);
 }
 
+template <class T>
+T* device_memory(std::size_t count) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, count * sizeof(T)));
+  return static_cast<T*>(memory);
+}
+
 // Random bf16 numbers around 0, as the high halves of floats.
 std::vector<std::uint16_t> random_bf16(std::size_t count, unsigned seed) {
   std::mt19937 random(seed);
@@ -39,11 +46,10 @@ int main() {
   const pbsattn::Shape shape{.batch = 1, .q_heads = 8, .kv_heads = 2, .q_len = 8192, .kv_len = 8192, .head_dim = 128};
   const std::size_t q_size = shape.q_heads * shape.q_len * shape.head_dim;
   const std::size_t kv_size = shape.kv_heads * shape.kv_len * shape.head_dim;
-  std::uint16_t *q = nullptr, *k = nullptr, *v = nullptr, *out = nullptr;
-  check(cudaMalloc(&q, 2 * q_size));
-  check(cudaMalloc(&k, 2 * kv_size));
-  check(cudaMalloc(&v, 2 * kv_size));
-  check(cudaMalloc(&out, 2 * q_size));
+  std::uint16_t* q = device_memory<std::uint16_t>(q_size);
+  std::uint16_t* k = device_memory<std::uint16_t>(kv_size);
+  std::uint16_t* v = device_memory<std::uint16_t>(kv_size);
+  std::uint16_t* out = device_memory<std::uint16_t>(q_size);
   const auto fill = [](std::uint16_t* to, std::size_t count, unsigned seed) {
     check(cudaMemcpy(to, random_bf16(count, seed).data(), 2 * count, cudaMemcpyHostToDevice));
   };
@@ -62,8 +68,7 @@ int main() {
 
   try {
     const auto plan = pbsattn::Plan::create(pbsattn::method("pbs"), shape, pbsattn::Device::cuda(0));
-    std::byte* memory = nullptr;
-    check(cudaMalloc(&memory, plan.workspace_size()));
+    std::byte* memory = device_memory<std::byte>(plan.workspace_size());
     const std::span<std::byte> workspace(memory, plan.workspace_size());
     cudaStream_t stream = nullptr;
     check(cudaStreamCreate(&stream));
