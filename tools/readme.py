@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Puts measured results into README.md and other pages, between their markers, so that no number there is typed by hand.
 
-    tools/readme.py               every table anew, from the records in results/
-    tools/readme.py --check       ends with 1, and names the pages, where a table isn't what the records say
-    ./dev demo | tee build/demo.txt && tools/readme.py --demo build/demo.txt
-                                  keeps what the demo printed, at the commit that is checked out, as results/demo.txt
+tools/readme.py               every table anew, from the records in results/
+tools/readme.py --check       ends with 1, and names the pages, where a table isn't what the records say
+./dev demo | tee build/demo.txt && tools/readme.py --demo build/demo.txt
+                              keeps what the demo printed, at the commit that is checked out, as results/demo.txt
 """
 
 import argparse
@@ -47,29 +47,50 @@ def number(value):
 def table(records):
     """A row for each measurement, with the command, machine, commit and date that they come from."""
     first = records[0]
-    lines = [f"`./dev bench {first['suite']}` on {first['device']}, commit {first['commit']}, {first['date']}; medians of "
-             f"{max(row['runs'] for row in records)} run(s), largest spread {max(r['spread'] for r in records):.0%}:\n",
-             "| case | parameters | metric | value | against | its value | ratio |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        f"`./dev bench {first['suite']}` on {first['device']}, commit {first['commit']}, {first['date']}; medians of "
+        f"{max(row['runs'] for row in records)} run(s), largest spread {max(r['spread'] for r in records):.0%}:\n",
+        "| case | parameters | metric | value | against | its value | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for row in records:
         ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
-        lines.append(f"| {row['case']} | {words(row['params'])} | {row['metric']} | {number(row['value'])} {row['unit']} | "
-                     f"{row['peer'] or ''} | {number(row['peer_value'])} | {ratio} |")
+        lines.append(
+            f"| {row['case']} | {words(row['params'])} | {row['metric']} | {number(row['value'])} {row['unit']} | "
+            f"{row['peer'] or ''} | {number(row['peer_value'])} | {ratio} |"
+        )
     return "\n".join(lines)
 
 
 MODEL = {"suite": "prefill", "metric": "time to first token", "text": "source of Python 3.12.3"}
 CALL = {"suite": "gpu", "case": "pbs", "metric": "time", "n": 131072}
-CORE = {"suite": "cpu-torch", "case": "dense", "metric": "rate", "n": 8192, "head_dim": 128, "path": "amx_bf16",
-        "threads": 1}
+CORE = {
+    "suite": "cpu-torch",
+    "case": "dense",
+    "metric": "rate",
+    "n": 8192,
+    "head_dim": 128,
+    "path": "amx_bf16",
+    "threads": 1,
+}
 
 # The rows of the first page: what was done, on what, by what else, and the records of ours and, where it isn't our record's
 # own peer, of the other (values of a record or of its params).
 SUMMARY = [
-    ("first token of a 131,072-token prompt, 1.5B model", "H100, transformers", "cuDNN's attention",
-     {**MODEL, "case": "pbs", "n": 131072}, {**MODEL, "case": "cudnn", "n": 131072}),
-    ("first token of a 32,768-token prompt, the same model", "H100, transformers", "cuDNN's attention",
-     {**MODEL, "case": "pbs", "n": 32768}, {**MODEL, "case": "cudnn", "n": 32768}),
+    (
+        "first token of a 131,072-token prompt, 1.5B model",
+        "H100, transformers",
+        "cuDNN's attention",
+        {**MODEL, "case": "pbs", "n": 131072},
+        {**MODEL, "case": "cudnn", "n": 131072},
+    ),
+    (
+        "first token of a 32,768-token prompt, the same model",
+        "H100, transformers",
+        "cuDNN's attention",
+        {**MODEL, "case": "pbs", "n": 32768},
+        {**MODEL, "case": "cudnn", "n": 32768},
+    ),
     ("one attention call, 131,072 tokens, 32 heads", "H100", "cuDNN's attention", {**CALL, "peer": "cuDNN"}, None),
     ("the same call", "H100", "the authors' published code", {**CALL, "peer": "reference PBS-Attn"}, None),
     ("exact attention of 8,192 tokens, nothing left out", "one Xeon core with AMX", "PyTorch", CORE, None),
@@ -78,8 +99,11 @@ SUMMARY = [
 
 def find(records, wanted):
     """The one record that has these values; Failure where there is none, or more."""
-    found = [record for record in records
-             if all({**record, **record["params"]}.get(name) == value for name, value in wanted.items())]
+    found = [
+        record
+        for record in records
+        if all({**record, **record["params"]}.get(name) == value for name, value in wanted.items())
+    ]
     if len(found) != 1:
         raise Failure(f"{wanted}: {len(found)} records in results; the first page's row needs one")
     return found[0]
@@ -100,12 +124,16 @@ def summary_table():
         record = find([record for record in records if record["suite"] == ours["suite"]], ours)
         before = find(records, peer)["value"] if peer else record["peer_value"]
         faster = record["value"] / before if record["unit"].endswith("/s") else before / record["value"]
-        lines.append(f"| {what} | {where} | {other}: {amount(before, record['unit'])} | "
-                     f"{amount(record['value'], record['unit'])} | **{faster:.1f}x** |")
+        lines.append(
+            f"| {what} | {where} | {other}: {amount(before, record['unit'])} | "
+            f"{amount(record['value'], record['unit'])} | **{faster:.1f}x** |"
+        )
     seconds = {kind: float(time) for kind, time in re.findall(r"^(ggml|pbs) +([\d.]+) s", DEMO.read_text(), re.MULTILINE)}
     before, after = seconds["ggml"], seconds["pbs"]
-    lines.append("| first token of an 8,160-token prompt, 135M model | two CPU threads, llama.cpp | llama.cpp's attention: "
-                 f"{amount(before, 's')} | {amount(after, 's')} | **{before / after:.1f}x** |")
+    lines.append(
+        "| first token of an 8,160-token prompt, 135M model | two CPU threads, llama.cpp | llama.cpp's attention: "
+        f"{amount(before, 's')} | {amount(after, 's')} | **{before / after:.1f}x** |"
+    )
     return "\n".join(lines)
 
 
@@ -120,13 +148,16 @@ def models_table(records):
         first = rows[0]
         timed = [r for r in rows if r["metric"] == "time to first token"]
         runs, spread = ({r["runs"] for r in timed}, [r["spread"] for r in timed])
-        parts.append(f"{first['params']['model']}; {first['params']['text']}. {first['device']}, commit {first['commit']}, "
-                     f"{first['date']}; medians of {min(runs)} to {max(runs)} runs, spread {statistics.median(spread):.1%} in "
-                     f"the median, {max(spread):.0%} at most:\n\n"
-                     "| tokens | attention | first token | in attention | "
-                     + "".join(f"against {b} | " for b in baselines)
-                     + "density | peak memory | perplexity | other tokens |\n"
-                     + "| --- " * (8 + len(baselines)) + "|")
+        parts.append(
+            f"{first['params']['model']}; {first['params']['text']}. {first['device']}, commit {first['commit']}, "
+            f"{first['date']}; medians of {min(runs)} to {max(runs)} runs, spread {statistics.median(spread):.1%} in "
+            f"the median, {max(spread):.0%} at most:\n\n"
+            "| tokens | attention | first token | in attention | "
+            + "".join(f"against {b} | " for b in baselines)
+            + "density | peak memory | perplexity | other tokens |\n"
+            + "| --- " * (8 + len(baselines))
+            + "|"
+        )
         for n, case in cases:
             own = {metric: found for (length, of, metric), found in value.items() if (length, of) == (n, case)}
             base = next(of for length, of in cases if length == n)
@@ -134,12 +165,14 @@ def models_table(records):
             dense = value.get((n, base, "perplexity"))
             change = f" ({own['perplexity'] / dense - 1:+.2%})" if dense and case != base else ""
             peers = [value.get((n, b, "time to first token")) for b in baselines]
-            parts[-1] += (f"\n| {n} | `{case}` | {ttft * 1e3:.{0 if ttft >= 0.1 else 1}f} ms | "
-                          + ("| " if inside is None else f"{inside * 1e3:.0f} ms, {inside / ttft:.0%} | ")
-                          + "".join("| " if peer is None else f"{peer / ttft:.2f}x | " for peer in peers)
-                          + f"{shown(own.get('density'), '{:.3f}')} | {own['peak memory'] / 2**30:.2f} GiB | "
-                          + f"{shown(own.get('perplexity'), '{:.3f}')}{change} | "
-                          + f"{shown(own.get('differing tokens'), '{:.2%}')} |")
+            parts[-1] += (
+                f"\n| {n} | `{case}` | {ttft * 1e3:.{0 if ttft >= 0.1 else 1}f} ms | "
+                + ("| " if inside is None else f"{inside * 1e3:.0f} ms, {inside / ttft:.0%} | ")
+                + "".join("| " if peer is None else f"{peer / ttft:.2f}x | " for peer in peers)
+                + f"{shown(own.get('density'), '{:.3f}')} | {own['peak memory'] / 2**30:.2f} GiB | "
+                + f"{shown(own.get('perplexity'), '{:.3f}')}{change} | "
+                + f"{shown(own.get('differing tokens'), '{:.2%}')} |"
+            )
     return "\n\n".join(parts)
 
 
@@ -149,8 +182,10 @@ def fidelity_table(records):
     for record in records:
         params = record["params"]
         rows.setdefault((params["model"], params["text"], record["case"]), {})[record["metric"]] = record
-    lines = ["| model, text | attention | density | perplexity against full | mean KL | same top-1 token |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| model, text | attention | density | perplexity against full | mean KL | same top-1 token |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
 
     def place(row):  # full first, then the densest
         return row[0][:2], -row[1]["density"]["value"] if "density" in row[1] else -2.0
@@ -160,11 +195,15 @@ def fidelity_table(records):
             lines.append(f"| {model}, {source} | full | 1 | {found['perplexity']['value']:.2f} | | |")
             continue
         change = found["perplexity_change"]
-        lines.append(f"| | `{case}` | {found['density']['value']:.3f} | {change['value']:+.2f} ± {change['spread']:.2f} % | "
-                     f"{found['kl_mean']['value']:.4f} | {found['top1_agreement']['value']:.1f} % |")
+        lines.append(
+            f"| | `{case}` | {found['density']['value']:.3f} | {change['value']:+.2f} ± {change['spread']:.2f} % | "
+            f"{found['kl_mean']['value']:.4f} | {found['top1_agreement']['value']:.1f} % |"
+        )
     stamps = sorted({f"{record['device']}, commit {record['commit']}, {record['date']}" for record in records})
-    return (f"`./dev bench fidelity` on {'; '.join(stamps)}; {records[0]['params']['n']} tokens, "
-            f"{records[0]['params']['positions']} positions:\n\n" + "\n".join(lines))
+    return (
+        f"`./dev bench fidelity` on {'; '.join(stamps)}; {records[0]['params']['n']} tokens, "
+        f"{records[0]['params']['positions']} positions:\n\n" + "\n".join(lines)
+    )
 
 
 def stamp(record):
@@ -178,24 +217,30 @@ def op_table(records):
     for where in dict.fromkeys(map(stamp, times)):
         rows = [r for r in times if stamp(r) == where]
         base = rows[0]["case"]
-        parts.append(f"`python -m pbsattn_eval bench op` on {where}; medians of {rows[0]['runs']} runs, "
-                     f"{rows[0]['params']['heads']} heads, {rows[0]['params']['dtype']}:\n\n"
-                     f"| tokens | head_dim | attention | time | against `{base}` | density | error of the last rows |\n"
-                     "| --- | --- | --- | --- | --- | --- | --- |")
+        parts.append(
+            f"`python -m pbsattn_eval bench op` on {where}; medians of {rows[0]['runs']} runs, "
+            f"{rows[0]['params']['heads']} heads, {rows[0]['params']['dtype']}:\n\n"
+            f"| tokens | head_dim | attention | time | against `{base}` | density | error of the last rows |\n"
+            "| --- | --- | --- | --- | --- | --- | --- |"
+        )
         for row in rows:
             params = row["params"]
-            parts[-1] += (f"\n| {params['n']} | {params['head_dim']} | `{row['case']}` | {row['value'] * 1e3:.1f} ms | "
-                          f"{shown(row['ratio'], '{:.2f}x')} | {shown(params['density'], '{:.3f}')} | "
-                          f"{shown(params['error'], '{:.1e}')} |")
+            parts[-1] += (
+                f"\n| {params['n']} | {params['head_dim']} | `{row['case']}` | {row['value'] * 1e3:.1f} ms | "
+                f"{shown(row['ratio'], '{:.2f}x')} | {shown(params['density'], '{:.3f}')} | "
+                f"{shown(params['error'], '{:.1e}')} |"
+            )
     calls = [r for r in records if r["suite"] == "overhead"]
     for where in dict.fromkeys(map(stamp, calls)):
         rows = [r for r in calls if stamp(r) == where]
         value = {(r["case"], r["metric"]): r["value"] for r in rows}
         micros = {key: f"{seconds * 1e6:.1f} us" for key, seconds in value.items()}
         runs = max(r["runs"] for r in rows)
-        parts.append(f"`python -m pbsattn_eval bench overhead` on {where}; medians of {runs} runs of 50 calls:\n\n"
-                     "| attention | first call | a call on the host | of it the library | path through Python |\n"
-                     "| --- | --- | --- | --- | --- |")
+        parts.append(
+            f"`python -m pbsattn_eval bench overhead` on {where}; medians of {runs} runs of 50 calls:\n\n"
+            "| attention | first call | a call on the host | of it the library | path through Python |\n"
+            "| --- | --- | --- | --- | --- |"
+        )
         for case in dict.fromkeys(r["case"] for r in rows):
             own = [micros.get((case, f"host time {of}"), "") for of in ("of a call", "in the library", "of the Python path")]
             parts[-1] += f"\n| `{case}` | {value[case, 'first call'] * 1e3:.1f} ms | {' | '.join(own)} |"
@@ -204,13 +249,16 @@ def op_table(records):
 
 def lists_table(records):
     """What `./dev bench lists` counted: a row for each method and input."""
-    lines = ["| method | public code | input | decisions | float32: reference, CPU | bf16 | its float32 on bf16's numbers | "
-             "bf16, ties aside |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| method | public code | input | decisions | float32: reference, CPU | bf16 | its float32 on bf16's numbers | "
+        "bf16, ties aside |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     rows = {}
     for record in records:
         rows.setdefault((record["case"], record["params"]["input"]), {})[record["params"]["what"]] = record
     for (method, source), by_what in rows.items():
+
         def found(start, end="", by_what=by_what):
             return next((record for what, record in by_what.items() if what.startswith(start) and what.endswith(end)), None)
 
@@ -222,12 +270,16 @@ def lists_table(records):
         params = float32["params"]
         count = bf16["params"]["decisions"] - aside["params"]["decisions"] if aside else 0
         ties = f"{percent('bf', 'ties')}, {count} ties" if count else ""  # none are known of code that gives no scores
-        what = (f"{params['head_dim']} wide, {' and '.join(map(str, params['tokens']))} tokens, {params['inputs']} times "
-                f"{params['heads']} heads")
+        what = (
+            f"{params['head_dim']} wide, {' and '.join(map(str, params['tokens']))} tokens, {params['inputs']} times "
+            f"{params['heads']} heads"
+        )
         both = ", ".join(filter(None, (percent("float32", "reference"), percent("float32", "CPU"))))
-        lines.append(f"| `{method}` | {float32['peer']} `{params['public_commit'].rstrip('+')}`, {params['function']} | "
-                     f"{source}: {what} | {params['decisions']} | {both} | {percent('bf', 'CPU')} | "
-                     f"{percent('bf', 'numbers')} | {ties} |")
+        lines.append(
+            f"| `{method}` | {float32['peer']} `{params['public_commit'].rstrip('+')}`, {params['function']} | "
+            f"{source}: {what} | {params['decisions']} | {both} | {percent('bf', 'CPU')} | "
+            f"{percent('bf', 'numbers')} | {ties} |"
+        )
     return f"`./dev bench lists` on {stamp(records[0])}:\n\n" + "\n".join(lines)
 
 
@@ -238,8 +290,11 @@ def keep_demo(path):
     if len(lines) < 4 or not any(line.startswith("pbs ") for line in lines):
         raise Failure(f"{path}: not what ./dev demo prints; write it with ./dev demo > {path}")
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    write_whole(DEMO, f"{text}\n\n`./dev demo` on {lines[1].strip()}, commit {commit.stdout.strip() or 'unknown'}, "
-                      f"{datetime.date.today()}.\n")
+    write_whole(
+        DEMO,
+        f"{text}\n\n`./dev demo` on {lines[1].strip()}, commit {commit.stdout.strip() or 'unknown'}, "
+        f"{datetime.date.today()}.\n",
+    )
 
 
 def demo_block():
@@ -255,8 +310,12 @@ TABLES = [
     ("results/gpu.md", "results", table, ["gpu.json"]),
     ("results/lists.md", "lists", lists_table, ["lists.json"]),
     ("results/python.md", "op", op_table, ["python-op-cpu.json", "python-overhead.json"]),
-    ("results/transformers.md", "models", models_table, ["prefill-h100.json", "prefill-h100-prose.json",
-                                                         "prefill-h100-shape.json"]),
+    (
+        "results/transformers.md",
+        "models",
+        models_table,
+        ["prefill-h100.json", "prefill-h100-prose.json", "prefill-h100-shape.json"],
+    ),
 ]
 
 
@@ -268,8 +327,9 @@ def page_with(text, page, marker, make, files):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=pathlib.Path, help="what ./dev demo printed, at the commit that is checked out")
-    parser.add_argument("--check", action="store_true",
-                        help="change nothing; end with 1 where a page isn't what the records say")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; end with 1 where a page isn't what the records say"
+    )
     arguments = parser.parse_args()
     if arguments.demo:
         keep_demo(arguments.demo)

@@ -1,10 +1,10 @@
-"""The pages as a site, by `./dev docs`. Sphinx reads the repository's root: links between pages are those that a forge shows."""
+"""The pages as a site, by `./dev docs`. Sphinx reads the repository's root, so pages link as on a forge."""
 
 import os
 
 project = "pbsattn"
 author = "The pbsattn contributors"
-copyright = author  # noqa: A001 - Sphinx's name
+copyright = author
 extensions = ["myst_parser", "breathe", "sphinx.ext.autodoc", "autoapi.extension"]
 root_doc = "docs/site/index"
 include_patterns = ["*.md", "docs/**", "results/**", "examples/**"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sparse attention from PyTorch: one call, dense and sparse, and a prompt that comes in chunks. Takes --tokens and --device."""
+"""Sparse attention from PyTorch: one call, dense and sparse, and a prompt that comes in chunks."""
 
 import argparse
 
@@ -15,7 +15,9 @@ def main():
     given = parser.parse_args()
 
     torch.manual_seed(0)
-    q = torch.randn(1, 8, given.tokens, 64, dtype=torch.bfloat16, device=given.device)  # [batch, query heads, tokens, head_dim]
+    q = torch.randn(
+        1, 8, given.tokens, 64, dtype=torch.bfloat16, device=given.device
+    )  # [batch, query heads, tokens, head_dim]
     k = torch.randn(1, 2, given.tokens, 64, dtype=torch.bfloat16, device=given.device)  # fewer KV heads, never repeated
     v = torch.randn_like(k)
     k[:, :, ::16] += 0.5  # some keys that many queries like, as in real attention

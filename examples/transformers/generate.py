@@ -29,7 +29,7 @@ def main():
 
     with pbsattn.transformers.enable(model, method=given.method, min_tokens=given.min_tokens, stats=True):
         made = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-        print(tokenizer.decode(made[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+        print(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         for layer in pbsattn.transformers.stats(model):
             print(f"layer {layer.layer}: density {layer.density}")
 

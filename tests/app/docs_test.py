@@ -14,7 +14,7 @@ import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 
-from pages import PROGRAM, ROOT, commands  # noqa: E402
+from pages import PROGRAM, ROOT, commands
 
 LLAMA_BIN, BUILD = pathlib.Path(sys.argv.pop()), pathlib.Path(sys.argv.pop())
 MODEL = os.environ.get("PBSATTN_TEST_MODEL", "")
@@ -29,16 +29,27 @@ class Commands(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = pathlib.Path(folder.name)
-        for name, target in {"build/release": BUILD, "llama.cpp/build/bin": LLAMA_BIN, "examples": ROOT / "examples",
-                             "model.gguf": MODEL}.items():
+        for name, target in {
+            "build/release": BUILD,
+            "llama.cpp/build/bin": LLAMA_BIN,
+            "examples": ROOT / "examples",
+            "model.gguf": MODEL,
+        }.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).symlink_to(target)
 
     def run_command(self, command, letters):
         """What it printed, on so much text. `~` is the folder that it runs in."""
         (self.folder / "book.txt").write_bytes(pathlib.Path(TEXT).read_bytes()[:letters])
-        ran = subprocess.run(command, shell=True, cwd=self.folder, env={**os.environ, "HOME": str(self.folder)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=300)
+        ran = subprocess.run(
+            command,
+            shell=True,
+            cwd=self.folder,
+            env={**os.environ, "HOME": str(self.folder)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         self.assertEqual(ran.returncode, 0, f"{command}: {ran.stdout}{ran.stderr}")
         return ran.stdout
 

@@ -11,10 +11,9 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 
-from conftest import TEXT  # noqa: E402
-from pages import PYTHON, ROOT, USER_PAGES, blocks, commands  # noqa: E402
-
-import pbsattn.transformers  # noqa: E402
+import pbsattn.transformers
+from conftest import TEXT
+from pages import PYTHON, ROOT, USER_PAGES, blocks, commands
 
 LESS = {"--lengths": "1024", "--tokens": "1024", "--samples": "1", "--depths": "2"}  # than the pages' commands ask for
 
@@ -26,9 +25,17 @@ def work(folder, tmp_path_factory):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(work / "model")
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=4096)).save_pretrained(work / "model")
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=4096,
+        )
+    ).save_pretrained(work / "model")
     for name, target in {"model.gguf": work / "model", "examples": ROOT / "examples"}.items():
         (work / name).symlink_to(target)
     for name in ("book.txt", "code.txt"):
@@ -38,8 +45,9 @@ def work(folder, tmp_path_factory):
     return work
 
 
-@pytest.mark.parametrize("page", [page for page in USER_PAGES if blocks(page, "python")],
-                         ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in USER_PAGES if blocks(page, "python")], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_programs(page, work, monkeypatch):
     monkeypatch.chdir(work)
     names = {"pbsattn": pbsattn}

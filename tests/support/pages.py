@@ -6,8 +6,12 @@ import re
 
 ROOT = pathlib.Path(__file__).parents[2]
 USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(path for folder in ("docs", "results", "examples", ".github", ".gitlab")
-                                              for path in (ROOT / folder).rglob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(
+        path for folder in ("docs", "results", "examples", ".github", ".gitlab") for path in (ROOT / folder).rglob("*.md")
+    ),
+]
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(r"^(?:#|//) needs: .+")
 PROGRAM = ("build/release/apps/", "examples/llama.cpp/")  # what tests/app/docs_test.py runs
@@ -40,5 +44,11 @@ def blocks(page, *languages):
 
 def commands(starts):
     """(page, command) of each command in user pages that tests run and that starts with one of `starts`."""
-    return [(page, command) for page in USER_PAGES for block in blocks(page, "sh") if not block.needs
-            for command in block.commands if command.startswith(starts)]
+    return [
+        (page, command)
+        for page in USER_PAGES
+        for block in blocks(page, "sh")
+        if not block.needs
+        for command in block.commands
+        if command.startswith(starts)
+    ]

@@ -103,8 +103,10 @@ class Blocks(unittest.TestCase):
             for block in blocks(page, "sh"):
                 for command in [] if block.needs else block.commands:
                     with self.subTest(page=page.name, command=command):
-                        self.assertTrue(any(map(command.startswith, (*PROGRAM, *PYTHON, *ELSEWHERE))),
-                                        "no test runs it; run it in one, or begin its block with: # needs: WHAT")
+                        self.assertTrue(
+                            any(map(command.startswith, (*PROGRAM, *PYTHON, *ELSEWHERE))),
+                            "no test runs it; run it in one, or begin its block with: # needs: WHAT",
+                        )
 
     def test_commands_that_run_elsewhere_do(self):
         for command, (path, text) in ELSEWHERE.items():
