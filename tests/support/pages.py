@@ -9,7 +9,9 @@ USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted(
-        path for folder in ("docs", "results", "examples", ".github", ".gitlab") for path in (ROOT / folder).rglob("*.md")
+        path
+        for folder in ("docs", "results", "examples", "integrations", ".github", ".gitlab")
+        for path in (ROOT / folder).rglob("*.md")
     ),
 ]
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -66,6 +66,7 @@ class Dev(unittest.TestCase):
         self.refused("./dev", "demo", "--model", "gpt-2", says=['"gpt-2"', "smollm2-135m"])
         self.refused("./dev", "demo", "--fast", says=["--fast", "no such option"])
         self.refused("./dev", "format", "--chekc", says=["--chekc", "--check"])
+        self.refused("./dev", "docs", "--open", says=["--open", "none"])
         self.refused("./dev", "sanitize", "adress", says=["adress", "address, thread"])
         self.refused("./dev", "check", "pahts", says=["pahts", "paths"])
         self.refused("./dev", "check", "--fuzz-seconds", "0", says=["--fuzz-seconds 0", "from 1 up"])
