@@ -19,7 +19,7 @@ from pages import PROGRAM, ROOT, commands
 LLAMA_BIN, BUILD = pathlib.Path(sys.argv.pop()), pathlib.Path(sys.argv.pop())
 MODEL = os.environ.get("PBSATTN_TEST_MODEL", "")
 TEXT = os.environ.get("PBSATTN_TEST_TEXT", "")
-LETTERS = 700  # some 160 tokens
+LETTERS = 1300  # some 300 tokens, more than a segment
 TOOL_LETTERS = 6000  # some 1400 tokens: llama-perplexity asks for twice its context
 
 
