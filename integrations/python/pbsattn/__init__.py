@@ -6,8 +6,8 @@
     import pbsattn.transformers
     pbsattn.transformers.enable(model)                             # prefill of a transformers model
 
-`python -m pbsattn` shows the devices and methods of this installation. Evaluations and benchmarks are a distribution of their own,
-pbsattn_eval.
+`python -m pbsattn` shows the devices and methods of this installation. Evaluations and benchmarks are a distribution of
+their own, pbsattn_eval.
 Source of the method: "Sparser Block-Sparse Attention via Token Permutation", arXiv 2510.21270.
 """
 

@@ -4,11 +4,13 @@ import ast
 import dataclasses
 import json
 import threading
+import typing
 
 import torch
 
 from . import _core
 from ._plan import check_inputs, check_tensor, head_options, plan_of, refuse_gradient, run, run_reference
+from ._settings import HeadChanges, Value
 
 _library = torch.library.Library("pbsattn", "DEF")
 # `settings` are the options that replace the method's own, written as "name=value,name=value": a schema can't be added to
@@ -19,12 +21,12 @@ _library.define(
     tags=(torch.Tag.needs_fixed_stride_order,))
 
 
-def _write_settings(options):
+def _write_settings(options: dict[str, Value]) -> str:
     return ",".join([f"{name}={value!r}" for name, value in options.items() if value is not None])
 
 
-def _read_settings(settings):
-    options = {}
+def _read_settings(settings: str) -> dict[str, Value]:
+    options: dict[str, Value] = {}
     for item in settings.split(",") if settings else ():
         name, _, value = item.partition("=")
         try:
@@ -34,7 +36,7 @@ def _read_settings(settings):
     return options
 
 
-def _write_heads(heads):
+def _write_heads(heads: HeadChanges | str | None) -> str:
     if heads is None or isinstance(heads, str):
         return heads or ""
     try:
@@ -43,14 +45,15 @@ def _write_heads(heads):
         raise TypeError(f"heads: {error}; pass a dict of dicts of numbers and names") from None
 
 
-def _read_heads(heads):
+def _read_heads(heads: str) -> HeadChanges | None:
     try:
         return json.loads(heads) if heads else None
     except ValueError as error:
         raise ValueError(f"heads: not JSON: {error}") from None
 
 
-def _compute(q, k, v, method, settings, heads, layout, return_lse, stats, trace=False):
+def _compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, method: str, settings: str, heads: str, layout: str,
+             return_lse: bool, stats: bool, trace: bool = False) -> tuple[torch.Tensor, torch.Tensor | None, typing.Any]:
     """Output, log-sum-exp or None, and what run() gives."""
     index = q.get_device()
     key = (method, settings, heads, layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, index, k.get_device(),
@@ -71,7 +74,7 @@ _kept = threading.local()  # each thread's last CPU workspace: fresh memory cost
 _MOST_KEPT = 256 << 20
 
 
-def _cpu_workspace(size):
+def _cpu_workspace(size: int) -> torch.Tensor:
     kept = getattr(_kept, "workspace", None)
     if kept is not None and kept.numel() >= size:
         return kept
@@ -81,17 +84,19 @@ def _cpu_workspace(size):
     return workspace
 
 
-def _empty_lse(q, layout):
+def _empty_lse(q: torch.Tensor, layout: str) -> torch.Tensor:
     heads, tokens = (1, 2) if layout == "bhsd" else (2, 1)
     return q.new_empty((q.shape[0], q.shape[heads], q.shape[tokens]), dtype=torch.float32)
 
 
-def _attention(q, k, v, *, method="pbs", settings="", heads="", layout="bhsd", return_lse=False):
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", settings: str = "", heads: str = "",
+               layout: str = "bhsd", return_lse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, False)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-def _attention_fake(q, k, v, *, layout="bhsd", return_lse=False, **_):
+def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bhsd", return_lse: bool = False,
+                    **_: str) -> tuple[torch.Tensor, torch.Tensor]:
     lse = _empty_lse(q, layout) if return_lse else q.new_empty(0, dtype=torch.float32)
     return q.new_empty(q.shape), lse
 
@@ -100,7 +105,8 @@ _library.impl("attention", _attention, "CompositeExplicitAutograd")
 torch.library.register_fake("pbsattn::attention", _attention_fake, lib=_library)
 
 
-def _attention_autograd(keyset, q, k, v, **given):
+def _attention_autograd(keyset: typing.Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                        **given: typing.Any) -> typing.Any:
     """Refuses what would be cut from the graph in silence; else does what PyTorch does for an op without a gradient."""
     refuse_gradient("pbsattn::attention", q, k, v)
     with torch._C._AutoDispatchBelowAutograd():
@@ -110,7 +116,7 @@ def _attention_autograd(keyset, q, k, v, **given):
 _library.impl("attention", _attention_autograd, "Autograd", with_keyset=True)
 
 
-def _nobody_watches():
+def _nobody_watches() -> bool:
     """Whether a call is plain eager code, which need not pay 10 microseconds for the way through PyTorch's dispatcher."""
     return not torch.compiler.is_compiling() and _modes() == 0 and _transforms() is None
 
@@ -120,10 +126,38 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 
 
+@typing.overload
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = ..., top_p: float | None = ...,
+              threshold: float | None = ..., dense_last_rows: int | None = ..., scale: float | None = ...,
+              heads: HeadChanges | str | None = ..., layout: str = ..., return_lse: typing.Literal[False] = ...,
+              return_stats: typing.Literal[False] = ..., **options: Value) -> torch.Tensor: ...
+
+
+@typing.overload
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = ..., top_p: float | None = ...,
+              threshold: float | None = ..., dense_last_rows: int | None = ..., scale: float | None = ...,
+              heads: HeadChanges | str | None = ..., layout: str = ..., return_lse: typing.Literal[True],
+              return_stats: typing.Literal[False] = ..., **options: Value) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@typing.overload
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = ..., top_p: float | None = ...,
+              threshold: float | None = ..., dense_last_rows: int | None = ..., scale: float | None = ...,
+              heads: HeadChanges | str | None = ..., layout: str = ..., return_lse: typing.Literal[False] = ...,
+              return_stats: typing.Literal[True], **options: Value) -> tuple[torch.Tensor, _core.Stats]: ...
+
+
+@typing.overload
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = ..., top_p: float | None = ...,
+              threshold: float | None = ..., dense_last_rows: int | None = ..., scale: float | None = ...,
+              heads: HeadChanges | str | None = ..., layout: str = ..., return_lse: typing.Literal[True],
+              return_stats: typing.Literal[True], **options: Value) -> tuple[torch.Tensor, torch.Tensor, _core.Stats]: ...
+
+
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", top_p: float | None = None,
               threshold: float | None = None, dense_last_rows: int | None = None, scale: float | None = None,
-              heads: dict | str | None = None, layout: str = "bhsd", return_lse: bool = False,
-              return_stats: bool = False, **options: float | int | str | None):
+              heads: HeadChanges | str | None = None, layout: str = "bhsd", return_lse: bool = False,
+              return_stats: bool = False, **options: Value) -> typing.Any:
     """Causal attention of the last Sq of Skv tokens, dense or block-sparse.
 
     q: [B, Hq, Sq, D]; k, v: [B, Hkv, Skv, D] with Hkv dividing Hq (they are never repeated) and Sq <= Skv. With
@@ -182,12 +216,12 @@ class Trace:
     stats: _core.Stats
 
 
-def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", heads: dict | str | None = None,
-          layout: str = "bhsd", reference: bool = False, **options: float | int | str | None) -> tuple[torch.Tensor, Trace]:
+def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs",
+          heads: HeadChanges | str | None = None, layout: str = "bhsd", reference: bool = False, **options: Value) -> tuple[torch.Tensor, Trace]:
     """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`.
 
-    reference: computed by the definition, naive loops in double precision on one thread, which takes tensors on the CPU alone.
-    Raises what `attention` does.
+    reference: computed by the definition, naive loops in double precision on one thread, which takes tensors on the CPU
+    alone. Raises what `attention` does.
     """
     check_inputs(q, k, v, layout)
     refuse_gradient("pbsattn.trace", q, k, v)
@@ -200,7 +234,7 @@ def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "p
     return out, _trace_of(stats, raw, batch, q_heads)
 
 
-def _trace_of(stats, raw, batch, heads):
+def _trace_of(stats: _core.Stats, raw: _core.Trace, batch: int, heads: int) -> Trace:
     """The library's trace as tensors."""
     starts, blocks = torch.from_numpy(raw.row_start), torch.from_numpy(raw.block).long()
     rows = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())

@@ -8,25 +8,29 @@ either what a head says overrides its "*". The same file serves the llama.cpp pl
 
 import json
 import os
+import typing
 
 from . import _core
+
+Value = float | int | str | None  # of an option; None is the method's own
+HeadChanges = typing.Mapping[str | int, typing.Mapping[str, Value]]  # options of query heads, by head or "*"
 
 EVERY = "*"
 _CALLERS = ("precision", "scale")  # options that a head's method leaves as the caller has them, unless it names them
 
 
-def _shown(text):
+def _shown(text: str) -> str:
     """As the library's messages show what came: its first 64 bytes, on one line."""
     start = text.encode(errors="replace")[:64].decode(errors="ignore")
     return "".join("?" if ord(c) < 0x20 or ord(c) == 0x7F else c for c in start)
 
 
-def _by_index(given, what, place):
+def _by_index(given: typing.Any, what: str, place: str) -> dict[int | None, list[typing.Any]]:
     """A mapping whose keys are numbers or "*": {None or index: value}, that of "*" first."""
     if not isinstance(given, dict):
         raise ValueError(f"{place or 'settings'}: {given!r} is not an object of {what}s; "
                          f'write {{"*": ...}} for every {what}')
-    found = {}
+    found: dict[int | None, list[typing.Any]] = {}
     for key, value in given.items():
         text = str(key)
         if text != EVERY and not (text.isascii() and text.isdecimal()):
@@ -35,13 +39,13 @@ def _by_index(given, what, place):
     return dict(sorted(found.items(), key=lambda item: -1 if item[0] is None else item[0]))
 
 
-def _over(base, changes):
+def _over(base: typing.Mapping[str, Value], changes: typing.Mapping[str, Value]) -> dict[str, Value]:
     if "method" in changes:
         base = {name: base[name] for name in _CALLERS if name in base and f":{name}=" not in str(changes["method"])}
     return {**base, **changes}
 
 
-def _options(options, place):
+def _options(options: typing.Mapping[str, typing.Any], place: str) -> _core.Options:
     """The library's options of a dict with "method"; raises what is wrong with a name or a value, and where it stands."""
     for name, value in options.items():
         for text in (name, value):
@@ -55,7 +59,7 @@ def _options(options, place):
         raise type(error)(f"{place}{error}") from None
 
 
-def library_options(heads, place=""):
+def library_options(heads: list[dict[str, Value]], place: str = "") -> list[_core.Options]:
     """The library's options of all heads, or of each, from a list of dicts with "method"; raises what is wrong with them."""
     made = []
     for h, options in enumerate(heads):
@@ -72,9 +76,9 @@ def library_options(heads, place=""):
 class Heads:
     """Options of the query heads of one layer, from {"head or *": {"option": value}}."""
 
-    def __init__(self, given, place=""):
+    def __init__(self, given: HeadChanges, place: str = "") -> None:
         self._place = place
-        self._changes = {}
+        self._changes: dict[int | None, dict[str, Value]] = {}
         for head, all_changes in _by_index(given, "head", place).items():
             where = f"{place}head {EVERY if head is None else head}: "
             for changes in all_changes:
@@ -83,7 +87,7 @@ class Heads:
                 _options({"method": "pbs", **changes}, where)
                 self._changes[head] = _over(self._changes.get(head, {}), changes)
 
-    def over(self, base, q_heads):
+    def over(self, base: list[dict[str, Value]], q_heads: int) -> list[dict[str, Value]]:
         """`base` with what the heads change: a list of dicts with "method", one for all heads or one of each."""
         made = list(base)
         for head, changes in self._changes.items():
@@ -96,7 +100,7 @@ class Heads:
         return made
 
 
-def read_settings(path):
+def read_settings(path: str | os.PathLike[str]) -> typing.Any:
     """What a file of settings by layer and query head says, unchecked. Raises OSError, or ValueError for what is no JSON."""
     with open(path, encoding="utf-8") as file:
         try:
@@ -108,7 +112,7 @@ def read_settings(path):
 class Layers:
     """The same of each layer, from a dict or the path of a JSON file."""
 
-    def __init__(self, source):
+    def __init__(self, source: str | os.PathLike[str] | typing.Mapping[str | int, HeadChanges]) -> None:
         self._file = ""
         if isinstance(source, (str, os.PathLike)):
             self._file = f"{os.fspath(source)}: "
@@ -116,16 +120,16 @@ class Layers:
         self._heads = {layer: [Heads(heads, self._place(layer)) for heads in all_heads]
                        for layer, all_heads in _by_index(source, "layer", self._file).items()}
 
-    def _place(self, layer):
+    def _place(self, layer: int | None) -> str:
         return f"{self._file}layer {EVERY if layer is None else layer}, "
 
-    def check(self, layers):
+    def check(self, layers: set[int]) -> None:
         """Raises if a layer is named that is not among `layers`."""
         for layer in self._heads:
             if layer is not None and layer not in layers:
                 raise ValueError(f"{self._file}layer {layer}: no such layer; there are {min(layers)} .. {max(layers)}")
 
-    def of(self, layer, base, q_heads):
+    def of(self, layer: int, base: dict[str, Value], q_heads: int) -> list[dict[str, Value]]:
         """A layer's options over `base`, as Heads.over() gives them."""
         made = [base]
         for each in (None, layer):

@@ -1,8 +1,9 @@
-"""What pbsattn doesn't compute goes to the attention that the model itself means: SDPA, or the eager function of its file."""
+"""What pbsattn doesn't compute goes to the attention that the model means: SDPA, or the eager function of its file."""
 
 import dataclasses
 import inspect
 import sys
+import typing
 from collections.abc import Callable
 
 import torch
@@ -31,46 +32,44 @@ _WHAT = {"softcap": "its logits are soft-capped", "s_aux": "it has attention sin
 class Own:
     """The attention of a class of attention modules, as its file has it."""
 
-    eager: Callable | None
-    takes: frozenset  # arguments that the eager function looks at
+    eager: Callable[..., typing.Any] | None
+    takes: frozenset[str]  # arguments that the eager function looks at
     only: bool  # whether the models of that file can't use SDPA
 
 
-def _inspect(module_class):
-    eager = None
+def _inspect(module_class: type) -> Own:
     for each in module_class.__mro__:
         file = sys.modules.get(each.__module__)
-        if (eager := getattr(file, "eager_attention_forward", None)) is not None:
-            break
-    if eager is None:
-        return Own(None, frozenset(), False)
-    models = [each for each in vars(file).values() if isinstance(each, type) and issubclass(each, PreTrainedModel)
-              and each.__module__ == file.__name__]
-    takes = set(inspect.signature(eager).parameters)
-    if "sinks" in eager.__code__.co_names:  # it reads the module's, which s_aux repeats
-        takes.add("s_aux")
-    return Own(eager, frozenset(takes), bool(models) and not any(each._supports_sdpa for each in models))
+        eager = getattr(file, "eager_attention_forward", None)
+        if file is not None and eager is not None:
+            models: list[typing.Any] = [model for model in vars(file).values() if isinstance(model, type)
+                                        and issubclass(model, PreTrainedModel) and model.__module__ == file.__name__]
+            takes = set(inspect.signature(eager).parameters)
+            if "sinks" in eager.__code__.co_names:  # it reads the module's, which s_aux repeats
+                takes.add("s_aux")
+            return Own(eager, frozenset(takes), bool(models) and not any(model._supports_sdpa for model in models))
+    return Own(None, frozenset(), False)
 
 
-_owns = {}  # by class of attention module
+_owns: dict[type, Own] = {}  # by class of attention module
 
 
-def own(module) -> Own:
+def own(module: torch.nn.Module) -> Own:
     known = _owns.get(type(module))
     return known if known is not None else _owns.setdefault(type(module), _inspect(type(module)))
 
 
-def unknown(arguments):
+def unknown(arguments: dict[str, typing.Any]) -> list[str]:
     """The names among an attention call's keyword arguments that mean more than pbsattn and SDPA compute."""
     return [] if HARMLESS.issuperset(arguments) else [
         name for name, value in arguments.items() if value is not None and name not in HARMLESS]
 
 
-def describe(names):
+def describe(names: list[str]) -> str:
     return "; ".join(_WHAT.get(name, f'it is given "{name}", which pbsattn doesn\'t know') for name in names)
 
 
-def indexer(model):
+def indexer(model: torch.nn.Module) -> str | None:
     """The name of a model's module that picks keys by itself (DeepSeek-V3.2 and others), or None."""
     for name, module in model.named_modules():
         if "indexer" in name.rpartition(".")[2].lower() or "indexer" in type(module).__name__.lower():
@@ -78,7 +77,8 @@ def indexer(model):
     return None
 
 
-def fall_back(module, query, key, value, mask, names, **kwargs):
+def fall_back(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+              mask: torch.Tensor | CausalMask | None, names: list[str], **kwargs: typing.Any) -> typing.Any:
     """Attention as the model means it. names: those that unknown() found."""
     takes = own(module)
     if not takes.only and _SDPA_TAKES.issuperset(names):
@@ -89,7 +89,8 @@ def fall_back(module, query, key, value, mask, names, **kwargs):
                               "file takes that; call pbsattn.transformers.disable(model)")
 
 
-def _sdpa(module, query, key, value, mask, *, is_causal, **kwargs):
+def _sdpa(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+          mask: torch.Tensor | CausalMask | None, *, is_causal: bool | None, **kwargs: typing.Any) -> typing.Any:
     if type(mask) is not CausalMask:
         return sdpa_attention_forward(module, query, key, value, mask, is_causal=is_causal, **kwargs)
     if not mask.fits(query, key) or kwargs.get("position_bias") is not None:
@@ -100,15 +101,16 @@ def _sdpa(module, query, key, value, mask, *, is_causal, **kwargs):
     return sdpa_attention_forward(module, query, key, value, mask.lower_right(), is_causal=is_causal, **kwargs)
 
 
-def _eager(eager, module, query, key, value, mask, *, is_causal, **kwargs):
+def _eager(eager: Callable[..., typing.Any], module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
+           value: torch.Tensor, mask: torch.Tensor | CausalMask | None, *, is_causal: bool | None,
+           **kwargs: typing.Any) -> typing.Any:
     """Eager attention, which takes masks as numbers to add, and no mask as none."""
     q_len, kv_len = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and causal and q_len > 1:
         mask = CausalMask(1, q_len, kv_len, 0, query.device)
-    if type(mask) is CausalMask:
-        mask = mask.tensor()
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(query.dtype).min)
-    return eager(module, query, key, value, mask, **kwargs)
+    added = mask.tensor() if isinstance(mask, CausalMask) else mask
+    if added is not None and added.dtype == torch.bool:
+        added = torch.zeros(added.shape, dtype=query.dtype, device=added.device).masked_fill(
+            ~added, torch.finfo(query.dtype).min)
+    return eager(module, query, key, value, added, **kwargs)

@@ -1,5 +1,8 @@
 """Masks of transformers models that needn't be built: what is plainly causal travels as the lengths it consists of."""
 
+import typing
+from collections.abc import Callable
+
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils import _pytree
@@ -17,57 +20,58 @@ class CausalMask:
     dtype = torch.bool
     ndim = 4
 
-    def __init__(self, batch_size, q_length, kv_length, q_offset, device):
+    def __init__(self, batch_size: int, q_length: int, kv_length: int, q_offset: int, device: torch.device) -> None:
         self.shape = torch.Size((batch_size, 1, q_length, kv_length))
         self.q_offset = q_offset
         self.keys = q_offset + q_length
         self.device = device
 
-    def tensor(self):
+    def tensor(self) -> torch.Tensor:
         rows = torch.arange(self.q_offset, self.keys, device=self.device)
         seen = torch.arange(self.shape[3], device=self.device) <= rows[:, None]
         return seen.expand(self.shape)
 
-    def lower_right(self):
+    def lower_right(self) -> torch.Tensor:
         """The same without the unused keys, as SDPA takes it without q_length x keys booleans, where it can."""
         if torch.compiler.is_compiling():
             return self.tensor()[..., : self.keys]
         return causal_lower_right(self.shape[2], self.keys)
 
-    def fits(self, query, key):
+    def fits(self, query: torch.Tensor, key: torch.Tensor) -> bool:
         return self.shape[2] == query.shape[2] and self.shape[3] == key.shape[2]
 
-    def size(self, dim=None):
+    def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
-    def dim(self):
+    def dim(self) -> int:
         return self.ndim
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: typing.Any, **kwargs: typing.Any) -> "torch.Tensor | CausalMask":
         if len(args) != 1 or not isinstance(args[0], (str, int, torch.device)) or kwargs.keys() - {"non_blocking"}:
             return self.tensor().to(*args, **kwargs)
         batch_size, _, q_length, kv_length = self.shape
         return CausalMask(batch_size, q_length, kv_length, self.q_offset, torch.device(args[0]))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: typing.Any) -> "torch.Tensor | CausalMask":
         if (isinstance(index, tuple) and len(index) == 4 and all(isinstance(each, slice) for each in index)
                 and all(each.indices(n) == (0, n, 1) for each, n in zip(index, self.shape))):
             return self  # a model that cuts a mask to the length it has
         return self.tensor()[index]
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> typing.Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.tensor(), name)
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Callable[..., typing.Any], types: typing.Any, args: tuple[typing.Any, ...] = (),
+                           kwargs: dict[str, typing.Any] | None = None) -> typing.Any:
         args, kwargs = _pytree.tree_map_only(cls, cls.tensor, (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
-def _add_operators():
-    def operator(name):
+def _add_operators() -> None:
+    def operator(name: str) -> Callable[..., typing.Any]:
         return lambda self, *others: getattr(self.tensor(), name)(*others)
 
     for name in ("and", "rand", "or", "ror", "xor", "rxor", "add", "radd", "sub", "rsub", "mul", "rmul", "eq", "ne", "lt",
@@ -78,7 +82,7 @@ def _add_operators():
 _add_operators()
 
 
-def _plainly_causal(q_length, kv_length, q_offset, attention_mask):
+def _plainly_causal(q_length: int, kv_length: int, q_offset: int, attention_mask: torch.Tensor | None) -> bool:
     """Whether nothing but causality masks the keys, which may go on unused behind the last query (StaticCache)."""
     end = q_offset + q_length
     if torch.compiler.is_compiling():  # a graph can't look into a mask
@@ -89,8 +93,11 @@ def _plainly_causal(q_length, kv_length, q_offset, attention_mask):
     return (end == kv_length or q_offset == 0) and bool(mask[:, :end].all()) and not bool(mask[:, end:].any())
 
 
-def causal_mask(*, batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function,
-                attention_mask=None, local_size=None, allow_is_causal_skip=True, device="cpu", **kwargs):
+def causal_mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+                mask_function: Callable[..., typing.Any] = causal_mask_function,
+                attention_mask: torch.Tensor | CausalMask | None = None, local_size: int | None = None,
+                allow_is_causal_skip: bool = True, device: typing.Any = "cpu",
+                **kwargs: typing.Any) -> torch.Tensor | CausalMask | None:
     """The function behind AttentionMaskInterface: SDPA's mask, but a CausalMask where that says it all.
 
     SDPA's own function gives None to the first chunk of a prefill, and builds q_length x kv_length booleans for the others.

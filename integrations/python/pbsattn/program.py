@@ -1,5 +1,7 @@
-"""How commands end, and how they write files: of this package, of pbsattn_eval, and of the tools of the source tree, which take
-this file by its path, so it imports nothing but the standard library."""
+"""How commands end, and how they write files: of this package, of pbsattn_eval, and of the tools of the source tree, which
+take this file by its path, so it imports nothing but the standard library."""
+
+from __future__ import annotations  # the tools run on Python 3.9, too
 
 import contextlib
 import errno
@@ -8,7 +10,10 @@ import pathlib
 import signal
 import stat
 import sys
+import typing
+from collections.abc import Callable
 
+Status = typing.Union[int, str, None]  # how a command ends, as sys.exit() takes it
 CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of a program that this signal ended
 
 
@@ -16,17 +21,17 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came: whatever cleans up after Ctrl-C cleans up after this."""
 
 
-def _terminate(*_):
+def _terminate(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
     raise Terminated
 
 
-def status_of(interrupt):
+def status_of(interrupt: KeyboardInterrupt) -> int:
     """The exit status that an interrupted command ends with."""
     return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
 
 
-def missing(error):
+def missing(error: ImportError) -> str:
     """What an ImportError says is not installed, and the way out, in a line."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
@@ -34,10 +39,13 @@ def missing(error):
     return f"something it needs is missing or too old: {' '.join(str(error).split())}"
 
 
-def guarded(name, main, *failures, interrupted="interrupted"):
-    """Returns the status that main() does, a number, None or a line that tells what went wrong. Exceptions of the types `failures`,
-    something that isn't installed, and an interruption become such a line or a number; a reader that closed the pipe early has
-    what it wanted, so it isn't even told."""
+def guarded(name: str, main: Callable[[], Status], *failures: type[Exception], interrupted: str = "interrupted") -> Status:
+    """Returns the status that main() does, a number, None or a line that tells what went wrong.
+
+    Exceptions of the types `failures`, something that isn't installed, and an interruption become such a line or a number; a
+    reader that closed the pipe early has what it wanted, so it isn't even told.
+    """
+    told: tuple[type[Exception], ...] = (*failures, OSError)
     try:
         return main()
     except SystemExit as end:
@@ -46,7 +54,7 @@ def guarded(name, main, *failures, interrupted="interrupted"):
         return CLOSED_PIPE
     except ImportError as error:
         return f"{name}: {missing(error)}"
-    except (*failures, OSError) as error:
+    except told as error:
         return f"{name}: {error}"
     except KeyboardInterrupt as interrupt:
         with contextlib.suppress(OSError):
@@ -54,8 +62,9 @@ def guarded(name, main, *failures, interrupted="interrupted"):
         return status_of(interrupt)
 
 
-def run(name, main, *failures, interrupted="interrupted"):
-    """Ends the process with the status of guarded(), or of a standard output that can't be written; SIGTERM interrupts main()."""
+def run(name: str, main: Callable[[], Status], *failures: type[Exception],
+        interrupted: str = "interrupted") -> typing.NoReturn:
+    """Ends the process with guarded()'s status, or that of a standard output that can't be written. SIGTERM interrupts it."""
     signal.signal(signal.SIGTERM, _terminate)
     status = guarded(name, main, *failures, interrupted=interrupted)
     if sys.stdout is None:  # it was closed before Python began, which prints to nowhere then
@@ -71,18 +80,19 @@ def run(name, main, *failures, interrupted="interrupted"):
     sys.exit(status)
 
 
-def _is_standard_output(path):
+def _is_standard_output(path: pathlib.Path) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(1))
     except OSError:  # one of them isn't there
         return False
 
 
-def write_whole(path, text):
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file that appears whole or not at all. A symbolic link stays, and what it names is written; a pipe or a
     device, which can't be replaced, is written to as it is."""
     path = pathlib.Path(path)
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):  # asked of the path as it is: /dev/stdout of a pipe leads to no file
+    # Asked of the path as it is: /dev/stdout of a pipe leads to no file.
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         path.write_text(text, encoding="utf-8")
         return
     path = pathlib.Path(os.path.realpath(path))

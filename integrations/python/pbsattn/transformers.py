@@ -20,8 +20,11 @@ FallbackWarning names the reason.
 
 import dataclasses
 import json
+import os
+import typing
 import warnings
 import weakref
+from collections.abc import Iterable
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -29,12 +32,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import _core
 from ._op import attention
-from ._settings import Layers, read_settings
+from ._settings import HeadChanges, Layers, Value, read_settings
 from ._transformers_fallback import HARMLESS, describe, fall_back, indexer, own, unknown
 from ._transformers_masks import CausalMask, causal_mask
 
+__all__ = ["MIN_TOKENS", "NAME", "Enabled", "FallbackWarning", "LayerStats", "disable", "enable", "read_settings", "stats"]
+
+# Options by layer and query head ("*" is every one), as a dict or the path of a JSON file.
+Settings = str | os.PathLike[str] | typing.Mapping[str | int, HeadChanges]
 NAME = "pbsattn"  # of our attention in transformers' tables
-# Least queries of a call for pbsattn, by device. On a GPU a shorter prefill is bound by the host, which is no faster with us.
+# Least queries of a call for pbsattn, by device. On a GPU a shorter prefill is bound by the host, which we make no faster.
 MIN_TOKENS = {"cpu": 512, "cuda": 2560}
 
 
@@ -65,25 +72,25 @@ class LayerStats:
 class _State:
     """What enable() set for one model."""
 
-    def __init__(self, model, min_tokens, measure):
+    def __init__(self, model: PreTrainedModel, min_tokens: int, measure: bool) -> None:
         self.min_tokens = min_tokens
         self.measure = measure
         self.model_name = type(model).__name__
         self.before = [(config, _implementation_before(config)) for config in _configs(model)]
-        self.warned = set()
+        self.warned: set[str] = set()
 
-    def __setstate__(self, values):  # of a copy of a model, which is enabled as the model is
+    def __setstate__(self, values: dict[str, typing.Any]) -> None:  # of a copy of a model, which is enabled as the model is
         self.__dict__.update(values)
         _states.add(self)
 
-    def warn(self, reason, layer):
+    def warn(self, reason: str, layer: int | str) -> None:
         if reason not in self.warned:
             self.warned.add(reason)
             warnings.warn(f"{self.model_name}: attention of layer {layer} goes to SDPA, not to pbsattn: {reason}",
                           FallbackWarning, stacklevel=2)
 
 
-_states = weakref.WeakSet()  # of the models that are enabled; their modules hold them
+_states: weakref.WeakSet[_State] = weakref.WeakSet()  # of the models that are enabled; their modules hold them
 
 
 @dataclasses.dataclass
@@ -93,10 +100,10 @@ class _Layer:
     state: _State
     name: str
     index: int | None
-    options: dict | None = None  # attention()'s; None where it is left to SDPA without a word
+    options: dict[str, typing.Any] | None = None  # attention()'s; None where it is left to SDPA without a word
     record: LayerStats | None = None
 
-    def of_call(self, first_chunk):
+    def of_call(self, first_chunk: bool) -> LayerStats:
         if first_chunk or self.record is None:
             self.record = LayerStats(self.index, module=self.name)
         return self.record
@@ -105,7 +112,9 @@ class _Layer:
 # --------------------------------------------------------------------------------------------- attention
 
 
-def _reason_to_leave(query, key, value, mask, names, dropout, scaling, causal, kwargs):
+def _reason_to_leave(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | CausalMask | None,
+                     names: list[str], dropout: float, scaling: float | torch.Tensor | None, causal: bool,
+                     kwargs: dict[str, typing.Any]) -> str | None:
     """Why a call isn't one that pbsattn takes; None if it is."""
     if mask is None and not causal:
         return "it is not causal (an encoder, or cross attention)"
@@ -129,7 +138,8 @@ def _reason_to_leave(query, key, value, mask, names, dropout, scaling, causal, k
     return None
 
 
-def _forward(module, query, key, value, attention_mask, **kwargs):
+def _forward(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+             attention_mask: torch.Tensor | CausalMask | None, **kwargs: typing.Any) -> typing.Any:
     """The function behind AttentionInterface: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D] -> [B, Sq, Hq, D]."""
     layer = getattr(module, "_pbsattn", None)
     # Short prompts wait for the host, so the plainest calls go to SDPA before anything else is asked.
@@ -142,12 +152,14 @@ def _forward(module, query, key, value, attention_mask, **kwargs):
 _PLAIN = HARMLESS | {"dropout", "scaling", "is_causal"}
 
 
-def _pick(layer, module, query, key, value, mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+def _pick(layer: _Layer | None, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+          mask: torch.Tensor | CausalMask | None, dropout: float = 0.0, scaling: float | torch.Tensor | None = None,
+          is_causal: bool | None = None, **kwargs: typing.Any) -> typing.Any:
     """A call of any kind: computed by pbsattn, or why not by the model's own attention."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if type(mask) is CausalMask and mask.q_offset == 0 and not getattr(module, "is_causal", True):
-        # As SDPA has it: the mask was left out for the module to say. A causal module that says is_causal=False in a call has
-        # seen a mask that says it instead (Moonshine).
+        # As SDPA has it: the mask was left out for the module to say. A causal module that says is_causal=False in a call
+        # has seen a mask that says it instead (Moonshine).
         mask = None
     names = unknown(kwargs)
     if layer is not None and layer.options is not None and query.shape[2] >= layer.state.min_tokens:
@@ -156,7 +168,7 @@ def _pick(layer, module, query, key, value, mask, dropout=0.0, scaling=None, is_
         record = layer.of_call(first_chunk)
         if reason is None:
             try:
-                out = _attend(layer, query, key, value, mask, scaling)
+                out = _attend(layer.options, record, layer.state.measure, query, key, value, mask, scaling)
                 record.taken += 1
                 return out, None
             except NotImplementedError as refusal:  # this device takes no such tensors
@@ -168,16 +180,16 @@ def _pick(layer, module, query, key, value, mask, dropout=0.0, scaling=None, is_
     return fall_back(module, query, key, value, mask, names, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
 
 
-def _attend(layer, query, key, value, mask, scaling):
+def _attend(settings: dict[str, typing.Any], record: LayerStats, measure: bool, query: torch.Tensor, key: torch.Tensor,
+            value: torch.Tensor, mask: CausalMask | None, scaling: float | None) -> torch.Tensor:
     if mask is not None and mask.keys < key.shape[2]:
         key, value = key[:, :, :mask.keys], value[:, :, :mask.keys]
-    options = {"scale": None if scaling is None else float(scaling), **layer.options}
+    options = {"scale": None if scaling is None else float(scaling), **settings}
     # Tokens before heads, by strides alone, so that the output comes in the order that the model wants.
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if not (layer.state.measure or q.device.type == "cpu") or torch.compiler.is_compiling():
+    if not (measure or q.device.type == "cpu") or torch.compiler.is_compiling():
         return attention(q, k, v, layout="bshd", **options)
     out, stats = attention(q, k, v, layout="bshd", return_stats=True, **options)
-    record = layer.record
     record.visited_blocks += stats.visited_blocks
     record.causal_blocks += stats.causal_blocks
     record.seconds += stats.seconds
@@ -192,11 +204,11 @@ AttentionMaskInterface.register(NAME, causal_mask)
 # ------------------------------------------------------------------------------------------------- models
 
 
-def _configs(model):
+def _configs(model: PreTrainedModel) -> list[typing.Any]:
     """The configs of a model and of its parts, outer ones first."""
-    found = {}
+    found: dict[int, typing.Any] = {}
 
-    def visit(config):
+    def visit(config: object) -> None:
         if isinstance(config, PreTrainedConfig) and id(config) not in found:
             found[id(config)] = config
             for key in config.sub_configs:
@@ -208,14 +220,14 @@ def _configs(model):
     return list(found.values())
 
 
-def _implementation_before(config):
+def _implementation_before(config: typing.Any) -> typing.Any:
     """The attention that a config had before any model was enabled with it."""
     if config._attn_implementation != NAME:
         return config._attn_implementation
     return next((before for state in list(_states) for each, before in state.before if each is config), "sdpa")
 
 
-def _restore(state):
+def _restore(state: _State) -> None:
     """Gives its configs back what they had, but for those that another enabled model shares.
 
     A config passes a name on to its parts, which come later and then get their own; not all configs take a dict.
@@ -226,20 +238,20 @@ def _restore(state):
         config._attn_implementation = NAME if shared else before
 
 
-def _layers(model):
+def _layers(model: torch.nn.Module) -> list[_Layer]:
     return [module._pbsattn for module in model.modules() if hasattr(module, "_pbsattn")]
 
 
-def _attention_modules(model):
+def _attention_modules(model: torch.nn.Module) -> list[typing.Any]:
     return [module for module in model.modules()
             if hasattr(module, "layer_idx") and getattr(module, "is_causal", False) and hasattr(module, "config")]
 
 
-def _indices(modules):
+def _indices(modules: list[typing.Any]) -> set[int]:
     return {module.layer_idx for module in modules if module.layer_idx is not None}
 
 
-def _never_taken(module):
+def _never_taken(module: torch.nn.Module) -> str | None:
     """Why no call of this module can be taken, as far as the module itself tells."""
     if getattr(module, "attn_logit_softcapping", None) is not None:
         return "its logits are soft-capped"
@@ -251,29 +263,30 @@ def _never_taken(module):
 class Enabled:
     """What enable() returns: a context manager that disables at its end."""
 
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
-    def __enter__(self):
+    def __enter__(self) -> PreTrainedModel:
         return self._model
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         disable(self._model)
 
 
-def _options_by_module(modules, settings, base):
+def _options_by_module(modules: list[typing.Any], settings: Settings, base: dict[str, Value]) -> dict[typing.Any, dict[str, typing.Any]]:
     """What `settings` make of attention()'s options, by module."""
     by_module = {}
-    settings = Layers(settings)
-    settings.check(_indices(modules))
+    layers = Layers(settings)
+    layers.check(_indices(modules))
     for module in modules:
-        heads = settings.of(module.layer_idx, base, module.config.num_attention_heads)
+        heads = layers.of(module.layer_idx, base, module.config.num_attention_heads)
         by_module[module] = heads[0] if len(heads) == 1 else dict(
-            heads[0], heads=json.dumps({h: options for h, options in enumerate(heads)}))
+            heads[0], heads=json.dumps(dict(enumerate(heads))))
     return by_module
 
 
-def enable(model, *, method="pbs", min_tokens=None, layers=None, settings=None, stats=False, **options) -> Enabled:
+def enable(model: PreTrainedModel, *, method: str = "pbs", min_tokens: int | None = None, layers: Iterable[int] | None = None,
+           settings: Settings | None = None, stats: bool = False, **options: Value) -> Enabled:
     """Sends the prefill of a transformers model to pbsattn, until disable() or the end of a `with` block.
 
     method and options: those of pbsattn.attention (top_p, dense_last_rows, ...).
@@ -302,7 +315,7 @@ def enable(model, *, method="pbs", min_tokens=None, layers=None, settings=None, 
         raise ValueError(no_interface)
     reasons = {_never_taken(module) for module in modules}
     if None not in reasons:
-        raise ValueError(f"{name}: pbsattn can take none of its layers: {'; '.join(sorted(reasons))}")
+        raise ValueError(f"{name}: pbsattn can take none of its layers: {'; '.join(sorted(filter(None, reasons)))}")
     if layers is not None:
         layers, indices = frozenset(layers), _indices(modules)
         if unknown_layers := layers - indices:
@@ -312,7 +325,7 @@ def enable(model, *, method="pbs", min_tokens=None, layers=None, settings=None, 
         min_tokens = MIN_TOKENS.get(model.device.type, 512)
     if min_tokens < 2:
         raise ValueError(f"min_tokens {min_tokens}: decoding is not for pbsattn; 2 is the least")
-    base = dict(method=method, **options)
+    base: dict[str, Value] = {"method": method, **options}
     by_module = {} if settings is None else _options_by_module(modules, settings, base)
     state = _State(model, min_tokens, stats)
     _states.add(state)
@@ -332,14 +345,14 @@ def enable(model, *, method="pbs", min_tokens=None, layers=None, settings=None, 
     return Enabled(model)
 
 
-def _require_layers(model):
+def _require_layers(model: torch.nn.Module) -> list[_Layer]:
     layers = _layers(model)
     if not layers:
         raise RuntimeError(f"{type(model).__name__}: pbsattn is not enabled; call pbsattn.transformers.enable(model)")
     return layers
 
 
-def disable(model):
+def disable(model: PreTrainedModel) -> None:
     """Gives a model the attention back that it had before enable(). RuntimeError if it is not enabled."""
     for state in {layer.state for layer in _require_layers(model)}:
         _restore(state)
@@ -347,7 +360,7 @@ def disable(model):
         module.__dict__.pop("_pbsattn", None)
 
 
-def stats(model) -> list[LayerStats]:
+def stats(model: PreTrainedModel) -> list[LayerStats]:
     """What the last prefill did, by layer; layers without an index come last. RuntimeError if pbsattn is not enabled."""
     records = [layer.record for layer in _require_layers(model) if layer.record is not None]
     return sorted(records, key=lambda record: (record.layer is None, record.layer or 0))
