@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tools"))
-from common import run_main, write_whole  # noqa: E402
+from common import run_main, write_whole
 
 HEADS = 1  # so that a sample is short: a core seldom stays undisturbed for long
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}

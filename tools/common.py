@@ -21,6 +21,7 @@ def _load_program():
     """The package's module of that name by its path: the package itself needs PyTorch, the tools don't."""
     path = pathlib.Path(__file__).parent.parent / "integrations/python/pbsattn/program.py"
     spec = importlib.util.spec_from_file_location("program", path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

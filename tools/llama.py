@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tarfile
 
 from common import Failure, cache_dir, locked, pip_download, require_space, run_child, run_main, say

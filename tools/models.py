@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import os
 import shutil
-import sys
 import zipfile
 import zlib
 

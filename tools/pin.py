@@ -11,6 +11,7 @@ import argparse
 import pathlib
 import re
 import sys
+import typing
 
 from common import Failure, run_main
 
@@ -50,14 +51,15 @@ def main():
     files = parser.parse_args().files
 
     from pip._internal.commands import create_command
-    command = create_command("download")
+    command: typing.Any = create_command("download")
     options, _ = command.parse_args(["--disable-pip-version-check", "pip"])
     with command.main_context():
         session = command.get_default_session(options)
         for file in files:
             plain = OLD.sub("", file.read_text())
-            pinned = lambda pin: pin[0] + "".join(f" \\\n    --hash=sha256:{each}" for each in hashes(
-                session, options.index_url, pin[1], pin[2]))
+            def pinned(pin):
+                return pin[0] + "".join(f" \\\n    --hash=sha256:{each}" for each in hashes(
+                            session, options.index_url, pin[1], pin[2]))
             file.write_text(PIN.sub(pinned, plain))
             print(f"{file}: {len(PIN.findall(plain))} requirements pinned", file=sys.stderr)
     return 0

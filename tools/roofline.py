@@ -8,10 +8,12 @@ The roof is what the same run measured of the card or of one core: products and 
 must move: Q, K, V and the output once.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
 import sys
+import typing
 
 from common import Failure, run_main, write_whole
 
@@ -21,44 +23,44 @@ COLORS = {"ours": "#0b6e4f", "cuDNN": "#d1495b", "FlashAttention-2": "#8d6a9f", 
           "ggml": "#d1495b", "PyTorch": "#c98f1a"}
 
 
-class Gpu:
-    unit, slope_unit = "TFLOP/s", "TB/s"
-    x_range, y_range, ticks = (100, 200_000), (100, 1000), (100, 200, 300, 400, 500, 600, 700, 800, 1000)
-    heads, kv_heads, bytes_of_query, bytes_of_key = 32, 8, 2, 2
-    what = "bf16, 32 query and 8 KV heads"
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What a drawing of one suite's records is of."""
 
-    @staticmethod
-    def roofs(records):
-        """(name, height), ..., and the slope."""
-        found = {record["metric"]: record["value"] for record in records if record["case"] == "ceiling"}
-        if not found.keys() >= {"product", "copy"}:
-            raise Failure("no ceilings among the records; run ./dev bench gpu without --only")
-        return [("bf16 product", found["product"])], found["copy"]
-
-    @staticmethod
-    def ours(params):
-        return "ours"
-
-
-class Cpu:
-    unit, slope_unit = "GFLOP/s", "GB/s"
-    x_range, y_range, ticks = (50, 5000), (10, 5000), (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-    heads, kv_heads, bytes_of_query, bytes_of_key = 2, 1, 4, 2
-    what = "one core, 2 query heads (float32) and 1 KV head (float16)"
-
-    @staticmethod
-    def roofs(records):
-        found = {record["params"]["path"]: record["value"] for record in records if record["case"] == "peak"}
-        if "memory" not in found or len(found) < 2:
-            raise Failure("no peaks among the records; run ./dev bench cpu with the case peak")
-        return [(name, value) for name, value in found.items() if name != "memory"], found["memory"]
-
-    @staticmethod
-    def ours(params):
-        return params["path"]
+    what: str
+    unit: str
+    slope_unit: str
+    x_range: tuple[int, int]
+    y_range: tuple[int, int]
+    ticks: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    bytes_of_query: int
+    bytes_of_key: int
+    roofs: typing.Callable  # of the records: [(name, height), ...], and the slope
+    ours: typing.Callable  # who a record of ours is, by its params
 
 
-SUITES = {"gpu": Gpu, "cpu": Cpu}
+def gpu_roofs(records):
+    found = {record["metric"]: record["value"] for record in records if record["case"] == "ceiling"}
+    if not found.keys() >= {"product", "copy"}:
+        raise Failure("no ceilings among the records; run ./dev bench gpu without --only")
+    return [("bf16 product", found["product"])], found["copy"]
+
+
+def cpu_roofs(records):
+    found = {record["params"]["path"]: record["value"] for record in records if record["case"] == "peak"}
+    if "memory" not in found or len(found) < 2:
+        raise Failure("no peaks among the records; run ./dev bench cpu with the case peak")
+    return [(name, value) for name, value in found.items() if name != "memory"], found["memory"]
+
+
+SUITES = {
+    "gpu": Suite("bf16, 32 query and 8 KV heads", "TFLOP/s", "TB/s", (100, 200_000), (100, 1000),
+                 (100, 200, 300, 400, 500, 600, 700, 800, 1000), 32, 8, 2, 2, gpu_roofs, lambda params: "ours"),
+    "cpu": Suite("one core, 2 query heads (float32) and 1 KV head (float16)", "GFLOP/s", "GB/s", (50, 5000), (10, 5000),
+                 (10, 20, 50, 100, 200, 500, 1000, 2000, 5000), 2, 1, 4, 2, cpu_roofs, lambda params: params["path"]),
+}
 
 
 def x_of(suite, intensity):

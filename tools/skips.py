@@ -4,8 +4,8 @@
     tools/skips.py [--allowed FILE] RESULT...
 
 A RESULT is JUnit's XML (of pytest --junitxml or ctest --output-junit), or else a log of GoogleTest's or unittest's words, as
-CTest keeps in Testing/Temporary/LastTest.log. A line of the list: what may be skipped, as "NAME: REASON" in which * stands for
-anything; a bar; and why that is all right.
+CTest keeps in Testing/Temporary/LastTest.log. A line of the list: what may be skipped, as "NAME: REASON" in which * stands
+for anything; a bar; and why that is all right.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 """Makes a virtual environment, once, in the user's cache folder.
 
     tools/venv.py tests     prints the path of its Python: what the tests of the package and evaluations run with
-    tools/venv.py lint      the same, with clang-tidy beside it
+    tools/venv.py lint      the same, with clang-tidy, ruff and mypy beside it
     tools/venv.py docs      the same, with Sphinx
 
 It holds what a file of requirements names, down to the SHA-256 of what is downloaded (tools/pin.py writes these); other
@@ -34,7 +34,8 @@ ENVIRONMENTS = {
     "tests": Environment(ROOT / "tests/python/requirements.txt", 6_000_000_000,
                          "PyTorch and transformers (2.3 GB, once; a few minutes)", ((3, 11), (3, 13))),
     "docs": Environment(ROOT / "tools/docs_requirements.txt", 300_000_000, "Sphinx (20 MB, once)", ((3, 11), (3, 13))),
-    "lint": Environment(ROOT / "tools/lint_requirements.txt", 400_000_000, "clang-tidy (46 MB, once)", ((3, 9), (3, 99))),
+    "lint": Environment(ROOT / "tools/lint_requirements.txt", 500_000_000, "clang-tidy, ruff and mypy (75 MB, once)",
+                        ((3, 11), (3, 13))),
 }
 
 

@@ -22,8 +22,9 @@ import peers
 from check import check
 from inputs import from_file, random_mask, random_set, shuffle, to_lists, with_density
 from library import BLOCK, SEGMENT, Library
-from common import run_main
 from timing import Report, keep_busy, milliseconds, milliseconds_in_graphs
+
+from common import run_main
 
 HEADS, KV_HEADS = 32, 8
 K = 1024
@@ -97,7 +98,10 @@ class Bench:
             mask = random_mask(1, HEADS, n, n, SEGMENT, density, generator)
             lists = to_lists(mask)
             flops = 4 * 128 * BLOCK**2 * mask.sum().item()
-            ours = lambda q, k, v: self.library.attend(q, k, v, out, permuted=permuted, lists=lists)
+
+            def ours(q, k, v, permuted=permuted, lists=lists):
+                return self.library.attend(q, k, v, out, permuted=permuted, lists=lists)
+
             times = self.times({"ours": ours, "cuDNN": peers.cudnn, "FlexAttention": peers.flex(mask)}, sets, n)
             rates = {name: [flops / t / 1e9 for t in values] for name, values in times.items()}
             rates["cuDNN"] = [2 * HEADS * 128 * n * n / t / 1e9 for t in times["cuDNN"]]
@@ -126,7 +130,7 @@ class Bench:
             seconds = {method: [] for method in plans}
             dense = []
             for _ in range(self.runs + 1):
-                dense += milliseconds({"cuDNN": lambda i: peers.cudnn(q, k, v)}, 1)["cuDNN"]
+                dense += milliseconds({"cuDNN": lambda _, q=q, k=k, v=v: peers.cudnn(q, k, v)}, 1)["cuDNN"]
                 for method, plan in plans.items():
                     keep_busy()
                     stats = plan.stats(q, k, v, out)

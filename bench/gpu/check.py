@@ -3,14 +3,13 @@
 import math
 
 import torch
-
 from inputs import random_mask, shuffle, structured_set, to_lists
 from library import BLOCK, SEGMENT
 
 
 def token_mask(mask, order, q_len, kv_len, segment):
     """[batch, head, query, key]: what a query sees, from the block mask and the order of keys."""
-    batch, heads, rows, blocks = mask.shape
+    batch, heads = mask.shape[:2]
     q_offset = kv_len - q_len
     first_row = q_offset // BLOCK
     query = torch.arange(q_offset, kv_len, device="cuda")

@@ -4,7 +4,6 @@ import math
 import pathlib
 
 import torch
-
 from library import BLOCK, SEGMENT
 
 
@@ -24,7 +23,8 @@ def structured_set(n, heads, kv_heads, head_dim, strength, seed):
     larger `strength`, the fewer blocks hold the attention.
     """
     generator = torch.Generator("cuda").manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, device="cuda", generator=generator)
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator)
     direction = torch.nn.functional.normalize(draw(1, kv_heads, 1, head_dim), dim=-1)
     pull = 4.0
     q = draw(1, heads, n, head_dim) + pull * direction.repeat_interleave(heads // kv_heads, 1)
@@ -99,5 +99,6 @@ def shuffle(k, v, heads, segment, generator):
     order = draw.argsort(-1) + torch.arange(0, length, segment, device="cuda")[:, None]
     order = order.flatten(2)
     index = order[..., None].expand(-1, -1, -1, head_dim)
-    take = lambda t: t.repeat_interleave(heads // kv_heads, 1).gather(2, index).contiguous()
+    def take(t):
+        return t.repeat_interleave(heads // kv_heads, 1).gather(2, index).contiguous()
     return (take(k), take(v)), order

@@ -98,8 +98,9 @@ class Library:
         scratch = torch.empty(self.c.attend_bench_scratch(i64(batch), i64(q_heads), i64(q_len), i64(kv_len)),
                               dtype=torch.uint8, device="cuda")
         k_permuted, v_permuted = permuted or (None, None)
+        permuted_heads = 0 if k_permuted is None else k_permuted.shape[1]
         sizes = (i64 * 9)(batch, q_heads, kv_heads, q_len, kv_len, head_dim, segment,
-                          k_permuted.shape[1] if permuted else 0, q.dtype == torch.bfloat16)
+                          permuted_heads, q.dtype == torch.bfloat16)
         strides = (i64 * 12)(*(s for t in (q, k, v, out) for s in t.stride()[:3]))
         tensors = (q, k, v, out)
         error = self.c.attend_bench(

@@ -4,10 +4,9 @@ import pathlib
 import sys
 
 import torch
+from library import BLOCK, SEGMENT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-
-from library import BLOCK, SEGMENT
 
 
 def sdpa(backend):

@@ -202,8 +202,9 @@ def all_cases():
     return cases
 
 
-# What `--one-per-family` runs. Decoders are alike where their attention is given the same things, so there is one class for each
-# of those; and every class that lost something before: cross attention, sparse attention of its own, encoders, caches of two kinds.
+# What `--one-per-family` runs. Decoders are alike where their attention is given the same things, so there is one class for
+# each of those; and every class that lost something before: cross attention, sparse attention of its own, encoders, caches
+# of two kinds.
 FAMILIES = {
     "LlamaForCausalLM": "grouped heads, rotary positions: what most decoders are",
     "GPT2LMHeadModel": "learned positions, one head of keys for each of queries",

@@ -23,7 +23,7 @@ def _mapped():
 class _Child:
     def __init__(self, case, function):
         self.case, self.started = case, time.monotonic()
-        self.said = tempfile.TemporaryFile()
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 (open until the child has ended)
         self.answer = b""
         self.pipe, write = os.pipe()
         self.pid = os.fork()

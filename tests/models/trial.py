@@ -226,7 +226,7 @@ def _matters(model, call, expected):
 
 
 def _noise(model, call, expected):
-    """What rounding alone costs this model: its own logits against those in float64, or with its eager attention; None if neither."""
+    """What rounding alone costs this model: its own logits against those in float64 or with its eager attention, or None."""
     with contextlib.suppress(Exception):  # a model that mixes types
         try:
             return _relative(model.double() and call(), expected)

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     import transformers
 
     path = tmp_path_factory.mktemp("model")
-    words = {word: i for i, word in enumerate(sorted(set(TEXT.split())) + ["<unk>"])}
+    words = {word: i for i, word in enumerate([*sorted(set(TEXT.split())), "<unk>"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
@@ -58,7 +58,8 @@ def folder(tmp_path_factory):
 def qkv(device, q_len=700, kv_len=None, batch=1, q_heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16):
     """Random q, k and v, [B, H, S, D]."""
     kv_len = kv_len or q_len
-    make = lambda heads, tokens: torch.randn(batch, heads, tokens, head_dim).to(device=device, dtype=dtype)
+    def make(heads, tokens):
+        return torch.randn(batch, heads, tokens, head_dim).to(device=device, dtype=dtype)
     return make(q_heads, q_len), make(kv_heads, kv_len), make(kv_heads, kv_len)
 
 

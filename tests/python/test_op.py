@@ -4,9 +4,9 @@ import threading
 
 import pytest
 import torch
-from conftest import FORCED_BF16, dense, error, f32_tolerance, qkv, sdpa_error
 
 import pbsattn
+from conftest import FORCED_BF16, dense, error, f32_tolerance, qkv, sdpa_error
 
 OP = torch.ops.pbsattn.attention.default
 

@@ -6,9 +6,9 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import python
 
 import pbsattn
+from conftest import python
 
 
 def test_the_wheel_is_the_runtime_alone():

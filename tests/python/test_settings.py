@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from conftest import qkv
 
 import pbsattn
+from conftest import qkv
 from pbsattn import _core
 from pbsattn._settings import Heads, Layers, library_options
 

@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 
-import pbsattn
 from conftest import f32_tolerance
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
@@ -139,14 +138,16 @@ def test_padding_on_the_left_falls_back(device):
     model = build("llama", device)
     ids, mask = prompt(device, batch=2), torch.ones(2, TOKENS, dtype=torch.long, device=device)
     mask[1, :100] = 0
-    call = lambda: model(ids, attention_mask=mask).logits[:, -1]
+    def call():
+        return model(ids, attention_mask=mask).logits[:, -1]
     falls_back(model, "more than causal", call, call())
 
 
 def test_sliding_window_falls_back(device):
     model = build("mistral", device, sliding_window=200)
     ids = prompt(device)
-    call = lambda: model(ids).logits
+    def call():
+        return model(ids).logits
     falls_back(model, "sliding window of 200", call, call())
     with enable(model, top_p=1.0):
         short = ids[:, :150]
@@ -165,7 +166,8 @@ def test_packed_sequences_fall_back(device):
     model = build("llama", device)
     ids = prompt(device)
     positions = torch.cat([torch.arange(300), torch.arange(300)])[None].to(device)
-    call = lambda: model(ids, position_ids=positions, use_cache=False).logits
+    def call():
+        return model(ids, position_ids=positions, use_cache=False).logits
     falls_back(model, "more than causal", call, call())
 
 
@@ -211,7 +213,8 @@ def test_what_this_device_refuses_falls_back(device):
         model = build("llama", device, head_dim=32)
         reason = "head_dim 32"
     ids = prompt(device)
-    call = lambda: model(ids).logits
+    def call():
+        return model(ids).logits
     falls_back(model, reason, call, call())
 
 
@@ -343,7 +346,6 @@ def test_errors():
         vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64))
     with pytest.raises(ValueError, match="no causal attention"):
         enable(encoder)
-    with enable(model):
-        with pytest.raises(RuntimeError, match="enabled already; disable it first"):
-            enable(model)
+    with enable(model), pytest.raises(RuntimeError, match="enabled already; disable it first"):
+        enable(model)
     assert model.config._attn_implementation == "sdpa"

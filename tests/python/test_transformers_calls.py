@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+
 from conftest import f32_tolerance
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
@@ -208,7 +209,8 @@ def test_an_unknown_argument_raises(q_len, enabled):
     model = llama()
     module = model.model.layers[0].self_attn
     q, k, v = torch.randn(1, 2, q_len, 32), torch.randn(1, 1, 200, 32), torch.randn(1, 1, 200, 32)
-    call = lambda **arguments: INTERFACE["pbsattn"](module, q, k, v, None, scaling=0.2, **arguments)
+    def call(**arguments):
+        return INTERFACE["pbsattn"](module, q, k, v, None, scaling=0.2, **arguments)
     if enabled:
         pt.enable(model, min_tokens=64, top_p=1.0)
     call(position_ids=torch.arange(q_len), cu_seq_lens_q=None, block_indices=None)

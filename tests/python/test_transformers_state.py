@@ -6,7 +6,6 @@ import json
 import weakref
 
 import pytest
-import torch
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
@@ -129,7 +128,8 @@ def test_a_model_whose_layers_have_no_index():
     ids = tokens(200)
     for layer in model.model.layers:
         layer.self_attn.layer_idx = None
-    call = lambda: model(ids, use_cache=False).logits
+    def call():
+        return model(ids, use_cache=False).logits
     expected = call()
     with pt.enable(model, min_tokens=64, settings={"*": {"*": {"top_p": 1.0}}}):
         agree(call(), expected)

@@ -18,12 +18,14 @@ import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tools"))
 
-import common  # noqa: E402
-import cuobjdump  # noqa: E402
-import llama  # noqa: E402
-import models  # noqa: E402
-import venv as environments  # noqa: E402
-from index import Index, wheel  # noqa: E402
+import venv as environments
+
+from index import Index, wheel
+
+import common
+import cuobjdump
+import llama
+import models
 
 PARTS = {"pbsparta": os.urandom(70_000), "pbspartb": os.urandom(90_000)}
 WHOLE = b"".join(PARTS.values())
@@ -236,16 +238,16 @@ class Downloads(unittest.TestCase):
 
         with unittest.mock.patch.object(llama, "SHA256", sha256(archive)), \
                 unittest.mock.patch.object(llama, "run", side_effect=configure), \
-                unittest.mock.patch.object(common, "_resume", side_effect=fetch) as resume:
-            with contextlib.redirect_stderr(io.StringIO()):
-                source, _ = llama.build("libraries")
+                unittest.mock.patch.object(common, "_resume", side_effect=fetch) as resume, \
+                contextlib.redirect_stderr(io.StringIO()):
+            source, _ = llama.build("libraries")
+            shutil.rmtree(source)
+            for left, fetched in ((archive[:-1] + b"x", 2), (archive, 2)):
+                (source.parent / "source.tar.gz").write_bytes(left)
+                llama.build("libraries")
+                self.assertEqual(resume.call_count, fetched)
+                self.assertEqual([path.name for path in source.iterdir()], ["CMakeLists.txt"])
                 shutil.rmtree(source)
-                for left, fetched in ((archive[:-1] + b"x", 2), (archive, 2)):
-                    (source.parent / "source.tar.gz").write_bytes(left)
-                    llama.build("libraries")
-                    self.assertEqual(resume.call_count, fetched)
-                    self.assertEqual([path.name for path in source.iterdir()], ["CMakeLists.txt"])
-                    shutil.rmtree(source)
 
     def test_damaged_program_in_the_cache(self):
         """cuobjdump and nvdisasm are run from there."""

@@ -59,11 +59,11 @@ class Index:
                 self.answer(206 if first else 200, "application/zip", sent, len(body),
                             {"Content-Range": f"bytes {first}-{len(whole) - 1}/{len(whole)}"} if first else {})
 
-            def answer(self, status, kind, body, length=None, more={}):
+            def answer(self, status, kind, body, length=None, more=None):
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body) if length is None else length))
-                for header, value in more.items():
+                for header, value in (more or {}).items():
                     self.send_header(header, value)
                 self.end_headers()
                 self.wfile.write(body)

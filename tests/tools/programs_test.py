@@ -69,7 +69,8 @@ import common
 
 def main():
     with tempfile.TemporaryDirectory(dir={str(self.folder)!r}, prefix="left-") as folder:
-        common.run_child(["sh", "-c", "sh -c 'sleep 1; echo $$ > pid.partial; mv pid.partial pid; sleep 600; :'; :"], cwd={str(self.folder)!r})
+        waits = "sh -c 'sleep 1; echo $$ > pid.partial; mv pid.partial pid; sleep 600; :'; :"
+        common.run_child(["sh", "-c", waits], cwd={str(self.folder)!r})
 
 common.run_main(main)
 """)

@@ -9,9 +9,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
+from pbsattn_eval import commands, engines, kind  # noqa: E402
 from pbsattn_eval.attentions import Attention  # noqa: E402
-from pbsattn_eval import commands  # noqa: E402
-from pbsattn_eval import engines, kind  # noqa: E402
 from pbsattn_eval.kinds import haystack, needle, ruler, ruler_tasks, scores, tasks  # noqa: E402
 
 
@@ -227,7 +226,8 @@ def test_a_long_document_loses_its_middle():
 
 
 def test_rules_of_leval():
-    rule = lambda evaluation, answer: getattr(tasks._leval_rule(evaluation, answer), "score", None)
+    def rule(evaluation, answer):
+        return getattr(tasks._leval_rule(evaluation, answer), "score", None)
     assert rule("exam", "(B) Because it rained") == rule("exam", "BD") == "choice"
     assert rule("exam", "False [fact: True]") == "truth" and rule("exam", "The role of art") == "exact"
     assert rule("f1", "1924") == "f1" and rule("rouge", "A report") == "rouge_l" and rule("LLM", "x") is None

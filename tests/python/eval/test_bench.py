@@ -8,12 +8,10 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-from pbsattn_eval.bench import commands  # noqa: E402
-from pbsattn_eval import models  # noqa: E402
-from pbsattn_eval.bench import op, prefill  # noqa: E402
-from pbsattn_eval.attentions import Attention  # noqa: E402
-
 from conftest import TEXT  # noqa: E402
+from pbsattn_eval import models  # noqa: E402
+from pbsattn_eval.attentions import Attention  # noqa: E402
+from pbsattn_eval.bench import commands, op, prefill  # noqa: E402
 
 
 def run(folder, *arguments):
@@ -80,7 +78,7 @@ def test_overhead(device, capsys):
 
 
 def test_longer_than_the_model_takes_yarn(folder):
-    model, tokenizer = models.load(folder, torch.device("cpu"), torch.float32)
+    model, _ = models.load(folder, torch.device("cpu"), torch.float32)
     before = model.model.rotary_emb.inv_freq.clone()
     models.set_yarn(model, 4)
     assert not torch.equal(model.model.rotary_emb.inv_freq, before)

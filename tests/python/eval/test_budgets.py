@@ -7,11 +7,9 @@ import torch
 
 pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-import pbsattn.transformers  # noqa: E402
-from pbsattn_eval import models  # noqa: E402
-from pbsattn_eval.attentions import Attention  # noqa: E402
-from pbsattn_eval import budgets  # noqa: E402
-from pbsattn_eval import commands  # noqa: E402
+import pbsattn.transformers
+from pbsattn_eval import budgets, commands, models
+from pbsattn_eval.attentions import Attention
 
 
 def run(folder, to, *arguments):
@@ -33,7 +31,7 @@ def test_settings_for_every_head_of_every_layer(folder, tmp_path, capsys):
     own, alike = table[1].split(), table[-1].split()
     assert own[:5] == ["each", "head", "its", "own", "4"] and float(own[-1]) <= 0.6 and alike[:3] == ["one", "for", "all:"]
 
-    # The model takes the file, and computes what the table says: but for the second layer, whose inputs the first one changes.
+    # The model takes the file, and computes what the table says, but for the second layer: the first one changes its inputs.
     model, tokenizer = models.load(folder, "cpu", torch.float32)
     ids = models.tokens(tokenizer, (folder / "text.txt").read_text(), 900, "cpu")
     with torch.no_grad(), pbsattn.transformers.enable(model, settings=str(to)):
@@ -64,7 +62,8 @@ def test_each_head_has_the_pattern_of_least_error():
     assert costs[0][first].density > 0.75 > costs[1][second].density
     assert costs[0][first].density + costs[1][second].density <= 2 * 0.75
     assert costs[0][first].error < 1e-4 and costs[1][second].error < 1e-4
-    options = lambda pattern: families[pattern[0]][pattern[1]]
+    def options(pattern):
+        return families[pattern[0]][pattern[1]]
     assert options(first)["slash"] >= 128 and options(first)["vertical"] == 0
     assert options(second)["vertical"] >= 46 and options(second)["slash"] <= 64
 

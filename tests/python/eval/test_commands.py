@@ -7,14 +7,14 @@ import re
 import signal
 
 import pytest
-from conftest import python
 
 import pbsattn
+from conftest import python
 
 pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-import pbsattn_eval  # noqa: E402
-from test_report import ppl_run  # noqa: E402
+import pbsattn_eval
+from test_report import ppl_run
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
 SOURCE = pathlib.Path(pbsattn_eval.__file__).parent

@@ -5,15 +5,13 @@ import os
 
 import pytest
 import torch
-from conftest import f32_tolerance
 
 import pbsattn
+from conftest import f32_tolerance
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-from pbsattn_eval import folder as folders  # noqa: E402
-from pbsattn_eval import commands  # noqa: E402
-from pbsattn_eval import kind, summary  # noqa: E402
+from pbsattn_eval import commands, folder as folders, kind, summary  # noqa: E402
 from pbsattn_eval.kinds import ppl  # noqa: E402
 
 
@@ -134,9 +132,9 @@ RECORD = {"kind": "ppl", "item": "a", "group": "g", "method": "full", "params": 
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    with folders.RunFolder(tmp_path, HEADER):
-        with pytest.raises(ValueError, match=rf"another run \(process {os.getpid()}\) is writing"):
-            folders.RunFolder(tmp_path, HEADER)
+    writing = rf"another run \(process {os.getpid()}\) is writing"
+    with folders.RunFolder(tmp_path, HEADER), pytest.raises(ValueError, match=writing):
+        folders.RunFolder(tmp_path, HEADER)
     with folders.RunFolder(tmp_path, {**HEADER, "date": "tomorrow"}):
         pass
 
@@ -347,9 +345,10 @@ def test_a_page_of_results(finished, tmp_path, capsys):
 def test_a_page_has_a_column_for_each_group_of_prompts(tmp_path):
     header = {"format": 1, "kind": "needle", "model": {"name": "m"}, "device": "d", "versions": {"torch": "2"}, "commit": "c",
               "date": "today", "methods": {"full": {}, "pbs": {}}}
-    record = lambda place, depth, method, found: json.dumps({
-        "kind": "needle", "item": f"{place}-{depth}", "group": f"{place} 4096", "method": method, "density": 0.5,
-        "params": {"depth": depth}, "metrics": {"found": found}}) + "\n"
+    def record(place, depth, method, found):
+        return json.dumps({
+            "kind": "needle", "item": f"{place}-{depth}", "group": f"{place} 4096", "method": method, "density": 0.5,
+            "params": {"depth": depth}, "metrics": {"found": found}}) + "\n"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps(header))
     (tmp_path / "run" / "items.jsonl").write_text("".join(

@@ -8,8 +8,7 @@ import torch
 
 pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-from pbsattn_eval.bench import commands  # noqa: E402
-from pbsattn_eval.bench import lists, public_code  # noqa: E402
+from pbsattn_eval.bench import commands, lists, public_code
 
 # Functions of the names and arguments that the adapter calls, on the device that public code names.
 STAND_IN = """
@@ -88,8 +87,9 @@ def test_what_is_missing_is_named(public, monkeypatch):
 
 
 def test_commit_of_a_checkout(tmp_path):
-    git = lambda *command: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *command],
-                                          check=True, capture_output=True, text=True)
+    def git(*command):
+        return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *command],
+                                              check=True, capture_output=True, text=True)
     assert public_code.commit_of(tmp_path / "none") is None
     git("init", "-q")
     (tmp_path / "a.py").write_text("1\n")
@@ -102,7 +102,8 @@ def test_commit_of_a_checkout(tmp_path):
 
 
 def test_near_cut():
-    share = lambda *values: torch.tensor([[values]], dtype=torch.float64)
+    def share(*values):
+        return torch.tensor([[values]], dtype=torch.float64)
     exact = share(0.5, 0.3, 0.13, 0.07)
     assert not lists.near_cut(exact, exact, 0.9).any()  # no rounding, no ties
     # The cut is at .13, and rounding moved it by a tenth: the mass before it, .8, may be .02 more or less, which is not .9.

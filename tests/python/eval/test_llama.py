@@ -8,8 +8,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-from pbsattn_eval import commands  # noqa: E402
-from pbsattn_eval import engines, kind, llama  # noqa: E402
+from pbsattn_eval import commands, engines, kind, llama  # noqa: E402
 
 PROGRAM = """#!{python}
 import json, sys
@@ -23,7 +22,8 @@ if "pbs:segment=3" in names: sys.exit("pbsattn: segment 3: not a multiple of 128
 positions = list(range(0, len(ids) - 1, 2))
 runs = [dict(name=name, density=dict(mean=0.5), layers=[dict(density=0.25), dict(density=0.75)], first_token_seconds=1.5,
              continuation=dict(tokens=[1, 2]),
-             each=dict(position=positions, nll=[float(p) for p in positions], kl=[] if name == "full" else [0.5] * len(positions),
+             each=dict(position=positions, nll=[float(p) for p in positions],
+                       kl=[] if name == "full" else [0.5] * len(positions),
                        same_top1=[] if name == "full" else [True, False] * (len(positions) // 2)))
         for name in names]
 print(json.dumps(dict(left_to_ggml="" if "auto" not in names else "sliding windows", runs=runs)))

@@ -11,9 +11,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-from pbsattn_eval import commands  # noqa: E402
-from pbsattn_eval import report  # noqa: E402
-from pbsattn_eval.report import draw, figures  # noqa: E402
+from pbsattn_eval import commands, report
+from pbsattn_eval.report import draw, figures
 
 METHODS = {
     "full": {"keep": "all", "permutation": "none"},
@@ -49,7 +48,8 @@ def ppl_run(path):
 
 def picture(kept, mass):
     """As docs/eval.md says."""
-    encode = lambda array: base64.b64encode(array.tobytes()).decode()
+    def encode(array):
+        return base64.b64encode(array.tobytes()).decode()
     level = np.round(255 * (1 + np.log10(np.clip(mass, 1e-5, 1)) / 5)).astype(np.uint8)
     return {"head": 0, "rows": kept.shape[0], "blocks": kept.shape[1], "kept": encode(np.packbits(kept)), "mass": encode(level)}
 
@@ -60,7 +60,8 @@ MASS = np.tril(np.full((9, 9), 0.1)) + 0.1 * np.eye(9)
 
 
 def recall_run(path):
-    heads = lambda d, layer: {"recall": [0.9, 0.8], "error": [0.1, 0.3], "density": [d, d / (layer + 1)]}
+    def heads(d, layer):
+        return {"recall": [0.9, 0.8], "error": [0.1, 0.3], "density": [d, d / (layer + 1)]}
     return write_run(path, "recall", [record(
         m, params={"text": "prose", "tokens": 1024, "layer": layer}, metrics={"recall": 0.5 + DENSITY[m] / 2, "error": 0.2},
         heads=heads(DENSITY[m], layer), picture=picture(KEPT, MASS)) for layer in (0, 7) for m in METHODS])

@@ -1,6 +1,7 @@
 """What every engine gives, whatever runs the model."""
 
 import dataclasses
+import typing
 
 
 @dataclasses.dataclass
@@ -26,6 +27,8 @@ class Answer:
 
 class Texts:
     """What engines have in common: text to tokens and back, by the model's tokenizer."""
+
+    tokenizer: typing.Any
 
     def encode(self, text) -> list[int]:
         return self.tokenizer(text, verbose=False).input_ids

@@ -1,7 +1,7 @@
 """budgets: for each head of a model a pattern of MInference's, so that outputs differ least at a density; as layer settings.
 
-The search of MInference (arXiv 2407.02490, section 3.2) by the error of heads' outputs on texts of the user's. There each head has
-the same budget; here all together have one, so that a head that needs more gets it from those that need less.
+The search of MInference (arXiv 2407.02490, section 3.2) by the error of heads' outputs on texts of the user's. There each
+head has the same budget; here all together have one, so that a head that needs more gets it from those that need less.
 """
 
 import dataclasses
@@ -31,13 +31,18 @@ def add_arguments(parser):
 def patterns(tokens, density):
     """Families of patterns, {name: options of each, from sparse to dense}."""
     budgets = [round(LEAST * 2 ** (step / 2)) for step in range(64) if LEAST * 2 ** (step / 2) < tokens]
-    made = {f"{share:.0%} columns": [{"vertical": round(budget * share), "slash": round(budget * (1 - share))} for budget in budgets]
-            for share in SPLITS}
+    made: dict[str, list[dict[str, int | str]]] = {}
+    for share in SPLITS:
+        made[f"{share:.0%} columns"] = [
+            {"vertical": round(budget * share), "slash": round(budget * (1 - share))} for budget in budgets]
     rows = -(-tokens // BLOCK)
-    share = lambda local: sum(min(row + 1, 1 + local) for row in range(rows)) / (rows * (rows + 1) / 2)  # of blocks
+
+    def density_of(local):
+        return sum(min(row + 1, 1 + local) for row in range(rows)) / (rows * (rows + 1) / 2)
+
     sizes = dict.fromkeys(round(2 ** (step / 2)) for step in range(64) if 2 ** (step / 2) < rows)
     made["A-shape"] = [{"keep": "none", "sink_blocks": 1, "local_blocks": local}
-                       for local in sizes if local == 1 or share(local) <= TOO_DENSE * density]
+                       for local in sizes if local == 1 or density_of(local) <= TOO_DENSE * density]
     return made
 
 
@@ -116,7 +121,7 @@ def _measure(documents, families, density):
     made = {}
     for family, patterns_ in families.items():
         for place, options in enumerate(patterns_):
-            of_documents = [_cost(*document, options, *its) for document, its in zip(documents, full)]
+            of_documents = [_cost(document, options, its) for document, its in zip(documents, full)]
             made[family, place] = [Cost.mean(same) for same in zip(*of_documents)]
             if Cost.mean(made[family, place]).density > TOO_DENSE * density:
                 break
@@ -129,8 +134,9 @@ def _full(q, k, v, scale):
     return out, out.square().sum((1, 2)).sqrt()
 
 
-def _cost(q, k, v, scale, options, full, norm):
-    """Of each head, under `minference` with some options."""
+def _cost(document, options, full_and_norm):
+    """Of each head, under `minference` with some options; the last are those of _full()."""
+    (q, k, v, scale), (full, norm) = document, full_and_norm
     out, trace = pbsattn.trace(q, k, v, method="minference", scale=scale, **options)
     error = (out[0].float() - full).square().sum((1, 2)).sqrt() / norm
     kept = trace.kept[0]

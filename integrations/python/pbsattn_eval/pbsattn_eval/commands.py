@@ -1,5 +1,5 @@
-"""The commands of python -m pbsattn_eval: methods on a model, item by item, a table of how they compare with full attention, and
-pages of such tables."""
+"""The commands of python -m pbsattn_eval: methods on a model, item by item, a table of how they compare with full attention,
+and pages of such tables."""
 
 import argparse
 import datetime

@@ -1,6 +1,7 @@
 """Methods compared at equal density: settings of one method are points of a curve, and between points it is interpolated."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -43,7 +44,7 @@ def at(abscissae, wanted):
     order = np.argsort(abscissae)
     if not abscissae[order[0]] <= wanted <= abscissae[order[-1]]:
         return None
-    for low, high in zip(order, order[1:]):
+    for low, high in itertools.pairwise(order):
         if wanted <= abscissae[high]:
             width = math.log(abscissae[high] / abscissae[low])
             return Between(int(low), int(high), math.log(wanted / abscissae[low]) / width if width else 0.0)
@@ -51,11 +52,11 @@ def at(abscissae, wanted):
 
 
 def crossing(densities, values, wanted):
-    """The least density from which on a falling curve stays at `wanted` or below; None if it doesn't get there, or starts there."""
+    """The least density from which on a falling curve stays at `wanted` or below; None if it never or always is there."""
     order = np.argsort(densities)
     points = [(densities[i], values[i]) for i in order]
     found = None
-    for (d0, v0), (d1, v1) in zip(points, points[1:]):
+    for (d0, v0), (d1, v1) in itertools.pairwise(points):
         if v0 > wanted >= v1:
             found = math.exp(math.log(d0) + (v0 - wanted) / (v0 - v1) * math.log(d1 / d0))
     return found if points[-1][1] <= wanted else None

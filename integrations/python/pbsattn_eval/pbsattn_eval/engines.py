@@ -152,7 +152,8 @@ class Engine(Texts):
                 log_p = self.logits(reference[rows]).log_softmax(-1)
                 same.append(log_p.argmax(-1) == log_q.argmax(-1))
                 divergence.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_(min=0))
-        join = lambda parts: torch.cat(parts).float().cpu() if parts else None
+        def join(parts):
+            return torch.cat(parts).float().cpu() if parts else None
         return join(nll), join(divergence), join(same)
 
     def scorer(self, ids, judged, attentions):
@@ -168,7 +169,8 @@ class Engine(Texts):
         def score(attention):
             run = full if attention == self.FULL else self.prefill(ids, attention)
             parts = self.losses(run.hidden[predict], targets, reference)
-            return Score(list(range(judged)), *(part.tolist() for part in parts), run.density, run.layers, run.seconds)
+            nll, kl, same = (part.tolist() for part in parts)
+            return Score(list(range(judged)), nll, kl, same, run.density, run.layers, run.seconds)
 
         return score
 
@@ -176,9 +178,9 @@ class Engine(Texts):
     def answers(self, ids, attentions, max_new_tokens) -> dict:
         """Continues a prompt greedily until the model ends its turn: {attention's name: Answer, or Unsupported}.
 
-        The prompt goes through the model once for each attention. What is decoded goes through SDPA, for several attentions as
-        one batch, since a step of a few sequences takes hardly longer than that of one; for so many as have room for their
-        caches.
+        The prompt goes through the model once for each attention. What is decoded goes through SDPA, for several attentions
+        as one batch, since a step of a few sequences takes hardly longer than that of one; for so many as have room for
+        their caches.
         """
         self.stretch(len(ids) + max_new_tokens)
         prompt = self.tensor([ids])
@@ -189,7 +191,8 @@ class Engine(Texts):
         return made
 
     def _answers(self, prompt, attentions, max_new_tokens):
-        made, caches, first = {}, [], []
+        made: dict[str, Answer | kind.Unsupported] = {}
+        caches, first = [], []
         for attention in attentions:
             start = time.perf_counter()
             try:

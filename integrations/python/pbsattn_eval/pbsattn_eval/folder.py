@@ -43,7 +43,7 @@ class RunFolder:
         self._lock.close()
 
     def _take_lock(self):
-        lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run is)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

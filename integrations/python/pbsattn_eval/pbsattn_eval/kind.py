@@ -5,7 +5,7 @@ import importlib
 
 # Name: the module of kinds/ that holds its class `Kind`, and what it is.
 KINDS = {
-    "recall": "attention mass that a method's blocks hold and error of its output, by layer and head; the oracle as the bound",
+    "recall": "attention mass that a method's blocks hold, error of its output, by layer and head; the oracle as the bound",
     "ppl": "likelihood of long texts, and divergence from full attention, token by token",
     "needle": "codes hidden in long texts, one of which is asked for, by depth and length",
     "ruler": "RULER's 13 task types: needles, variable tracking, common and frequent words, questions on documents",
@@ -50,7 +50,7 @@ class KindBase:
     """A kind's module derives its class `Kind` from this."""
 
     metrics: tuple[Metric, ...] = ()
-    engines = ("transformers", "llama")
+    engines: tuple[str, ...] = ("transformers", "llama")
 
     def add_arguments(self, parser):
         """Adds the kind's own options. Whatever they are set to belongs to the run: run.json holds it."""

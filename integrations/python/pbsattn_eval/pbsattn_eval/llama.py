@@ -44,7 +44,8 @@ class LlamaEngine(Texts):
             each = run["each"]
             start = len(ids) - 1 - judged  # the first position that predicts a judged token
             at = [i for i, position in enumerate(each["position"]) if position >= start]
-            pick = lambda name, default: [float(each[name][i]) if each[name] else default for i in at]
+            def pick(name, default):
+                return [float(each[name][i]) if each[name] else default for i in at]
             return Score([each["position"][i] - start for i in at], pick("nll", 0.0), pick("kl", 0.0), pick("same_top1", 1.0),
                          run["density"]["mean"], [layer["density"] for layer in run["layers"]], run["first_token_seconds"])
 
@@ -52,7 +53,7 @@ class LlamaEngine(Texts):
 
     def answers(self, ids, attentions, max_new_tokens) -> dict:
         """Continues a prompt greedily: {attention's name: Answer, or Unsupported}."""
-        answers = {}
+        answers: dict[str, Answer | kind.Unsupported] = {}
         try:
             made = self._run(ids, self._known(attentions), "--generate", max_new_tokens, "--positions", 1)
         except kind.Unsupported as reason:

@@ -16,8 +16,8 @@ PUBLISHED = "pbs:top_p=0.9"  # what other settings have to beat
 def write(runs, base):
     """Puts the tables of every run folder into BASE.md, its curves into BASE-NAME.svg, and all rows into BASE.json.
 
-    A run's place in the page is between <!-- run NAME --> and <!-- /run -->, NAME its folder's; what isn't there yet is added
-    at the end. The rest of the page, which people write, stays as it is.
+    A run's place in the page is between <!-- run NAME --> and <!-- /run -->, NAME its folder's; what isn't there yet is
+    added at the end. The rest of the page, which people write, stays as it is.
     """
     page = pathlib.Path(f"{base}.md")
     text = page.read_text(encoding="utf-8") if page.exists() else "# Methods compared\n"
@@ -33,19 +33,21 @@ def write(runs, base):
             block += f"\n![Change of loss by density]({page.stem}-{run.name}.svg)\n"
         mark = f"<!-- run {run.name} -->\n{block}<!-- /run -->"
         found = re.compile(rf"<!-- run {re.escape(run.name)} -->\n.*?<!-- /run -->", re.DOTALL)
-        text = found.sub(lambda _: mark, text) if found.search(text) else f"{text.rstrip()}\n\n{mark}\n"
+        before = found.search(text)
+        text = text.replace(before[0], mark) if before else f"{text.rstrip()}\n\n{mark}\n"
     write_whole(page, text)
     write_whole(f"{base}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def markdown(header, lines):
-    cells = lambda line: "| " + " | ".join(line) + " |\n"
+    def cells(line):
+        return "| " + " | ".join(line) + " |\n"
     return cells(header) + cells(["---"] * len(header)) + "".join(map(cells, lines))
 
 
 def _block(header, records, made, the_kind):
-    device = f"{header['model']['name']}; {header['device']}, torch {header['versions']['torch']}; commit {header['commit']}, {header['date']}"
-    parts = [f"{device}.\n"]
+    where = f"{header['model']['name']}; {header['device']}, torch {header['versions']['torch']}"
+    parts = [f"{where}; commit {header['commit']}, {header['date']}.\n"]
     equal = curves.by_density(records, header["methods"], the_kind.metrics[0].name) if header["kind"] == "ppl" else []
     if equal:
         lines = [[group, f"`{name}`", *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)] for group, name, cells in equal]
@@ -93,7 +95,8 @@ def _by_group(made, metric):
     whole = groups[-1]  # all of them, where there are several
     lengths = {group.rpartition(" ")[2] for group in groups if group != "all"}
     of = lengths.pop() if len(lengths) == 1 else ""  # what every group's name ends in, as " 16384"
-    cell = lambda row: "" if row is None else metric.form.format(row.mean)
+    def cell(row):
+        return "" if row is None else metric.form.format(row.mean)
     lines = []
     for method in methods:
         row = keyed.get((whole, method))
@@ -131,8 +134,8 @@ def _settings(made, metrics):
 
 
 def plot(records, header, path):
-    """Change of the mean loss against density, a panel for each group, a line for each family. False for no families, or more
-    groups than a page is wide."""
+    """Change of the mean loss against density, a panel for each group, a line for each family. False for no families, or
+    more groups than a page is wide."""
     families = curves.families(header["methods"])
     rows = summary.rows(records, [kind.Metric("nll")], list(header["methods"]))
     groups = [group for group in dict.fromkeys(row.group for row in rows) if group != "all"]

@@ -1,5 +1,5 @@
-"""Measurements: a model's prefill under several attentions (prefill, plot), the op by itself (op, overhead), and what methods
-keep against what their public code keeps (lists)."""
+"""Measurements: a model's prefill under several attentions (prefill, plot), the op by itself (op, overhead), and what
+methods keep against what their public code keeps (lists)."""
 
 import argparse
 import json

@@ -30,7 +30,8 @@ class Input:
 def random_input(tokens, heads, width, seed):
     """Queries that share what draws them, topics of 97 tokens in queries and keys, and some keys that draw most queries."""
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
     topics = normal(heads, 12, width)
     topic = torch.randint(12, (tokens // 97 + 1,), generator=generator).repeat_interleave(97)[:tokens]
     k = normal(heads, tokens, width) + topics[:, topic]
@@ -85,7 +86,8 @@ def compare(code, folder, inputs, say):
 def _compare_one(code, folder, attention, given, counts):
     options = pbsattn.options(attention.method, **attention.settings)
     group = given.q.shape[1] // given.k.shape[1]
-    public = lambda q, k: code.choose(folder, q, k.repeat_interleave(group, 1), options)
+    def public(q, k):
+        return code.choose(folder, q, k.repeat_interleave(group, 1), options)
     theirs = public(given.q, given.k)
     ours = decide(attention, given.q, given.k)
     counted = torch.ones_like(ours).tril()
@@ -113,8 +115,9 @@ def near_cut(rounded, exact, top_p):
     """Blocks whose place in a row's order is within rounding of the cut, [heads, rows, blocks].
 
     Both are the public code's scores, of a bf16 and of a float32 run on the same numbers. The rounding of a head is the
-    largest change e between them of a share's logarithm, among blocks of at least half the score of their row's cut. Two shares
-    that differ by less than 2 e in the logarithm may change places; shares that sum to M may sum to 2 e M (1 - M) more or less.
+    largest change e between them of a share's logarithm, among blocks of at least half the score of their row's cut. Two
+    shares that differ by less than 2 e in the logarithm may change places; shares that sum to M may sum to 2 e M (1 - M)
+    more or less.
     """
     rounded, exact = (torch.nan_to_num(score.double()) for score in (rounded, exact))
     rounded, exact = (score / score.sum(-1, keepdim=True).clamp(min=1e-30) for score in (rounded, exact))
@@ -157,14 +160,15 @@ def run(public, methods, inputs, say):
     if not made:
         raise ValueError("; ".join(left))
     table = aligned(rows, left=_HEADER[:3])
-    return made, "\n".join([table, *([""] + left if left else [])]), wrong
+    return made, "\n".join([table, *(["", *left] if left else [])]), wrong
 
 
 _HEADER = ("method", "public code", "input", "decisions", "f32 reference", "f32 CPU", "bf16", "bf16 numbers in f32", "beyond ties")
 
 
 def _row(name, code, commit, kind, counts):
-    show = lambda count: "" if not count.decisions else f"{math.floor(count.share * 1e5) / 1e3:.3f} %"
+    def show(count):
+        return "" if not count.decisions else f"{math.floor(count.share * 1e5) / 1e3:.3f} %"
     return (name, f"{code.repository} {commit}", kind, str(counts[F32_CPU].decisions), *(show(counts[what]) for what in COUNTS))
 
 

@@ -18,7 +18,8 @@ _CALLS = 50  # between two waits for a GPU: few enough that its queue of launche
 
 def _inputs(device, dtype, heads, kv_heads, tokens, head_dim):
     generator = torch.Generator(device).manual_seed(tokens + head_dim)
-    make = lambda count: torch.randn(1, count, tokens, head_dim, generator=generator, device=device).to(dtype)
+    def make(count):
+        return torch.randn(1, count, tokens, head_dim, generator=generator, device=device).to(dtype)
     return make(heads), make(kv_heads), make(kv_heads)
 
 
@@ -92,7 +93,7 @@ def rates(attentions, device, dtype, heads, kv_heads, lengths, head_dims, runs, 
         seconds = {each.name: [] for each in attentions}
         for _ in range(runs):
             for each in attentions:
-                seconds[each.name].append(_seconds(lambda: each.compute(q, k, v), device))
+                seconds[each.name].append(_seconds(functools.partial(each.compute, q, k, v), device))
         base = statistics.median(seconds[attentions[0].name])
         for each in attentions:
             median, (density, error) = statistics.median(seconds[each.name]), found[each.name]
@@ -113,7 +114,7 @@ def overhead(attentions, device, heads, kv_heads, tokens, head_dim, runs):
     """Records of what a call costs the host beyond the library's own run, and of how long first calls take."""
     q, k, v = _inputs(device, torch.bfloat16, heads, kv_heads, tokens, head_dim)
     _wait(device)
-    first = {each.name: _seconds(lambda: each.compute(q, k, v), device) for each in attentions}
+    first = {each.name: _seconds(functools.partial(each.compute, q, k, v), device) for each in attentions}
     ways = {}
     for each in attentions:
         ways[each.name, "call"] = functools.partial(each.compute, q, k, v)

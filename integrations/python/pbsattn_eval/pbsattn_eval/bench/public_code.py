@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import pathlib
 import subprocess
 import sys
 import types
@@ -26,8 +25,9 @@ BLOCK = 128
 @dataclasses.dataclass
 class Choice:
     kept: torch.Tensor  # bool [heads, rows, blocks]
-    scores: tuple[torch.Tensor, ...] = ()  # [heads, rows, blocks], by whose sums up to a share of a row blocks were kept: any of
-    # them keeps a block. () where the code doesn't decide so, or doesn't give them
+    # [heads, rows, blocks], by whose sums up to a share of a row blocks were kept: any of them keeps a block. () where the
+    # code doesn't decide so, or doesn't give them
+    scores: tuple[torch.Tensor, ...] = ()
 
 
 class _OnCpu(ast.NodeTransformer):
@@ -47,7 +47,7 @@ def functions(path, *names, inside=None, **known):
     for function in chosen:
         function.decorator_list = []
     space = {"torch": torch, "F": F, "math": math, **vars(typing), **known}
-    exec(compile(_OnCpu().visit(ast.Module(chosen, [])), str(path), "exec"), space)  # noqa: S102: the user's own checkout
+    exec(compile(_OnCpu().visit(ast.Module(chosen, [])), str(path), "exec"), space)  # the user's own checkout
     return types.SimpleNamespace(**{name: space[name] for name in names}, space=space)
 
 
@@ -177,7 +177,8 @@ def _flashprefill(folder, q, k, options):
     space = code.SparseIndexWorkspace(
         batch_size=1, num_kv_heads=heads, head_dim=width, total_q_tiles=rows, max_q_tiles=rows, max_k_blocks=rows, dtype=q.dtype,
         device=q.device, cu_q_tiles=torch.zeros(2, dtype=torch.int32), n_sub=2)
-    number = lambda *values: torch.tensor(values, dtype=torch.int32)
+    def number(*values):
+        return torch.tensor(values, dtype=torch.int32)
     page = math.gcd(tokens, 64)
     pages = k[0].transpose(0, 1).reshape(tokens // page, page, heads, width)
     begin, index, _, _ = code.build_block_sparse_index_fast(
@@ -195,6 +196,7 @@ def _module(path):
     name = f"_public_{path.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[name] = module
@@ -239,7 +241,8 @@ CODES = {
 
 def commit_of(folder):
     """Short name of the commit that a checkout is at, and whether files were changed; None where git doesn't know."""
-    git = lambda *command: subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True)
+    def git(*command):
+        return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True)
     head = git("rev-parse", "--short=9", "HEAD")
     if head.returncode != 0:
         return None

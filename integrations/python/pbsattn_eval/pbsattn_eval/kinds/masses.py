@@ -56,7 +56,7 @@ def true_attention(q, k, v, scale):
 
 def block_masses(mass, order, segment):
     """[heads, rows, blocks]: of the permuted sequence, and in a row's own segment of the original one, as rows see them."""
-    heads, rows, tokens = mass.shape
+    rows = mass.shape[1]
     permuted = _by_block(mass.gather(2, order.long()[:, None].expand(-1, rows, -1)))
     own = own_segment(rows, permuted.shape[2], segment, mass.device)
     return torch.where(own, _by_block(mass), permuted)

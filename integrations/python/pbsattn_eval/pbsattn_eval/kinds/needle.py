@@ -43,8 +43,8 @@ class Kind(PromptKind):
         return made
 
     def prepare(self, engine, item, attentions):
-        code, ids, begun = self.prompt(engine, item)
-        return code, engine.answers(ids, attentions, ANSWER_TOKENS), begun
+        code, ids, _ = self.prompt(engine, item)
+        return code, engine.answers(ids, attentions, ANSWER_TOKENS)
 
     def prompt(self, engine, item):
         """The code asked for, the prompt's tokens, and the beginning of the answer, which they end in."""
@@ -78,7 +78,7 @@ class Kind(PromptKind):
         return build(haystack.fit(build, LONG_QUESTION, engine.encode)[1])
 
     def measure(self, engine, item, attention, state):
-        code, answers, begun = state
+        code, answers = state
         answer = kind.answered(answers[attention.name])
         return {"metrics": {"found": 100.0 * (code in answer.text)}, "density": answer.density, "seconds": answer.seconds,
                 "answer": answer.text, "expected": code}

@@ -54,7 +54,7 @@ class PromptKind(kind.KindBase):
 
     @staticmethod
     def fit(engine, build, tokens, begun):
-        """The tokens of build(n) with the beginning of the answer, for as many pieces n as fit. Raises Unsupported for none."""
+        """The tokens of build(n) and the beginning of the answer, for as many pieces as fit. Raises Unsupported for none."""
         try:
             return haystack.fit(build, tokens, lambda text: engine.chat(text, begun))[0]
         except ValueError as error:

@@ -20,7 +20,7 @@ class Kind(kind.KindBase):
     )
 
     def __init__(self):
-        self._captured = (None, None)  # a document and what its layers' attention got
+        self._captured: tuple = (None, {})  # a document and what its layers' attention got
 
     def add_arguments(self, parser):
         ppl.add_documents(parser, "8192")
@@ -56,7 +56,7 @@ class Kind(kind.KindBase):
 
         document = (item.params["text"], item.params["tokens"])
         if self._captured[0] != document:
-            self._captured = (None, None)  # frees the last document's before the next one's come
+            self._captured = (None, {})  # frees the last document's before the next one's come
             self._captured = (document, engine.capture(*item.data))
         q, k, v, scale = self._captured[1][item.params["layer"]]
         mass, out = masses.true_attention(q[0], k[0], v[0], scale)
@@ -74,11 +74,7 @@ class Kind(kind.KindBase):
             raise kind.Unsupported(f"{attention.name} has settings by layer and head; recall takes one set of options")
         options = engines.options_of(attention)
         start = time.perf_counter()
-        if options["score"] == "exact":
-            choice = self._oracle(options, state)
-        else:
-            choice = self._library(attention, state)
-        out, kept, order = choice
+        out, kept, order = self._oracle(options, state) if options["score"] == "exact" else self._library(attention, state)
         engine.wait()
         seconds = time.perf_counter() - start
         by_block = masses.block_masses(state["mass"], order, options["segment"])
@@ -172,7 +168,8 @@ def _picture(head, kept, by_block):
     """Rows x blocks of a head, as base64: `kept`, bits of rows one after the other; `mass`, a byte each, 255 for all of a
     row's attention and 0 for less than 1e-5 of it, logarithmic between."""
     level = 255 * (1 + by_block[head].clamp(1e-5, 1).log10() / 5)
-    encode = lambda array: base64.b64encode(array.tobytes()).decode("ascii")
+    def encode(array):
+        return base64.b64encode(array.tobytes()).decode("ascii")
     return {"head": head, "rows": kept.shape[1], "blocks": kept.shape[2],
             "kept": encode(np.packbits(kept[head].cpu().numpy())),
             "mass": encode(level.round().byte().cpu().numpy())}

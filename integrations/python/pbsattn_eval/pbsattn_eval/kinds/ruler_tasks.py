@@ -180,7 +180,8 @@ def _documents(rng, ask, begun, expected, wanted, others):
 
 def qa_1(rng, filler):
     [(name, document, town)], _ = _people(rng, 1)
-    others = lambda rng, n: [each[1] for each in _people(rng, n)[0]]
+    def others(rng, n):
+        return [each[1] for each in _people(rng, n)[0]]
     return _documents(rng, f"In which town was {name} born?", f"{name} was born in", [town], [document], others)
 
 

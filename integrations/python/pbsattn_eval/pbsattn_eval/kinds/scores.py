@@ -4,6 +4,7 @@ import difflib
 import re
 import string
 
+
 def held(answer, expected, any_will_do=False):
     """RULER's score: the share of the expected strings that the answer holds, or whether it holds any."""
     found = [each.lower() in answer.lower() for each in expected]
@@ -48,7 +49,8 @@ def choice(answer, expected):
 
 def truth(answer, expected):
     """Whether the first "true" or "false" of the answer is that of an expected one ("True [fact: False]": by the text)."""
-    first = lambda text: next(iter(re.findall(r"true|false", text.lower())), None)
+    def first(text):
+        return next(iter(re.findall(r"true|false", text.lower())), None)
     return float(first(answer) is not None and any(first(answer) == first(each) for each in expected))
 
 
@@ -62,7 +64,7 @@ def classes(answer, expected, every_class):
 def numbers(answer, expected):
     """The share of the answer's numbers that are the expected one (LongBench's counting and retrieval)."""
     found = re.findall(r"\d+", answer)
-    wanted = {re.search(r"\d+", each)[0] for each in expected if re.search(r"\d+", each)}
+    wanted = {number[0] for each in expected if (number := re.search(r"\d+", each))}
     return sum(each in wanted for each in found) / len(found) if found else 0.0
 
 

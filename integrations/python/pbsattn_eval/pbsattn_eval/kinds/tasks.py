@@ -153,7 +153,8 @@ class Kind(kind.KindBase):
         """The tokens of a prompt."""
         question, most = item.data, item.params["most_tokens"]
         encode = engine.encode if question.rule.prompt == "plain" else engine.chat
-        form = lambda document: encode(PROMPTS[question.rule.prompt].format(document=document, question=question.question))
+        def form(document):
+            return encode(PROMPTS[question.rule.prompt].format(document=document, question=question.question))
         ids = form(question.document)
         if len(ids) <= most:
             return ids

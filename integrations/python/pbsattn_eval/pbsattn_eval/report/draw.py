@@ -1,5 +1,5 @@
-"""Figures as SVG text. They are WIDTH units wide, about as many pixels, so that their words stay readable on a phone; colours
-are the page's (page.html), so that they follow its light or dark."""
+"""Figures as SVG text. They are WIDTH units wide, about as many pixels, so that their words stay readable on a phone;
+colours are the page's (page.html), so that they follow its light or dark."""
 
 import base64
 import html
@@ -111,8 +111,10 @@ def lines(title, series, y_name, x_name="density", scale=_identity, ticks=None):
     y_low, y_high = min(scale(y - e) for _, y, e in points), max(scale(y + e) for _, y, e in points)
     margin = (y_high - y_low or abs(y_high) or 1) * 0.06
     y_low, y_high = y_low - margin, y_high + margin
-    at_x = lambda x: left + (math.log(x) - x_low) / (x_high - x_low) * (right - left)
-    at_y = lambda y: bottom - (scale(y) - y_low) / (y_high - y_low) * (bottom - top)
+    def at_x(x):
+        return left + (math.log(x) - x_low) / (x_high - x_low) * (right - left)
+    def at_y(y):
+        return bottom - (scale(y) - y_low) / (y_high - y_low) * (bottom - top)
     parts = [_text(2, 11, y_name, kind="axis")]
     for tick in ticks or _nice(y_low, y_high):
         if y_low <= scale(tick) <= y_high:
@@ -139,8 +141,9 @@ def lines(title, series, y_name, x_name="density", scale=_identity, ticks=None):
 
 def _legend(names):
     keys = "".join(
-        f'<li><svg viewBox="-6 -6 12 12" aria-hidden="true"><path d="{MARKS[i % len(MARKS)]}" class="mark c{i % COLOURS}"/></svg>'
-        f"{html.escape(name)}</li>" for i, name in enumerate(names))
+        '<li><svg viewBox="-6 -6 12 12" aria-hidden="true">'
+        f'<path d="{MARKS[i % len(MARKS)]}" class="mark c{i % COLOURS}"/></svg>{html.escape(name)}</li>'
+        for i, name in enumerate(names))
     return f'<ul class="legend">{keys}</ul>'
 
 
@@ -155,7 +158,8 @@ def mask(title, kept, mass):
     level = 1 + np.rint(np.clip(mass, 0, 1) * (_LEVELS - 1)).astype(np.uint8)
     pixels = np.where(kept, level, level + _LEVELS)
     pixels[np.arange(blocks)[None, :] > np.arange(rows)[:, None] + blocks - rows] = 0  # what causality hides
-    alpha = lambda weakest: [round(255 * (weakest + (1 - weakest) * i / (_LEVELS - 1))) for i in range(_LEVELS)]
+    def alpha(weakest):
+        return [round(255 * (weakest + (1 - weakest) * i / (_LEVELS - 1))) for i in range(_LEVELS)]
     palette = [(0, 0, 0, 0), *((*KEPT, a) for a in alpha(0.35)), *((*DROPPED, a) for a in alpha(0.06))]
     data = base64.b64encode(_png(pixels.astype(np.uint8), palette)).decode("ascii")
     side = WIDTH - 34
@@ -163,13 +167,15 @@ def mask(title, kept, mass):
              f'<image x="20" y="2" width="{side}" height="{side}" preserveAspectRatio="none" class="pixels" '
              f'href="data:image/png;base64,{data}"/>',
              _text(20 + side / 2, side + 17, "blocks of keys", "middle", "axis"),
-             f'<text transform="translate(13,{side / 2:.0f}) rotate(-90)" text-anchor="middle" class="axis">rows of queries</text>']
+             f'<text transform="translate(13,{side / 2:.0f}) rotate(-90)" text-anchor="middle" class="axis">'
+             "rows of queries</text>"]
     return _svg(side + 24, title, parts)
 
 
 def _png(pixels, palette):
     """An image of palette indices."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     rows, columns = pixels.shape
     raw = np.concatenate([np.zeros((rows, 1), np.uint8), pixels], axis=1).tobytes()  # each row begins with its filter: none
     return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)),

@@ -92,8 +92,8 @@ def _curve(run, group, title, metric, y_name, change=False, **axes):
         line = []
         for method in methods:
             row = row_of.get(method)
-            value = None if row is None else row.change if change else row.mean
-            if value is not None:
+            value = row and (row.change if change else row.mean)
+            if row is not None and value is not None:
                 error = row.standard_error if change else None
                 line.append((row.density, value, error))
                 rows.append([method, f"{row.density:.3f}", f"{value:+.4f}" if change else f"{value:.4f}"]
@@ -239,18 +239,25 @@ def _density(records, method):
 def _mask(run, record):
     picture, method = record["picture"], record["method"]
     rows, blocks = picture["rows"], picture["blocks"]
-    read = lambda name: np.frombuffer(base64.b64decode(picture[name]), np.uint8)
+    def read(name):
+        return np.frombuffer(base64.b64decode(picture[name]), np.uint8)
     kept = np.unpackbits(read("kept"))[:rows * blocks].reshape(rows, blocks).astype(bool)
     level = read("mass").reshape(rows, blocks) / 255
     mass = np.where(level > 0, 10.0 ** (5 * (level - 1)), 0)
     permuted = run.header["methods"][method].get("permutation", "none") != "none"
-    title = f"layer {record['params']['layer']}, head {picture['head']}, {'after' if permuted else 'before'} permutation: {method}"
+    when = "after" if permuted else "before"
+    title = f"layer {record['params']['layer']}, head {picture['head']}, {when} permutation: {method}"
     visible = np.minimum(np.arange(rows) + blocks - rows + 1, blocks)
     table = []
     for part in np.array_split(np.arange(rows), min(8, rows)):
         share = kept[part].sum() / visible[part].sum()
         table.append([f"{part[0]} to {part[-1]}", f"{share:.3f}", f"{(mass * kept)[part].sum() / len(part):.2f}"])
     return Figure(title, draw.mask(title, kept, level), ["rows", "blocks computed", "attention that they hold"], table)
+
+
+def _faster(base, seconds):
+    """How many times faster than full attention's seconds, where those are known."""
+    return f"{base / seconds:.2f}x" if base else ""
 
 
 def _times(run):
@@ -262,11 +269,10 @@ def _times(run):
         seconds = {row.method: row.seconds for row in run.summary if row.group == group and row.seconds}
         if seconds:
             base = seconds.get(summary.BASELINE)
-            against = lambda s: f"{base / s:.2f}x" if base else ""
-            rows = [(method, s, f"{s:.3g} s {against(s)}".rstrip()) for method, s in seconds.items()]
+            rows = [(method, s, f"{s:.3g} s {_faster(base, s)}".rstrip()) for method, s in seconds.items()]
             made.append(Figure(_texts(run, group), draw.bars(f"Time by method, {_texts(run, group)}", rows),
                                ["method", "seconds", "full attention's time over it"],
-                               [[method, f"{s:.3g}", against(s)] for method, s in seconds.items()]))
+                               [[method, f"{s:.3g}", _faster(base, s)] for method, s in seconds.items()]))
     what = "of one layer's attention and the choice of its blocks" if run.header["kind"] == "recall" else "of a prefill"
     return Section("times", "Time", f"Mean time {what}, as it was while the evaluation ran; the factor is full attention's time "
                    "over it. Benchmarks measure time with more care.", made)
