@@ -164,14 +164,12 @@ def _defined(path):
 
 
 def python_names():
-    """What `pbsattn` exports and `pbsattn.transformers` defines, with parameters and members."""
-    package = ast.parse((PYTHON / "__init__.py").read_text())
-    exported = next(ast.literal_eval(node.value) for node in package.body if _targets(node) == ["__all__"])
-    sources = [path for path in [*sorted(PYTHON.glob("_*.py")), PYTHON / "_core.pyi"] if path.name != "__init__.py"]
-    places = [("pbsattn", {name: next(filter(None, (_defined(path).get(name) for path in sources))) for name in exported})]
-    places.append(("pbsattn.transformers", {name: node for name, node in _defined(PYTHON / "transformers.py").items()
-                                            if not name.startswith("_")}))
-    for module, nodes in places:
+    """What the modules of `pbsattn` export, with parameters and members."""
+    own = [path for path in [*sorted(PYTHON.glob("_*.py")), PYTHON / "_core.pyi"] if path.name != "__init__.py"]
+    for module, path in (("pbsattn", "__init__.py"), ("pbsattn.transformers", "transformers.py"), ("pbsattn.program", "program.py")):
+        here = _defined(PYTHON / path)
+        exported = ast.literal_eval(here["__all__"].value)
+        nodes = {name: next(filter(None, (defined.get(name) for defined in (here, *map(_defined, own))))) for name in exported}
         for name, node in nodes.items():
             yield f"{module}.{name}"
             joined = "{}.{}({})" if isinstance(node, ast.FunctionDef) else "{}.{}.{}"

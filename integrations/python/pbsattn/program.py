@@ -13,6 +13,8 @@ import sys
 import typing
 from collections.abc import Callable
 
+__all__ = ["CLOSED_PIPE", "Status", "Terminated", "guarded", "missing", "run", "status_of", "write_whole"]
+
 Status = typing.Union[int, str, None]  # how a command ends, as sys.exit() takes it
 CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of a program that this signal ended
 

@@ -36,7 +36,7 @@ from ._settings import HeadChanges, Layers, Value, read_settings
 from ._transformers_fallback import HARMLESS, describe, fall_back, indexer, own, unknown
 from ._transformers_masks import CausalMask, causal_mask
 
-__all__ = ["MIN_TOKENS", "NAME", "Enabled", "FallbackWarning", "LayerStats", "disable", "enable", "read_settings", "stats"]
+__all__ = ["MIN_TOKENS", "NAME", "Enabled", "FallbackWarning", "LayerStats", "Settings", "disable", "enable", "read_settings", "stats"]
 
 # Options by layer and query head ("*" is every one), as a dict or the path of a JSON file.
 Settings = str | os.PathLike[str] | typing.Mapping[str | int, HeadChanges]
