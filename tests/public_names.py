@@ -76,7 +76,7 @@ def header_names(path):
     statement, skipped = [], 0
 
     def add(found):
-        if any(kind == "namespace" and name == "detail" or not public for kind, name, public in scopes):
+        if any((kind == "namespace" and name == "detail") or not public for kind, name, public in scopes):
             return
         place = "".join(f"{name}." for kind, name, _ in scopes if kind != "namespace" and name)
         owner = scopes[-1][1] if scopes else ""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -53,6 +54,15 @@ def folder(tmp_path_factory):
         num_key_value_heads=1, max_position_embeddings=1000)).save_pretrained(path)
     (path / "text.txt").write_text(TEXT, encoding="utf-8")
     return path
+
+
+def in_threads(work, count):
+    """Runs work(0) to work(count - 1) at once, each in a thread."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def qkv(device, q_len=700, kv_len=None, batch=1, q_heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16):

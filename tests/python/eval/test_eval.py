@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import pbsattn
-from conftest import f32_tolerance
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-from pbsattn_eval import commands, folder as folders, kind, summary  # noqa: E402
+from pbsattn_eval import commands, folder as folders  # noqa: E402
 from pbsattn_eval.kinds import ppl  # noqa: E402
 
 
@@ -228,103 +227,6 @@ def test_bad_input(folder, tmp_path, capsys, arguments, message):
     assert told.startswith("pbsattn_eval: ") and message in told
 
 
-# -------------------------------------------------------------------------------------------------- summary
-
-
-def test_changes_are_paired_by_unit():
-    base = torch.randn(400).double()
-    records = [
-        {"item": "a", "group": "g", "method": "full", "params": {}, "metrics": {"nll": 0}, "units": {"nll": base.tolist()}},
-        {"item": "a", "group": "g", "method": "pbs", "params": {}, "density": 0.5, "metrics": {"nll": 0},
-         "units": {"nll": (base + 0.1 + 0.01 * torch.randn(400)).tolist()}},
-        {"item": "b", "group": "g", "method": "pbs", "params": {}, "error": "no"},
-    ]
-    full, pbs = summary.rows(records, [kind.Metric("nll")], ["full", "pbs"])
-    assert full.change is None and pbs.items == 1 and pbs.errors == 1 and pbs.density == 0.5
-    assert pbs.change == pytest.approx(0.1, abs=0.003)
-    assert pbs.standard_error == pytest.approx(0.01 / 20, rel=0.2)
-    assert pbs.low < pbs.change < pbs.high and pbs.high - pbs.low == pytest.approx(4 * pbs.standard_error, rel=0.2)
-
-
-def test_several_groups_have_a_common_row():
-    records = [{"item": g, "group": g, "method": "full", "params": {}, "metrics": {"score": x}} for g, x in (("a", 1), ("b", 0))]
-    made = summary.rows(records, [kind.Metric("score")], ["full"])
-    assert [(row.group, row.mean) for row in made] == [("a", 1.0), ("b", 0.0), ("all", 0.5)]
-    assert "all" in summary.table(made, [kind.Metric("score")])
-
-
-# --------------------------------------------------------------------------------------------------- recall
-
-
-def test_recall(folder, tmp_path, capsys):
-    methods = "pbs:top_p=0.3/1.0,oracle:top_p=0.3/0.6/1.0"
-    assert commands.main(["recall", "--model", str(folder), "--text", str(folder / "text.txt"), "--lengths", "900", "--methods",
-                         methods, "--device", "cpu", "--out", str(tmp_path), "--layers", "1,"]) == 0
-    records = {each["method"]: each for each in items_of(tmp_path)}
-    for name in ("full", "pbs:top_p=1.0", "oracle:top_p=1.0"):
-        metrics = records[name]["metrics"]
-        assert metrics["recall"] == pytest.approx(1, abs=1e-5) and metrics["error"] < f32_tolerance(1e-5, 1e-2) and records[name]["density"] == 1
-    sparse, best = records["pbs:top_p=0.3"], records["oracle:top_p=0.3"]
-    assert sparse["params"] == {"text": "text", "tokens": 900, "layer": 1} and len(sparse["heads"]["recall"]) == 2
-    assert sparse["density"] < 1 and 0 < sparse["metrics"]["recall"] < 1 and sparse["metrics"]["error"] > 1e-3
-    assert best["metrics"]["recall"] > 0.3
-    assert records["full"]["picture"]["rows"] == 8
-    assert "at equal density" in capsys.readouterr().out
-
-
-def test_recall_is_the_mass_of_the_kept_keys():
-    """Against the definition: weights of the keys that may be seen, summed one by one."""
-    from pbsattn_eval.kinds import masses
-
-    q, k, v = torch.randn(2, 700, 16), torch.randn(1, 700, 16), torch.randn(1, 700, 16)
-    out, trace = pbsattn.trace(q[None], k[None], v[None], top_p=0.4)
-    mass, exact = masses.true_attention(q, k, v, 0.25)
-    weights = (q @ k.transpose(1, 2) * 0.25).masked_fill(torch.ones(700, 700, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-    torch.testing.assert_close(exact, weights @ v)
-    torch.testing.assert_close(mass[:, 5], weights[:, 640:].mean(1))
-
-    by_block = masses.block_masses(mass, trace.order[0], 256)
-    for head in range(2):
-        row, order = 4, trace.order[0, head].tolist()  # its own segment begins at block 4
-        for block in range(6):
-            keys = range(block * 128, min(block * 128 + 128, 700))
-            keys = keys if block >= 4 else [order[slot] for slot in keys]
-            assert float(by_block[head, row, block]) == pytest.approx(float(mass[head, row, keys].sum()), abs=1e-6)
-    torch.testing.assert_close(masses.attend(q, k, v, 0.25, trace.kept[0], trace.order[0], 256), out[0], atol=f32_tolerance(1e-4, 2e-2), rtol=1e-3)
-
-
-@pytest.mark.parametrize("settings", [dict(top_p=0.5), dict(keep="threshold", threshold=0.15), dict(keep="density", density=0.6),
-                                      dict(keep="top_k", top_k=2), dict(keep="relative", threshold=0.4),
-                                      dict(top_p=0.2, sink_blocks=2, local_blocks=3, dense_last_rows=1)])
-def test_the_oracle_is_the_references(settings):
-    from pbsattn_eval.kinds import masses
-
-    q, k, v = torch.randn(1, 2, 1600, 16), torch.randn(1, 1, 1600, 16), torch.randn(1, 1, 1600, 16)
-    _, decided = pbsattn.trace(q, k, v, method="oracle", reference=True, scale=1.5, **settings)
-    order, expected = decided.order[0], decided.kept[0]
-    mass, _ = masses.true_attention(q[0], k[0], v[0], 1.5)
-    kept = masses.oracle_choice(masses.block_masses(mass, order, 256), order, pbsattn.options("oracle", **settings))
-    assert torch.equal(kept, expected)
-
-
-@pytest.mark.parametrize("wanted, expected", [(0.1, 10.0), (0.2, 15.0), (0.4, 20.0), (0.05, None), (0.5, None)])
-def test_values_between_settings(wanted, expected):
-    from pbsattn_eval import curves
-
-    place = curves.at([0.4, 0.1], wanted)
-    assert (place and float(place.of([20.0, 10.0]))) == (expected and pytest.approx(expected))
-
-
-def test_where_a_curve_crosses():
-    from pbsattn_eval import curves
-
-    assert curves.crossing([0.4, 0.1], [0.0, 1.0], 0.5) == pytest.approx(0.2)
-    assert curves.crossing([0.1, 0.4], [1.0, 0.6], 0.5) is None
-    assert curves.crossing([0.1, 0.4], [0.3, 0.1], 0.5) is None
-    assert curves.families({"pbs:top_p=.5:segment=512": {"keep": "top_p"}, "pbs:top_p=.9:segment=512": {"keep": "top_p"},
-                            "full": {"keep": "all"}}) == {"pbs:segment=512": ["pbs:top_p=.5:segment=512", "pbs:top_p=.9:segment=512"]}
-
-
 # --------------------------------------------------------------------------------------------------- a page
 
 
@@ -361,32 +263,3 @@ def test_a_page_has_a_column_for_each_group_of_prompts(tmp_path):
     assert "| `full` | 0.500 | 100.0 | 100.0 | 100.0 |  |" in text
     assert "| `pbs` | 0.500 | 50.0 | 50.0 | 50.0 | -50.0 [-100.0, +0.0] |" in text
     assert "<summary>found by depth" in text and "  end 4096  pbs     *0" in text and "  pbs: 2 of 4 (50.0%)" in text
-
-
-def test_changes_at_equal_density():
-    from pbsattn_eval import curves
-
-    def record(item, method, density, *nll):
-        return {"item": item, "group": "g", "method": method, "params": {}, "density": density, "metrics": {"nll": 0},
-                "units": {"nll": list(nll)}}
-
-    methods = {"full": {"keep": "all"}, "pbs:top_p=.1": {"keep": "top_p"}, "pbs:top_p=.9": {"keep": "top_p"}}
-    records = [record("a", "full", 1.0, 1, 2), record("a", "pbs:top_p=.1", 0.06, 2, 3), record("a", "pbs:top_p=.9", 0.24, 1, 2),
-               record("b", "full", 1.0, 5), record("b", "pbs:top_p=.1", 0.12, 6), record("b", "pbs:top_p=.9", 0.2, 5)]
-    [(group, name, cells)] = curves.by_density(records, methods, "nll")
-    assert (group, name) == ("g", "pbs")
-    assert cells[0] is None and cells[3] is None, "b has no such density"
-    assert cells[1][0] == pytest.approx((0.5 + 0.5 + 1) / 3) and cells[1][1] == pytest.approx(0.5 / 3)
-
-
-def test_settings_against_the_published_one():
-    from pbsattn_eval import page
-
-    def record(item, method, density, *nll):
-        return {"item": item, "method": method, "density": density, "metrics": {"nll": 0}, "units": {"nll": list(nll)}}
-
-    records = [record("a", page.PUBLISHED, 0.4, 1, 2), record("a", "sparser", 0.2, 1.5, 2.5), record("a", "denser", 0.5, 1, 2),
-               record("b", page.PUBLISHED, 0.4, 1, 2), record("b", "sparser", 0.1, 1, 3), record("b", "denser", 0.3, 1, 2)]
-    header, lines = page._against(records, [page.PUBLISHED, "sparser", "denser"])
-    assert header == ["method", "a", "b"]
-    assert lines == [["`sparser`", "+0.5000 ±0.0000, 0.50x", "+0.5000 ±0.5000, 0.25x"]]
