@@ -122,4 +122,4 @@ long. *refused*: by `enable()`, with that message. *–*: the model itself can't
 difference of any logit in any run, as a share of the largest logit; above 1e-4 is wrong. *Own noise* is the same of the model's own
 attention in float32 against float64. Every class listed as built, and not refused, changes by at least 1e-3 if its attention is
 wrong on purpose; where that changes nothing, the class doesn't ask transformers for its attention at all (*not reached*).
-""".splitlines()
+""".splitlines()  # noqa: E501

@@ -66,7 +66,7 @@ def guarded(name: str, main: Callable[[], Status], *failures: type[Exception], i
 
 def run(name: str, main: Callable[[], Status], *failures: type[Exception],
         interrupted: str = "interrupted") -> typing.NoReturn:
-    """Ends the process with guarded()'s status, or that of a standard output that can't be written. SIGTERM interrupts it."""
+    """Ends the process with guarded()'s status, or that of an output that can't be written. SIGTERM interrupts it."""
     signal.signal(signal.SIGTERM, _terminate)
     status = guarded(name, main, *failures, interrupted=interrupted)
     if sys.stdout is None:  # it was closed before Python began, which prints to nowhere then

@@ -18,190 +18,25 @@ PyTorch's SDPA, or to the model's own attention where SDPA can't compute it; the
 FallbackWarning names the reason.
 """
 
-import dataclasses
 import json
 import os
 import typing
-import warnings
-import weakref
 from collections.abc import Iterable
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import _core
-from ._op import attention
 from ._settings import HeadChanges, Layers, Value, read_settings
-from ._transformers_fallback import HARMLESS, describe, fall_back, indexer, own, unknown
-from ._transformers_masks import CausalMask, causal_mask
+from ._transformers_calls import NAME, FallbackWarning, Layer, LayerStats, State, states
+from ._transformers_fallback import indexer, own
 
 __all__ = ["MIN_TOKENS", "NAME", "Enabled", "FallbackWarning", "LayerStats", "Settings", "disable", "enable", "read_settings", "stats"]
 
 # Options by layer and query head ("*" is every one), as a dict or the path of a JSON file.
 Settings = str | os.PathLike[str] | typing.Mapping[str | int, HeadChanges]
-NAME = "pbsattn"  # of our attention in transformers' tables
 # Least queries of a call for pbsattn, by device. On a GPU a shorter prefill is bound by the host, which we make no faster.
 MIN_TOKENS = {"cpu": 512, "cuda": 2560}
-
-
-class FallbackWarning(UserWarning):
-    """A long attention call went to SDPA."""
-
-
-@dataclasses.dataclass
-class LayerStats:
-    """What the last prefill did in one layer, summed over its chunks."""
-
-    layer: int | None  # its index, where its module has one
-    taken: int = 0  # calls computed by pbsattn
-    left: int = 0  # calls of min_tokens or more left to SDPA
-    reason: str | None = None  # why the last of them was left
-    visited_blocks: int = 0
-    causal_blocks: int = 0
-    seconds: float = 0.0
-    measured: bool = False  # on CUDA only with enable(..., stats=True)
-    module: str = ""  # the name of its attention module in the model
-
-    @property
-    def density(self) -> float | None:
-        """Blocks computed, as a share of dense causal attention's; None where nothing was measured."""
-        return self.visited_blocks / self.causal_blocks if self.causal_blocks else None
-
-
-class _State:
-    """What enable() set for one model."""
-
-    def __init__(self, model: PreTrainedModel, min_tokens: int, measure: bool) -> None:
-        self.min_tokens = min_tokens
-        self.measure = measure
-        self.model_name = type(model).__name__
-        self.before = [(config, _implementation_before(config)) for config in _configs(model)]
-        self.warned: set[str] = set()
-
-    def __setstate__(self, values: dict[str, typing.Any]) -> None:  # of a copy of a model, which is enabled as the model is
-        self.__dict__.update(values)
-        _states.add(self)
-
-    def warn(self, reason: str, layer: int | str) -> None:
-        if reason not in self.warned:
-            self.warned.add(reason)
-            warnings.warn(f"{self.model_name}: attention of layer {layer} goes to SDPA, not to pbsattn: {reason}",
-                          FallbackWarning, stacklevel=2)
-
-
-_states: weakref.WeakSet[_State] = weakref.WeakSet()  # of the models that are enabled; their modules hold them
-
-
-@dataclasses.dataclass
-class _Layer:
-    """What a module of an enabled model knows of it, as its attribute `_pbsattn`."""
-
-    state: _State
-    name: str
-    index: int | None
-    options: dict[str, typing.Any] | None = None  # attention()'s; None where it is left to SDPA without a word
-    record: LayerStats | None = None
-
-    def of_call(self, first_chunk: bool) -> LayerStats:
-        if first_chunk or self.record is None:
-            self.record = LayerStats(self.index, module=self.name)
-        return self.record
-
-
-# --------------------------------------------------------------------------------------------- attention
-
-
-def _reason_to_leave(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | CausalMask | None,
-                     names: list[str], dropout: float, scaling: float | torch.Tensor | None, causal: bool,
-                     kwargs: dict[str, typing.Any]) -> str | None:
-    """Why a call isn't one that pbsattn takes; None if it is."""
-    if mask is None and not causal:
-        return "it is not causal (an encoder, or cross attention)"
-    if names:
-        return describe(names)
-    window = kwargs.get("sliding_window")
-    if window is not None and key.shape[2] > window:
-        return f"it is a sliding window of {window} tokens"
-    if mask is not None and type(mask) is not CausalMask:
-        return "its mask is more than causal (padding, packed sequences, or one passed in)"
-    if query.shape[2] != key.shape[2] if mask is None else not mask.fits(query, key):
-        return "its keys are of other tokens than its queries, and no mask says which it sees"
-    if kwargs.get("output_attentions"):
-        return "the attention weights are asked for"
-    if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
-        return "it is training: pbsattn computes no gradient; use torch.no_grad()"
-    if value.shape[-1] != query.shape[-1]:
-        return f"its values have head_dim {value.shape[-1]}, its keys {query.shape[-1]}"
-    if isinstance(scaling, torch.Tensor):
-        return "its scale is a tensor"
-    return None
-
-
-def _forward(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-             attention_mask: torch.Tensor | CausalMask | None, **kwargs: typing.Any) -> typing.Any:
-    """The function behind AttentionInterface: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D] -> [B, Sq, Hq, D]."""
-    layer = getattr(module, "_pbsattn", None)
-    # Short prompts wait for the host, so the plainest calls go to SDPA before anything else is asked.
-    if ((layer is None or query.shape[2] < layer.state.min_tokens) and type(attention_mask) is not CausalMask
-            and _PLAIN.issuperset(kwargs) and not own(module).only):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _pick(layer, module, query, key, value, attention_mask, **kwargs)
-
-
-_PLAIN = HARMLESS | {"dropout", "scaling", "is_causal"}
-
-
-def _pick(layer: _Layer | None, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-          mask: torch.Tensor | CausalMask | None, dropout: float = 0.0, scaling: float | torch.Tensor | None = None,
-          is_causal: bool | None = None, **kwargs: typing.Any) -> typing.Any:
-    """A call of any kind: computed by pbsattn, or why not by the model's own attention."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if type(mask) is CausalMask and mask.q_offset == 0 and not getattr(module, "is_causal", True):
-        # As SDPA has it: the mask was left out for the module to say. A causal module that says is_causal=False in a call
-        # has seen a mask that says it instead (Moonshine).
-        mask = None
-    names = unknown(kwargs)
-    if layer is not None and layer.options is not None and query.shape[2] >= layer.state.min_tokens:
-        reason = _reason_to_leave(query, key, value, mask, names, dropout, scaling, causal, kwargs)
-        first_chunk = mask.q_offset == 0 if type(mask) is CausalMask else query.shape[2] == key.shape[2]
-        record = layer.of_call(first_chunk)
-        if reason is None:
-            try:
-                out = _attend(layer.options, record, layer.state.measure, query, key, value, mask, scaling)
-                record.taken += 1
-                return out, None
-            except NotImplementedError as refusal:  # this device takes no such tensors
-                reason = str(refusal)
-        record.left += 1
-        record.reason = reason
-        if not torch.compiler.is_compiling():  # a graph holds no warning
-            layer.state.warn(reason, layer.name if layer.index is None else layer.index)
-    return fall_back(module, query, key, value, mask, names, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
-
-
-def _attend(settings: dict[str, typing.Any], record: LayerStats, measure: bool, query: torch.Tensor, key: torch.Tensor,
-            value: torch.Tensor, mask: CausalMask | None, scaling: float | None) -> torch.Tensor:
-    if mask is not None and mask.keys < key.shape[2]:
-        key, value = key[:, :, :mask.keys], value[:, :, :mask.keys]
-    options = {"scale": None if scaling is None else float(scaling), **settings}
-    # Tokens before heads, by strides alone, so that the output comes in the order that the model wants.
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if not (measure or q.device.type == "cpu") or torch.compiler.is_compiling():
-        return attention(q, k, v, layout="bshd", **options)
-    out, stats = attention(q, k, v, layout="bshd", return_stats=True, **options)
-    record.visited_blocks += stats.visited_blocks
-    record.causal_blocks += stats.causal_blocks
-    record.seconds += stats.seconds
-    record.measured = True
-    return out
-
-
-AttentionInterface.register(NAME, _forward)
-AttentionMaskInterface.register(NAME, causal_mask)
-
-
-# ------------------------------------------------------------------------------------------------- models
 
 
 def _configs(model: PreTrainedModel) -> list[typing.Any]:
@@ -224,21 +59,21 @@ def _implementation_before(config: typing.Any) -> typing.Any:
     """The attention that a config had before any model was enabled with it."""
     if config._attn_implementation != NAME:
         return config._attn_implementation
-    return next((before for state in list(_states) for each, before in state.before if each is config), "sdpa")
+    return next((before for state in list(states) for each, before in state.before if each is config), "sdpa")
 
 
-def _restore(state: _State) -> None:
+def _restore(state: State) -> None:
     """Gives its configs back what they had, but for those that another enabled model shares.
 
     A config passes a name on to its parts, which come later and then get their own; not all configs take a dict.
     """
-    _states.discard(state)
+    states.discard(state)
     for config, before in state.before:
-        shared = any(each is config for other in list(_states) for each, _ in other.before)
+        shared = any(each is config for other in list(states) for each, _ in other.before)
         config._attn_implementation = NAME if shared else before
 
 
-def _layers(model: torch.nn.Module) -> list[_Layer]:
+def _layers(model: torch.nn.Module) -> list[Layer]:
     return [module._pbsattn for module in model.modules() if hasattr(module, "_pbsattn")]
 
 
@@ -327,8 +162,9 @@ def enable(model: PreTrainedModel, *, method: str = "pbs", min_tokens: int | Non
         raise ValueError(f"min_tokens {min_tokens}: decoding is not for pbsattn; 2 is the least")
     base: dict[str, Value] = {"method": method, **options}
     by_module = {} if settings is None else _options_by_module(modules, settings, base)
-    state = _State(model, min_tokens, stats)
-    _states.add(state)
+    before = [(config, _implementation_before(config)) for config in _configs(model)]
+    state = State(model, before, min_tokens, stats)
+    states.add(state)
     try:
         model.set_attn_implementation(NAME)
         if all(module.config._attn_implementation != NAME for module in modules):
@@ -340,12 +176,12 @@ def enable(model: PreTrainedModel, *, method: str = "pbs", min_tokens: int | Non
         if hasattr(module, "config") and not isinstance(module, PreTrainedModel):
             index = getattr(module, "layer_idx", None)
             left = layers is not None and index not in layers
-            module._pbsattn = _Layer(state, module_name, index, None if left else by_module.get(module, base))
+            module._pbsattn = Layer(state, module_name, index, None if left else by_module.get(module, base))
             own(module)  # looked up now, not while a graph is compiled
     return Enabled(model)
 
 
-def _require_layers(model: torch.nn.Module) -> list[_Layer]:
+def _require_layers(model: torch.nn.Module) -> list[Layer]:
     layers = _layers(model)
     if not layers:
         raise RuntimeError(f"{type(model).__name__}: pbsattn is not enabled; call pbsattn.transformers.enable(model)")

@@ -1,0 +1,168 @@
+"""Attention calls of transformers models: which of them pbsattn computes, and what it tells of them."""
+
+import dataclasses
+import typing
+import warnings
+import weakref
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ._op import attention
+from ._transformers_fallback import HARMLESS, describe, fall_back, own, unknown
+from ._transformers_masks import CausalMask, causal_mask
+
+NAME = "pbsattn"  # of our attention in transformers' tables
+
+
+class FallbackWarning(UserWarning):
+    """A long attention call went to SDPA."""
+
+
+@dataclasses.dataclass
+class LayerStats:
+    """What the last prefill did in one layer, summed over its chunks."""
+
+    layer: int | None  # its index, where its module has one
+    taken: int = 0  # calls computed by pbsattn
+    left: int = 0  # calls of min_tokens or more left to SDPA
+    reason: str | None = None  # why the last of them was left
+    visited_blocks: int = 0
+    causal_blocks: int = 0
+    seconds: float = 0.0
+    measured: bool = False  # on CUDA only with enable(..., stats=True)
+    module: str = ""  # the name of its attention module in the model
+
+    @property
+    def density(self) -> float | None:
+        """Blocks computed, as a share of dense causal attention's; None where nothing was measured."""
+        return self.visited_blocks / self.causal_blocks if self.causal_blocks else None
+
+
+class State:
+    """What enable() set for one model."""
+
+    def __init__(self, model: PreTrainedModel, before: list[tuple[typing.Any, typing.Any]], min_tokens: int, measure: bool) -> None:
+        self.min_tokens = min_tokens
+        self.measure = measure
+        self.model_name = type(model).__name__
+        self.before = before  # (config, its attention before) of the model and its parts
+        self.warned: set[str] = set()
+
+    def __setstate__(self, values: dict[str, typing.Any]) -> None:  # of a copy of a model, which is enabled as the model is
+        self.__dict__.update(values)
+        states.add(self)
+
+    def warn(self, reason: str, layer: int | str) -> None:
+        if reason not in self.warned:
+            self.warned.add(reason)
+            warnings.warn(f"{self.model_name}: attention of layer {layer} goes to SDPA, not to pbsattn: {reason}",
+                          FallbackWarning, stacklevel=2)
+
+
+states: weakref.WeakSet[State] = weakref.WeakSet()  # of the models that are enabled; their modules hold them
+
+
+@dataclasses.dataclass
+class Layer:
+    """What a module of an enabled model knows of it, as its attribute `_pbsattn`."""
+
+    state: State
+    name: str
+    index: int | None
+    options: dict[str, typing.Any] | None = None  # attention()'s; None where it is left to SDPA without a word
+    record: LayerStats | None = None
+
+    def of_call(self, first_chunk: bool) -> LayerStats:
+        if first_chunk or self.record is None:
+            self.record = LayerStats(self.index, module=self.name)
+        return self.record
+
+def _reason_to_leave(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | CausalMask | None,
+                     names: list[str], dropout: float, scaling: float | torch.Tensor | None, causal: bool,
+                     kwargs: dict[str, typing.Any]) -> str | None:
+    """Why a call isn't one that pbsattn takes; None if it is."""
+    if mask is None and not causal:
+        return "it is not causal (an encoder, or cross attention)"
+    if names:
+        return describe(names)
+    window = kwargs.get("sliding_window")
+    if window is not None and key.shape[2] > window:
+        return f"it is a sliding window of {window} tokens"
+    if mask is not None and type(mask) is not CausalMask:
+        return "its mask is more than causal (padding, packed sequences, or one passed in)"
+    if query.shape[2] != key.shape[2] if mask is None else not mask.fits(query, key):
+        return "its keys are of other tokens than its queries, and no mask says which it sees"
+    if kwargs.get("output_attentions"):
+        return "the attention weights are asked for"
+    if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+        return "it is training: pbsattn computes no gradient; use torch.no_grad()"
+    if value.shape[-1] != query.shape[-1]:
+        return f"its values have head_dim {value.shape[-1]}, its keys {query.shape[-1]}"
+    if isinstance(scaling, torch.Tensor):
+        return "its scale is a tensor"
+    return None
+
+
+def _forward(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+             attention_mask: torch.Tensor | CausalMask | None, **kwargs: typing.Any) -> typing.Any:
+    """The function behind AttentionInterface: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D] -> [B, Sq, Hq, D]."""
+    layer = getattr(module, "_pbsattn", None)
+    # Short prompts wait for the host, so the plainest calls go to SDPA before anything else is asked.
+    if ((layer is None or query.shape[2] < layer.state.min_tokens) and type(attention_mask) is not CausalMask
+            and _PLAIN.issuperset(kwargs) and not own(module).only):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _pick(layer, module, query, key, value, attention_mask, **kwargs)
+
+
+_PLAIN = HARMLESS | {"dropout", "scaling", "is_causal"}
+
+
+def _pick(layer: Layer | None, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+          mask: torch.Tensor | CausalMask | None, dropout: float = 0.0, scaling: float | torch.Tensor | None = None,
+          is_causal: bool | None = None, **kwargs: typing.Any) -> typing.Any:
+    """A call of any kind: computed by pbsattn, or why not by the model's own attention."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if type(mask) is CausalMask and mask.q_offset == 0 and not getattr(module, "is_causal", True):
+        # As SDPA has it: the mask was left out for the module to say. A causal module that says is_causal=False in a call
+        # has seen a mask that says it instead (Moonshine).
+        mask = None
+    names = unknown(kwargs)
+    if layer is not None and layer.options is not None and query.shape[2] >= layer.state.min_tokens:
+        reason = _reason_to_leave(query, key, value, mask, names, dropout, scaling, causal, kwargs)
+        first_chunk = mask.q_offset == 0 if type(mask) is CausalMask else query.shape[2] == key.shape[2]
+        record = layer.of_call(first_chunk)
+        if reason is None:
+            try:
+                out = _attend(layer.options, record, layer.state.measure, query, key, value, mask, scaling)
+                record.taken += 1
+                return out, None
+            except NotImplementedError as refusal:  # this device takes no such tensors
+                reason = str(refusal)
+        record.left += 1
+        record.reason = reason
+        if not torch.compiler.is_compiling():  # a graph holds no warning
+            layer.state.warn(reason, layer.name if layer.index is None else layer.index)
+    return fall_back(module, query, key, value, mask, names, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+
+
+def _attend(settings: dict[str, typing.Any], record: LayerStats, measure: bool, query: torch.Tensor, key: torch.Tensor,
+            value: torch.Tensor, mask: CausalMask | None, scaling: float | None) -> torch.Tensor:
+    if mask is not None and mask.keys < key.shape[2]:
+        key, value = key[:, :, :mask.keys], value[:, :, :mask.keys]
+    options = {"scale": None if scaling is None else float(scaling), **settings}
+    # Tokens before heads, by strides alone, so that the output comes in the order that the model wants.
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if not (measure or q.device.type == "cpu") or torch.compiler.is_compiling():
+        return attention(q, k, v, layout="bshd", **options)
+    out, stats = attention(q, k, v, layout="bshd", return_stats=True, **options)
+    record.visited_blocks += stats.visited_blocks
+    record.causal_blocks += stats.causal_blocks
+    record.seconds += stats.seconds
+    record.measured = True
+    return out
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, causal_mask)
