@@ -105,7 +105,7 @@ def test_shape_has_random_weights(monkeypatch, capsys):
 @pytest.mark.parametrize("message, arguments", [
     ("no such attention; there are sdpa, flash", ["--attn", "flush"]),
     ("have no settings", ["--attn", "flash:top_p=1"]),
-    ("write NAME=VALUE", ["--attn", "pbs:top_p"]),
+    ('"top_p" is no OPTION=VALUE', ["--attn", "pbs:top_p"]),
     ("names one twice", ["--attn", "pbs,pbs"]),
     ("at least 2 tokens", ["--lengths", "1"]),
     ("write whole numbers above 0", ["--lengths", "8k"]),

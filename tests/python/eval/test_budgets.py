@@ -9,7 +9,6 @@ pytest.importorskip("transformers", reason="an optional dependency; ./dev test i
 
 import pbsattn.transformers
 from pbsattn_eval import budgets, commands, models
-from pbsattn_eval.attentions import Attention
 
 
 def run(folder, to, *arguments):
@@ -76,7 +75,7 @@ def test_larger_budgets_are_denser_and_the_a_shape_fits():
     q, k, v = (torch.randn(1, 1, 4000, 32) for _ in range(3))
     shapes = families["A-shape"]
     assert shapes[0]["local_blocks"] == 1 and [each["local_blocks"] for each in shapes] == sorted({each["local_blocks"] for each in shapes})
-    _, stats = Attention("a", "minference", shapes[-1]).compute(q, k, v, return_stats=True)
+    _, stats = pbsattn.attention(q, k, v, method="minference", return_stats=True, **shapes[-1])
     assert 0.25 < stats.density <= budgets.TOO_DENSE * 0.25
 
 

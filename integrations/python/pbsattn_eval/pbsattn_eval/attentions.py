@@ -20,25 +20,37 @@ SDPA = {
 }
 
 
+# What a spec may say beside a method's options: how pbsattn.transformers.enable() takes the method.
+_OF_ENABLE = {"min_tokens": int, "settings": str}
+
+
 @dataclasses.dataclass
 class Attention:
-    """One way to compute a model's attention: a backend of SDPA, or a method of pbsattn with settings."""
+    """One way to compute a model's attention: a backend of SDPA, or a method of pbsattn."""
 
     name: str
-    method: str | None = None
-    settings: dict = dataclasses.field(default_factory=dict)
+    method: str | None = None  # with its options, as "pbs:top_p=0.8"
+    settings: dict = dataclasses.field(default_factory=dict)  # of enable()
 
     @classmethod
     def parse(cls, text):
-        """From "cudnn", "pbs" or "pbs:top_p=0.8:dense_last_rows=1"."""
-        head, *settings = text.split(":")
+        """From "cudnn", "pbs" or "pbs:top_p=0.8:dense_last_rows=1". Raises ValueError for what is none of those."""
+        head, *parts = text.split(":")
         if head in SDPA:
-            if settings:
+            if parts:
                 raise ValueError(f'attention "{text}": PyTorch\'s backends have no settings')
             return cls(text)
         if head not in pbsattn.METHODS:
             raise ValueError(f'attention "{text}": no such attention; there are {", ".join([*SDPA, *pbsattn.METHODS])}')
-        return cls(text, head, dict(_setting(each) for each in settings))
+        settings, method = {}, [head]
+        for part in parts:
+            name, equals, value = part.partition("=")
+            if equals and name in _OF_ENABLE:
+                settings[name] = _OF_ENABLE[name](value)
+            else:
+                method.append(part)
+        pbsattn.options(":".join(method))
+        return cls(text, ":".join(method), settings)
 
     @contextlib.contextmanager
     def on(self, model, stats=False):
@@ -55,7 +67,7 @@ class Attention:
     def compute(self, q, k, v, **kwargs):
         """The attention of q [B, Hq, S, D] over k, v [B, Hkv, S, D]."""
         if self.method is not None:
-            return pbsattn.attention(q, k, v, method=self.method, **self.settings, **kwargs)
+            return pbsattn.attention(q, k, v, method=self.method, **kwargs)
         backend = SDPA[self.name]
         with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], **kwargs)
@@ -64,16 +76,6 @@ class Attention:
     def implementation(self):
         """Its name among transformers' attentions."""
         return "sdpa" if self.method is None else pbsattn.transformers.NAME
-
-
-def _setting(text):
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f'setting "{text}": write NAME=VALUE')
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return name, kind(value)
-    return name, value
 
 
 @contextlib.contextmanager

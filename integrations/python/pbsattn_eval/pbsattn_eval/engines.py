@@ -21,11 +21,10 @@ def options_of(attention):
     """Every option of a method with its value, so that a run's folder says what a name stood for; {} for PyTorch's own."""
     if attention.method is None:
         return {}
-    ours = {k: v for k, v in attention.settings.items() if k in ("min_tokens", "layers", "settings")}
-    options = {k: v for k, v in attention.settings.items() if k not in ours}
-    if "settings" in ours:
-        ours["settings"] = pbsattn.transformers.read_settings(ours["settings"])
-    return {**ours, **pbsattn.options(attention.method, **options)}
+    settings = dict(attention.settings)
+    if "settings" in settings:
+        settings["settings"] = pbsattn.transformers.read_settings(settings["settings"])
+    return {**settings, **pbsattn.options(attention.method)}
 
 
 def versions():

@@ -43,7 +43,7 @@ def random_input(tokens, heads, width, seed):
 
 def decide(attention, q, k, reference=False):
     """Blocks that the library keeps, bool [heads, rows, blocks], on the CPU or by the reference."""
-    return pbsattn.trace(q, k, k, method=attention.method, reference=reference, **attention.settings)[1].kept[0]
+    return pbsattn.trace(q, k, k, method=attention.method, reference=reference)[1].kept[0]
 
 
 class Count:
@@ -84,7 +84,7 @@ def compare(code, folder, inputs, say):
 
 
 def _compare_one(code, folder, attention, given, counts):
-    options = pbsattn.options(attention.method, **attention.settings)
+    options = pbsattn.options(attention.method)
     group = given.q.shape[1] // given.k.shape[1]
     def public(q, k):
         return code.choose(folder, q, k.repeat_interleave(group, 1), options)

@@ -146,6 +146,6 @@ def overhead(attentions, device, heads, kv_heads, tokens, head_dim, runs):
 def _library_run(attention, q, k, v):
     """The library's run of a call, with everything that Python prepares for it prepared: launches and nothing else."""
     plan = pbsattn.plan(q_heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], kv_len=k.shape[2], head_dim=q.shape[3],
-                        device=q.device, method=attention.method, threads=torch.get_num_threads(), **attention.settings)
+                        device=q.device, method=attention.method, threads=torch.get_num_threads())
     workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=q.device)
     return plan.bind(q, k, v, torch.empty_like(q), workspace)

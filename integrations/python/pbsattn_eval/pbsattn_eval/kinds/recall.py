@@ -94,8 +94,7 @@ class Kind(kind.KindBase):
     @staticmethod
     def _library(attention, state):
         """Output, kept blocks and order of the keys, [heads, ...], by the library."""
-        out, trace = pbsattn.trace(state["q"], state["k"], state["v"], method=attention.method, scale=state["scale"],
-                                   **attention.settings)
+        out, trace = pbsattn.trace(state["q"], state["k"], state["v"], method=attention.method, scale=state["scale"])
         device = state["q"].device
         return out[0], trace.kept[0].to(device), trace.order[0].to(device)
 
