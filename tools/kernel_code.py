@@ -32,7 +32,7 @@ SAME, MOVED, OTHER = "equal", "equal but for where their parameters lie", "of ot
 def output_of(command, **options):
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode != 0:
-        raise Failure(f"{' '.join(command[:3])}: failed, it said \"{done.stderr.strip()[-200:]}\"")
+        raise Failure(f'{" ".join(command[:3])}: failed, it said "{done.stderr.strip()[-200:]}"')
     return done.stdout
 
 
@@ -68,8 +68,9 @@ def kernels_of(program, cuobjdump, renames=()):
         instructions = re.sub(r"/\* 0x[0-9a-f]+ \*/", "", bodies[name])
         placeless = re.sub(r"c\[0x0\]\[0x[0-9a-f]+\]", "c[parameter]", instructions)
         used = Counter({key: int(count) for key, count in re.findall(r"(\w+):(\d+)", resources.get(name, ""))})
-        kernels[readable] = Kernel(hash_of(bodies[name]), hash_of(placeless),
-                                   *(used[key] for key in ("REG", "STACK", "LOCAL", "SHARED")))
+        kernels[readable] = Kernel(
+            hash_of(bodies[name]), hash_of(placeless), *(used[key] for key in ("REG", "STACK", "LOCAL", "SHARED"))
+        )
     return kernels
 
 
@@ -93,10 +94,16 @@ def print_resources(before, after):
         old, new = before[name], after[name]
         more = -(-new.registers // 8) > -(-old.registers // 8) or new.local + new.stack > 0
         grew |= more
-        columns = ((old.registers, new.registers, 14), (old.local + old.stack, new.local + new.stack, 14),
-                   (old.shared, new.shared, 16))
-        print(f"{shown(name):<54}" + "".join(f" {f'{a} -> {b}' if a != b else a:>{width}}" for a, b, width in columns)
-              + ("  more than before" if more else ""))
+        columns = (
+            (old.registers, new.registers, 14),
+            (old.local + old.stack, new.local + new.stack, 14),
+            (old.shared, new.shared, 16),
+        )
+        print(
+            f"{shown(name):<54}"
+            + "".join(f" {f'{a} -> {b}' if a != b else a:>{width}}" for a, b, width in columns)
+            + ("  more than before" if more else "")
+        )
     return grew
 
 

@@ -76,7 +76,7 @@ def extract(archive, target):
         for member in tar.getmembers():
             inside = member.name.split("/", 1)[-1]
             if inside.startswith(INSIDE) and (member.isfile() or member.isdir()) and ".." not in member.name:
-                member.name = inside[len(INSIDE):]
+                member.name = inside[len(INSIDE) :]
                 members.append(member)
         tar.extractall(partial, members)
     os.replace(partial, target)
@@ -106,8 +106,11 @@ def build(targets):
         stamp = binary / f".built-{targets}"
         if not stamp.exists():
             say(f"llama.cpp: building {', '.join(TARGETS[targets])} (some minutes; log in {log})")
-            run(["cmake", "-S", source, "-B", binary, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())],
-                log, "configuration")
+            run(
+                ["cmake", "-S", source, "-B", binary, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())],
+                log,
+                "configuration",
+            )
             run(["cmake", "--build", binary, "--target", *TARGETS[targets]], log, "build")
             stamp.touch()
     return source, binary

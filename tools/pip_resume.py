@@ -26,6 +26,7 @@ CHUNK = 1 << 16
 def link_and_session(command, options, name, version):
     """The file that `pip download` would take, and the session it would take it with."""
     from pip._vendor.packaging.specifiers import SpecifierSet
+
     session = command.get_default_session(options)
     finder = command._build_package_finder(options=options, session=session)
     best = finder.find_best_candidate(name, SpecifierSet(f"=={version}")).best_candidate
@@ -40,6 +41,7 @@ def fetch_rest(session, url, part, progress):
     """Appends what is missing to `part`. Says whether the answer came to its end."""
     from pip._vendor.requests.exceptions import RequestException
     from pip._vendor.urllib3.exceptions import HTTPError
+
     have = size_of(part)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     try:
@@ -90,6 +92,7 @@ def main():
     logging.disable()
 
     from pip._internal.commands import create_command
+
     command = create_command("download")
     name, version = arguments.requirement.split("==")
     kind = ["--no-binary", name] if arguments.source else ["--only-binary", ":all:"]

@@ -18,9 +18,18 @@ import typing
 from common import Failure, run_main, write_whole
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 500, 70, 250, 30, 60
-COLORS = {"ours": "#0b6e4f", "cuDNN": "#d1495b", "FlashAttention-2": "#8d6a9f", "FlexAttention": "#c98f1a",
-          "amx_bf16": "#0b6e4f", "avx512_bf16": "#1b9aaa", "avx512_f32": "#2d5d9f", "avx2_f32": "#8d6a9f",
-          "ggml": "#d1495b", "PyTorch": "#c98f1a"}
+COLORS = {
+    "ours": "#0b6e4f",
+    "cuDNN": "#d1495b",
+    "FlashAttention-2": "#8d6a9f",
+    "FlexAttention": "#c98f1a",
+    "amx_bf16": "#0b6e4f",
+    "avx512_bf16": "#1b9aaa",
+    "avx512_f32": "#2d5d9f",
+    "avx2_f32": "#8d6a9f",
+    "ggml": "#d1495b",
+    "PyTorch": "#c98f1a",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +65,34 @@ def cpu_roofs(records):
 
 
 SUITES = {
-    "gpu": Suite("bf16, 32 query and 8 KV heads", "TFLOP/s", "TB/s", (100, 200_000), (100, 1000),
-                 (100, 200, 300, 400, 500, 600, 700, 800, 1000), 32, 8, 2, 2, gpu_roofs, lambda params: "ours"),
-    "cpu": Suite("one core, 2 query heads (float32) and 1 KV head (float16)", "GFLOP/s", "GB/s", (50, 5000), (10, 5000),
-                 (10, 20, 50, 100, 200, 500, 1000, 2000, 5000), 2, 1, 4, 2, cpu_roofs, lambda params: params["path"]),
+    "gpu": Suite(
+        "bf16, 32 query and 8 KV heads",
+        "TFLOP/s",
+        "TB/s",
+        (100, 200_000),
+        (100, 1000),
+        (100, 200, 300, 400, 500, 600, 700, 800, 1000),
+        32,
+        8,
+        2,
+        2,
+        gpu_roofs,
+        lambda params: "ours",
+    ),
+    "cpu": Suite(
+        "one core, 2 query heads (float32) and 1 KV head (float16)",
+        "GFLOP/s",
+        "GB/s",
+        (50, 5000),
+        (10, 5000),
+        (10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
+        2,
+        1,
+        4,
+        2,
+        cpu_roofs,
+        lambda params: params["path"],
+    ),
 }
 
 
@@ -75,7 +108,7 @@ def y_of(suite, rate):
 
 def operations(suite, params):
     """Of the pairs of visited blocks, half of N x N at density 1."""
-    return 2 * suite.heads * params["head_dim"] * params["n"]**2 * params.get("density", 1)
+    return 2 * suite.heads * params["head_dim"] * params["n"] ** 2 * params.get("density", 1)
 
 
 def intensity(suite, params):
@@ -108,11 +141,13 @@ def text(x, y, words, anchor="start", size=12, color="#333"):
 
 def draw(records):
     if records[0]["suite"] not in SUITES:
-        raise Failure(f"suite \"{records[0]['suite']}\": no roofline is drawn of it; there are {' and '.join(SUITES)}")
+        raise Failure(f'suite "{records[0]["suite"]}": no roofline is drawn of it; there are {" and ".join(SUITES)}')
     suite = SUITES[records[0]["suite"]]
     roofs, slope = suite.roofs(records)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
-             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+    ]
     for rate in suite.ticks:
         y = y_of(suite, rate)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e4e4"/>')
@@ -126,15 +161,21 @@ def draw(records):
         path = [(corner, roof), (suite.x_range[1], roof)]
         if roof == max(height for _, height in roofs) and suite.x_range[0] < roof / slope:
             path.insert(0, (suite.x_range[0], suite.x_range[0] * slope))
-            parts.append(text(x_of(suite, corner) + 8, y_of(suite, corner * slope * 0.72),
-                              f"memory, {slope:.1f} {suite.slope_unit}"))
-        parts.append('<polyline fill="none" stroke="#333" stroke-width="2" points="'
-                     + " ".join(f"{x_of(suite, x):.1f},{y_of(suite, y):.1f}" for x, y in path) + '"/>')
+            parts.append(
+                text(x_of(suite, corner) + 8, y_of(suite, corner * slope * 0.72), f"memory, {slope:.1f} {suite.slope_unit}")
+            )
+        parts.append(
+            '<polyline fill="none" stroke="#333" stroke-width="2" points="'
+            + " ".join(f"{x_of(suite, x):.1f},{y_of(suite, y):.1f}" for x, y in path)
+            + '"/>'
+        )
         parts.append(text(WIDTH - RIGHT + 6, y_of(suite, roof) + 4, f"{name}, {roof:.0f} {suite.unit}"))
     drawn = points(suite, records)
     for who, label, x, y in drawn:
-        parts.append(f'<circle cx="{x_of(suite, x):.1f}" cy="{y_of(suite, y):.1f}" r="5" fill="{COLORS[who]}" '
-                     f'fill-opacity="0.8"><title>{who}, {label}: {y:.0f} {suite.unit}</title></circle>')
+        parts.append(
+            f'<circle cx="{x_of(suite, x):.1f}" cy="{y_of(suite, y):.1f}" r="5" fill="{COLORS[who]}" '
+            f'fill-opacity="0.8"><title>{who}, {label}: {y:.0f} {suite.unit}</title></circle>'
+        )
         if who == "ours":
             parts.append(text(x_of(suite, x), y_of(suite, y) - 9, label, "middle", 10, COLORS[who]))
     named = [who for who in COLORS if any(point[0] == who for point in drawn)]
@@ -145,8 +186,10 @@ def draw(records):
     first = records[0]
     parts.append(text(LEFT, 18, f"{first['device']}, {suite.what}, commit {first['commit']}, {first['date']}"))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 16, "operations a byte (Q, K, V and output once)", "middle"))
-    parts.append(f'<text transform="translate(18 {HEIGHT / 2:.0f}) rotate(-90)" font-size="12" text-anchor="middle" '
-                 f'fill="#333">{suite.unit} of visited blocks</text>')
+    parts.append(
+        f'<text transform="translate(18 {HEIGHT / 2:.0f}) rotate(-90)" font-size="12" text-anchor="middle" '
+        f'fill="#333">{suite.unit} of visited blocks</text>'
+    )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

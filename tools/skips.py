@@ -63,15 +63,18 @@ def main():
     allowed = read_allowed(arguments.allowed)
     skipped = []
     for path in arguments.results:
-        skipped += [f"{name}: {' '.join(reason.split())}" for name, reason in
-                    (read_xml if path.suffix == ".xml" else read_log)(path)]
+        skipped += [
+            f"{name}: {' '.join(reason.split())}" for name, reason in (read_xml if path.suffix == ".xml" else read_log)(path)
+        ]
     unknown = 0
     for skip in sorted(set(skipped)):
         why = next((why for pattern, why in allowed if pattern.fullmatch(skip)), None)
         unknown += why is None
         print(f"skipped: {skip} ({why or 'NOT ALLOWED'})")
     if unknown:
-        raise Failure(f"{unknown} test(s) skipped that are not in {arguments.allowed}; make them run, or write there why they needn't")
+        raise Failure(
+            f"{unknown} test(s) skipped that are not in {arguments.allowed}; make them run, or write there why they needn't"
+        )
     print(f"{len(set(skipped))} test(s) skipped, each for a reason that is allowed", file=sys.stderr)
     return 0
 

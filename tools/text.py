@@ -23,6 +23,7 @@ def passages(kind):
     """The passages of a text, in an order that doesn't change from run to run."""
     if kind == "manual":
         from pydoc_data import topics  # half a megabyte, so only when it is asked for
+
         return [topics.topics[name] for name in sorted(topics.topics)]
     if kind == "prose":
         first = ["GPL-3", "MPL-2.0", "LGPL-2.1", "Apache-2.0", "Artistic", "GPL-2"]
@@ -32,10 +33,23 @@ def passages(kind):
         return [path.read_text(encoding="utf-8", errors="replace") for path in found]
     library = pathlib.Path(sysconfig.get_paths()["stdlib"])
     # Long modules that any Python has and that change little from version to version.
-    first = ["argparse.py", "typing.py", "tarfile.py", "subprocess.py", "inspect.py", "zipfile.py", "datetime.py",
-             "pathlib.py", "ast.py", "logging/__init__.py", "smtplib.py", "socket.py", "tempfile.py", "threading.py"]
-    return [(library / name).read_text(encoding="utf-8", errors="replace") for name in first
-            if (library / name).is_file()]
+    first = [
+        "argparse.py",
+        "typing.py",
+        "tarfile.py",
+        "subprocess.py",
+        "inspect.py",
+        "zipfile.py",
+        "datetime.py",
+        "pathlib.py",
+        "ast.py",
+        "logging/__init__.py",
+        "smtplib.py",
+        "socket.py",
+        "tempfile.py",
+        "threading.py",
+    ]
+    return [(library / name).read_text(encoding="utf-8", errors="replace") for name in first if (library / name).is_file()]
 
 
 def write(kind, size=250_000):

@@ -25,17 +25,22 @@ ROOT = pathlib.Path(__file__).parent.parent
 @dataclasses.dataclass
 class Environment:
     requirements: pathlib.Path
-    size: int       # bytes needed: what is installed, and the downloads while pip unpacks them
-    what: str       # for people
+    size: int  # bytes needed: what is installed, and the downloads while pip unpacks them
+    what: str  # for people
     pythons: tuple  # the first and last version that all the packages are for
 
 
 ENVIRONMENTS = {
-    "tests": Environment(ROOT / "tests/python/requirements.txt", 6_000_000_000,
-                         "PyTorch and transformers (2.3 GB, once; a few minutes)", ((3, 11), (3, 13))),
+    "tests": Environment(
+        ROOT / "tests/python/requirements.txt",
+        6_000_000_000,
+        "PyTorch and transformers (2.3 GB, once; a few minutes)",
+        ((3, 11), (3, 13)),
+    ),
     "docs": Environment(ROOT / "tools/docs_requirements.txt", 300_000_000, "Sphinx (20 MB, once)", ((3, 11), (3, 13))),
-    "lint": Environment(ROOT / "tools/lint_requirements.txt", 500_000_000, "clang-tidy, ruff and mypy (75 MB, once)",
-                        ((3, 11), (3, 13))),
+    "lint": Environment(
+        ROOT / "tools/lint_requirements.txt", 500_000_000, "clang-tidy, ruff and mypy (75 MB, once)", ((3, 11), (3, 13))
+    ),
 }
 
 
@@ -45,17 +50,34 @@ def make(folder, environment):
     shutil.rmtree(folder, ignore_errors=True)
     commands = [
         [sys.executable, "-m", "venv", str(folder)],
-        [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir",
-         "--no-compile", "--no-deps", "--only-binary=:all:", "--require-hashes", "-r", str(environment.requirements)],
+        [
+            str(folder / "bin/python"),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-cache-dir",
+            "--no-compile",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--require-hashes",
+            "-r",
+            str(environment.requirements),
+        ],
     ]
     for command in commands:
         done = run_child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:
-            if (changed := changed_package(done.stderr)):
-                raise Failure(f"{changed}: its SHA-256 is none of those in {environment.requirements}; the index or something on "
-                              "the way changed it, or its version was changed without tools/pin.py")
-            raise Failure(f"{' '.join(command[:4])} ...: failed, it said \"{error_line(done.stderr or done.stdout)}\"; "
-                          f"check the network and the Python ({versions(environment)}), and run it again")
+            if changed := changed_package(done.stderr):
+                raise Failure(
+                    f"{changed}: its SHA-256 is none of those in {environment.requirements}; the index or something on "
+                    "the way changed it, or its version was changed without tools/pin.py"
+                )
+            raise Failure(
+                f'{" ".join(command[:4])} ...: failed, it said "{error_line(done.stderr or done.stdout)}"; '
+                f"check the network and the Python ({versions(environment)}), and run it again"
+            )
     (folder / "complete").touch()
 
 
@@ -69,8 +91,10 @@ def main():
     parser.add_argument("environment", choices=list(ENVIRONMENTS))
     environment = ENVIRONMENTS[parser.parse_args().environment]
     if not environment.pythons[0] <= sys.version_info[:2] <= environment.pythons[1]:
-        raise Failure(f"python3 is {sys.version.split()[0]}: the pinned packages are for {versions(environment)}; "
-                      "put such a python3 first in PATH")
+        raise Failure(
+            f"python3 is {sys.version.split()[0]}: the pinned packages are for {versions(environment)}; "
+            "put such a python3 first in PATH"
+        )
     digest = hashlib.sha256(environment.requirements.read_bytes() + sys.version.encode()).hexdigest()[:10]
     folder = cache_dir() / f"venv-{digest}"
     with locked("venv"):

@@ -69,8 +69,9 @@ class Bench:
         a, b = (torch.randn(8 * K, 8 * K, device="cuda").bfloat16() for _ in range(2))
         source, target = (torch.empty(512 * MIB, dtype=torch.float32, device="cuda") for _ in range(2))
         times = milliseconds({"product": lambda i: a @ b, "copy": lambda i: target.copy_(source)}, 3 * self.runs)
-        self.report.add("ceiling", {"n": 8 * K}, "product", [2 * (8 * K)**3 / t / 1e9 for t in times["product"]],
-                        "TFLOP/s")
+        self.report.add(
+            "ceiling", {"n": 8 * K}, "product", [2 * (8 * K) ** 3 / t / 1e9 for t in times["product"]], "TFLOP/s"
+        )
         self.report.add("ceiling", {"bytes": 4096 * MIB}, "copy", [4096 * MIB / t / 1e9 for t in times["copy"]], "TB/s")
 
     def dense(self):
@@ -78,13 +79,21 @@ class Bench:
             for n in (8 * K, 32 * K, 128 * K):
                 sets = self.sets(n, head_dim)
                 flops = 2 * HEADS * head_dim * n * n
-                times = self.times({"ours": self.with_output(self.library.attend, sets), "cuDNN": peers.cudnn,
-                                    "FlashAttention-2": peers.flash_attention_2}, sets, n)
+                times = self.times(
+                    {
+                        "ours": self.with_output(self.library.attend, sets),
+                        "cuDNN": peers.cudnn,
+                        "FlashAttention-2": peers.flash_attention_2,
+                    },
+                    sets,
+                    n,
+                )
                 rates = {name: [flops / t / 1e9 for t in values] for name, values in times.items()}
                 for peer in ("cuDNN", "FlashAttention-2"):
                     ratio = statistics.median(rates["ours"]) / statistics.median(rates[peer])
-                    self.report.add("dense", {"n": n, "head_dim": head_dim}, "rate", rates["ours"], "TFLOP/s", peer,
-                                    rates[peer], ratio)
+                    self.report.add(
+                        "dense", {"n": n, "head_dim": head_dim}, "rate", rates["ours"], "TFLOP/s", peer, rates[peer], ratio
+                    )
                 del sets
                 torch.cuda.empty_cache()
 
@@ -107,9 +116,16 @@ class Bench:
             rates["cuDNN"] = [2 * HEADS * 128 * n * n / t / 1e9 for t in times["cuDNN"]]
             for peer in ("cuDNN", "FlexAttention"):
                 name = "cuDNN, dense" if peer == "cuDNN" else peer
-                self.report.add("density", {"n": n, "head_dim": 128, "density": density}, "rate", rates["ours"],
-                                "TFLOP/s", name, rates[peer],
-                                statistics.median(rates["ours"]) / statistics.median(rates[peer]))
+                self.report.add(
+                    "density",
+                    {"n": n, "head_dim": 128, "density": density},
+                    "rate",
+                    rates["ours"],
+                    "TFLOP/s",
+                    name,
+                    rates[peer],
+                    statistics.median(rates["ours"]) / statistics.median(rates[peer]),
+                )
             del mask, lists
             torch.cuda.empty_cache()
 
@@ -139,8 +155,9 @@ class Bench:
                 times = [s * 1e3 for s in seconds[method][1:]]
                 params = {"n": n, "head_dim": 128, "method": method}
                 self.report.add("choosing", params, "permute + select", times, "ms", "cuDNN, whole", dense)
-                self.report.add("choosing", params, "share of cuDNN's time",
-                                [100 * t / statistics.median(dense) for t in times], "%")
+                self.report.add(
+                    "choosing", params, "share of cuDNN's time", [100 * t / statistics.median(dense) for t in times], "%"
+                )
 
     def whole_op(self, case, method, n, sets, reference=None, **options):
         q, k, v = sets[0]
@@ -155,8 +172,11 @@ class Bench:
         functions = {"ours": self.with_output(plan, sets), "cuDNN": peers.cudnn}
         if reference:
             functions["reference PBS-Attn"] = reference
-        times = self.times(functions, sets, n) if not reference else milliseconds(
-            {name: self.rotating(f, sets) for name, f in functions.items()}, self.runs)
+        times = (
+            self.times(functions, sets, n)
+            if not reference
+            else milliseconds({name: self.rotating(f, sets) for name, f in functions.items()}, self.runs)
+        )
         self.report.add_times(case, params, times["ours"], {p: t for p, t in times.items() if p != "ours"})
         before = [(s.permute_seconds + s.select_seconds) * 1e3 for s in stats]
         self.report.add(case, params, "permute + select", before, "ms", "cuDNN, whole", times["cuDNN"])
@@ -166,8 +186,16 @@ class Bench:
             group = q.shape[1] // k.shape[1]
             repeated = [(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
             alone = milliseconds({"it": self.rotating(reference.on_repeated, repeated)}, self.runs)["it"]
-            self.report.add(case, params, "time", times["ours"], "ms", "reference, K and V repeated before", alone,
-                            statistics.median(alone) / statistics.median(times["ours"]))
+            self.report.add(
+                case,
+                params,
+                "time",
+                times["ours"],
+                "ms",
+                "reference, K and V repeated before",
+                alone,
+                statistics.median(alone) / statistics.median(times["ours"]),
+            )
 
     def auto(self):
         """Short sequences: `auto` against dense attention."""
@@ -176,13 +204,16 @@ class Bench:
                 sets = self.sets(n, head_dim)
                 plan = self.library.plan("auto", *sets[0][:2])
                 times = self.times({"ours": self.with_output(plan, sets), "cuDNN": peers.cudnn}, sets, n)
-                self.report.add_times("auto", {"n": n, "head_dim": head_dim, "path": plan.path}, times["ours"],
-                                      {"cuDNN": times["cuDNN"]})
+                self.report.add_times(
+                    "auto", {"n": n, "head_dim": head_dim, "path": plan.path}, times["ours"], {"cuDNN": times["cuDNN"]}
+                )
 
     def workspace(self, n=128 * K):
         sets = [with_density(self.library, PAPER_DENSITY[n], n, HEADS, KV_HEADS, 128, seed=11)]
-        plans = {"uncapped": self.library.plan("pbs", *sets[0][:2]),
-                 "512 MiB": self.library.plan("pbs", *sets[0][:2], cap=512 * MIB)}
+        plans = {
+            "uncapped": self.library.plan("pbs", *sets[0][:2]),
+            "512 MiB": self.library.plan("pbs", *sets[0][:2], cap=512 * MIB),
+        }
         times = self.times({name: self.with_output(plan, sets) for name, plan in plans.items()}, sets, n)
         for name, plan in plans.items():
             params = {"n": n, "head_dim": 128, "cap": name}
@@ -198,8 +229,13 @@ class Bench:
         if not torch.isfinite(out[:, :, ::1001]).all():
             raise RuntimeError("a million tokens: outputs are not finite")
         seconds = stats.permute_seconds + stats.select_seconds + stats.attend_seconds
-        self.report.add("million", {"n": n, "head_dim": 128, "density": round(stats.density, 4),
-                                    "workspace_mib": plan.workspace_size // MIB}, "time", [seconds], "s")
+        self.report.add(
+            "million",
+            {"n": n, "head_dim": 128, "density": round(stats.density, 4), "workspace_mib": plan.workspace_size // MIB},
+            "time",
+            [seconds],
+            "s",
+        )
 
     def repeatable(self, n=32 * K):
         """Bits of outputs over 20 runs, with the workspace poisoned before each."""
@@ -224,17 +260,21 @@ CASES = ("ceilings", "dense", "density", "whole", "choosing", "auto", "workspace
 
 
 def commit():
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                         cwd=pathlib.Path(__file__).parent)
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
+    )
     return git.stdout.strip() or "unknown"
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="./dev bench gpu", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="./dev bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("library", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=pathlib.Path, help="write the measurements there")
-    parser.add_argument("--reference", type=pathlib.Path, help="a checkout of the published PBS-Attn code, to time beside ours")
+    parser.add_argument(
+        "--reference", type=pathlib.Path, help="a checkout of the published PBS-Attn code, to time beside ours"
+    )
     parser.add_argument("--qkv", type=pathlib.Path, help=".safetensors or .npz with q, k and v: [heads][tokens][head_dim]")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--runs", type=int, default=5)

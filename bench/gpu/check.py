@@ -47,12 +47,19 @@ def judge(what, out, lse, q, k, v, mask):
 
 # batch, KV heads of 4 query heads, q_len, kv_len, segment, density (None: dense), heads with an order, layout
 ATTEND_CASES = (
-    (1, 1, 1, 1, 256, None, 0, "bhsd"), (1, 2, 128, 128, 256, None, 0, "bhsd"), (2, 4, 77, 77, 256, None, 0, "bshd"),
-    (1, 2, 1000, 1000, 256, None, 0, "bshd"), (2, 2, 2048, 2048, 256, None, 4, "bhsd"),
-    (1, 1, 300, 2111, 256, None, 0, "bhsd"), (2, 2, 2048, 2048, 256, 0.4, 4, "bhsd"),
-    (1, 2, 2111, 2111, 256, 0.3, 2, "bshd"), (1, 1, 300, 2111, 256, 0.5, 4, "bshd"),
-    (2, 1, 130, 1500, 512, 0.2, 1, "bhsd"), (1, 2, 1, 2000, 256, 0.3, 2, "bhsd"),
-    (1, 4, 5000, 5000, 1024, 0.1, 4, "bhsd"))
+    (1, 1, 1, 1, 256, None, 0, "bhsd"),
+    (1, 2, 128, 128, 256, None, 0, "bhsd"),
+    (2, 4, 77, 77, 256, None, 0, "bshd"),
+    (1, 2, 1000, 1000, 256, None, 0, "bshd"),
+    (2, 2, 2048, 2048, 256, None, 4, "bhsd"),
+    (1, 1, 300, 2111, 256, None, 0, "bhsd"),
+    (2, 2, 2048, 2048, 256, 0.4, 4, "bhsd"),
+    (1, 2, 2111, 2111, 256, 0.3, 2, "bshd"),
+    (1, 1, 300, 2111, 256, 0.5, 4, "bshd"),
+    (2, 1, 130, 1500, 512, 0.2, 1, "bhsd"),
+    (1, 2, 1, 2000, 256, 0.3, 2, "bhsd"),
+    (1, 4, 5000, 5000, 1024, 0.1, 4, "bhsd"),
+)
 
 
 def check_attend(library, generator, head_dim, dtype, case):
@@ -71,8 +78,9 @@ def check_attend(library, generator, head_dim, dtype, case):
     mask = random_mask(batch, heads, q_len, kv_len, segment, density or 1, generator)
     lists = to_lists(mask) if density else None
     library.attend(q, k, v, out, lse, segment, permuted, lists)
-    return judge(f"attend {case} head_dim {head_dim} {dtype}", out, lse, q, k, v,
-                 token_mask(mask, order, q_len, kv_len, segment))
+    return judge(
+        f"attend {case} head_dim {head_dim} {dtype}", out, lse, q, k, v, token_mask(mask, order, q_len, kv_len, segment)
+    )
 
 
 def define_pbs(q, k, top_p):
@@ -83,8 +91,9 @@ def define_pbs(q, k, top_p):
     scale = 1 / math.sqrt(head_dim)
     scores = ((q[:, :, -BLOCK:].float() @ k[:, :, :length].float().mT) * scale).softmax(-1).sum(2)
     by_segment = scores.unflatten(2, (-1, SEGMENT))
-    order = (by_segment.argsort(dim=-1, descending=True, stable=True)
-             + torch.arange(0, length, SEGMENT, device="cuda")[:, None]).flatten(2)
+    order = (
+        by_segment.argsort(dim=-1, descending=True, stable=True) + torch.arange(0, length, SEGMENT, device="cuda")[:, None]
+    ).flatten(2)
     blocks, rows = length // BLOCK, math.ceil(n / BLOCK)
     moved = k[:, :, :length].gather(2, order[..., None].expand(-1, -1, -1, head_dim))
     pooled_k = moved.float().unflatten(2, (blocks, BLOCK)).mean(3).to(k.dtype).float()
@@ -124,8 +133,12 @@ def check_pbs(library, head_dim):
 
 def check(library):
     generator = torch.Generator("cuda").manual_seed(1)
-    right = [check_attend(library, generator, head_dim, dtype, case)
-             for head_dim in (64, 128) for dtype in (torch.bfloat16, torch.float16) for case in ATTEND_CASES]
+    right = [
+        check_attend(library, generator, head_dim, dtype, case)
+        for head_dim in (64, 128)
+        for dtype in (torch.bfloat16, torch.float16)
+        for case in ATTEND_CASES
+    ]
     right += [check_pbs(library, head_dim) for head_dim in (64, 128)]
     print(f"{sum(right)} of {len(right)} checks passed", flush=True)
     return all(right)

@@ -23,8 +23,10 @@ def structured_set(n, heads, kv_heads, head_dim, strength, seed):
     larger `strength`, the fewer blocks hold the attention.
     """
     generator = torch.Generator("cuda").manual_seed(seed)
+
     def draw(*shape):
         return torch.randn(*shape, device="cuda", generator=generator)
+
     direction = torch.nn.functional.normalize(draw(1, kv_heads, 1, head_dim), dim=-1)
     pull = 4.0
     q = draw(1, heads, n, head_dim) + pull * direction.repeat_interleave(heads // kv_heads, 1)
@@ -52,9 +54,11 @@ def from_file(path):
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
+
         arrays = load_file(path)
     elif path.suffix == ".npz":
         import numpy
+
         arrays = {name: torch.from_numpy(array) for name, array in numpy.load(path).items()}
     else:
         raise SystemExit(f"--qkv {path}: neither .safetensors nor .npz; save tensors q, k and v in one of these")
@@ -99,6 +103,8 @@ def shuffle(k, v, heads, segment, generator):
     order = draw.argsort(-1) + torch.arange(0, length, segment, device="cuda")[:, None]
     order = order.flatten(2)
     index = order[..., None].expand(-1, -1, -1, head_dim)
+
     def take(t):
         return t.repeat_interleave(heads // kv_heads, 1).gather(2, index).contiguous()
+
     return (take(k), take(v)), order

@@ -155,8 +155,13 @@ def main():
                     pairs.update({name: again[name] for name in slow if name in again})
                 where = f"{case}, {str(dtype).removeprefix('torch.')}, {tokens} x {head_dim}"
                 for name, pair in pairs.items():
-                    key = f"{name} of {where}" if name.startswith("stage ") else f"{name} {where.partition(', ')[2]}" \
-                        if "<" not in name else name
+                    key = (
+                        f"{name} of {where}"
+                        if name.startswith("stage ")
+                        else f"{name} {where.partition(', ')[2]}"
+                        if "<" not in name
+                        else name
+                    )
                     if key not in longest or pair[1] > longest[key][0][1]:
                         longest[key] = (pair, where)
             del plans, tensors
@@ -167,8 +172,10 @@ def main():
         slow = is_slower(pair, arguments.limit)
         slower += slow
         ratio = f"{pair[1] / pair[0]:7.3f}" if pair[0] > 0 else f"{'':>7}"
-        print(f"{key:<66} {pair[0]:10.2f} {pair[1]:10.2f} {ratio}  {'' if key.startswith('stage ') else where}"
-              + ("  SLOWER" if slow else ""))
+        print(
+            f"{key:<66} {pair[0]:10.2f} {pair[1]:10.2f} {ratio}  {'' if key.startswith('stage ') else where}"
+            + ("  SLOWER" if slow else "")
+        )
     print(f"{len(longest)} compared at {torch.cuda.get_device_name()}, {slower} slower than {arguments.limit} times before")
     return 1 if slower else 0
 

@@ -11,8 +11,14 @@ NO_CAP = 2**64 - 1
 CUDA = 2
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-i32, i64, f32, f64, size_t, void_p = (ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_size_t,
-                                      ctypes.c_void_p)
+i32, i64, f32, f64, size_t, void_p = (
+    ctypes.c_int32,
+    ctypes.c_int64,
+    ctypes.c_float,
+    ctypes.c_double,
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+)
 
 
 class Struct(ctypes.Structure):
@@ -23,16 +29,45 @@ class Struct(ctypes.Structure):
 
 
 class Options(Struct):
-    _fields_ = [("struct_size", size_t), ("permutation", i32), ("order_scope", i32), ("score", i32), ("keep", i32),
-                ("correction", i32), ("rules", i32), ("precision", i32), ("fallback", i32), ("top_p", f32), ("threshold", f32),
-                ("floor_top_p", f32), ("top_k", i32), ("density", f32), ("vertical", i32), ("slash", i32), ("tau", f32),
-                ("min_budget", i32), ("block", i32), ("segment", i32), ("dense_last_rows", i32), ("sink_blocks", i32),
-                ("local_blocks", i32), ("scale", f32), ("expected_density", f32)]
+    _fields_ = [
+        ("struct_size", size_t),
+        ("permutation", i32),
+        ("order_scope", i32),
+        ("score", i32),
+        ("keep", i32),
+        ("correction", i32),
+        ("rules", i32),
+        ("precision", i32),
+        ("fallback", i32),
+        ("top_p", f32),
+        ("threshold", f32),
+        ("floor_top_p", f32),
+        ("top_k", i32),
+        ("density", f32),
+        ("vertical", i32),
+        ("slash", i32),
+        ("tau", f32),
+        ("min_budget", i32),
+        ("block", i32),
+        ("segment", i32),
+        ("dense_last_rows", i32),
+        ("sink_blocks", i32),
+        ("local_blocks", i32),
+        ("scale", f32),
+        ("expected_density", f32),
+    ]
 
 
 class Shape(Struct):
-    _fields_ = [("struct_size", size_t), ("batch", i64), ("q_heads", i64), ("kv_heads", i64), ("q_len", i64),
-                ("kv_len", i64), ("head_dim", i64)]
+    _fields_ = [
+        ("struct_size", size_t),
+        ("batch", i64),
+        ("q_heads", i64),
+        ("kv_heads", i64),
+        ("q_len", i64),
+        ("kv_len", i64),
+        ("head_dim", i64),
+    ]
 
 
 class Device(Struct):
@@ -40,13 +75,26 @@ class Device(Struct):
 
 
 class View(Struct):
-    _fields_ = [("struct_size", size_t), ("data", void_p), ("batch_stride", i64), ("head_stride", i64),
-                ("token_stride", i64), ("dtype", i32), ("reserved", i32)]
+    _fields_ = [
+        ("struct_size", size_t),
+        ("data", void_p),
+        ("batch_stride", i64),
+        ("head_stride", i64),
+        ("token_stride", i64),
+        ("dtype", i32),
+        ("reserved", i32),
+    ]
 
 
 class Stats(Struct):
-    _fields_ = [("struct_size", size_t), ("visited_blocks", i64), ("causal_blocks", i64), ("permute_seconds", f64),
-                ("select_seconds", f64), ("attend_seconds", f64)]
+    _fields_ = [
+        ("struct_size", size_t),
+        ("visited_blocks", i64),
+        ("causal_blocks", i64),
+        ("permute_seconds", f64),
+        ("select_seconds", f64),
+        ("attend_seconds", f64),
+    ]
 
     @property
     def density(self):
@@ -54,9 +102,15 @@ class Stats(Struct):
 
 
 class Run(Struct):
-    _fields_ = [("struct_size", size_t), *((name, ctypes.POINTER(View)) for name in ("q", "k", "v", "out")),
-                ("lse", void_p), ("workspace", void_p), ("workspace_size", size_t), ("stream", void_p),
-                ("stats", ctypes.POINTER(Stats))]
+    _fields_ = [
+        ("struct_size", size_t),
+        *((name, ctypes.POINTER(View)) for name in ("q", "k", "v", "out")),
+        ("lse", void_p),
+        ("workspace", void_p),
+        ("workspace_size", size_t),
+        ("stream", void_p),
+        ("stats", ctypes.POINTER(Stats)),
+    ]
 
 
 def pointer(tensor):
@@ -95,18 +149,24 @@ class Library:
         """The attend stage: all causal blocks, or (row_start, row_count, blocks) over permuted K and V."""
         batch, q_heads, q_len, head_dim = q.shape
         kv_heads, kv_len = k.shape[1:3]
-        scratch = torch.empty(self.c.attend_bench_scratch(i64(batch), i64(q_heads), i64(q_len), i64(kv_len)),
-                              dtype=torch.uint8, device="cuda")
+        scratch = torch.empty(
+            self.c.attend_bench_scratch(i64(batch), i64(q_heads), i64(q_len), i64(kv_len)), dtype=torch.uint8, device="cuda"
+        )
         k_permuted, v_permuted = permuted or (None, None)
         permuted_heads = 0 if k_permuted is None else k_permuted.shape[1]
-        sizes = (i64 * 9)(batch, q_heads, kv_heads, q_len, kv_len, head_dim, segment,
-                          permuted_heads, q.dtype == torch.bfloat16)
+        sizes = (i64 * 9)(
+            batch, q_heads, kv_heads, q_len, kv_len, head_dim, segment, permuted_heads, q.dtype == torch.bfloat16
+        )
         strides = (i64 * 12)(*(s for t in (q, k, v, out) for s in t.stride()[:3]))
         tensors = (q, k, v, out)
         error = self.c.attend_bench(
-            sizes, f32(1 / math.sqrt(head_dim)), *(void_p(pointer(t)) for t in tensors), strides,
+            sizes,
+            f32(1 / math.sqrt(head_dim)),
+            *(void_p(pointer(t)) for t in tensors),
+            strides,
             *(void_p(pointer(t)) for t in (lse, k_permuted, v_permuted, *(lists or (None, None, None)), scratch)),
-            void_p(torch.cuda.current_stream().cuda_stream))
+            void_p(torch.cuda.current_stream().cuda_stream),
+        )
         if error:
             raise RuntimeError(f"attend: CUDA error {error}")
 
@@ -121,8 +181,15 @@ class Plan:
         self.handle = void_p()
         by_head = isinstance(options, ctypes.Array)
         create = library.c.pbsattn_plan_create_by_head if by_head else library.c.pbsattn_plan_create
-        library.check(create(ctypes.byref(options), ctypes.byref(shape), ctypes.byref(Device(CUDA, 1, 0)), size_t(cap),
-                             ctypes.byref(self.handle)))
+        library.check(
+            create(
+                ctypes.byref(options),
+                ctypes.byref(shape),
+                ctypes.byref(Device(CUDA, 1, 0)),
+                size_t(cap),
+                ctypes.byref(self.handle),
+            )
+        )
         self.workspace_size = library.c.pbsattn_plan_workspace_size(self.handle)
         self.path = library.c.pbsattn_plan_path(self.handle).decode()
         self.workspace = torch.empty(self.workspace_size, dtype=torch.uint8, device="cuda")
@@ -132,9 +199,14 @@ class Plan:
             self.library.c.pbsattn_plan_destroy(self.handle)
 
     def _run(self, q, k, v, out, lse, stats):
-        call = Run(*(ctypes.pointer(view(t)) for t in (q, k, v, out)), pointer(lse), pointer(self.workspace),
-                   self.workspace_size, torch.cuda.current_stream().cuda_stream,
-                   None if stats is None else ctypes.pointer(stats))
+        call = Run(
+            *(ctypes.pointer(view(t)) for t in (q, k, v, out)),
+            pointer(lse),
+            pointer(self.workspace),
+            self.workspace_size,
+            torch.cuda.current_stream().cuda_stream,
+            None if stats is None else ctypes.pointer(stats),
+        )
         self.library.check(self.library.c.pbsattn_plan_run(self.handle, ctypes.byref(call)))
 
     def __call__(self, q, k, v, out, lse=None):

@@ -36,8 +36,15 @@ def flex(mask):
     partial_index = torch.zeros_like(index)
     partial_index[..., 0] = rows.int()
     del index
-    block_mask = BlockMask.from_kv_blocks(partial_count, partial_index, full_count, full_index, BLOCK_SIZE=BLOCK,
-                                          mask_mod=lambda b, h, i, j: i >= j, compute_q_blocks=False)
+    block_mask = BlockMask.from_kv_blocks(
+        partial_count,
+        partial_index,
+        full_count,
+        full_index,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda b, h, i, j: i >= j,
+        compute_q_blocks=False,
+    )
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
 
@@ -50,6 +57,7 @@ class Reference:
             raise SystemExit(f"--reference {path}: no pbs_attn/src/pbs.py in it; name a checkout of the reference code")
         sys.path.insert(0, str(path))
         from pbs_attn.src import pbs
+
         self.forward = pbs.permuted_block_sparse_attn_fwd
 
     def __call__(self, q, k, v):

@@ -52,19 +52,30 @@ def milliseconds_in_graphs(calls, runs, repeats=8):
 
 class Report:
     def __init__(self, commit):
-        self.common = {"device": torch.cuda.get_device_name(), "commit": commit,
-                       "date": datetime.date.today().isoformat()}
+        self.common = {"device": torch.cuda.get_device_name(), "commit": commit, "date": datetime.date.today().isoformat()}
         self.records = []
 
     def add(self, case, params, metric, values, unit, peer=None, peer_values=None, ratio=None):
         """`values` are those of each run; `ratio` is ours against the peer's, above 1 better for us."""
         value = statistics.median(values)
         peer_value = None if peer_values is None else statistics.median(peer_values)
-        self.records.append({"suite": "gpu", "case": case, "params": params, "metric": metric, "value": value,
-                             "unit": unit, "peer": peer, "peer_value": peer_value, "ratio": ratio,
-                             "runs": len(values), "spread": round(spread(values), 4), **self.common})
-        words = " ".join(f"{key}={item:.4g}" if isinstance(item, float) else f"{key}={item}"
-                         for key, item in params.items())
+        self.records.append(
+            {
+                "suite": "gpu",
+                "case": case,
+                "params": params,
+                "metric": metric,
+                "value": value,
+                "unit": unit,
+                "peer": peer,
+                "peer_value": peer_value,
+                "ratio": ratio,
+                "runs": len(values),
+                "spread": round(spread(values), 4),
+                **self.common,
+            }
+        )
+        words = " ".join(f"{key}={item:.4g}" if isinstance(item, float) else f"{key}={item}" for key, item in params.items())
         line = f"{case:<16} {words:<34} {metric:<17} {value:10.4g} {unit:<8}"
         if peer:
             line += f" {peer_value:10.4g} {peer:<18}" + (f" {ratio:6.2f}x" if ratio else "")

@@ -123,11 +123,17 @@ class CommandLine(Case):
         self.usage("--compare", "ggml,ful", says=['"ful"', 'did you mean "full"'])
 
     def test_options_of_a_method(self):
-        for spec, says in (("pbs:top_p=1.5", ["top_p 1.5", "(0, 1]"]), ("pbs:top_p=much", ['top_p "much"', "not a number"]),
-                           ("pbs:top_p", ['"top_p"', "OPTION=VALUE"]), ("pbs:p=1", ['"p"', "top_p, threshold"]),
-                           ("pbs:keep=most", ['"most"', "relative, top_k"]), ("pbs:score=none", ["no score"]),
-                           ("pbs:segment=100", ["segment 100"]), ("pbs:rules=mine", ['"mine"', "reference_code, paper"]),
-                           ("ggml:top_p=1", ["ggml:top_p=1", "no options"])):
+        for spec, says in (
+            ("pbs:top_p=1.5", ["top_p 1.5", "(0, 1]"]),
+            ("pbs:top_p=much", ['top_p "much"', "not a number"]),
+            ("pbs:top_p", ['"top_p"', "OPTION=VALUE"]),
+            ("pbs:p=1", ['"p"', "top_p, threshold"]),
+            ("pbs:keep=most", ['"most"', "relative, top_k"]),
+            ("pbs:score=none", ["no score"]),
+            ("pbs:segment=100", ["segment 100"]),
+            ("pbs:rules=mine", ['"mine"', "reference_code, paper"]),
+            ("ggml:top_p=1", ["ggml:top_p=1", "no options"]),
+        ):
             self.usage("--compare", spec, says=says)
             self.usage("--method", spec, says=says)
 
@@ -142,25 +148,64 @@ class CommandLine(Case):
     def test_output(self):
         text = self.file("text.txt", b"some words")
         for place in ("/no/such/folder/out.json", self.folder):
-            self.refused(1, "prefill", "--model", "none.gguf", "--prompt-file", text, "--json", place,
-                         says=["output file"])
+            self.refused(1, "prefill", "--model", "none.gguf", "--prompt-file", text, "--json", place, says=["output file"])
 
 
 # A run of the model as short as can be.
-BRIEF = ("prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 257, "--generate", 0, "--compare", "none",
-         "--positions", 1, "--segment", 128, "--threads", 1)
+BRIEF = (
+    "prefill",
+    "--model",
+    MODEL,
+    "--prompt-file",
+    TEXT,
+    "--tokens",
+    257,
+    "--generate",
+    0,
+    "--compare",
+    "none",
+    "--positions",
+    1,
+    "--segment",
+    128,
+    "--threads",
+    1,
+)
 
 
 class StandardOutput(Case):
-    COMMANDS = (("--help",), ("--version",), ("methods",), ("methods", "--json"), ("devices",), ("devices", "--json"),
-                ("prefill", "--help"), ("mask", "--help"))
+    COMMANDS = (
+        ("--help",),
+        ("--version",),
+        ("methods",),
+        ("methods", "--json"),
+        ("devices",),
+        ("devices", "--json"),
+        ("prefill", "--help"),
+        ("mask", "--help"),
+    )
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
     def test_full(self):
         commands = list(self.COMMANDS)
         if MODEL and TEXT:
-            commands += [BRIEF, (*BRIEF, "--json"), ("mask", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 257,
-                                                     "--threads", 1, "--out", self.folder / "mask.svg")]
+            commands += [
+                BRIEF,
+                (*BRIEF, "--json"),
+                (
+                    "mask",
+                    "--model",
+                    MODEL,
+                    "--prompt-file",
+                    TEXT,
+                    "--tokens",
+                    257,
+                    "--threads",
+                    1,
+                    "--out",
+                    self.folder / "mask.svg",
+                ),
+            ]
         for command in commands:
             with self.subTest(command=command), open("/dev/full", "w") as full:
                 result = pbsattn(*command, stdout=full)
@@ -170,8 +215,12 @@ class StandardOutput(Case):
     def test_closed(self):
         for command in self.COMMANDS:
             with self.subTest(command=command):
-                result = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', PROGRAM, *map(str, command)],
-                                        capture_output=True, text=True, timeout=600)
+                result = subprocess.run(
+                    ["sh", "-c", 'exec "$0" "$@" >&-', PROGRAM, *map(str, command)],
+                    capture_output=True,
+                    text=True,
+                    timeout=600,
+                )
                 self.assertEqual(result.returncode, 1, result.stderr)
                 self.assertRegex(PROGRESS.sub("", result.stderr), r"\Apbsattn: standard output: [^\n]+\n\Z")
 
@@ -236,8 +285,10 @@ class OutputFiles(Case):
         self.report_into(new)
         self.assertEqual(os.readlink(new), "kept/none-yet.json")
         self.assertEqual(json.loads((self.folder / "kept/none-yet.json").read_text())["prompt"]["tokens"], 257)
-        self.assertEqual({path.name for path in self.folder.rglob("*")},
-                         {"kept", "old.json", "chain.json", "outer.json", "new.json", "none-yet.json"})
+        self.assertEqual(
+            {path.name for path in self.folder.rglob("*")},
+            {"kept", "old.json", "chain.json", "outer.json", "new.json", "none-yet.json"},
+        )
 
     @needs_model
     def test_named_pipe(self):
@@ -326,8 +377,23 @@ class Prefill(Case):
 
     def test_table_and_json(self):
         out = self.folder / "out.json"
-        result = pbsattn("prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 1500, "--generate", 4,
-                         "--positions", 40, "--top-p", 0.5, "--json", out)
+        result = pbsattn(
+            "prefill",
+            "--model",
+            MODEL,
+            "--prompt-file",
+            TEXT,
+            "--tokens",
+            1500,
+            "--generate",
+            4,
+            "--positions",
+            40,
+            "--top-p",
+            0.5,
+            "--json",
+            out,
+        )
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         for word in ("first token", "ggml ", "full ", "pbs ", "Greedy continuations"):
             self.assertIn(word, result.stdout)
@@ -357,8 +423,24 @@ class Prefill(Case):
         self.assertGreater(runs["ggml"]["top1_mean"], 0.5)
 
     def test_json_on_the_standard_output_and_one_run(self):
-        result = pbsattn("prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 300, "--generate", 0,
-                         "--compare", "none", "--method", "ggml", "--positions", "all", "--json")
+        result = pbsattn(
+            "prefill",
+            "--model",
+            MODEL,
+            "--prompt-file",
+            TEXT,
+            "--tokens",
+            300,
+            "--generate",
+            0,
+            "--compare",
+            "none",
+            "--method",
+            "ggml",
+            "--positions",
+            "all",
+            "--json",
+        )
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         report = json.loads(result.stdout)
         self.assertEqual([run["name"] for run in report["runs"]], ["ggml"])
@@ -367,8 +449,24 @@ class Prefill(Case):
 
     def test_tokens_by_number_and_every_position(self):
         ids = self.file("prompt.ids", " ".join(str(100 + i % 90) for i in range(600)).encode())
-        result = pbsattn("prefill", "--model", MODEL, "--prompt-file", ids, "--token-ids", "--generate", 0, "--compare", "full",
-                         "--method", "pbs:top_p=0.3", "--positions", "all", "--each", "--json")
+        result = pbsattn(
+            "prefill",
+            "--model",
+            MODEL,
+            "--prompt-file",
+            ids,
+            "--token-ids",
+            "--generate",
+            0,
+            "--compare",
+            "full",
+            "--method",
+            "pbs:top_p=0.3",
+            "--positions",
+            "all",
+            "--each",
+            "--json",
+        )
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         full, pbs = json.loads(result.stdout)["runs"]
         self.assertEqual(full["each"]["position"], list(range(599)))
@@ -381,8 +479,22 @@ class Prefill(Case):
             self.refused(1, "prefill", "--model", MODEL, "--prompt-file", ids, "--token-ids", says=[f'"{word}" is no token'])
 
     def test_top_p_one_is_dense(self):
-        result = pbsattn("prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 700, "--generate", 0,
-                         "--compare", "full,pbs:top_p=0.5:segment=128", "--top-p", 1, "--json")
+        result = pbsattn(
+            "prefill",
+            "--model",
+            MODEL,
+            "--prompt-file",
+            TEXT,
+            "--tokens",
+            700,
+            "--generate",
+            0,
+            "--compare",
+            "full,pbs:top_p=0.5:segment=128",
+            "--top-p",
+            1,
+            "--json",
+        )
         runs = json.loads(result.stdout)["runs"]
         self.assertEqual([run["name"] for run in runs], ["full", "pbs:top_p=0.5:segment=128", "pbs"])
         self.assertEqual((runs[1]["options"]["top_p"], runs[1]["options"]["segment"]), (0.5, 128))
@@ -398,8 +510,12 @@ class Prefill(Case):
         out = self.folder / "out.json"
         for number, word in ((signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")):
             with self.subTest(word):
-                process = subprocess.Popen([PROGRAM, "prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", "8000",
-                                            "--json", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                process = subprocess.Popen(
+                    [PROGRAM, "prefill", "--model", MODEL, "--prompt-file", TEXT, "--tokens", "8000", "--json", str(out)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
                 while not list(self.folder.iterdir()):  # the file that is written, before it has its name
                     self.assertIsNone(process.poll())
                     time.sleep(0.01)
@@ -415,8 +531,9 @@ class Prefill(Case):
 class Mask(Case):
     def test_picture(self):
         out = self.folder / "mask.svg"
-        result = pbsattn("mask", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 1200, "--layer", 2, "--head", 3,
-                         "--out", out)
+        result = pbsattn(
+            "mask", "--model", MODEL, "--prompt-file", TEXT, "--tokens", 1200, "--layer", 2, "--head", 3, "--out", out
+        )
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         svg = xml.etree.ElementTree.fromstring(out.read_text())
         kept = [path for path in svg.iter("{http://www.w3.org/2000/svg}path") if path.get("class") == "kept"]

@@ -25,15 +25,18 @@ import trial
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="tests/models", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="tests/models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("classes", nargs="*", metavar="CLASS", help="only these")
     parser.add_argument("--all", action="store_true", help="every class there is")
     parser.add_argument("--one-per-family", action="store_true", help="a class for each way to attend (cases.FAMILIES)")
     parser.add_argument("--list", action="store_true", help="print the names, run nothing")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes side by side")
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE", help="write the table, as Markdown")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every answer ('-': one a line, as they come)")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="write every answer ('-': one a line, as they come)"
+    )
     options = parser.parse_args()
     known = cases.all_cases()
     names = list(known) if options.all or options.list else list(cases.FAMILIES) if options.one_per_family else []

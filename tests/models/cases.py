@@ -12,12 +12,31 @@ MAMBA = dict(mamba_n_heads=4, mamba_d_head=32, mamba_n_groups=1, mamba_d_state=1
 LINEAR = dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2)
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MROPE = {"rope_parameters": ROPE | {"mrope_section": [4, 6, 6]}}
-COMPASS = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2,
-           "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), ROPE | {"mrope_section": [4, 4, 8]})}
-M3 = dict(index_n_heads=1, index_head_dim=32, index_block_size=16, index_topk_blocks=2, index_local_blocks=1, num_hidden_layers=2,
-          mlp_layer_types=["dense", "dense"], layer_types=["minimax_m3_sparse", "minimax_m3_sparse"])
-QWEN4 = LINEAR | dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=32, indexer_budget=64, indexer_compress_ratio=4,
-                      hc_lowrank=16, num_hidden_layers=2, layer_types=["linear_attention", "qwen_sparse_attention"])
+COMPASS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_hidden_layers": 2,
+    "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), ROPE | {"mrope_section": [4, 4, 8]}),
+}
+M3 = dict(
+    index_n_heads=1,
+    index_head_dim=32,
+    index_block_size=16,
+    index_topk_blocks=2,
+    index_local_blocks=1,
+    num_hidden_layers=2,
+    mlp_layer_types=["dense", "dense"],
+    layer_types=["minimax_m3_sparse", "minimax_m3_sparse"],
+)
+QWEN4 = LINEAR | dict(
+    indexer_n_heads=2,
+    indexer_kv_heads=1,
+    indexer_head_dim=32,
+    indexer_budget=64,
+    indexer_compress_ratio=4,
+    hc_lowrank=16,
+    num_hidden_layers=2,
+    layer_types=["linear_attention", "qwen_sparse_attention"],
+)
 PER_LAYER_INPUTS = dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=tiny.TOKENS)
 GEMMA4 = PER_LAYER_INPUTS | dict(head_dim=32, global_head_dim=32, num_kv_shared_layers=0)
 GLOBAL = {"hidden_size_global": tiny.WIDTH}
@@ -29,11 +48,21 @@ CHANGES = {
     "CodeGenForCausalLM": dict(n_head=4),
     "CohereCompassForCausalLM": COMPASS,
     "CohereCompassForConditionalGeneration": {"text_config": COMPASS},
-    **dict.fromkeys(("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "GlmOcrForConditionalGeneration",
-                     "PaddleOCRVLForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration",
-                     "Glm46VForConditionalGeneration", "Glm4vForConditionalGeneration"), {"text_config": MROPE}),
-    "Glm4vMoeForConditionalGeneration": {"text_config": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3],
-                                                                                    "partial_rotary_factor": 0.5}}},
+    **dict.fromkeys(
+        (
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2_5_VLForConditionalGeneration",
+            "GlmOcrForConditionalGeneration",
+            "PaddleOCRVLForConditionalGeneration",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+            "Glm46VForConditionalGeneration",
+            "Glm4vForConditionalGeneration",
+        ),
+        {"text_config": MROPE},
+    ),
+    "Glm4vMoeForConditionalGeneration": {
+        "text_config": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
+    },
     "Mistral4ForCausalLM": {"head_dim": 32},
     "Glm5NextForConditionalGeneration": {"text_config": {"num_key_value_heads": 2}},
     "Ernie4_5_VLMoeForConditionalGeneration": {"text_config": {"moe_intermediate_size": [64, 64]}},
@@ -46,8 +75,13 @@ CHANGES = {
     "Gemma3nForCausalLM": PER_LAYER_INPUTS | dict(num_kv_shared_layers=0, laurel_rank=16),
     **dict.fromkeys(("Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM"), GEMMA4),
     **dict.fromkeys(("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"), {"text_config": GEMMA4}),
-    "KimiLinearForCausalLM": dict(linear_head_dim=16, linear_num_heads=2, num_hidden_layers=2,
-                                  layer_types=["linear_attention", "full_attention"], mlp_layer_types=["dense", "sparse"]),
+    "KimiLinearForCausalLM": dict(
+        linear_head_dim=16,
+        linear_num_heads=2,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse"],
+    ),
     "NemotronHForCausalLM": dict(mamba_num_heads=4, mamba_head_dim=32, n_groups=1, ssm_state_size=16, chunk_size=32),
     "XLMWithLMHeadModel": dict(emb_dim=tiny.WIDTH, causal=True),
     "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
@@ -58,6 +92,8 @@ CHANGES = {
     "ZambaForCausalLM": dict(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2),
     "ZayaForCausalLM": dict(num_experts=1, num_experts_per_tok=1),
 }
+
+
 def _random(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
@@ -84,11 +120,13 @@ def _samples(batch):
 
 def _of_two(model_class, encoder, **changes):
     """The config of a model made of an encoder and BERT as decoder."""
+
     def made():
         encoder_config = tiny.config(encoder().config_class)
         decoder = tiny.config(transformers.BertConfig, dict(add_cross_attention=True))
         config_class = getattr(transformers, model_class).config_class
         return config_class.from_encoder_decoder_configs(encoder_config, decoder, **changes)
+
     return made
 
 
@@ -98,10 +136,26 @@ EXTRA = {
     "Speech2TextForConditionalGeneration": _features(600, 80),
     "Pop2PianoForConditionalGeneration": _features(300, tiny.WIDTH),
     **dict.fromkeys(("SeamlessM4TForSpeechToText", "SeamlessM4Tv2ForSpeechToText"), _features(300, 160)),
-    **dict.fromkeys(("MoonshineForConditionalGeneration", "SpeechT5ForSpeechToText", "SpeechEncoderDecoderModel",
-                     "MoonshineStreamingForConditionalGeneration"), _samples),
-    **dict.fromkeys(("VisionEncoderDecoderModel", "Florence2ForConditionalGeneration", "CLIPVisionModel", "ViTModel", "DeiTModel",
-                     "Dinov2Model"), _pixels),
+    **dict.fromkeys(
+        (
+            "MoonshineForConditionalGeneration",
+            "SpeechT5ForSpeechToText",
+            "SpeechEncoderDecoderModel",
+            "MoonshineStreamingForConditionalGeneration",
+        ),
+        _samples,
+    ),
+    **dict.fromkeys(
+        (
+            "VisionEncoderDecoderModel",
+            "Florence2ForConditionalGeneration",
+            "CLIPVisionModel",
+            "ViTModel",
+            "DeiTModel",
+            "Dinov2Model",
+        ),
+        _pixels,
+    ),
 }
 
 # By class: how its config is made, where that takes more than changes.
@@ -161,17 +215,43 @@ CROSS = {
 # What a class shows only with other settings than its default, or other calls.
 NO_CAP = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 32}
 VARIANTS = {
-    "T5GemmaForConditionalGeneration without soft-cap": ("T5GemmaForConditionalGeneration", None,
-                                                         {"encoder": NO_CAP, "decoder": NO_CAP}, None),
-    "MllamaForCausalLM + cross attention": ("MllamaForCausalLM", "cross", dict(num_hidden_layers=3, cross_attention_layers=[1]),
-                                            lambda batch: {"cross_attention_states": _random(batch, 256, tiny.WIDTH)}),
+    "T5GemmaForConditionalGeneration without soft-cap": (
+        "T5GemmaForConditionalGeneration",
+        None,
+        {"encoder": NO_CAP, "decoder": NO_CAP},
+        None,
+    ),
+    "MllamaForCausalLM + cross attention": (
+        "MllamaForCausalLM",
+        "cross",
+        dict(num_hidden_layers=3, cross_attention_layers=[1]),
+        lambda batch: {"cross_attention_states": _random(batch, 256, tiny.WIDTH)},
+    ),
     "LlamaModel not causal": ("LlamaModel", "encoder", dict(is_causal=False), None),
     "Gemma3TextModel bidirectional": ("Gemma3TextModel", "encoder", dict(use_bidirectional_attention=True), None),
 }
 
-ENCODERS = ("BertModel", "RobertaModel", "ElectraModel", "ModernBertModel", "XLMRobertaModel", "CamembertModel", "NomicBertModel",
-            "DistilBertModel", "MPNetModel", "DebertaV2Model", "EuroBertModel", "T5EncoderModel", "CLIPTextModel", "CLIPVisionModel",
-            "SiglipTextModel", "ViTModel", "DeiTModel", "Dinov2Model", "ASTModel")
+ENCODERS = (
+    "BertModel",
+    "RobertaModel",
+    "ElectraModel",
+    "ModernBertModel",
+    "XLMRobertaModel",
+    "CamembertModel",
+    "NomicBertModel",
+    "DistilBertModel",
+    "MPNetModel",
+    "DebertaV2Model",
+    "EuroBertModel",
+    "T5EncoderModel",
+    "CLIPTextModel",
+    "CLIPVisionModel",
+    "SiglipTextModel",
+    "ViTModel",
+    "DeiTModel",
+    "Dinov2Model",
+    "ASTModel",
+)
 
 
 def all_cases():
@@ -186,9 +266,11 @@ def all_cases():
 
     for model_type, name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         add(name, "decoder", model_type)
-    for mapping in (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-                    modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-                    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    for mapping in (
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    ):
         for name in mapping.values():
             if name not in cases:
                 add(name)

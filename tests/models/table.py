@@ -83,9 +83,11 @@ def summary(answers):
     built = [answer for answer in answers if untested(answer) is None]
     decoders = [answer for answer in answers if answer["kind"] == "decoder"]
     bad = [answer["name"] for answer in answers if wrong(answer)]
-    return (f"{len(answers)} classes: {sum(answer in built for answer in decoders)} of {len(decoders)} decoders and "
-            f"{sum(answer not in decoders for answer in built)} of {len(answers) - len(decoders)} others built; "
-            f"{sum('refused' in answer for answer in built)} refused; {len(bad)} wrong{': ' if bad else ''}{', '.join(bad)}")
+    return (
+        f"{len(answers)} classes: {sum(answer in built for answer in decoders)} of {len(decoders)} decoders and "
+        f"{sum(answer not in decoders for answer in built)} of {len(answers) - len(decoders)} others built; "
+        f"{sum('refused' in answer for answer in built)} refused; {len(bad)} wrong{': ' if bad else ''}{', '.join(bad)}"
+    )
 
 
 def _escaped(text):
@@ -94,19 +96,41 @@ def _escaped(text):
 
 def page(answers):
     built = [answer for answer in answers if untested(answer) is None]
-    rows = ["| class | family | kind | " + " | ".join(RUNS) + " | worst error | own noise | why |",
-            "| --- | --- | --- |" + " --- |" * (len(RUNS) + 3)]
+    rows = [
+        "| class | family | kind | " + " | ".join(RUNS) + " | worst error | own noise | why |",
+        "| --- | --- | --- |" + " --- |" * (len(RUNS) + 3),
+    ]
     for answer in built:
         error, noise = worst(answer), answer["noise"]
-        rows.append(f"| `{answer['name']}` | {answer['family']} | {answer['kind']} | "
-                    + " | ".join(cell(answer, name) for name in RUNS)
-                    + f" | {'' if error is None else f'{error:.0e}'} | {'' if noise is None else f'{noise:.0e}'} | "
-                    + _escaped(reasons(answer)) + " |")
-    missing = [f"| `{answer['name']}` | {answer['family']} | {answer['kind']} | "
-               f"{'**WRONG** ' * wrong(answer)}{_escaped(untested(answer))} |"
-               for answer in answers if untested(answer) is not None]
-    return "\n".join([*HEAD, "", summary(answers) + ".", "", *rows, "",
-                      "## Not built", "", "| class | family | kind | reason |", "| --- | --- | --- | --- |", *missing, ""])
+        rows.append(
+            f"| `{answer['name']}` | {answer['family']} | {answer['kind']} | "
+            + " | ".join(cell(answer, name) for name in RUNS)
+            + f" | {'' if error is None else f'{error:.0e}'} | {'' if noise is None else f'{noise:.0e}'} | "
+            + _escaped(reasons(answer))
+            + " |"
+        )
+    missing = [
+        f"| `{answer['name']}` | {answer['family']} | {answer['kind']} | "
+        f"{'**WRONG** ' * wrong(answer)}{_escaped(untested(answer))} |"
+        for answer in answers
+        if untested(answer) is not None
+    ]
+    return "\n".join(
+        [
+            *HEAD,
+            "",
+            summary(answers) + ".",
+            "",
+            *rows,
+            "",
+            "## Not built",
+            "",
+            "| class | family | kind | reason |",
+            "| --- | --- | --- | --- |",
+            *missing,
+            "",
+        ]
+    )
 
 
 HEAD = """# What becomes of transformers' classes

@@ -46,8 +46,10 @@ def _logits(out):
 
 def _typed(model, extra):
     """What a call is given beside the ids, in the model's type."""
+
     def typed(value):
         return tuple(map(typed, value)) if isinstance(value, tuple) else value.to(model.dtype)
+
     return lambda batch: {name: typed(value) for name, value in extra(batch).items()}
 
 
@@ -83,8 +85,10 @@ class Decoder:
         return self._over(None, CHUNKS)
 
     def static(self):
-        return self._over(transformers.StaticCache(config=self.model.config.get_text_config(decoder=True),
-                                                   max_cache_len=CAPACITY), (150, 49, 1))
+        return self._over(
+            transformers.StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=CAPACITY),
+            (150, 49, 1),
+        )
 
 
 class EncoderDecoder(Decoder):
@@ -107,8 +111,13 @@ class EncoderDecoder(Decoder):
     def _over(self, cache, parts):
         logits, encoded, source = [], None, self._source(1)
         for part in _ids(1, PROMPT).split(parts, 1):
-            out = self.model(**({} if encoded else source), encoder_outputs=encoded, decoder_input_ids=part,
-                             past_key_values=cache, use_cache=True)
+            out = self.model(
+                **({} if encoded else source),
+                encoder_outputs=encoded,
+                decoder_input_ids=part,
+                past_key_values=cache,
+                use_cache=True,
+            )
             cache, encoded = out.past_key_values, BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
             encoded.attention_mask = None  # which Moonshine's own kind of output has
             logits.append(_logits(out))
@@ -116,8 +125,12 @@ class EncoderDecoder(Decoder):
 
     def static(self):
         config = self.model.config.get_text_config(decoder=True)
-        return self._over(transformers.EncoderDecoderCache(
-            transformers.StaticCache(config=config, max_cache_len=CAPACITY), transformers.DynamicCache()), (150, 49, 1))
+        return self._over(
+            transformers.EncoderDecoderCache(
+                transformers.StaticCache(config=config, max_cache_len=CAPACITY), transformers.DynamicCache()
+            ),
+            (150, 49, 1),
+        )
 
 
 class Encoder:
@@ -159,9 +172,12 @@ def _brief(error):
 def _handled(model):
     """What pbsattn says became of the calls."""
     records = pt.stats(model)
-    return {"taken": sum(record.taken for record in records), "left": sum(record.left for record in records),
-            "layers": sum(record.taken > 0 for record in records),
-            "reasons": sorted({record.reason for record in records if record.reason})}
+    return {
+        "taken": sum(record.taken for record in records),
+        "left": sum(record.left for record in records),
+        "layers": sum(record.taken > 0 for record in records),
+        "reasons": sorted({record.reason for record in records if record.reason}),
+    }
 
 
 def _own(call):

@@ -49,9 +49,17 @@ def folder(tmp_path_factory):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=1000)).save_pretrained(path)
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=1000,
+        )
+    ).save_pretrained(path)
     (path / "text.txt").write_text(TEXT, encoding="utf-8")
     return path
 
@@ -68,8 +76,10 @@ def in_threads(work, count):
 def qkv(device, q_len=700, kv_len=None, batch=1, q_heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16):
     """Random q, k and v, [B, H, S, D]."""
     kv_len = kv_len or q_len
+
     def make(heads, tokens):
         return torch.randn(batch, heads, tokens, head_dim).to(device=device, dtype=dtype)
+
     return make(q_heads, q_len), make(kv_heads, kv_len), make(kv_heads, kv_len)
 
 
@@ -103,4 +113,6 @@ def python(*arguments, without=None, folder=None, **options):
         (folder / "sitecustomize.py").write_text(f"import sys; sys.modules[{without!r}] = None\n")
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300, **options}
-    return subprocess.run([sys.executable, *map(str, arguments)], text=True, env={**environment, **options.pop("env", {})}, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], text=True, env={**environment, **options.pop("env", {})}, **options
+    )

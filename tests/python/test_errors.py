@@ -13,38 +13,57 @@ from conftest import has_gpu, qkv
 Q, K, V = qkv("cpu", 40)
 
 
-@pytest.mark.parametrize("exception, message, call", [
-    (TypeError, "a list; pass a torch.Tensor", lambda: pbsattn.attention([1.0], K, V)),
-    (ValueError, "3 dimensions; pass 4", lambda: pbsattn.attention(Q[0], K, V)),
-    (TypeError, "torch.float64; pbsattn takes float32", lambda: pbsattn.attention(Q.double(), K, V)),
-    (TypeError, "torch.int32; pbsattn takes", lambda: pbsattn.attention(Q.int(), K.int(), V.int())),
-    (ValueError, "k on meta but q on cpu", lambda: pbsattn._op._compute(
-        Q, K.to("meta"), V, "pbs", "", "", "bhsd", False, False)),
-    (ValueError, "kv_heads 2: must divide q_heads 3", lambda: pbsattn.attention(Q[:, :3], K, V)),
-    (ValueError, "not k's", lambda: pbsattn.attention(Q, K, V[:, :, :30])),
-    (ValueError, "batch and head_dim must be equal", lambda: pbsattn.attention(Q[..., :32], K, V)),
-    (ValueError, "stride 2, not 1; call q.contiguous", lambda: pbsattn.attention(Q[..., ::2], K[..., ::2], V[..., ::2])),
-    (ValueError, "is empty", lambda: pbsattn.attention(Q[:, :, :0], K, V)),
-    (ValueError, "is empty", lambda: pbsattn.attention(Q[:0], K[:0], V[:0])),
-    (ValueError, "q_len 40: outside 1 .. kv_len 20", lambda: pbsattn.attention(Q, K[:, :, :20], V[:, :, :20])),
-    (NotImplementedError, "no gradient", lambda: pbsattn.attention(Q.clone().requires_grad_(), K, V)),
-    (ValueError, 'no such method; did you mean "pbs"', lambda: pbsattn.attention(Q, K, V, method="pbz")),
-    (ValueError, "top_p 1.5: outside", lambda: pbsattn.attention(Q, K, V, top_p=1.5)),
-    (ValueError, "top_p nan: outside", lambda: pbsattn.attention(Q, K, V, top_p=float("nan"))),
-    (TypeError, "top_p [0.9]: not a float", lambda: pbsattn.attention(Q, K, V, top_p=[0.9])),
-    (TypeError, "no such option; there are", lambda: pbsattn.attention(Q, K, V, topp=0.9)),
-    (ValueError, "segment 100: no multiple", lambda: pbsattn.attention(Q, K, V, segment=100)),
-    (ValueError, "dense_last_rows -1", lambda: pbsattn.attention(Q, K, V, dense_last_rows=-1)),
-    (ValueError, 'rules \'other\': no such value; there are "reference_code"', lambda: pbsattn.attention(Q, K, V, rules="other")),
-    (ValueError, 'layout "sbhd": no such layout', lambda: pbsattn.attention(Q, K, V, layout="sbhd")),
-    (TypeError, "no such option; there are", lambda: pbsattn.plan(
-        q_heads=1, kv_heads=1, q_len=8, kv_len=8, head_dim=64, topp=0.5)),
-    (TypeError, "block 2.5: not an int", lambda: pbsattn.plan(
-        q_heads=1, kv_heads=1, q_len=8, kv_len=8, head_dim=64, block=2.5)),
-    (NotImplementedError, "computes on", lambda: pbsattn.plan(
-        q_heads=1, kv_heads=1, q_len=8, kv_len=8, head_dim=64, device="meta")),
-    (ValueError, "threads -1", lambda: pbsattn.plan(q_heads=1, kv_heads=1, q_len=8, kv_len=8, head_dim=64, threads=-1)),
-])
+@pytest.mark.parametrize(
+    "exception, message, call",
+    [
+        (TypeError, "a list; pass a torch.Tensor", lambda: pbsattn.attention([1.0], K, V)),
+        (ValueError, "3 dimensions; pass 4", lambda: pbsattn.attention(Q[0], K, V)),
+        (TypeError, "torch.float64; pbsattn takes float32", lambda: pbsattn.attention(Q.double(), K, V)),
+        (TypeError, "torch.int32; pbsattn takes", lambda: pbsattn.attention(Q.int(), K.int(), V.int())),
+        (
+            ValueError,
+            "k on meta but q on cpu",
+            lambda: pbsattn._op._compute(Q, K.to("meta"), V, "pbs", "", "", "bhsd", False, False),
+        ),
+        (ValueError, "kv_heads 2: must divide q_heads 3", lambda: pbsattn.attention(Q[:, :3], K, V)),
+        (ValueError, "not k's", lambda: pbsattn.attention(Q, K, V[:, :, :30])),
+        (ValueError, "batch and head_dim must be equal", lambda: pbsattn.attention(Q[..., :32], K, V)),
+        (ValueError, "stride 2, not 1; call q.contiguous", lambda: pbsattn.attention(Q[..., ::2], K[..., ::2], V[..., ::2])),
+        (ValueError, "is empty", lambda: pbsattn.attention(Q[:, :, :0], K, V)),
+        (ValueError, "is empty", lambda: pbsattn.attention(Q[:0], K[:0], V[:0])),
+        (ValueError, "q_len 40: outside 1 .. kv_len 20", lambda: pbsattn.attention(Q, K[:, :, :20], V[:, :, :20])),
+        (NotImplementedError, "no gradient", lambda: pbsattn.attention(Q.clone().requires_grad_(), K, V)),
+        (ValueError, 'no such method; did you mean "pbs"', lambda: pbsattn.attention(Q, K, V, method="pbz")),
+        (ValueError, "top_p 1.5: outside", lambda: pbsattn.attention(Q, K, V, top_p=1.5)),
+        (ValueError, "top_p nan: outside", lambda: pbsattn.attention(Q, K, V, top_p=float("nan"))),
+        (TypeError, "top_p [0.9]: not a float", lambda: pbsattn.attention(Q, K, V, top_p=[0.9])),
+        (TypeError, "no such option; there are", lambda: pbsattn.attention(Q, K, V, topp=0.9)),
+        (ValueError, "segment 100: no multiple", lambda: pbsattn.attention(Q, K, V, segment=100)),
+        (ValueError, "dense_last_rows -1", lambda: pbsattn.attention(Q, K, V, dense_last_rows=-1)),
+        (
+            ValueError,
+            "rules 'other': no such value; there are \"reference_code\"",
+            lambda: pbsattn.attention(Q, K, V, rules="other"),
+        ),
+        (ValueError, 'layout "sbhd": no such layout', lambda: pbsattn.attention(Q, K, V, layout="sbhd")),
+        (
+            TypeError,
+            "no such option; there are",
+            lambda: pbsattn.plan(q_heads=1, kv_heads=1, q_len=8, kv_len=8, head_dim=64, topp=0.5),
+        ),
+        (
+            TypeError,
+            "block 2.5: not an int",
+            lambda: pbsattn.plan(q_heads=1, kv_heads=1, q_len=8, kv_len=8, head_dim=64, block=2.5),
+        ),
+        (
+            NotImplementedError,
+            "computes on",
+            lambda: pbsattn.plan(q_heads=1, kv_heads=1, q_len=8, kv_len=8, head_dim=64, device="meta"),
+        ),
+        (ValueError, "threads -1", lambda: pbsattn.plan(q_heads=1, kv_heads=1, q_len=8, kv_len=8, head_dim=64, threads=-1)),
+    ],
+)
 def test_message(exception, message, call):
     with pytest.raises(exception) as raised:
         call()
@@ -78,9 +97,13 @@ def test_gradients_of_other_kinds_are_refused():
     forward_ad = torch.autograd.forward_ad
     plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=40, kv_len=40, head_dim=64)
     workspace = torch.empty(plan.workspace_size, dtype=torch.uint8)
-    calls = [lambda q: OP(q, K, V)[0], lambda q: pbsattn.attention(q, K, V),
-             lambda q: pbsattn.attention(q, K, V, return_stats=True)[0], lambda q: pbsattn.trace(q, K, V)[0],
-             lambda q: plan.run(q, K, V, torch.empty_like(Q), workspace)]
+    calls = [
+        lambda q: OP(q, K, V)[0],
+        lambda q: pbsattn.attention(q, K, V),
+        lambda q: pbsattn.attention(q, K, V, return_stats=True)[0],
+        lambda q: pbsattn.trace(q, K, V)[0],
+        lambda q: plan.run(q, K, V, torch.empty_like(Q), workspace),
+    ]
     for call in calls:
         with pytest.raises(NotImplementedError, match="no gradient"):
             call(Q.clone().requires_grad_())
@@ -124,7 +147,8 @@ def test_fork_after_use(device):
     workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
     plan.run(q, k, v, expected, workspace)
     child = multiprocessing.get_context("fork").Process(
-        target=_run_in_child, args=(plan, q, k, v, from_child, workspace), daemon=True)
+        target=_run_in_child, args=(plan, q, k, v, from_child, workspace), daemon=True
+    )
     child.start()
     child.join(60)
     if child.exitcode is None:

@@ -24,8 +24,12 @@ class Answers:
 
     def __init__(self, names):
         # It is about which calls are whose, in f32, whatever path the environment forces.
-        self.process = subprocess.Popen([sys.executable, str(SWEEP), "--json", "-", *names], stdout=subprocess.PIPE, text=True,
-                                        env={**os.environ, "PBSATTN_CPU_PATH": ""})
+        self.process = subprocess.Popen(
+            [sys.executable, str(SWEEP), "--json", "-", *names],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PBSATTN_CPU_PATH": ""},
+        )
         self.come = {}
 
     def __getitem__(self, name):
@@ -39,7 +43,9 @@ class Answers:
 
 @pytest.fixture(scope="module")
 def answers(request):
-    names = [item.callspec.params["name"] for item in request.session.items if "answers" in getattr(item, "fixturenames", ())]
+    names = [
+        item.callspec.params["name"] for item in request.session.items if "answers" in getattr(item, "fixturenames", ())
+    ]
     answers = Answers(names)
     yield answers
     answers.process.terminate()
@@ -62,14 +68,17 @@ def spin(case):
         pass
 
 
-@pytest.mark.parametrize("case, function, what", [
-    (100, allocate, {"bytes": 100}),
-    (2 * forks.MEMORY, allocate, {"failed": "ended with status 1 and no answer"}),
-    (0, spin, {"failed": "used more than 1 s of processor time"}),
-])
+@pytest.mark.parametrize(
+    "case, function, what",
+    [
+        (100, allocate, {"bytes": 100}),
+        (2 * forks.MEMORY, allocate, {"failed": "ended with status 1 and no answer"}),
+        (0, spin, {"failed": "used more than 1 s of processor time"}),
+    ],
+)
 def test_a_case_has_limits(case, function, what, monkeypatch):
     monkeypatch.setattr(forks, "PROCESSOR", 1)
-    (got, answer), = forks.run_each([case], function, jobs=1)
+    ((got, answer),) = forks.run_each([case], function, jobs=1)
     assert got == case
     assert answer.items() >= what.items()
     assert ("MemoryError" in answer.get("said", "")) == (case > 100)

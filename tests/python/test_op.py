@@ -11,9 +11,11 @@ OP = torch.ops.pbsattn.attention.default
 
 @pytest.mark.parametrize("method", [dict(method="full"), dict(method="pbs", top_p=1.0)], ids=["full", "pbs-all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [
-    dict(q_len=700), dict(q_len=300, kv_len=1111, batch=2, head_dim=128), dict(q_len=1, kv_len=130, q_heads=6, kv_heads=1),
-], ids=["whole", "chunk", "one-query"])
+@pytest.mark.parametrize(
+    "shape",
+    [dict(q_len=700), dict(q_len=300, kv_len=1111, batch=2, head_dim=128), dict(q_len=1, kv_len=130, q_heads=6, kv_heads=1)],
+    ids=["whole", "chunk", "one-query"],
+)
 def test_all_blocks_is_dense_attention(device, method, dtype, shape):
     q, k, v = qkv(device, dtype=dtype, **shape)
     out, lse = pbsattn.attention(q, k, v, return_lse=True, **method)
@@ -82,8 +84,13 @@ def test_lazily_negated_tensors(device):
         assert given[which].is_neg()
         out = torch.empty_like(q)
         plan.run(*given, out, workspace)
-        for got in (pbsattn.attention(*given), pbsattn.attention(*given, return_stats=True)[0], pbsattn.trace(*given)[0],
-                    OP(*given)[0], out):
+        for got in (
+            pbsattn.attention(*given),
+            pbsattn.attention(*given, return_stats=True)[0],
+            pbsattn.trace(*given)[0],
+            OP(*given)[0],
+            out,
+        ):
             assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="out: lazily negated"):
         plan.run(q, k, v, torch._neg_view(out), workspace)
@@ -181,11 +188,22 @@ def test_every_method_is_the_references(device, method):
         pytest.skip("products in bf16 are forced")
     # Multiples of 1/8, so that sums are exact however they are made: no decision hangs on rounding, with margins of 1e-5.
     torch.manual_seed(1)
-    q, k, v = ((torch.randn(1, heads, tokens, 64) * 12).round().to(device) / 8 for heads, tokens in ((2, 300), (1, 1300), (1, 1300)))
+    q, k, v = (
+        (torch.randn(1, heads, tokens, 64) * 12).round().to(device) / 8 for heads, tokens in ((2, 300), (1, 1300), (1, 1300))
+    )
     if device == "cuda":
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    options = dict(top_p=0.5, threshold=0.9 if method == "flashprefill" else 0.1, dense_last_rows=0, sink_blocks=0,
-                   local_blocks=1, vertical=10, slash=60, min_budget=1, fallback="never")
+    options = dict(
+        top_p=0.5,
+        threshold=0.9 if method == "flashprefill" else 0.1,
+        dense_last_rows=0,
+        sink_blocks=0,
+        local_blocks=1,
+        vertical=10,
+        slash=60,
+        min_budget=1,
+        fallback="never",
+    )
     truth, decided = pbsattn.trace(q.cpu(), k.cpu(), v.cpu(), method=method, reference=True, **options)
     out, trace = pbsattn.trace(q, k, v, method=method, **options)
     assert torch.equal(trace.kept, decided.kept)

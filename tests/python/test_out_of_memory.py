@@ -46,5 +46,6 @@ def test_under_a_limit_of_address_space():
     output, workspace, trace = ran.stdout.splitlines()
     for line in (output, workspace):  # PyTorch allocates these and says so
         assert "RuntimeError" in line and "can't allocate memory" in line
-    assert trace == ("trace of 256 MiB: MemoryError: out of memory: the system gives this process no more; free some, or "
-                     "raise its limit")
+    assert trace == (
+        "trace of 256 MiB: MemoryError: out of memory: the system gives this process no more; free some, or raise its limit"
+    )

@@ -13,12 +13,16 @@ from conftest import python
 
 def test_the_wheel_is_the_runtime_alone():
     """Evaluation is pbsattn_eval's. What is beside is the extension module and Highway."""
-    installed = {str(path) for path in importlib.metadata.files("pbsattn") if ".dist-info/" not in str(path) and path.suffix != ".pyc"}
+    installed = {
+        str(path) for path in importlib.metadata.files("pbsattn") if ".dist-info/" not in str(path) and path.suffix != ".pyc"
+    }
     source = pathlib.Path(__file__).parents[2] / "integrations/python/pbsattn"
     expected = {f"pbsattn/{path.name}" for path in source.iterdir() if path.suffix in (".py", ".pyi")} | {"pbsattn/py.typed"}
     assert {path for path in installed if ".so" not in path} == expected
     assert not [path for path in installed if "eval" in path or "report" in path]
-    assert "pbsattn/_core.abi3.so" in installed or any(path.startswith("pbsattn/_core.") and path.endswith(".so") for path in installed)
+    assert "pbsattn/_core.abi3.so" in installed or any(
+        path.startswith("pbsattn/_core.") and path.endswith(".so") for path in installed
+    )
 
 
 def test_no_extra_names_a_distribution_of_ours():
@@ -29,8 +33,9 @@ def test_no_extra_names_a_distribution_of_ours():
 def test_the_module_exports_its_init_function_alone():
     """Else other libraries of the process take from it what it links statically, as operator delete of libstdc++."""
     nm = shutil.which("nm") or pytest.fail("nm isn't there; install binutils, which the compiler needs anyway")
-    listed = subprocess.run([nm, "-D", "--defined-only", "--format=posix", pbsattn._core.__file__], capture_output=True, text=True,
-                            check=True)
+    listed = subprocess.run(
+        [nm, "-D", "--defined-only", "--format=posix", pbsattn._core.__file__], capture_output=True, text=True, check=True
+    )
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["PyInit__core"]
 
 
@@ -55,8 +60,11 @@ import torch, pbsattn
 """
 
 
-@pytest.mark.parametrize("imports", ["import pbsattn, torch", "import torch, pbsattn", MODULE_FIRST],
-                         ids=["package-first", "torch-first", "module-first"])
+@pytest.mark.parametrize(
+    "imports",
+    ["import pbsattn, torch", "import torch, pbsattn", MODULE_FIRST],
+    ids=["package-first", "torch-first", "module-first"],
+)
 def test_import_order(imports):
     ran = python("-c", imports + USE)
     assert (ran.returncode, ran.stdout) == (0, "used\n"), ran.stderr

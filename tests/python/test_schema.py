@@ -5,8 +5,10 @@ import torch
 import pbsattn  # noqa: F401
 
 # Kept as it was in 0.2; later versions only add keywords with defaults at its end.
-SCHEMA_0_2 = ("pbsattn::attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str heads='', "
-              "str layout='bhsd', bool return_lse=False) -> (Tensor out, Tensor lse)")
+SCHEMA_0_2 = (
+    "pbsattn::attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str heads='', "
+    "str layout='bhsd', bool return_lse=False) -> (Tensor out, Tensor lse)"
+)
 
 
 def test_graphs_of_0_2_call_the_op():

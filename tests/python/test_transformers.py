@@ -12,9 +12,19 @@ transformers = pytest.importorskip("transformers", reason="an optional dependenc
 
 import pbsattn.transformers as pt  # noqa: E402
 
-SIZES = dict(vocab_size=128, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1,
-             eos_token_id=127)
+SIZES = dict(
+    vocab_size=128,
+    hidden_size=128,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=2048,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=127,
+)
 FAMILIES = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", {}),
@@ -23,8 +33,10 @@ FAMILIES = {
     "phi3": ("Phi3", dict(hidden_size=256)),
     "olmo2": ("Olmo2", dict(hidden_size=256)),
     "granite": ("Granite", dict(hidden_size=256)),
-    "gemma3": ("Gemma3", dict(sliding_window=128, layer_types=["sliding_attention", "full_attention"],
-                              query_pre_attn_scalar=64)),
+    "gemma3": (
+        "Gemma3",
+        dict(sliding_window=128, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=64),
+    ),
 }
 TOKENS = 600
 
@@ -91,8 +103,9 @@ def test_chunks_over_a_cache_equal_the_whole(family, device):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("how", [{}, dict(prefill_chunk_size=256), dict(cache_implementation="static")],
-                         ids=["whole", "chunked", "static-cache"])
+@pytest.mark.parametrize(
+    "how", [{}, dict(prefill_chunk_size=256), dict(cache_implementation="static")], ids=["whole", "chunked", "static-cache"]
+)
 def test_generate_gives_the_same_tokens(family, how):
     """On the CPU, in float32: in 16 bits the most likely token of a random model hangs on rounding."""
     model = build(family)
@@ -137,16 +150,20 @@ def test_padding_on_the_left_falls_back(device):
     model = build("llama", device)
     ids, mask = prompt(device, batch=2), torch.ones(2, TOKENS, dtype=torch.long, device=device)
     mask[1, :100] = 0
+
     def call():
         return model(ids, attention_mask=mask).logits[:, -1]
+
     falls_back(model, "more than causal", call, call())
 
 
 def test_sliding_window_falls_back(device):
     model = build("mistral", device, sliding_window=200)
     ids = prompt(device)
+
     def call():
         return model(ids).logits
+
     falls_back(model, "sliding window of 200", call, call())
     with enable(model, top_p=1.0):
         short = ids[:, :150]
@@ -165,8 +182,10 @@ def test_packed_sequences_fall_back(device):
     model = build("llama", device)
     ids = prompt(device)
     positions = torch.cat([torch.arange(300), torch.arange(300)])[None].to(device)
+
     def call():
         return model(ids, position_ids=positions, use_cache=False).logits
+
     falls_back(model, "more than causal", call, call())
 
 
@@ -174,6 +193,7 @@ def test_training_falls_back():
     model = build("llama")
     ids = prompt()
     with torch.enable_grad():
+
         def gradient():
             model.zero_grad()
             model(ids, labels=ids).loss.backward()
@@ -212,8 +232,10 @@ def test_what_this_device_refuses_falls_back(device):
         model = build("llama", device, head_dim=32)
         reason = "head_dim 32"
     ids = prompt(device)
+
     def call():
         return model(ids).logits
+
     falls_back(model, reason, call, call())
 
 
@@ -337,8 +359,11 @@ def test_errors():
         enable(model, min_tokens=1)
     with pytest.raises(TypeError, match="a Linear; pass a transformers PreTrainedModel"):
         enable(torch.nn.Linear(2, 2))
-    encoder = transformers.BertModel(transformers.BertConfig(
-        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64))
+    encoder = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64
+        )
+    )
     with pytest.raises(ValueError, match="no causal attention"):
         enable(encoder)
     with enable(model), pytest.raises(RuntimeError, match="enabled already; disable it first"):

@@ -12,11 +12,35 @@ transformers = pytest.importorskip("transformers", reason="an optional dependenc
 import pbsattn.transformers as pt  # noqa: E402
 
 VOCABULARY = 96
-BASE = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=32, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-BART = dict(vocab_size=VOCABULARY, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=1024, pad_token_id=0,
-            bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=None)
+BASE = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    max_position_embeddings=1024,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+BART = dict(
+    vocab_size=VOCABULARY,
+    d_model=64,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=64,
+    decoder_ffn_dim=64,
+    max_position_embeddings=1024,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+    forced_eos_token_id=None,
+)
 FRAMES = 300  # that Whisper's encoder sees
 KEYS = 400  # of cross attention
 
@@ -67,27 +91,58 @@ def bart(kind="Bart"):
 
 
 def t5gemma():
-    part = dict(BASE, query_pre_attn_scalar=32, attn_logit_softcapping=None, final_logit_softcapping=None,
-                layer_types=["full_attention"] * 2)
-    model = ready(transformers.T5GemmaForConditionalGeneration(
-        transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=VOCABULARY)))
+    part = dict(
+        BASE,
+        query_pre_attn_scalar=32,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        layer_types=["full_attention"] * 2,
+    )
+    model = ready(
+        transformers.T5GemmaForConditionalGeneration(
+            transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=VOCABULARY)
+        )
+    )
     source = tokens(KEYS)
     return model, lambda ids: model(input_ids=source, decoder_input_ids=ids, use_cache=False).logits
 
 
 def gpt2():
-    model = ready(transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=512, add_cross_attention=True, bos_token_id=1,
-        eos_token_id=2)))
+    model = ready(
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=VOCABULARY,
+                n_embd=64,
+                n_layer=2,
+                n_head=2,
+                n_positions=512,
+                add_cross_attention=True,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        )
+    )
     states = torch.randn(1, KEYS, 64)
     return model, lambda ids: model(ids, encoder_hidden_states=states, use_cache=False).logits
 
 
 def whisper_model():
-    return ready(transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
-        **{key: value for key, value in BART.items() if key not in ("max_position_embeddings", "forced_eos_token_id")},
-        num_mel_bins=16, max_source_positions=FRAMES, max_target_positions=256, suppress_tokens=None,
-        begin_suppress_tokens=None)))
+    return ready(
+        transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(
+                **{
+                    key: value
+                    for key, value in BART.items()
+                    if key not in ("max_position_embeddings", "forced_eos_token_id")
+                },
+                num_mel_bins=16,
+                max_source_positions=FRAMES,
+                max_target_positions=256,
+                suppress_tokens=None,
+                begin_suppress_tokens=None,
+            )
+        )
+    )
 
 
 def whisper():
@@ -98,20 +153,42 @@ def whisper():
 def speech_to_text():
     """A model that transformers has no SDPA for: what isn't taken goes to its eager attention."""
     sizes = {key: value for key, value in BART.items() if key not in ("max_position_embeddings", "forced_eos_token_id")}
-    model = ready(transformers.Speech2TextForConditionalGeneration(transformers.Speech2TextConfig(
-        **sizes, max_source_positions=2 * KEYS, max_target_positions=256, input_feat_per_channel=16, conv_channels=32)))
+    model = ready(
+        transformers.Speech2TextForConditionalGeneration(
+            transformers.Speech2TextConfig(
+                **sizes, max_source_positions=2 * KEYS, max_target_positions=256, input_feat_per_channel=16, conv_channels=32
+            )
+        )
+    )
     features = torch.randn(1, 4 * KEYS, 16)
     return model, lambda ids: model(input_features=features, decoder_input_ids=ids, use_cache=False).logits
 
 
 def mllama():
-    text = {**BASE, "num_hidden_layers": 3, "cross_attention_layers": [1],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_global_layers=1, attention_heads=1,
-                  image_size=56, patch_size=14, vision_output_dim=64, intermediate_layers_indices=[0], max_num_tiles=1,
-                  supported_aspect_ratios=[[1, 1]])
-    model = ready(transformers.MllamaForConditionalGeneration(transformers.MllamaConfig(
-        text_config=text, vision_config=vision, image_token_index=90)))
+    text = {
+        **BASE,
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_global_layers=1,
+        attention_heads=1,
+        image_size=56,
+        patch_size=14,
+        vision_output_dim=64,
+        intermediate_layers_indices=[0],
+        max_num_tiles=1,
+        supported_aspect_ratios=[[1, 1]],
+    )
+    model = ready(
+        transformers.MllamaForConditionalGeneration(
+            transformers.MllamaConfig(text_config=text, vision_config=vision, image_token_index=90)
+        )
+    )
     for name, weight in model.named_parameters():
         if "gate" in name:  # of cross attention, closed as it is drawn
             weight.fill_(1.0)
@@ -120,8 +197,11 @@ def mllama():
 
 
 @pytest.mark.parametrize("length", [200, 30], ids=["long", "below-min-tokens"])
-@pytest.mark.parametrize("build", [bart, lambda: bart("Blenderbot"), t5gemma, gpt2, whisper, speech_to_text, mllama],
-                         ids=["bart", "blenderbot", "t5gemma", "gpt2", "whisper", "speech-to-text", "mllama"])
+@pytest.mark.parametrize(
+    "build",
+    [bart, lambda: bart("Blenderbot"), t5gemma, gpt2, whisper, speech_to_text, mllama],
+    ids=["bart", "blenderbot", "t5gemma", "gpt2", "whisper", "speech-to-text", "mllama"],
+)
 def test_cross_attention_sees_all_of_its_keys(build, length):
     model, call = build()
     ids = tokens(length)
@@ -171,9 +251,14 @@ def test_a_decoder_that_is_told_to_see_everything_does(how, length):
 
 
 def test_bidirectional_gemma3_is_refused():
-    model = transformers.Gemma3TextModel(transformers.Gemma3TextConfig(
-        **BASE, query_pre_attn_scalar=32, layer_types=["sliding_attention", "full_attention"],
-        use_bidirectional_attention=True))
+    model = transformers.Gemma3TextModel(
+        transformers.Gemma3TextConfig(
+            **BASE,
+            query_pre_attn_scalar=32,
+            layer_types=["sliding_attention", "full_attention"],
+            use_bidirectional_attention=True,
+        )
+    )
     with pytest.raises(ValueError, match="Gemma3TextModel: has no causal attention"):
         pt.enable(model)
 
@@ -181,16 +266,38 @@ def test_bidirectional_gemma3_is_refused():
 # ----------------------------------------------------------------------- arguments that pbsattn doesn't know
 
 
-SPARSE = dict(moe_intermediate_size=32, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1,
-              first_k_dense_replace=2, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
-              v_head_dim=32, index_topk=16, index_n_heads=2, index_head_dim=32, mlp_layer_types=["dense", "dense"])
+SPARSE = dict(
+    moe_intermediate_size=32,
+    n_routed_experts=2,
+    num_experts_per_tok=1,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=2,
+    kv_lora_rank=32,
+    q_lora_rank=32,
+    qk_rope_head_dim=16,
+    qk_nope_head_dim=16,
+    v_head_dim=32,
+    index_topk=16,
+    index_n_heads=2,
+    index_head_dim=32,
+    mlp_layer_types=["dense", "dense"],
+)
 INDEXERS = {
     "DeepseekV32": SPARSE,
     "GlmMoeDsa": SPARSE,
     "AXK2": SPARSE,
-    "MiniMaxM3VL": dict(index_n_heads=1, index_head_dim=32, index_block_size=16, index_topk_blocks=2, index_local_blocks=1,
-                        mlp_layer_types=["dense", "dense"], num_local_experts=2, num_experts_per_tok=1,
-                        layer_types=["minimax_m3_sparse"] * 2),
+    "MiniMaxM3VL": dict(
+        index_n_heads=1,
+        index_head_dim=32,
+        index_block_size=16,
+        index_topk_blocks=2,
+        index_local_blocks=1,
+        mlp_layer_types=["dense", "dense"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["minimax_m3_sparse"] * 2,
+    ),
 }
 
 
@@ -209,8 +316,10 @@ def test_an_unknown_argument_raises(q_len, enabled):
     model = llama()
     module = model.model.layers[0].self_attn
     q, k, v = torch.randn(1, 2, q_len, 32), torch.randn(1, 1, 200, 32), torch.randn(1, 1, 200, 32)
+
     def call(**arguments):
         return INTERFACE["pbsattn"](module, q, k, v, None, scaling=0.2, **arguments)
+
     if enabled:
         pt.enable(model, min_tokens=64, top_p=1.0)
     call(position_ids=torch.arange(q_len), cu_seq_lens_q=None, block_indices=None)

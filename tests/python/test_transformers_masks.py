@@ -12,8 +12,9 @@ from test_transformers_calls import BASE, FRAMES, agree, check, inference, ready
 
 
 def static_call(model, features, length):
-    cache = transformers.EncoderDecoderCache(transformers.StaticCache(config=model.config, max_cache_len=150),
-                                             transformers.DynamicCache())
+    cache = transformers.EncoderDecoderCache(
+        transformers.StaticCache(config=model.config, max_cache_len=150), transformers.DynamicCache()
+    )
     return model(input_features=features, decoder_input_ids=tokens_of(length), past_key_values=cache, use_cache=True).logits
 
 
@@ -48,9 +49,16 @@ def test_whisper_generates_the_same_over_a_static_cache():
     model, features = whisper_model(), torch.randn(1, 16, 2 * FRAMES)
 
     def call():
-        made = model.generate(input_features=features, decoder_input_ids=tokens_of(4), max_new_tokens=8, do_sample=False,
-                              cache_implementation="static", disable_compile=True, return_dict_in_generate=True,
-                              output_logits=True)
+        made = model.generate(
+            input_features=features,
+            decoder_input_ids=tokens_of(4),
+            max_new_tokens=8,
+            do_sample=False,
+            cache_implementation="static",
+            disable_compile=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         return torch.cat(made.logits)
 
     check(model, call)
@@ -58,8 +66,13 @@ def test_whisper_generates_the_same_over_a_static_cache():
 
 @pytest.mark.parametrize("length", [40, 150])
 def test_full_and_sliding_layers_over_a_static_cache(length):
-    model = ready(transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(
-        **BASE, query_pre_attn_scalar=32, sliding_window=64, layer_types=["sliding_attention", "full_attention"])))
+    model = ready(
+        transformers.Gemma3ForCausalLM(
+            transformers.Gemma3TextConfig(
+                **BASE, query_pre_attn_scalar=32, sliding_window=64, layer_types=["sliding_attention", "full_attention"]
+            )
+        )
+    )
 
     def call():
         cache = transformers.StaticCache(config=model.config, max_cache_len=256)
@@ -80,9 +93,21 @@ def test_a_mask_is_the_tensor_that_it_stands_for():
     assert mask[:, :, :, :7] is mask and mask.to("cpu").fits(torch.ones(1, 1, 3), torch.ones(1, 1, 7))
     other = torch.rand(2, 1, 3, 7) < 0.5
     zeros = torch.zeros(2, 1, 3, 7)
-    for op in (lambda m: ~m, lambda m: m & other, lambda m: other & m, lambda m: m[:, :, :, :4], lambda m: m[0],
-               lambda m: m == 0, lambda m: torch.where(m, 1.0, 2.0), lambda m: zeros.masked_fill(m, 3.0), lambda m: m.sum(-1),
-               lambda m: m.float(), lambda m: m.to(torch.float16), lambda m: 1.0 * m + 1, lambda m: torch.cat([m, other], -1)):
+    for op in (
+        lambda m: ~m,
+        lambda m: m & other,
+        lambda m: other & m,
+        lambda m: m[:, :, :, :4],
+        lambda m: m[0],
+        lambda m: m == 0,
+        lambda m: torch.where(m, 1.0, 2.0),
+        lambda m: zeros.masked_fill(m, 3.0),
+        lambda m: m.sum(-1),
+        lambda m: m.float(),
+        lambda m: m.to(torch.float16),
+        lambda m: 1.0 * m + 1,
+        lambda m: torch.cat([m, other], -1),
+    ):
         assert torch.equal(op(mask), op(tensor))
     with pytest.raises(RuntimeError, match="ambiguous"):
         bool(mask)

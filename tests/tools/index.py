@@ -55,9 +55,14 @@ class Index:
                     self.send_error(416)
                     return
                 body = whole[first:]
-                sent = body[:len(body) // 2] if name in index.cut else body
-                self.answer(206 if first else 200, "application/zip", sent, len(body),
-                            {"Content-Range": f"bytes {first}-{len(whole) - 1}/{len(whole)}"} if first else {})
+                sent = body[: len(body) // 2] if name in index.cut else body
+                self.answer(
+                    206 if first else 200,
+                    "application/zip",
+                    sent,
+                    len(body),
+                    {"Content-Range": f"bytes {first}-{len(whole) - 1}/{len(whole)}"} if first else {},
+                )
 
             def answer(self, status, kind, body, length=None, more=None):
                 self.send_response(status)

@@ -31,8 +31,13 @@ class Programs(unittest.TestCase):
             for arguments in (["list"], ["--help"]):
                 read, write = os.pipe()
                 os.close(read)
-                run = subprocess.run([sys.executable, TOOLS / "models.py", *arguments], stdout=write, stderr=subprocess.PIPE,
-                                     text=True, env=self.environment(PYTHONUNBUFFERED=unbuffered))
+                run = subprocess.run(
+                    [sys.executable, TOOLS / "models.py", *arguments],
+                    stdout=write,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=self.environment(PYTHONUNBUFFERED=unbuffered),
+                )
                 os.close(write)
                 self.assertEqual(run.stderr, "")
                 if not (unbuffered and arguments == ["--help"]):  # whose writes argparse doesn't look after
@@ -41,14 +46,23 @@ class Programs(unittest.TestCase):
     def test_full_standard_output(self):
         for unbuffered in ("", "1"):
             with open("/dev/full", "w") as full:
-                run = subprocess.run([sys.executable, TOOLS / "models.py", "list"], stdout=full, stderr=subprocess.PIPE, text=True,
-                                     env=self.environment(PYTHONUNBUFFERED=unbuffered))
+                run = subprocess.run(
+                    [sys.executable, TOOLS / "models.py", "list"],
+                    stdout=full,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=self.environment(PYTHONUNBUFFERED=unbuffered),
+                )
             self.assertEqual(run.returncode, 1)
             self.assertRegex(run.stderr, r"\A[^\n]*standard output[^\n]*\n\Z")
 
     def test_closed_standard_output(self):
-        run = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, TOOLS / "models.py", "list"],
-                             stderr=subprocess.PIPE, text=True, env=self.environment())
+        run = subprocess.run(
+            ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, TOOLS / "models.py", "list"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment(),
+        )
         self.assertEqual(run.returncode, 1)
         self.assertRegex(run.stderr, r"\A[^\n]*standard output: it is closed[^\n]*\n\Z")
 
@@ -85,8 +99,10 @@ common.run_main(main)
             self.assertRegex(said, r"\A[^\n]*interrupted; run it again to go on\n\Z")
             self.assertEqual(list(self.folder.glob("left-*")), [])
             for _ in range(100):  # it was told before the tool ended, and needs a moment
-                if not pathlib.Path(f"/proc/{grandchild}").exists() or \
-                        pathlib.Path(f"/proc/{grandchild}/stat").read_text().split()[2] == "Z":
+                if (
+                    not pathlib.Path(f"/proc/{grandchild}").exists()
+                    or pathlib.Path(f"/proc/{grandchild}/stat").read_text().split()[2] == "Z"
+                ):
                     break
                 time.sleep(0.1)
             else:

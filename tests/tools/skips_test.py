@@ -51,24 +51,36 @@ class Skips(unittest.TestCase):
         for name, text in results:
             paths.append(str(self.folder / name))
             (self.folder / name).write_text(text)
-        return subprocess.run([sys.executable, TOOL, "--allowed", str(self.folder / "allowed.txt"), *paths],
-                              capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, TOOL, "--allowed", str(self.folder / "allowed.txt"), *paths], capture_output=True, text=True
+        )
 
     def test_all_allowed(self):
         run = self.run_tool(("LastTest.log", LOG), ("tests.xml", XML))
         self.assertEqual(run.returncode, 0, run.stderr)
-        self.assertEqual(run.stdout.splitlines(), [
-            "skipped: Amx.One: no such path; build one (needs AMX)",
-            "skipped: cuda_test: SKIP_RETURN_CODE=77 (needs a GPU)",
-            "skipped: test_other: it isn't there (is never there)",
-            "skipped: test_unreadable: root may read every file (needs another user)",
-            "skipped: tests.python.test_op::test_graph[cpu]: graphs are CUDA's (needs a GPU)"])
+        self.assertEqual(
+            run.stdout.splitlines(),
+            [
+                "skipped: Amx.One: no such path; build one (needs AMX)",
+                "skipped: cuda_test: SKIP_RETURN_CODE=77 (needs a GPU)",
+                "skipped: test_other: it isn't there (is never there)",
+                "skipped: test_unreadable: root may read every file (needs another user)",
+                "skipped: tests.python.test_op::test_graph[cpu]: graphs are CUDA's (needs a GPU)",
+            ],
+        )
 
     def test_one_that_is_not(self):
         lines = ALLOWED.splitlines(keepends=True)
-        for left_out, named in ((1, "Amx.One"), (2, "test_unreadable"), (3, "test_other"), (4, "test_graph[cpu]"), (5, "cuda_test")):
-            run = self.run_tool(("LastTest.log", LOG), ("tests.xml", XML),
-                                allowed="".join(lines[:left_out] + lines[left_out + 1:]))
+        for left_out, named in (
+            (1, "Amx.One"),
+            (2, "test_unreadable"),
+            (3, "test_other"),
+            (4, "test_graph[cpu]"),
+            (5, "cuda_test"),
+        ):
+            run = self.run_tool(
+                ("LastTest.log", LOG), ("tests.xml", XML), allowed="".join(lines[:left_out] + lines[left_out + 1 :])
+            )
             self.assertEqual(run.returncode, 1)
             refused = [line for line in run.stdout.splitlines() if line.endswith("(NOT ALLOWED)")]
             self.assertEqual(len(refused), 1)
@@ -76,8 +88,10 @@ class Skips(unittest.TestCase):
             self.assertRegex(run.stderr, r"\A[^\n]*1 test\(s\) skipped[^\n]*allowed.txt[^\n]*\n\Z")
 
     def test_another_reason_than_the_list_has(self):
-        run = self.run_tool(("LastTest.log", LOG.replace("root may", "nobody may")),
-                            allowed=ALLOWED.replace("test_unreadable: *", "test_unreadable: root may read every file"))
+        run = self.run_tool(
+            ("LastTest.log", LOG.replace("root may", "nobody may")),
+            allowed=ALLOWED.replace("test_unreadable: *", "test_unreadable: root may read every file"),
+        )
         self.assertEqual(run.returncode, 1)
 
     def test_results_without_a_test(self):

@@ -55,8 +55,11 @@ def main(arguments: list[str]) -> program.Status:
 def moved(command: str) -> int:
     """Names the new command in place of an old one. Returns 2, the exit status."""
     new = "python -m pbsattn_eval" + ("" if command == "eval" else f" {command}")
-    print(f'pbsattn: command "{command}": it is {new} now; in the source tree, pip install ./integrations/python/pbsattn_eval '
-          "brings it", file=sys.stderr)
+    print(
+        f'pbsattn: command "{command}": it is {new} now; in the source tree, pip install ./integrations/python/pbsattn_eval '
+        "brings it",
+        file=sys.stderr,
+    )
     return 2
 
 

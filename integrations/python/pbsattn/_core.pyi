@@ -50,15 +50,33 @@ class Trace:
     def block(self) -> numpy.ndarray: ...
 
 class Plan:
-    def __init__(self, options: Options | list[Options], device: str, index: int, threads: int,
-                 shape: tuple[int, int, int, int, int, int], workspace_cap: int | None = None) -> None: ...
+    def __init__(
+        self,
+        options: Options | list[Options],
+        device: str,
+        index: int,
+        threads: int,
+        shape: tuple[int, int, int, int, int, int],
+        workspace_cap: int | None = None,
+    ) -> None: ...
     @property
     def workspace_size(self) -> int: ...
     @property
     def path(self) -> str: ...
     @property
     def options(self) -> Options: ...
-    def run(self, q: _View, k: _View, v: _View, out: _View, lse: int, workspace: int, workspace_size: int, stream: int,
-            stats: bool) -> Stats | None: ...
-    def trace(self, q: _View, k: _View, v: _View, out: _View, lse: int, workspace: int, workspace_size: int,
-              stream: int) -> tuple[Stats, Trace]: ...
+    def run(
+        self,
+        q: _View,
+        k: _View,
+        v: _View,
+        out: _View,
+        lse: int,
+        workspace: int,
+        workspace_size: int,
+        stream: int,
+        stats: bool,
+    ) -> Stats | None: ...
+    def trace(
+        self, q: _View, k: _View, v: _View, out: _View, lse: int, workspace: int, workspace_size: int, stream: int
+    ) -> tuple[Stats, Trace]: ...

@@ -18,7 +18,8 @@ _library = torch.library.Library("pbsattn", "DEF")
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str heads='', str layout='bhsd', "
     "bool return_lse=False) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.needs_fixed_stride_order,))
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
 
 
 def _write_settings(options: dict[str, Value]) -> str:
@@ -52,14 +53,39 @@ def _read_heads(heads: str) -> HeadChanges | None:
         raise ValueError(f"heads: not JSON: {error}") from None
 
 
-def _compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, method: str, settings: str, heads: str, layout: str,
-             return_lse: bool, stats: bool, trace: bool = False) -> tuple[torch.Tensor, torch.Tensor | None, typing.Any]:
+def _compute(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    method: str,
+    settings: str,
+    heads: str,
+    layout: str,
+    return_lse: bool,
+    stats: bool,
+    trace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, typing.Any]:
     """Output, log-sum-exp or None, and what run() gives."""
     index = q.get_device()
-    key = (method, settings, heads, layout, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, index, k.get_device(),
-           v.get_device(), torch.get_num_threads() if index < 0 else 0)
-    plan = plan_of(key, lambda q_heads: head_options(method, _read_settings(settings), _read_heads(heads), q_heads), q, k,
-                   v, layout)
+    key = (
+        method,
+        settings,
+        heads,
+        layout,
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        index,
+        k.get_device(),
+        v.get_device(),
+        torch.get_num_threads() if index < 0 else 0,
+    )
+    plan = plan_of(
+        key, lambda q_heads: head_options(method, _read_settings(settings), _read_heads(heads), q_heads), q, k, v, layout
+    )
     out = torch.empty_like(q) if q.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = _empty_lse(q, layout) if return_lse else None
     if index < 0:
@@ -89,14 +115,24 @@ def _empty_lse(q: torch.Tensor, layout: str) -> torch.Tensor:
     return q.new_empty((q.shape[0], q.shape[heads], q.shape[tokens]), dtype=torch.float32)
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", settings: str = "", heads: str = "",
-               layout: str = "bhsd", return_lse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    method: str = "pbs",
+    settings: str = "",
+    heads: str = "",
+    layout: str = "bhsd",
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, False)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bhsd", return_lse: bool = False,
-                    **_: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bhsd", return_lse: bool = False, **_: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     lse = _empty_lse(q, layout) if return_lse else q.new_empty(0, dtype=torch.float32)
     return q.new_empty(q.shape), lse
 
@@ -105,8 +141,9 @@ _library.impl("attention", _attention, "CompositeExplicitAutograd")
 torch.library.register_fake("pbsattn::attention", _attention_fake, lib=_library)
 
 
-def _attention_autograd(keyset: typing.Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                        **given: typing.Any) -> typing.Any:
+def _attention_autograd(
+    keyset: typing.Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: typing.Any
+) -> typing.Any:
     """Refuses what would be cut from the graph in silence; else does what PyTorch does for an op without a gradient."""
     refuse_gradient("pbsattn::attention", q, k, v)
     with torch._C._AutoDispatchBelowAutograd():
@@ -127,37 +164,97 @@ _transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_s
 
 
 @typing.overload
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = ..., top_p: float | None = ...,
-              threshold: float | None = ..., dense_last_rows: int | None = ..., scale: float | None = ...,
-              heads: HeadChanges | str | None = ..., layout: str = ..., return_lse: typing.Literal[False] = ...,
-              return_stats: typing.Literal[False] = ..., **options: Value) -> torch.Tensor: ...
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    method: str = ...,
+    top_p: float | None = ...,
+    threshold: float | None = ...,
+    dense_last_rows: int | None = ...,
+    scale: float | None = ...,
+    heads: HeadChanges | str | None = ...,
+    layout: str = ...,
+    return_lse: typing.Literal[False] = ...,
+    return_stats: typing.Literal[False] = ...,
+    **options: Value,
+) -> torch.Tensor: ...
 
 
 @typing.overload
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = ..., top_p: float | None = ...,
-              threshold: float | None = ..., dense_last_rows: int | None = ..., scale: float | None = ...,
-              heads: HeadChanges | str | None = ..., layout: str = ..., return_lse: typing.Literal[True],
-              return_stats: typing.Literal[False] = ..., **options: Value) -> tuple[torch.Tensor, torch.Tensor]: ...
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    method: str = ...,
+    top_p: float | None = ...,
+    threshold: float | None = ...,
+    dense_last_rows: int | None = ...,
+    scale: float | None = ...,
+    heads: HeadChanges | str | None = ...,
+    layout: str = ...,
+    return_lse: typing.Literal[True],
+    return_stats: typing.Literal[False] = ...,
+    **options: Value,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @typing.overload
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = ..., top_p: float | None = ...,
-              threshold: float | None = ..., dense_last_rows: int | None = ..., scale: float | None = ...,
-              heads: HeadChanges | str | None = ..., layout: str = ..., return_lse: typing.Literal[False] = ...,
-              return_stats: typing.Literal[True], **options: Value) -> tuple[torch.Tensor, _core.Stats]: ...
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    method: str = ...,
+    top_p: float | None = ...,
+    threshold: float | None = ...,
+    dense_last_rows: int | None = ...,
+    scale: float | None = ...,
+    heads: HeadChanges | str | None = ...,
+    layout: str = ...,
+    return_lse: typing.Literal[False] = ...,
+    return_stats: typing.Literal[True],
+    **options: Value,
+) -> tuple[torch.Tensor, _core.Stats]: ...
 
 
 @typing.overload
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = ..., top_p: float | None = ...,
-              threshold: float | None = ..., dense_last_rows: int | None = ..., scale: float | None = ...,
-              heads: HeadChanges | str | None = ..., layout: str = ..., return_lse: typing.Literal[True],
-              return_stats: typing.Literal[True], **options: Value) -> tuple[torch.Tensor, torch.Tensor, _core.Stats]: ...
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    method: str = ...,
+    top_p: float | None = ...,
+    threshold: float | None = ...,
+    dense_last_rows: int | None = ...,
+    scale: float | None = ...,
+    heads: HeadChanges | str | None = ...,
+    layout: str = ...,
+    return_lse: typing.Literal[True],
+    return_stats: typing.Literal[True],
+    **options: Value,
+) -> tuple[torch.Tensor, torch.Tensor, _core.Stats]: ...
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs", top_p: float | None = None,
-              threshold: float | None = None, dense_last_rows: int | None = None, scale: float | None = None,
-              heads: HeadChanges | str | None = None, layout: str = "bhsd", return_lse: bool = False,
-              return_stats: bool = False, **options: Value) -> typing.Any:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    method: str = "pbs",
+    top_p: float | None = None,
+    threshold: float | None = None,
+    dense_last_rows: int | None = None,
+    scale: float | None = None,
+    heads: HeadChanges | str | None = None,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    return_stats: bool = False,
+    **options: Value,
+) -> typing.Any:
     """Causal attention of the last Sq of Skv tokens, dense or block-sparse.
 
     q: [B, Hq, Sq, D]; k, v: [B, Hkv, Skv, D] with Hkv dividing Hq (they are never repeated) and Sq <= Skv. With
@@ -189,8 +286,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str 
                 check_tensor(name, tensor)
     refuse_gradient("pbsattn.attention", q, k, v)
     if options or not (top_p is threshold is dense_last_rows is scale is None):
-        settings = _write_settings(dict(top_p=top_p, threshold=threshold, dense_last_rows=dense_last_rows, scale=scale,
-                                        **options))
+        settings = _write_settings(
+            dict(top_p=top_p, threshold=threshold, dense_last_rows=dense_last_rows, scale=scale, **options)
+        )
     else:
         settings = ""
     heads = _write_heads(heads)
@@ -200,8 +298,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str 
     if plain and _nobody_watches():
         out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, False)
         return (out, lse) if return_lse else out
-    out, lse = torch.ops.pbsattn.attention.default(q, k, v, method=method, settings=settings, heads=heads, layout=layout,
-                                                   return_lse=return_lse)
+    out, lse = torch.ops.pbsattn.attention.default(
+        q, k, v, method=method, settings=settings, heads=heads, layout=layout, return_lse=return_lse
+    )
     return (out, lse) if return_lse else out
 
 
@@ -216,8 +315,17 @@ class Trace:
     stats: _core.Stats
 
 
-def trace(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, method: str = "pbs",
-          heads: HeadChanges | str | None = None, layout: str = "bhsd", reference: bool = False, **options: Value) -> tuple[torch.Tensor, Trace]:
+def trace(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    method: str = "pbs",
+    heads: HeadChanges | str | None = None,
+    layout: str = "bhsd",
+    reference: bool = False,
+    **options: Value,
+) -> tuple[torch.Tensor, Trace]:
     """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`.
 
     reference: computed by the definition, naive loops in double precision on one thread, which takes tensors on the CPU

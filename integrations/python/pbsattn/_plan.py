@@ -45,8 +45,10 @@ def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: a {type(tensor).__name__}; pass a torch.Tensor")
     if tensor.dim() != 4:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)} has {tensor.dim()} dimensions; pass 4: batch, head, token "
-                         'and head_dim (layout="bhsd"), or batch, token, head and head_dim (layout="bshd")')
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)} has {tensor.dim()} dimensions; pass 4: batch, head, token "
+            'and head_dim (layout="bhsd"), or batch, token, head and head_dim (layout="bshd")'
+        )
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name}: dtype {tensor.dtype}; pbsattn takes float32, float16 and bfloat16; convert it")
 
@@ -75,8 +77,10 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str)
     batch, _, _, head_dim = _sizes(q.shape, layout)
     k_batch, _, _, k_head_dim = _sizes(k.shape, layout)
     if k_batch != batch or k_head_dim != head_dim:
-        raise ValueError(f"k: shape {tuple(k.shape)} does not go with q's {tuple(q.shape)} (layout {layout}); "
-                         "batch and head_dim must be equal")
+        raise ValueError(
+            f"k: shape {tuple(k.shape)} does not go with q's {tuple(q.shape)} (layout {layout}); "
+            "batch and head_dim must be equal"
+        )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.numel() == 0:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty; pass at least one token")
@@ -85,8 +89,9 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str)
 def refuse_gradient(who: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raises if somebody waits for a gradient by these tensors: by backward() or in forward mode."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError(f"{who} computes no gradient, and an input requires one; "
-                                  "call it under torch.no_grad(), or detach the inputs")
+        raise NotImplementedError(
+            f"{who} computes no gradient, and an input requires one; call it under torch.no_grad(), or detach the inputs"
+        )
     if _dual_level() >= 0 and any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)):
         raise NotImplementedError(f"{who} computes no gradient, and an input has a tangent; pass it without one")
 
@@ -116,8 +121,18 @@ def head_options(method: str, options: dict[str, Value], heads: HeadChanges | No
     return library_options(Heads(heads).over([{"method": method, **options}], q_heads))
 
 
-def _make(options: list[_core.Options], device: torch.device, batch: int, q_heads: int, kv_heads: int, q_len: int, kv_len: int,
-          head_dim: int, threads: int, workspace_cap: int | None = None) -> _core.Plan:
+def _make(
+    options: list[_core.Options],
+    device: torch.device,
+    batch: int,
+    q_heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    threads: int,
+    workspace_cap: int | None = None,
+) -> _core.Plan:
     if device.type == "cuda" and not _core.has_cuda:
         raise NotImplementedError("device cuda: this build of pbsattn has no CUDA backend; install it where nvcc is")
     if device.type not in ("cpu", "cuda"):
@@ -125,8 +140,14 @@ def _make(options: list[_core.Options], device: torch.device, batch: int, q_head
     index = 0
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-    return _core.Plan(options[0] if len(options) == 1 else options, device.type, index, threads,
-                      (batch, q_heads, kv_heads, q_len, kv_len, head_dim), workspace_cap)
+    return _core.Plan(
+        options[0] if len(options) == 1 else options,
+        device.type,
+        index,
+        threads,
+        (batch, q_heads, kv_heads, q_len, kv_len, head_dim),
+        workspace_cap,
+    )
 
 
 _plans: dict[tuple[typing.Any, ...], _core.Plan] = {}
@@ -134,8 +155,14 @@ os.register_at_fork(after_in_child=_plans.clear)
 atexit.register(_plans.clear)
 
 
-def plan_of(key: tuple[typing.Any, ...], options: Callable[[int], list[_core.Options]], q: torch.Tensor, k: torch.Tensor,
-            v: torch.Tensor, layout: str) -> _core.Plan:
+def plan_of(
+    key: tuple[typing.Any, ...],
+    options: Callable[[int], list[_core.Options]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: str,
+) -> _core.Plan:
     """The plan of a call. `key` decides everything a plan depends on; a new one is checked first."""
     found = _plans.get(key)
     if found is None:
@@ -158,8 +185,18 @@ def _current_stream(index: int) -> int:
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 
-def run(plan: _core.Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None,
-        workspace: torch.Tensor, layout: str, stats: bool = False, trace: bool = False) -> typing.Any:
+def run(
+    plan: _core.Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    workspace: torch.Tensor,
+    layout: str,
+    stats: bool = False,
+    trace: bool = False,
+) -> typing.Any:
     """Runs a plan on tensors that go with it. Returns Stats or None, with `trace` Stats and Trace."""
     if q.is_neg() or k.is_neg() or v.is_neg():  # as .imag of a conjugate is: memory holds the other sign
         q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
@@ -167,29 +204,45 @@ def run(plan: _core.Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out
     return plan.trace(*given) if trace else plan.run(*given, stats)
 
 
-def _addresses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None,
-               workspace: torch.Tensor, layout: str) -> _Addresses:
+def _addresses(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    workspace: torch.Tensor,
+    layout: str,
+) -> _Addresses:
     """Tensors as a plan's run and trace take them."""
     q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
     if q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1:
         for name, stride in (("q", q_stride), ("k", k_stride), ("v", v_stride)):
             check_stride(name, stride)
     index = q.get_device()
-    return (_view(q, q_stride, layout), _view(k, k_stride, layout), _view(v, v_stride, layout),
-            _view(out, out.stride(), layout), 0 if lse is None else lse.data_ptr(), workspace.data_ptr(),
-            workspace.nbytes, current_stream(index) if index >= 0 else 0)
+    return (
+        _view(q, q_stride, layout),
+        _view(k, k_stride, layout),
+        _view(v, v_stride, layout),
+        _view(out, out.stride(), layout),
+        0 if lse is None else lse.data_ptr(),
+        workspace.data_ptr(),
+        workspace.nbytes,
+        current_stream(index) if index >= 0 else 0,
+    )
 
 
-def run_reference(options: list[_core.Options], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                  layout: str) -> tuple[torch.Tensor, _core.Stats, _core.Trace]:
+def run_reference(
+    options: list[_core.Options], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str
+) -> tuple[torch.Tensor, _core.Stats, _core.Trace]:
     """What the definition gives: output, Stats and Trace. q, k, v are on the CPU; options as head_options() makes them."""
     check_inputs(q, k, v, layout)
     if q.device.type != "cpu":
         raise ValueError(f"q on {q.device}: the reference computes on the CPU; move q, k and v there")
     batch, q_heads, q_len, head_dim = _sizes(q.shape, layout)
     _, kv_heads, kv_len, _ = _sizes(k.shape, layout)
-    plan = _core.Plan(options[0] if len(options) == 1 else options, "reference", 0, 1,
-                      (batch, q_heads, kv_heads, q_len, kv_len, head_dim))
+    plan = _core.Plan(
+        options[0] if len(options) == 1 else options, "reference", 0, 1, (batch, q_heads, kv_heads, q_len, kv_len, head_dim)
+    )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     workspace = torch.empty(plan.workspace_size, dtype=torch.uint8)
     stats, raw = run(plan, q, k, v, out, None, workspace, layout, trace=True)
@@ -219,8 +272,18 @@ class Plan:
         """Every option with its value, the scale resolved."""
         return self._core.options.as_dict()
 
-    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor, *,
-            lse: torch.Tensor | None = None, layout: str = "bhsd", stats: bool = False) -> _core.Stats | None:
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        workspace: torch.Tensor,
+        *,
+        lse: torch.Tensor | None = None,
+        layout: str = "bhsd",
+        stats: bool = False,
+    ) -> _core.Stats | None:
         """Computes attention of q [B, Hq, Sq, D] over k, v [B, Hkv, Skv, D] into out (as q), without allocating.
 
         workspace: a uint8 tensor of at least workspace_size bytes on the plan's device. lse: a contiguous float32
@@ -234,8 +297,17 @@ class Plan:
         ran: _core.Stats | None = run(self._core, q, k, v, out, lse, workspace, layout, stats)
         return ran
 
-    def bind(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor, *,
-             lse: torch.Tensor | None = None, layout: str = "bhsd") -> Callable[[], None]:
+    def bind(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        workspace: torch.Tensor,
+        *,
+        lse: torch.Tensor | None = None,
+        layout: str = "bhsd",
+    ) -> Callable[[], None]:
         """Returns a function that does what `run` does with these tensors, as often as it is called, checking nothing again.
 
         It keeps them alive. On CUDA its work joins the stream that is current when it is made. Raises what `run` does.
@@ -249,24 +321,37 @@ class Plan:
 
         return run_again
 
-    def _check(self, who: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor,
-               lse: torch.Tensor | None, layout: str) -> None:
+    def _check(
+        self,
+        who: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        workspace: torch.Tensor,
+        lse: torch.Tensor | None,
+        layout: str,
+    ) -> None:
         """Raises what is wrong with the tensors of a run."""
         check_inputs(q, k, v, layout)
         check_tensor("out", out)
         check_stride("out", out.stride())
         shape = (*_sizes(q.shape, layout), *_sizes(k.shape, layout)[1:3])
         if shape != self._shape:
-            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: not the plan's shape (B, Hq, Sq, D, Hkv, Skv) = "
-                             f"{self._shape}; make a plan for each shape")
+            raise ValueError(
+                f"q {tuple(q.shape)}, k {tuple(k.shape)}: not the plan's shape (B, Hq, Sq, D, Hkv, Skv) = "
+                f"{self._shape}; make a plan for each shape"
+            )
         if out.shape != q.shape or out.dtype != q.dtype:
             raise ValueError(f"out: {out.dtype} {tuple(out.shape)}; pass a tensor like q: {q.dtype} {tuple(q.shape)}")
         rows = (shape[0], shape[1], shape[2])
         if lse is not None and not (lse.dtype == torch.float32 and lse.shape == rows and lse.is_contiguous()):
             raise ValueError(f"lse: {lse.dtype} {tuple(lse.shape)}; pass a contiguous float32 tensor of shape {rows}")
         if workspace.dtype != torch.uint8 or not workspace.is_contiguous():
-            raise ValueError(f"workspace: {workspace.dtype}, not contiguous uint8; "
-                             f"torch.empty({self.workspace_size}, dtype=torch.uint8, device=...) will do")
+            raise ValueError(
+                f"workspace: {workspace.dtype}, not contiguous uint8; "
+                f"torch.empty({self.workspace_size}, dtype=torch.uint8, device=...) will do"
+            )
         for name, tensor in (("q", q), ("out", out), ("workspace", workspace), ("lse", lse)):
             if tensor is not None and tensor.device != self.device:
                 raise ValueError(f"{name} on {tensor.device}: the plan is for {self.device}; move it")
@@ -274,9 +359,21 @@ class Plan:
         refuse_gradient(who, q, k, v)
 
 
-def plan(*, batch: int = 1, q_heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int,
-         device: str | torch.device = "cpu", method: str = "pbs", workspace_cap: int | None = None, threads: int = 0,
-         heads: HeadChanges | None = None, **options: Value) -> Plan:
+def plan(
+    *,
+    batch: int = 1,
+    q_heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    device: str | torch.device = "cpu",
+    method: str = "pbs",
+    workspace_cap: int | None = None,
+    threads: int = 0,
+    heads: HeadChanges | None = None,
+    **options: Value,
+) -> Plan:
     """A plan for one shape, for callers who keep the workspace themselves.
 
     The queries are the last q_len of kv_len tokens; kv_heads divides q_heads. workspace_cap bounds the workspace in
@@ -286,6 +383,16 @@ def plan(*, batch: int = 1, q_heads: int, kv_heads: int, q_len: int, kv_len: int
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    core = _make(head_options(method, options, heads, q_heads), device, batch, q_heads, kv_heads, q_len, kv_len, head_dim,
-                 threads, workspace_cap)
+    core = _make(
+        head_options(method, options, heads, q_heads),
+        device,
+        batch,
+        q_heads,
+        kv_heads,
+        q_len,
+        kv_len,
+        head_dim,
+        threads,
+        workspace_cap,
+    )
     return Plan(core, device, (batch, q_heads, q_len, head_dim, kv_heads, kv_len))

@@ -28,8 +28,9 @@ def _shown(text: str) -> str:
 def _by_index(given: typing.Any, what: str, place: str) -> dict[int | None, list[typing.Any]]:
     """A mapping whose keys are numbers or "*": {None or index: value}, that of "*" first."""
     if not isinstance(given, dict):
-        raise ValueError(f"{place or 'settings'}: {given!r} is not an object of {what}s; "
-                         f'write {{"*": ...}} for every {what}')
+        raise ValueError(
+            f'{place or "settings"}: {given!r} is not an object of {what}s; write {{"*": ...}} for every {what}'
+        )
     found: dict[int | None, list[typing.Any]] = {}
     for key, value in given.items():
         text = str(key)
@@ -117,8 +118,10 @@ class Layers:
         if isinstance(source, (str, os.PathLike)):
             self._file = f"{os.fspath(source)}: "
             source = read_settings(source)
-        self._heads = {layer: [Heads(heads, self._place(layer)) for heads in all_heads]
-                       for layer, all_heads in _by_index(source, "layer", self._file).items()}
+        self._heads = {
+            layer: [Heads(heads, self._place(layer)) for heads in all_heads]
+            for layer, all_heads in _by_index(source, "layer", self._file).items()
+        }
 
     def _place(self, layer: int | None) -> str:
         return f"{self._file}layer {EVERY if layer is None else layer}, "

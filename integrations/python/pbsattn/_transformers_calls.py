@@ -43,7 +43,9 @@ class LayerStats:
 class State:
     """What enable() set for one model."""
 
-    def __init__(self, model: PreTrainedModel, before: list[tuple[typing.Any, typing.Any]], min_tokens: int, measure: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, before: list[tuple[typing.Any, typing.Any]], min_tokens: int, measure: bool
+    ) -> None:
         self.min_tokens = min_tokens
         self.measure = measure
         self.model_name = type(model).__name__
@@ -57,8 +59,11 @@ class State:
     def warn(self, reason: str, layer: int | str) -> None:
         if reason not in self.warned:
             self.warned.add(reason)
-            warnings.warn(f"{self.model_name}: attention of layer {layer} goes to SDPA, not to pbsattn: {reason}",
-                          FallbackWarning, stacklevel=2)
+            warnings.warn(
+                f"{self.model_name}: attention of layer {layer} goes to SDPA, not to pbsattn: {reason}",
+                FallbackWarning,
+                stacklevel=2,
+            )
 
 
 states: weakref.WeakSet[State] = weakref.WeakSet()  # of the models that are enabled; their modules hold them
@@ -79,9 +84,18 @@ class Layer:
             self.record = LayerStats(self.index, module=self.name)
         return self.record
 
-def _reason_to_leave(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | CausalMask | None,
-                     names: list[str], dropout: float, scaling: float | torch.Tensor | None, causal: bool,
-                     kwargs: dict[str, typing.Any]) -> str | None:
+
+def _reason_to_leave(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | CausalMask | None,
+    names: list[str],
+    dropout: float,
+    scaling: float | torch.Tensor | None,
+    causal: bool,
+    kwargs: dict[str, typing.Any],
+) -> str | None:
     """Why a call isn't one that pbsattn takes; None if it is."""
     if mask is None and not causal:
         return "it is not causal (an encoder, or cross attention)"
@@ -105,13 +119,23 @@ def _reason_to_leave(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return None
 
 
-def _forward(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-             attention_mask: torch.Tensor | CausalMask | None, **kwargs: typing.Any) -> typing.Any:
+def _forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | CausalMask | None,
+    **kwargs: typing.Any,
+) -> typing.Any:
     """The function behind AttentionInterface: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D] -> [B, Sq, Hq, D]."""
     layer = getattr(module, "_pbsattn", None)
     # Short prompts wait for the host, so the plainest calls go to SDPA before anything else is asked.
-    if ((layer is None or query.shape[2] < layer.state.min_tokens) and type(attention_mask) is not CausalMask
-            and _PLAIN.issuperset(kwargs) and not own(module).only):
+    if (
+        (layer is None or query.shape[2] < layer.state.min_tokens)
+        and type(attention_mask) is not CausalMask
+        and _PLAIN.issuperset(kwargs)
+        and not own(module).only
+    ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return _pick(layer, module, query, key, value, attention_mask, **kwargs)
 
@@ -119,9 +143,18 @@ def _forward(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, va
 _PLAIN = HARMLESS | {"dropout", "scaling", "is_causal"}
 
 
-def _pick(layer: Layer | None, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-          mask: torch.Tensor | CausalMask | None, dropout: float = 0.0, scaling: float | torch.Tensor | None = None,
-          is_causal: bool | None = None, **kwargs: typing.Any) -> typing.Any:
+def _pick(
+    layer: Layer | None,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | CausalMask | None,
+    dropout: float = 0.0,
+    scaling: float | torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: typing.Any,
+) -> typing.Any:
     """A call of any kind: computed by pbsattn, or why not by the model's own attention."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if type(mask) is CausalMask and mask.q_offset == 0 and not getattr(module, "is_causal", True):
@@ -147,10 +180,18 @@ def _pick(layer: Layer | None, module: torch.nn.Module, query: torch.Tensor, key
     return fall_back(module, query, key, value, mask, names, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
 
 
-def _attend(settings: dict[str, typing.Any], record: LayerStats, measure: bool, query: torch.Tensor, key: torch.Tensor,
-            value: torch.Tensor, mask: CausalMask | None, scaling: float | None) -> torch.Tensor:
+def _attend(
+    settings: dict[str, typing.Any],
+    record: LayerStats,
+    measure: bool,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: CausalMask | None,
+    scaling: float | None,
+) -> torch.Tensor:
     if mask is not None and mask.keys < key.shape[2]:
-        key, value = key[:, :, :mask.keys], value[:, :, :mask.keys]
+        key, value = key[:, :, : mask.keys], value[:, :, : mask.keys]
     options = {"scale": None if scaling is None else float(scaling), **settings}
     # Tokens before heads, by strides alone, so that the output comes in the order that the model wants.
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -53,8 +53,12 @@ class CausalMask:
         return CausalMask(batch_size, q_length, kv_length, self.q_offset, torch.device(args[0]))
 
     def __getitem__(self, index: typing.Any) -> "torch.Tensor | CausalMask":
-        if (isinstance(index, tuple) and len(index) == 4 and all(isinstance(each, slice) for each in index)
-                and all(each.indices(n) == (0, n, 1) for each, n in zip(index, self.shape))):
+        if (
+            isinstance(index, tuple)
+            and len(index) == 4
+            and all(isinstance(each, slice) for each in index)
+            and all(each.indices(n) == (0, n, 1) for each, n in zip(index, self.shape))
+        ):
             return self  # a model that cuts a mask to the length it has
         return self.tensor()[index]
 
@@ -64,8 +68,13 @@ class CausalMask:
         return getattr(self.tensor(), name)
 
     @classmethod
-    def __torch_function__(cls, function: Callable[..., typing.Any], types: typing.Any, args: tuple[typing.Any, ...] = (),
-                           kwargs: dict[str, typing.Any] | None = None) -> typing.Any:
+    def __torch_function__(
+        cls,
+        function: Callable[..., typing.Any],
+        types: typing.Any,
+        args: tuple[typing.Any, ...] = (),
+        kwargs: dict[str, typing.Any] | None = None,
+    ) -> typing.Any:
         args, kwargs = _pytree.tree_map_only(cls, cls.tensor, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -74,8 +83,30 @@ def _add_operators() -> None:
     def operator(name: str) -> Callable[..., typing.Any]:
         return lambda self, *others: getattr(self.tensor(), name)(*others)
 
-    for name in ("and", "rand", "or", "ror", "xor", "rxor", "add", "radd", "sub", "rsub", "mul", "rmul", "eq", "ne", "lt",
-                 "le", "gt", "ge", "invert", "len", "iter", "bool"):  # which Python looks for in the class alone
+    for name in (
+        "and",
+        "rand",
+        "or",
+        "ror",
+        "xor",
+        "rxor",
+        "add",
+        "radd",
+        "sub",
+        "rsub",
+        "mul",
+        "rmul",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "invert",
+        "len",
+        "iter",
+        "bool",
+    ):  # which Python looks for in the class alone
         setattr(CausalMask, f"__{name}__", operator(f"__{name}__"))
 
 
@@ -93,11 +124,20 @@ def _plainly_causal(q_length: int, kv_length: int, q_offset: int, attention_mask
     return (end == kv_length or q_offset == 0) and bool(mask[:, :end].all()) and not bool(mask[:, end:].any())
 
 
-def causal_mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
-                mask_function: Callable[..., typing.Any] = causal_mask_function,
-                attention_mask: torch.Tensor | CausalMask | None = None, local_size: int | None = None,
-                allow_is_causal_skip: bool = True, device: typing.Any = "cpu",
-                **kwargs: typing.Any) -> torch.Tensor | CausalMask | None:
+def causal_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., typing.Any] = causal_mask_function,
+    attention_mask: torch.Tensor | CausalMask | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: typing.Any = "cpu",
+    **kwargs: typing.Any,
+) -> torch.Tensor | CausalMask | None:
     """The function behind AttentionMaskInterface: SDPA's mask, but a CausalMask where that says it all.
 
     SDPA's own function gives None to the first chunk of a prefill, and builds q_length x kv_length booleans for the others.
@@ -105,11 +145,27 @@ def causal_mask(*, batch_size: int, q_length: int, kv_length: int, q_offset: int
     """
     if type(attention_mask) is CausalMask:  # made before, by generate() or by the model around this one
         return attention_mask
-    if (allow_is_causal_skip and mask_function is causal_mask_function and local_size is None and kv_offset == 0
-            and isinstance(q_offset, int) and _plainly_causal(q_length, kv_length, q_offset, attention_mask)):
+    if (
+        allow_is_causal_skip
+        and mask_function is causal_mask_function
+        and local_size is None
+        and kv_offset == 0
+        and isinstance(q_offset, int)
+        and _plainly_causal(q_length, kv_length, q_offset, attention_mask)
+    ):
         if q_length == kv_length or (q_length == 1 and q_offset + 1 == kv_length):
             return None
         return CausalMask(batch_size, q_length, kv_length, q_offset, device)
-    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-                     mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
-                     allow_is_causal_skip=allow_is_causal_skip, device=device, **kwargs)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        device=device,
+        **kwargs,
+    )

@@ -64,8 +64,9 @@ def guarded(name: str, main: Callable[[], Status], *failures: type[Exception], i
         return status_of(interrupt)
 
 
-def run(name: str, main: Callable[[], Status], *failures: type[Exception],
-        interrupted: str = "interrupted") -> typing.NoReturn:
+def run(
+    name: str, main: Callable[[], Status], *failures: type[Exception], interrupted: str = "interrupted"
+) -> typing.NoReturn:
     """Ends the process with guarded()'s status, or that of an output that can't be written. SIGTERM interrupts it."""
     signal.signal(signal.SIGTERM, _terminate)
     status = guarded(name, main, *failures, interrupted=interrupted)

@@ -31,7 +31,18 @@ from ._settings import HeadChanges, Layers, Value, read_settings
 from ._transformers_calls import NAME, FallbackWarning, Layer, LayerStats, State, states
 from ._transformers_fallback import indexer, own
 
-__all__ = ["MIN_TOKENS", "NAME", "Enabled", "FallbackWarning", "LayerStats", "Settings", "disable", "enable", "read_settings", "stats"]
+__all__ = [
+    "MIN_TOKENS",
+    "NAME",
+    "Enabled",
+    "FallbackWarning",
+    "LayerStats",
+    "Settings",
+    "disable",
+    "enable",
+    "read_settings",
+    "stats",
+]
 
 # Options by layer and query head ("*" is every one), as a dict or the path of a JSON file.
 Settings = str | os.PathLike[str] | typing.Mapping[str | int, HeadChanges]
@@ -78,8 +89,11 @@ def _layers(model: torch.nn.Module) -> list[Layer]:
 
 
 def _attention_modules(model: torch.nn.Module) -> list[typing.Any]:
-    return [module for module in model.modules()
-            if hasattr(module, "layer_idx") and getattr(module, "is_causal", False) and hasattr(module, "config")]
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and getattr(module, "is_causal", False) and hasattr(module, "config")
+    ]
 
 
 def _indices(modules: list[typing.Any]) -> set[int]:
@@ -108,20 +122,29 @@ class Enabled:
         disable(self._model)
 
 
-def _options_by_module(modules: list[typing.Any], settings: Settings, base: dict[str, Value]) -> dict[typing.Any, dict[str, typing.Any]]:
+def _options_by_module(
+    modules: list[typing.Any], settings: Settings, base: dict[str, Value]
+) -> dict[typing.Any, dict[str, typing.Any]]:
     """What `settings` make of attention()'s options, by module."""
     by_module = {}
     layers = Layers(settings)
     layers.check(_indices(modules))
     for module in modules:
         heads = layers.of(module.layer_idx, base, module.config.num_attention_heads)
-        by_module[module] = heads[0] if len(heads) == 1 else dict(
-            heads[0], heads=json.dumps(dict(enumerate(heads))))
+        by_module[module] = heads[0] if len(heads) == 1 else dict(heads[0], heads=json.dumps(dict(enumerate(heads))))
     return by_module
 
 
-def enable(model: PreTrainedModel, *, method: str = "pbs", min_tokens: int | None = None, layers: Iterable[int] | None = None,
-           settings: Settings | None = None, stats: bool = False, **options: Value) -> Enabled:
+def enable(
+    model: PreTrainedModel,
+    *,
+    method: str = "pbs",
+    min_tokens: int | None = None,
+    layers: Iterable[int] | None = None,
+    settings: Settings | None = None,
+    stats: bool = False,
+    **options: Value,
+) -> Enabled:
     """Sends the prefill of a transformers model to pbsattn, until disable() or the end of a `with` block.
 
     method and options: those of pbsattn.attention (top_p, dense_last_rows, ...).
@@ -142,8 +165,10 @@ def enable(model: PreTrainedModel, *, method: str = "pbs", min_tokens: int | Non
     # Checks the options now, not in the middle of a prefill; the reference takes whatever one of the devices takes.
     _core.Plan(_core.options(method, **options), "reference", 0, 1, (1, 1, 1, 1, 1, 64))
     if own_choice := indexer(model):
-        raise ValueError(f"{name}: it is sparse already: its {own_choice} picks the keys that each query sees, and hands them "
-                         "to attention functions of its own; pbsattn would attend to others. Use the model without pbsattn")
+        raise ValueError(
+            f"{name}: it is sparse already: its {own_choice} picks the keys that each query sees, and hands them "
+            "to attention functions of its own; pbsattn would attend to others. Use the model without pbsattn"
+        )
     modules = _attention_modules(model)
     no_interface = f"{name}: has no causal attention that goes through transformers' AttentionInterface"
     if not modules or not model._can_set_attn_implementation():
@@ -154,8 +179,10 @@ def enable(model: PreTrainedModel, *, method: str = "pbs", min_tokens: int | Non
     if layers is not None:
         layers, indices = frozenset(layers), _indices(modules)
         if unknown_layers := layers - indices:
-            raise ValueError(f"layers {sorted(unknown_layers)}: {name} has no such layers; it has "
-                             f"{f'0 .. {max(indices)}' if indices else 'none with an index'}")
+            raise ValueError(
+                f"layers {sorted(unknown_layers)}: {name} has no such layers; it has "
+                f"{f'0 .. {max(indices)}' if indices else 'none with an index'}"
+            )
     if min_tokens is None:
         min_tokens = MIN_TOKENS.get(model.device.type, 512)
     if min_tokens < 2:

@@ -54,8 +54,13 @@ def talkative(monkeypatch):
 @pytest.fixture
 def canned(monkeypatch):
     """No model decodes: every answer is "fox A true"."""
-    monkeypatch.setattr(engines.Engine, "answers", lambda self, ids, attentions, most: {
-        each.name: engines.Answer("fox A true", [1, 2, 3], 1.0, 0.1) for each in attentions})
+    monkeypatch.setattr(
+        engines.Engine,
+        "answers",
+        lambda self, ids, attentions, most: {
+            each.name: engines.Answer("fox A true", [1, 2, 3], 1.0, 0.1) for each in attentions
+        },
+    )
 
 
 def run(folder, out, *arguments):
@@ -71,8 +76,9 @@ def test_answers_are_what_generate_gives(engine, folder, monkeypatch):
     whole, sparse = Attention.parse("pbs:top_p=1.0"), Attention.parse("pbs:top_p=0.1")
     made = engine.answers(ids, [engine.FULL, whole, sparse], 8)
     prompt = torch.tensor([ids])
-    expected = engine.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
-                                     eos_token_id=engine._ends())[0, 600:].tolist()
+    expected = engine.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=engine._ends()
+    )[0, 600:].tolist()
     assert made["full"].tokens == made[whole.name].tokens == [each for each in expected if each not in engine._ends()]
     assert made["full"].text == engine.decode(expected)
     assert made[sparse.name].density < 1.0 and made["full"].density == 1.0
@@ -98,7 +104,7 @@ def test_an_answer_ends_with_the_turn(engine, folder, monkeypatch):
     ids = engine.encode((folder / "text.txt").read_text())[:600]
     tokens = engine.answers(ids, [engine.FULL], 8)["full"].tokens
     monkeypatch.setattr(engine, "_ends", lambda: [tokens[3]])
-    assert engine.answers(ids, [engine.FULL], 8)["full"].tokens == tokens[:tokens.index(tokens[3])]
+    assert engine.answers(ids, [engine.FULL], 8)["full"].tokens == tokens[: tokens.index(tokens[3])]
     monkeypatch.setattr(engine, "_ends", lambda: [tokens[0]])
     with pytest.raises(kind.Unsupported, match="without an answer"):
         kind.answered(engine.answers(ids, [engine.FULL], 8)["full"])
@@ -136,8 +142,9 @@ def test_needles_lie_where_asked(place):
 def test_needles_in_a_text_of_ones_own(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"Sentence {i} of the book. " for i in range(50)))
     a_kind = needle.Kind()
-    [item] = items_of(a_kind, Words(), "--lengths", "900", "--depths", "1", "--question", "end", "--filler",
-                      str(tmp_path / "book.txt"))
+    [item] = items_of(
+        a_kind, Words(), "--lengths", "900", "--depths", "1", "--question", "end", "--filler", str(tmp_path / "book.txt")
+    )
     assert "Sentence 49 of the book." in " ".join(a_kind.prompt(Words(), item)[1])
 
 
@@ -151,8 +158,13 @@ def test_ruler_prompts_hold_their_answers(task):
         texts.append(" ".join(ids))
         assert 2300 < len(ids) <= 2500
         assert all(each in texts[-1] for each in prompt.expected) and texts[-1].endswith(prompt.begun)
-        assert len(prompt.expected) == {"niah_multivalue": 4, "niah_multiquery": 4, "variable_tracking": 5, "common_words": 10,
-                                        "frequent_words": 3}.get(task, 1)
+        assert len(prompt.expected) == {
+            "niah_multivalue": 4,
+            "niah_multiquery": 4,
+            "variable_tracking": 5,
+            "common_words": 10,
+            "frequent_words": 3,
+        }.get(task, 1)
     assert texts[0] != texts[1] and " ".join(a_kind.prompt(Words(), items[1])[1]) == texts[1]
 
 
@@ -173,22 +185,30 @@ def test_needle_runs_and_reports(folder, tmp_path, capsys, talkative):
     assert run(folder, tmp_path, *arguments) == 0
     lines = lines_of(tmp_path)
     assert [(each["item"], each["method"]) for each in lines] == [
-        (f"end-700-{i}of2-0", method) for i in (0, 1) for method in ("full", "pbs:top_p=0.5")]
-    assert all(each["metrics"]["found"] in (0, 100) and len(each["answer"].split()) == needle.ANSWER_TOKENS for each in lines)
+        (f"end-700-{i}of2-0", method) for i in (0, 1) for method in ("full", "pbs:top_p=0.5")
+    ]
+    assert all(
+        each["metrics"]["found"] in (0, 100) and len(each["answer"].split()) == needle.ANSWER_TOKENS for each in lines
+    )
     assert "found by depth" in capsys.readouterr().out
 
 
 def test_the_report_counts_what_full_finds():
     finds = (("full", (100, 100, 100, 0)), ("pbs", (100, 0, 100, 100)))
-    made = [dict(item=str(i), group="end 1", method=method, params=dict(depth=i / 3), metrics=dict(found=found))
-            for method, all_found in finds for i, found in enumerate(all_found)]
+    made = [
+        dict(item=str(i), group="end 1", method=method, params=dict(depth=i / 3), metrics=dict(found=found))
+        for method, all_found in finds
+        for i, found in enumerate(all_found)
+    ]
     text = needle.Kind().report(made, {})
     assert "full: 3 of 3 (100.0%)" in text and "pbs: 2 of 3 (66.7%)" in text
     assert "end 1  full  ***0" in text and "end 1  pbs   *0**" in text
 
 
 def test_ruler_runs(folder, tmp_path, capsys, canned):
-    assert run(folder, tmp_path, "ruler", "--lengths", "1500", "--samples", "1", "--tasks", "niah_single_2,common_words") == 0
+    assert (
+        run(folder, tmp_path, "ruler", "--lengths", "1500", "--samples", "1", "--tasks", "niah_single_2,common_words") == 0
+    )
     assert len(lines_of(tmp_path)) == 4 and "niah_single_2 1500" in capsys.readouterr().out
 
 
@@ -196,24 +216,52 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-LEVAL = {"input": "the quick brown fox", "instructions": ["Who? A. fox B. dog", "Is it quick, True or False?", "What?", "Why?"],
-         "outputs": ["A", "True [fact: False]", "a brown fox", "because"], "evaluation": "exam"}
-LONGBENCH = {"input": "Who jumps?", "context": "the fox jumps", "answers": ["the fox", "fox"], "dataset": "hotpotqa", "_id": "1",
-             "all_classes": None, "length": 3, "language": "en"}
+LEVAL = {
+    "input": "the quick brown fox",
+    "instructions": ["Who? A. fox B. dog", "Is it quick, True or False?", "What?", "Why?"],
+    "outputs": ["A", "True [fact: False]", "a brown fox", "because"],
+    "evaluation": "exam",
+}
+LONGBENCH = {
+    "input": "Who jumps?",
+    "context": "the fox jumps",
+    "answers": ["the fox", "fox"],
+    "dataset": "hotpotqa",
+    "_id": "1",
+    "all_classes": None,
+    "length": 3,
+    "language": "en",
+}
 
 
 def test_tasks_run_on_both_formats(folder, tmp_path, capsys, canned):
     write(tmp_path / "first.jsonl", [LEVAL, {**LEVAL, "evaluation": "LLM"}])
-    write(tmp_path / "trec.jsonl", [{**LONGBENCH, "dataset": "trec", "all_classes": ["fox", "dog"], "context": "fox " * 900},
-                                    {**LONGBENCH, "dataset": "samsum_e"}])
+    write(
+        tmp_path / "trec.jsonl",
+        [
+            {**LONGBENCH, "dataset": "trec", "all_classes": ["fox", "dog"], "context": "fox " * 900},
+            {**LONGBENCH, "dataset": "samsum_e"},
+        ],
+    )
     assert run(folder, tmp_path / "out", "tasks", "--data", str(tmp_path), "--most-tokens", "600") == 0
     lines = lines_of(tmp_path / "out")
     assert [each["item"] for each in lines if each["method"] == "full"] == [
-        *[f"first-{line}-{i}" for line in (1, 2) for i in range(4)], "trec-1-0", "trec-2-0"]
-    assert all("needs a judge" in each["error"] for each in lines if each["params"]["line"] == 2 and each["group"] == "first")
+        *[f"first-{line}-{i}" for line in (1, 2) for i in range(4)],
+        "trec-1-0",
+        "trec-2-0",
+    ]
+    assert all(
+        "needs a judge" in each["error"] for each in lines if each["params"]["line"] == 2 and each["group"] == "first"
+    )
     scores = {each["item"]: each["metrics"]["score"] for each in lines if "metrics" in each and each["method"] == "full"}
-    assert scores == {"first-1-0": 100, "first-1-1": 100, "first-1-2": 0, "first-1-3": 0, "trec-1-0": 100,
-                      "trec-2-0": pytest.approx(50)}
+    assert scores == {
+        "first-1-0": 100,
+        "first-1-1": 100,
+        "first-1-2": 0,
+        "first-1-3": 0,
+        "trec-1-0": 100,
+        "trec-2-0": pytest.approx(50),
+    }
     assert "full: 4 item(s) not counted, the first first-2-0" in capsys.readouterr().out
 
 
@@ -228,22 +276,26 @@ def test_a_long_document_loses_its_middle():
 def test_rules_of_leval():
     def rule(evaluation, answer):
         return getattr(tasks._leval_rule(evaluation, answer), "score", None)
+
     assert rule("exam", "(B) Because it rained") == rule("exam", "BD") == "choice"
     assert rule("exam", "False [fact: True]") == "truth" and rule("exam", "The role of art") == "exact"
     assert rule("f1", "1924") == "f1" and rule("rouge", "A report") == "rouge_l" and rule("LLM", "x") is None
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([], "x.jsonl: is empty"),
-    ([{"text": 1}], 'line 1: has neither field "instructions" (L-Eval) nor "context" (LongBench), but text'),
-    ([LEVAL, {**LEVAL, "outputs": ["a"]}], 'line 2: field "outputs" has 1 texts for 4 instructions'),
-    ([LEVAL, {**LEVAL, "instructions": 5}], 'line 2: field "instructions" is 5; it has to be of type list'),
-    ([{**LEVAL, "outputs": [1, 2, 3, 4]}], 'line 1: field "outputs" has to be a list of texts'),
-    ([{k: v for k, v in LEVAL.items() if k != "input"}], 'line 1: field "input" is missing'),
-    ([LONGBENCH, {**LONGBENCH, "dataset": "none"}], 'line 2: field "dataset" is "none", none of narrativeqa'),
-    ([{**LONGBENCH, "answers": []}], 'line 1: field "answers" has to be a list of texts'),
-    ([{**LONGBENCH, "dataset": "trec"}], 'line 1: field "all_classes" is missing'),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "x.jsonl: is empty"),
+        ([{"text": 1}], 'line 1: has neither field "instructions" (L-Eval) nor "context" (LongBench), but text'),
+        ([LEVAL, {**LEVAL, "outputs": ["a"]}], 'line 2: field "outputs" has 1 texts for 4 instructions'),
+        ([LEVAL, {**LEVAL, "instructions": 5}], 'line 2: field "instructions" is 5; it has to be of type list'),
+        ([{**LEVAL, "outputs": [1, 2, 3, 4]}], 'line 1: field "outputs" has to be a list of texts'),
+        ([{k: v for k, v in LEVAL.items() if k != "input"}], 'line 1: field "input" is missing'),
+        ([LONGBENCH, {**LONGBENCH, "dataset": "none"}], 'line 2: field "dataset" is "none", none of narrativeqa'),
+        ([{**LONGBENCH, "answers": []}], 'line 1: field "answers" has to be a list of texts'),
+        ([{**LONGBENCH, "dataset": "trec"}], 'line 1: field "all_classes" is missing'),
+    ],
+)
 def test_wrong_files_are_named(tmp_path, rows, message):
     write(tmp_path / "x.jsonl", rows)
     with pytest.raises(ValueError) as told:
@@ -251,18 +303,21 @@ def test_wrong_files_are_named(tmp_path, rows, message):
     assert message in str(told.value)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["needle", "--lengths", "8k"], "--lengths 8k: not whole numbers"),
-    (["needle", "--lengths", "100"], "100 is not within 512"),
-    (["needle", "--lengths", "600,600"], "names a value twice"),
-    (["needle", "--question", "middle"], '"middle" is none of end, start, long'),
-    (["needle", "--depths", "0"], "--depths 0: at least 1"),
-    (["needle", "--filler", "nowhere.txt"], "nowhere.txt: no such file"),
-    (["ruler", "--tasks", "qa_3"], '"qa_3" is none of niah_single_1'),
-    (["ruler", "--samples", "0"], "--samples 0: at least 1"),
-    (["tasks", "--data", "nowhere"], "--data nowhere: no such folder"),
-    (["tasks", "--data", ".", "--most", "0"], "has no .jsonl files"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["needle", "--lengths", "8k"], "--lengths 8k: not whole numbers"),
+        (["needle", "--lengths", "100"], "100 is not within 512"),
+        (["needle", "--lengths", "600,600"], "names a value twice"),
+        (["needle", "--question", "middle"], '"middle" is none of end, start, long'),
+        (["needle", "--depths", "0"], "--depths 0: at least 1"),
+        (["needle", "--filler", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["ruler", "--tasks", "qa_3"], '"qa_3" is none of niah_single_1'),
+        (["ruler", "--samples", "0"], "--samples 0: at least 1"),
+        (["tasks", "--data", "nowhere"], "--data nowhere: no such folder"),
+        (["tasks", "--data", ".", "--most", "0"], "has no .jsonl files"),
+    ],
+)
 def test_bad_input(folder, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert run(folder, tmp_path / "run", *arguments) == 1
@@ -272,24 +327,27 @@ def test_bad_input(folder, tmp_path, capsys, monkeypatch, arguments, message):
 # ------------------------------------------------------------------------------------------------ scores
 
 
-@pytest.mark.parametrize("score, arguments, value", [
-    (scores.held, ("It is Fox and 12.", ["fox", "13"]), 0.5),
-    (scores.held, ("It is Fox and 12.", ["fox", "13"], True), 1.0),
-    (scores.exact, ("The Fox.", ["dog", "a fox"]), 1.0),
-    (scores.exact, ("The foxes", ["a fox"]), 0.0),
-    (scores.f1, ("a red fox", ["the quick fox", "cat"]), 0.5),
-    (scores.rouge_l, ("the fox runs home", ["the dog runs home"]), 0.75),
-    (scores.rouge_l, ("...", ["the dog"]), 0.0),
-    (scores.choice, ("B. since it rained", ["(B) It rained"]), 1.0),
-    (scores.choice, ("A, C and D", ["ACD"]), 1.0),
-    (scores.choice, ("The answer is BD", ["B"]), 0.0),
-    (scores.choice, ("none of them", ["A"]), 0.0),
-    (scores.truth, ("That is false.", ["False [fact: True]"]), 1.0),
-    (scores.truth, ("Who knows", ["True"]), 0.0),
-    (scores.classes, ("a red fox", ["red fox"], ["fox", "red fox", "dog"]), 1.0),
-    (scores.classes, ("dog or cat", ["dog"], ["dog", "cat"]), 0.5),
-    (scores.numbers, ("Paragraph 7, or 8", ["Paragraph 7"]), 0.5),
-    (scores.code, ("# first\nreturn x\n", ["return x"]), 1.0),
-])
+@pytest.mark.parametrize(
+    "score, arguments, value",
+    [
+        (scores.held, ("It is Fox and 12.", ["fox", "13"]), 0.5),
+        (scores.held, ("It is Fox and 12.", ["fox", "13"], True), 1.0),
+        (scores.exact, ("The Fox.", ["dog", "a fox"]), 1.0),
+        (scores.exact, ("The foxes", ["a fox"]), 0.0),
+        (scores.f1, ("a red fox", ["the quick fox", "cat"]), 0.5),
+        (scores.rouge_l, ("the fox runs home", ["the dog runs home"]), 0.75),
+        (scores.rouge_l, ("...", ["the dog"]), 0.0),
+        (scores.choice, ("B. since it rained", ["(B) It rained"]), 1.0),
+        (scores.choice, ("A, C and D", ["ACD"]), 1.0),
+        (scores.choice, ("The answer is BD", ["B"]), 0.0),
+        (scores.choice, ("none of them", ["A"]), 0.0),
+        (scores.truth, ("That is false.", ["False [fact: True]"]), 1.0),
+        (scores.truth, ("Who knows", ["True"]), 0.0),
+        (scores.classes, ("a red fox", ["red fox"], ["fox", "red fox", "dog"]), 1.0),
+        (scores.classes, ("dog or cat", ["dog"], ["dog", "cat"]), 0.5),
+        (scores.numbers, ("Paragraph 7, or 8", ["Paragraph 7"]), 0.5),
+        (scores.code, ("# first\nreturn x\n", ["return x"]), 1.0),
+    ],
+)
 def test_scores(score, arguments, value):
     assert score(*arguments) == pytest.approx(value, abs=1e-6)

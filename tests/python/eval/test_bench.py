@@ -15,13 +15,36 @@ from pbsattn_eval.bench import commands, op, prefill  # noqa: E402
 
 
 def run(folder, *arguments):
-    return commands.main(["prefill", "--model", str(folder), "--text", str(folder / "text.txt"), "--device", "cpu",
-                         "--dtype", "float32", "--runs", "1", *arguments])
+    return commands.main(
+        [
+            "prefill",
+            "--model",
+            str(folder),
+            "--text",
+            str(folder / "text.txt"),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--runs",
+            "1",
+            *arguments,
+        ]
+    )
 
 
 def test_prefill(folder, tmp_path, capsys):
-    results = run(folder, "--lengths", "600,1100", "--attn", "math,pbs:top_p=1.0,pbs:top_p=0.1", "--json",
-                  str(tmp_path / "out.json"), "--plot", str(tmp_path / "out"))
+    results = run(
+        folder,
+        "--lengths",
+        "600,1100",
+        "--attn",
+        "math,pbs:top_p=1.0,pbs:top_p=0.1",
+        "--json",
+        str(tmp_path / "out.json"),
+        "--plot",
+        str(tmp_path / "out"),
+    )
     for base, whole, sparse in (results[:3], results[3:]):
         assert base.density is None and base.differing is None
         assert whole.density == 1.0 and whole.differing == 0.0 and whole.layers == 2
@@ -33,8 +56,22 @@ def test_prefill(folder, tmp_path, capsys):
     assert "run 1 of 1" in printed.err
 
     made = json.loads((tmp_path / "out.json").read_text())
-    keys = {"suite", "case", "params", "metric", "value", "unit", "peer", "peer_value", "ratio", "runs", "spread",
-            "device", "commit", "date"}
+    keys = {
+        "suite",
+        "case",
+        "params",
+        "metric",
+        "value",
+        "unit",
+        "peer",
+        "peer_value",
+        "ratio",
+        "runs",
+        "spread",
+        "device",
+        "commit",
+        "date",
+    }
     assert all(set(each) == keys and each["suite"] == "prefill" for each in made)
     ttft = [each for each in made if each["metric"] == "time to first token" and each["params"]["n"] == 1100]
     assert [each["case"] for each in ttft] == ["math", "pbs:top_p=1.0", "pbs:top_p=0.1"]
@@ -48,11 +85,33 @@ def test_prefill(folder, tmp_path, capsys):
 
 def test_op(tmp_path, capsys):
     sparse = "pbs:keep=density:density=0.3"
-    made = commands.main(["op", "--device", "cpu", "--lengths", "700,1500", "--head-dims", "64", "--heads", "2", "--kv-heads", "1",
-                         "--runs", "1", "--attn", f"sdpa,full,{sparse}", "--json", str(tmp_path / "op.json"), "--commit", "abc"])
+    made = commands.main(
+        [
+            "op",
+            "--device",
+            "cpu",
+            "--lengths",
+            "700,1500",
+            "--head-dims",
+            "64",
+            "--heads",
+            "2",
+            "--kv-heads",
+            "1",
+            "--runs",
+            "1",
+            "--attn",
+            f"sdpa,full,{sparse}",
+            "--json",
+            str(tmp_path / "op.json"),
+            "--commit",
+            "abc",
+        ]
+    )
     assert json.loads((tmp_path / "op.json").read_text()) == made
     assert [(each["case"], each["params"]["n"]) for each in made] == [
-        (case, n) for n in (700, 1500) for case in ("sdpa", "full", sparse)]
+        (case, n) for n in (700, 1500) for case in ("sdpa", "full", sparse)
+    ]
     sdpa, full, some = made[3:]
     assert sdpa["peer"] is None and full["ratio"] == pytest.approx(sdpa["value"] / full["value"])
     assert full["params"]["density"] == 1.0 and full["params"]["error"] < 1e-2
@@ -72,7 +131,8 @@ def test_overhead(device, capsys):
     got = {(each["case"], each["metric"]): each["value"] for each in made}
     assert 0 < got["full", "first call"]
     assert got["pbs", "host time of the Python path"] == pytest.approx(
-        got["pbs", "host time of a call"] - got["pbs", "host time in the library"])
+        got["pbs", "host time of a call"] - got["pbs", "host time in the library"]
+    )
     assert ("sdpa", "host time of a call") in got and ("sdpa", "host time in the library") not in got
     assert "Python path" in capsys.readouterr().out
 
@@ -95,23 +155,33 @@ def test_perplexity_is_the_models_own(folder):
 
 
 def test_shape_has_random_weights(monkeypatch, capsys):
-    monkeypatch.setitem(models.SHAPES, "tiny", lambda: transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1))
-    [result] = commands.main(["prefill", "--shape", "tiny", "--lengths", "520", "--attn", "pbs", "--runs", "1", "--device", "cpu"])
+    monkeypatch.setitem(
+        models.SHAPES,
+        "tiny",
+        lambda: transformers.LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
+        ),
+    )
+    [result] = commands.main(
+        ["prefill", "--shape", "tiny", "--lengths", "520", "--attn", "pbs", "--runs", "1", "--device", "cpu"]
+    )
     assert result.perplexity is None and result.density <= 1.0
     assert "tiny, random weights; random tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("message, arguments", [
-    ("no such attention; there are sdpa, flash", ["--attn", "flush"]),
-    ("have no settings", ["--attn", "flash:top_p=1"]),
-    ('"top_p" is no OPTION=VALUE', ["--attn", "pbs:top_p"]),
-    ("names one twice", ["--attn", "pbs,pbs"]),
-    ("at least 2 tokens", ["--lengths", "1"]),
-    ("write whole numbers above 0", ["--lengths", "8k"]),
-    ("need at least 1", ["--runs", "0"]),
-    ("tokens, 100000 needed", ["--lengths", "100000"]),
-])
+@pytest.mark.parametrize(
+    "message, arguments",
+    [
+        ("no such attention; there are sdpa, flash", ["--attn", "flush"]),
+        ("have no settings", ["--attn", "flash:top_p=1"]),
+        ('"top_p" is no OPTION=VALUE', ["--attn", "pbs:top_p"]),
+        ("names one twice", ["--attn", "pbs,pbs"]),
+        ("at least 2 tokens", ["--lengths", "1"]),
+        ("write whole numbers above 0", ["--lengths", "8k"]),
+        ("need at least 1", ["--runs", "0"]),
+        ("tokens, 100000 needed", ["--lengths", "100000"]),
+    ],
+)
 def test_errors(folder, message, arguments):
     with pytest.raises(ValueError, match=message):
         run(folder, *arguments)

@@ -12,8 +12,22 @@ from pbsattn_eval import budgets, commands, models
 
 
 def run(folder, to, *arguments):
-    return commands.main(["budgets", "--model", str(folder), "--text", str(folder / "text.txt"), "--device", "cpu",
-                         "--lengths", "900", "--to", str(to), *arguments])
+    return commands.main(
+        [
+            "budgets",
+            "--model",
+            str(folder),
+            "--text",
+            str(folder / "text.txt"),
+            "--device",
+            "cpu",
+            "--lengths",
+            "900",
+            "--to",
+            str(to),
+            *arguments,
+        ]
+    )
 
 
 def test_settings_for_every_head_of_every_layer(folder, tmp_path, capsys):
@@ -23,8 +37,11 @@ def test_settings_for_every_head_of_every_layer(folder, tmp_path, capsys):
     assert settings.pop("*") == {"*": {"method": "minference"}}
     assert list(settings) == ["0", "1"] and all(list(heads) == ["0", "1"] for heads in settings.values())
     patterns = budgets.patterns(900, 0.6)
-    assert all(options in [each for of_family in patterns.values() for each in of_family]
-               for heads in settings.values() for options in heads.values())
+    assert all(
+        options in [each for of_family in patterns.values() for each in of_family]
+        for heads in settings.values()
+        for options in heads.values()
+    )
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["heads", "error", "density"]
     own, alike = table[1].split(), table[-1].split()
@@ -51,7 +68,7 @@ def test_each_head_has_the_pattern_of_least_error():
     q = torch.stack([turning[seen] * 12, torch.randn(tokens, width) * 0.1])
     k[1, [200, 210, 700]] = 6.0
     q[1] += 6.0
-    captured = [(q[None], k[None], torch.randn(1, 2, tokens, width), width ** -0.5)]
+    captured = [(q[None], k[None], torch.randn(1, 2, tokens, width), width**-0.5)]
     families = budgets.patterns(tokens, 0.75)
     del families["A-shape"]  # which at this density reaches as far
     measured = budgets._measure(captured, families, 0.75)
@@ -61,8 +78,10 @@ def test_each_head_has_the_pattern_of_least_error():
     assert costs[0][first].density > 0.75 > costs[1][second].density
     assert costs[0][first].density + costs[1][second].density <= 2 * 0.75
     assert costs[0][first].error < 1e-4 and costs[1][second].error < 1e-4
+
     def options(pattern):
         return families[pattern[0]][pattern[1]]
+
     assert options(first)["slash"] >= 128 and options(first)["vertical"] == 0
     assert options(second)["vertical"] >= 46 and options(second)["slash"] <= 64
 
@@ -74,7 +93,9 @@ def test_larger_budgets_are_denser_and_the_a_shape_fits():
         assert sizes == sorted(sizes)
     q, k, v = (torch.randn(1, 1, 4000, 32) for _ in range(3))
     shapes = families["A-shape"]
-    assert shapes[0]["local_blocks"] == 1 and [each["local_blocks"] for each in shapes] == sorted({each["local_blocks"] for each in shapes})
+    assert shapes[0]["local_blocks"] == 1 and [each["local_blocks"] for each in shapes] == sorted(
+        {each["local_blocks"] for each in shapes}
+    )
     _, stats = pbsattn.attention(q, k, v, method="minference", return_stats=True, **shapes[-1])
     assert 0.25 < stats.density <= budgets.TOO_DENSE * 0.25
 
@@ -96,9 +117,28 @@ def test_one_pattern_for_all():
 
 def test_bad_input(folder, tmp_path, capsys):
     to = tmp_path / "settings.json"
-    for arguments, message in ((["--density", "0"], "--density 0.0: a share of blocks"),
-                               (["--lengths", "9999"], "tokens, 9999 needed"),
-                               (["--text", str(tmp_path / "none.txt")], "no such file")):
-        assert commands.run_main(["budgets", "--model", str(folder), "--text", str(folder / "text.txt"), "--device", "cpu",
-                                 "--lengths", "900", "--to", str(to), *arguments]) == 1
+    for arguments, message in (
+        (["--density", "0"], "--density 0.0: a share of blocks"),
+        (["--lengths", "9999"], "tokens, 9999 needed"),
+        (["--text", str(tmp_path / "none.txt")], "no such file"),
+    ):
+        assert (
+            commands.run_main(
+                [
+                    "budgets",
+                    "--model",
+                    str(folder),
+                    "--text",
+                    str(folder / "text.txt"),
+                    "--device",
+                    "cpu",
+                    "--lengths",
+                    "900",
+                    "--to",
+                    str(to),
+                    *arguments,
+                ]
+            )
+            == 1
+        )
         assert message in capsys.readouterr().err and not to.exists()

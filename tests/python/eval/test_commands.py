@@ -23,14 +23,18 @@ SOURCE = pathlib.Path(pbsattn_eval.__file__).parent
 def test_it_uses_public_names_alone():
     private = re.compile(r"pbsattn(\.\w+)*\._(?!_)|from pbsattn(\.\w+)* import .*\b_|\b(plan|trace|stats)\._(?!_)")
     assert private.search("from pbsattn import a, _b") and private.search("pbsattn._core") and private.search("pbsattn.x._y")
-    found = [f"{path}: {line}" for path in SOURCE.rglob("*.py") for line in path.read_text().splitlines() if private.search(line)]
+    found = [
+        f"{path}: {line}" for path in SOURCE.rglob("*.py") for line in path.read_text().splitlines() if private.search(line)
+    ]
     assert found == []
 
 
 def test_versions_go_together(tmp_path):
     assert pbsattn_eval.__version__ == pbsattn.__version__
     (tmp_path / "sitecustomize.py").write_text("import pbsattn; pbsattn.__version__ = '9.9'\n")
-    ran = python("-m", "pbsattn_eval", env={"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])})
+    ran = python(
+        "-m", "pbsattn_eval", env={"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    )
     assert ran.returncode == 1 and "goes with pbsattn of the same version, and 9.9 is installed; pip install" in ran.stderr
 
 
@@ -44,16 +48,22 @@ def test_alone_it_lists_its_commands():
         assert told.returncode == 0 and told.stdout.startswith(f"usage: python -m pbsattn_eval {command}")
 
 
-@pytest.mark.parametrize("old, new", [
-    (["pbsattn", "eval", "ppl", "--model", "m"], "python -m pbsattn_eval now"),
-    (["pbsattn", "report", "run"], "python -m pbsattn_eval report now"),
-    (["pbsattn", "bench", "op"], "python -m pbsattn_eval bench now"),
-    (["pbsattn.bench", "op"], "python -m pbsattn_eval bench now"),
-], ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (["pbsattn", "eval", "ppl", "--model", "m"], "python -m pbsattn_eval now"),
+        (["pbsattn", "report", "run"], "python -m pbsattn_eval report now"),
+        (["pbsattn", "bench", "op"], "python -m pbsattn_eval bench now"),
+        (["pbsattn.bench", "op"], "python -m pbsattn_eval bench now"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
+)
 def test_old_commands_name_the_new_ones(old, new):
     ran = python("-m", *old)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert new in ran.stderr and "pip install ./integrations/python/pbsattn_eval" in ran.stderr and ran.stderr.count("\n") == 1
+    assert (
+        new in ran.stderr and "pip install ./integrations/python/pbsattn_eval" in ran.stderr and ran.stderr.count("\n") == 1
+    )
 
 
 # ------------------------------------------------------------------------------------- what is missing
@@ -69,24 +79,39 @@ def _write_gguf(path):
     writer.close()
 
 
-@pytest.mark.parametrize("module, command", [
-    ("torch", ["pbsattn"]),
-    ("torch", ["pbsattn_eval", "--help"]),
-    ("torch", ["pbsattn_eval", "bench", "--help"]),
-    ("transformers", ["pbsattn_eval", "bench", "--help"]),
-    ("transformers", ["pbsattn_eval", "ppl", "--model", "{}/run", "--text", "{}/run/run.json"]),
-    ("numpy", ["pbsattn_eval", "table", "{}/run"]),
-    ("jinja2", ["pbsattn_eval", "report", "{}/run"]),
-    ("matplotlib", ["pbsattn_eval", "page", "{}/run", "--to", "{}/page"]),
-    ("matplotlib", ["pbsattn_eval", "bench", "plot", "{}/made.json", "--to", "{}/plot"]),
-    ("gguf", ["pbsattn_eval", "bench", "prefill", "--model", "{}/small.gguf", "--device", "cpu"]),
-], ids=lambda value: value if isinstance(value, str) else " ".join(value[:3]))
+@pytest.mark.parametrize(
+    "module, command",
+    [
+        ("torch", ["pbsattn"]),
+        ("torch", ["pbsattn_eval", "--help"]),
+        ("torch", ["pbsattn_eval", "bench", "--help"]),
+        ("transformers", ["pbsattn_eval", "bench", "--help"]),
+        ("transformers", ["pbsattn_eval", "ppl", "--model", "{}/run", "--text", "{}/run/run.json"]),
+        ("numpy", ["pbsattn_eval", "table", "{}/run"]),
+        ("jinja2", ["pbsattn_eval", "report", "{}/run"]),
+        ("matplotlib", ["pbsattn_eval", "page", "{}/run", "--to", "{}/page"]),
+        ("matplotlib", ["pbsattn_eval", "bench", "plot", "{}/made.json", "--to", "{}/plot"]),
+        ("gguf", ["pbsattn_eval", "bench", "prefill", "--model", "{}/small.gguf", "--device", "cpu"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:3]),
+)
 def test_what_is_missing_is_told_in_a_line(tmp_path, module, command):
     ppl_run(tmp_path / "run")
     if module == "gguf":
         _write_gguf(tmp_path / "small.gguf")
-    (tmp_path / "made.json").write_text(json.dumps([{"case": "sdpa", "metric": "time to first token", "value": 1.0, "device": "d",
-                                                     "params": {"n": 600, "model": "m"}}]))
+    (tmp_path / "made.json").write_text(
+        json.dumps(
+            [
+                {
+                    "case": "sdpa",
+                    "metric": "time to first token",
+                    "value": 1.0,
+                    "device": "d",
+                    "params": {"n": 600, "model": "m"},
+                }
+            ]
+        )
+    )
     ran = python("-m", *(word.format(tmp_path) for word in command), without=module, folder=tmp_path)
     said = [line for line in ran.stderr.splitlines() if "Warning" not in line and not line.startswith(("  ", "loading"))]
     assert ran.returncode == 1 and "Traceback" not in ran.stderr
@@ -102,9 +127,16 @@ def run(tmp_path_factory):
     return ppl_run(tmp_path_factory.mktemp("runs") / "run")
 
 
-@pytest.mark.parametrize("command, unbuffered", [
-    (["pbsattn"], "1"), (["pbsattn_eval", "--help"], ""), (["pbsattn_eval", "table", "{}"], ""), (["pbsattn_eval", "bench", "--help"], ""),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    "command, unbuffered",
+    [
+        (["pbsattn"], "1"),
+        (["pbsattn_eval", "--help"], ""),
+        (["pbsattn_eval", "table", "{}"], ""),
+        (["pbsattn_eval", "bench", "--help"], ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
 def test_a_reader_that_has_enough_is_no_fault(run, command, unbuffered):
     read, write = os.pipe()
     os.close(read)

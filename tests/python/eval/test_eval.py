@@ -15,8 +15,24 @@ from pbsattn_eval.kinds import ppl  # noqa: E402
 
 
 def ppl_arguments(folder, out, *arguments):
-    return ["ppl", "--model", str(folder), "--text", f"words={folder / 'text.txt'}", "--lengths", "800", "--judge", "all", "--methods",
-            "pbs:top_p=0.1/1.0", "--device", "cpu", "--out", str(out), *arguments]
+    return [
+        "ppl",
+        "--model",
+        str(folder),
+        "--text",
+        f"words={folder / 'text.txt'}",
+        "--lengths",
+        "800",
+        "--judge",
+        "all",
+        "--methods",
+        "pbs:top_p=0.1/1.0",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        *arguments,
+    ]
 
 
 def items_of(out):
@@ -59,8 +75,22 @@ def test_ppl_prints_a_table_and_writes_it_as_json(finished, capsys, tmp_path):
     assert "pbs:top_p=0.1" in printed and "nll (nats)" in printed and "words 800" in printed
     made = json.loads((tmp_path / "rows.json").read_text())
     assert made == json.loads((finished / "summary.json").read_text())
-    keys = {"suite", "case", "params", "metric", "value", "unit", "peer", "peer_value", "ratio", "runs", "spread",
-            "device", "commit", "date"}
+    keys = {
+        "suite",
+        "case",
+        "params",
+        "metric",
+        "value",
+        "unit",
+        "peer",
+        "peer_value",
+        "ratio",
+        "runs",
+        "spread",
+        "device",
+        "commit",
+        "date",
+    }
     assert all(keys <= set(each) for each in made)
     [change] = [each for each in made if each["case"] == "pbs:top_p=0.1" and each["metric"] == "nll"]
     assert change["peer"] == "full" and change["low"] <= change["change"] <= change["high"]
@@ -151,12 +181,15 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert [each["item"] for each in items_of(tmp_path)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{nonsense", "line 2: is not JSON"),
-    ("[1]", "line 2: is not a JSON object"),
-    (json.dumps({**RECORD, "method": 7}), 'line 2: field "method" is 7; it has to be of type str'),
-    (json.dumps({k: v for k, v in RECORD.items() if k != "metrics"}), 'line 2: field "metrics" is missing'),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{nonsense", "line 2: is not JSON"),
+        ("[1]", "line 2: is not a JSON object"),
+        (json.dumps({**RECORD, "method": 7}), 'line 2: field "method" is 7; it has to be of type str'),
+        (json.dumps({k: v for k, v in RECORD.items() if k != "metrics"}), 'line 2: field "metrics" is missing'),
+    ],
+)
 def test_damaged_items_are_named(tmp_path, line, message):
     (tmp_path / "run.json").write_text(json.dumps({"format": 1, **HEADER}))
     (tmp_path / "items.jsonl").write_text(json.dumps(RECORD) + "\n" + line + "\n" + json.dumps(RECORD) + "\n")
@@ -189,12 +222,15 @@ def test_a_method_that_the_device_lacks_is_told_and_not_counted(folder, tmp_path
     assert "pbs-threshold: 1 item(s) not counted, the first text-800" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, specs", [
-    ("pbs", ["full", "pbs"]),
-    ("full,pbs:top_p=.5/.9:segment=512", ["full", "pbs:top_p=.5:segment=512", "pbs:top_p=.9:segment=512"]),
-    ("a:x=1/2:y=3/4", ["full", "a:x=1:y=3", "a:x=1:y=4", "a:x=2:y=3", "a:x=2:y=4"]),
-    ("pbs:file=a/b.json", ["full", "pbs:file=a/b.json"]),
-])
+@pytest.mark.parametrize(
+    "text, specs",
+    [
+        ("pbs", ["full", "pbs"]),
+        ("full,pbs:top_p=.5/.9:segment=512", ["full", "pbs:top_p=.5:segment=512", "pbs:top_p=.9:segment=512"]),
+        ("a:x=1/2:y=3/4", ["full", "a:x=1:y=3", "a:x=1:y=4", "a:x=2:y=3", "a:x=2:y=4"]),
+        ("pbs:file=a/b.json", ["full", "pbs:file=a/b.json"]),
+    ],
+)
 def test_sweeps(text, specs):
     assert commands.expand(text) == specs
 
@@ -208,19 +244,22 @@ def test_every_method_can_be_swept():
     assert {each.method.partition(":")[0] for each in attentions} == set(pbsattn.METHODS) - {"auto"}
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--methods", "pbs,,full"], "names an empty method"),
-    (["--methods", "pbss"], "no such attention"),
-    (["--methods", "pbs:top_p=2"], "top_p"),
-    (["--lengths", "100"], "under 512 tokens"),
-    (["--lengths", "many"], "not numbers"),
-    (["--lengths", "100000"], "tokens, 100000 needed"),
-    (["--judge", "10"], "under 256 tokens"),
-    (["--judge", "most"], "neither a number nor half nor all"),
-    (["--text", "nowhere.txt"], "nowhere.txt: no such file"),
-    (["--text", "a=text.txt", "--text", "b=text.txt"], "two files of one name"),
-    (["--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--methods", "pbs,,full"], "names an empty method"),
+        (["--methods", "pbss"], "no such attention"),
+        (["--methods", "pbs:top_p=2"], "top_p"),
+        (["--lengths", "100"], "under 512 tokens"),
+        (["--lengths", "many"], "not numbers"),
+        (["--lengths", "100000"], "tokens, 100000 needed"),
+        (["--judge", "10"], "under 256 tokens"),
+        (["--judge", "most"], "neither a number nor half nor all"),
+        (["--text", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--text", "a=text.txt", "--text", "b=text.txt"], "two files of one name"),
+        (["--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
+    ],
+)
 def test_bad_input(folder, tmp_path, capsys, arguments, message):
     assert commands.run_main([*ppl_arguments(folder, tmp_path / "run"), *arguments]) == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]
@@ -245,17 +284,43 @@ def test_a_page_of_results(finished, tmp_path, capsys):
 
 
 def test_a_page_has_a_column_for_each_group_of_prompts(tmp_path):
-    header = {"format": 1, "kind": "needle", "model": {"name": "m"}, "device": "d", "versions": {"torch": "2"}, "commit": "c",
-              "date": "today", "methods": {"full": {}, "pbs": {}}}
+    header = {
+        "format": 1,
+        "kind": "needle",
+        "model": {"name": "m"},
+        "device": "d",
+        "versions": {"torch": "2"},
+        "commit": "c",
+        "date": "today",
+        "methods": {"full": {}, "pbs": {}},
+    }
+
     def record(place, depth, method, found):
-        return json.dumps({
-            "kind": "needle", "item": f"{place}-{depth}", "group": f"{place} 4096", "method": method, "density": 0.5,
-            "params": {"depth": depth}, "metrics": {"found": found}}) + "\n"
+        return (
+            json.dumps(
+                {
+                    "kind": "needle",
+                    "item": f"{place}-{depth}",
+                    "group": f"{place} 4096",
+                    "method": method,
+                    "density": 0.5,
+                    "params": {"depth": depth},
+                    "metrics": {"found": found},
+                }
+            )
+            + "\n"
+        )
+
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps(header))
-    (tmp_path / "run" / "items.jsonl").write_text("".join(
-        record(place, depth, method, 100 * (method == "full" or depth == 0))
-        for place in ("end", "start") for depth in (0, 1) for method in ("full", "pbs")))
+    (tmp_path / "run" / "items.jsonl").write_text(
+        "".join(
+            record(place, depth, method, 100 * (method == "full" or depth == 0))
+            for place in ("end", "start")
+            for depth in (0, 1)
+            for method in ("full", "pbs")
+        )
+    )
     commands.main(["page", str(tmp_path / "run"), "--to", str(tmp_path / "found")])
     text = (tmp_path / "found.md").read_text()
     assert "Found (%) in 4 prompts of 4096 tokens; change against full, 95 % interval:" in text

@@ -35,8 +35,24 @@ def public(tmp_path):
 
 
 def run(public, *arguments):
-    return commands.main(["lists", "--public", str(public), "--method", "mean-pool", "--tokens", "700", "--seeds", "2",
-                         "--heads", "2", "--commit", "abc", *arguments])
+    return commands.main(
+        [
+            "lists",
+            "--public",
+            str(public),
+            "--method",
+            "mean-pool",
+            "--tokens",
+            "700",
+            "--seeds",
+            "2",
+            "--heads",
+            "2",
+            "--commit",
+            "abc",
+            *arguments,
+        ]
+    )
 
 
 def test_agreement(public, tmp_path, capsys):
@@ -88,8 +104,13 @@ def test_what_is_missing_is_named(public, monkeypatch):
 
 def test_commit_of_a_checkout(tmp_path):
     def git(*command):
-        return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *command],
-                                              check=True, capture_output=True, text=True)
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *command],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+
     assert public_code.commit_of(tmp_path / "none") is None
     git("init", "-q")
     (tmp_path / "a.py").write_text("1\n")
@@ -104,6 +125,7 @@ def test_commit_of_a_checkout(tmp_path):
 def test_near_cut():
     def share(*values):
         return torch.tensor([[values]], dtype=torch.float64)
+
     exact = share(0.5, 0.3, 0.13, 0.07)
     assert not lists.near_cut(exact, exact, 0.9).any()  # no rounding, no ties
     # The cut is at .13, and rounding moved it by a tenth: the mass before it, .8, may be .02 more or less, which is not .9.

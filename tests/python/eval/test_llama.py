@@ -81,9 +81,28 @@ def test_what_is_wrong_with_the_program_ends_the_run(engine, stand_in):
 
 def test_ppl_runs_on_it(stand_in, folder):
     out = stand_in / "run"
-    assert commands.main(["ppl", "--model", str(stand_in / "model.gguf"), "--engine", "llama", "--program",
-                         str(stand_in / "program"), "--text", str(folder / "text.txt"), "--lengths", "1024", "--out",
-                         str(out), "--methods", "pbs:top_p=0.5"]) == 0
+    assert (
+        commands.main(
+            [
+                "ppl",
+                "--model",
+                str(stand_in / "model.gguf"),
+                "--engine",
+                "llama",
+                "--program",
+                str(stand_in / "program"),
+                "--text",
+                str(folder / "text.txt"),
+                "--lengths",
+                "1024",
+                "--out",
+                str(out),
+                "--methods",
+                "pbs:top_p=0.5",
+            ]
+        )
+        == 0
+    )
     full, pbs = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     assert pbs["metrics"]["kl"] == 0.5 and len(pbs["units"]["nll"]) == 2 and full["metrics"]["top1"] == 1
     assert json.loads((out / "run.json").read_text())["engine"] == "llama"

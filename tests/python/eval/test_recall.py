@@ -14,12 +14,36 @@ from test_eval import items_of
 
 def test_recall(folder, tmp_path, capsys):
     methods = "pbs:top_p=0.3/1.0,oracle:top_p=0.3/0.6/1.0"
-    assert commands.main(["recall", "--model", str(folder), "--text", str(folder / "text.txt"), "--lengths", "900", "--methods",
-                         methods, "--device", "cpu", "--out", str(tmp_path), "--layers", "1,"]) == 0
+    assert (
+        commands.main(
+            [
+                "recall",
+                "--model",
+                str(folder),
+                "--text",
+                str(folder / "text.txt"),
+                "--lengths",
+                "900",
+                "--methods",
+                methods,
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path),
+                "--layers",
+                "1,",
+            ]
+        )
+        == 0
+    )
     records = {each["method"]: each for each in items_of(tmp_path)}
     for name in ("full", "pbs:top_p=1.0", "oracle:top_p=1.0"):
         metrics = records[name]["metrics"]
-        assert metrics["recall"] == pytest.approx(1, abs=1e-5) and metrics["error"] < f32_tolerance(1e-5, 1e-2) and records[name]["density"] == 1
+        assert (
+            metrics["recall"] == pytest.approx(1, abs=1e-5)
+            and metrics["error"] < f32_tolerance(1e-5, 1e-2)
+            and records[name]["density"] == 1
+        )
     sparse, best = records["pbs:top_p=0.3"], records["oracle:top_p=0.3"]
     assert sparse["params"] == {"text": "text", "tokens": 900, "layer": 1} and len(sparse["heads"]["recall"]) == 2
     assert sparse["density"] < 1 and 0 < sparse["metrics"]["recall"] < 1 and sparse["metrics"]["error"] > 1e-3
@@ -35,7 +59,9 @@ def test_recall_is_the_mass_of_the_kept_keys():
     q, k, v = torch.randn(2, 700, 16), torch.randn(1, 700, 16), torch.randn(1, 700, 16)
     out, trace = pbsattn.trace(q[None], k[None], v[None], top_p=0.4)
     mass, exact = masses.true_attention(q, k, v, 0.25)
-    weights = (q @ k.transpose(1, 2) * 0.25).masked_fill(torch.ones(700, 700, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    weights = (
+        (q @ k.transpose(1, 2) * 0.25).masked_fill(torch.ones(700, 700, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    )
     torch.testing.assert_close(exact, weights @ v)
     torch.testing.assert_close(mass[:, 5], weights[:, 640:].mean(1))
 
@@ -46,12 +72,22 @@ def test_recall_is_the_mass_of_the_kept_keys():
             keys = range(block * 128, min(block * 128 + 128, 700))
             keys = keys if block >= 4 else [order[slot] for slot in keys]
             assert float(by_block[head, row, block]) == pytest.approx(float(mass[head, row, keys].sum()), abs=1e-6)
-    torch.testing.assert_close(masses.attend(q, k, v, 0.25, trace.kept[0], trace.order[0], 256), out[0], atol=f32_tolerance(1e-4, 2e-2), rtol=1e-3)
+    torch.testing.assert_close(
+        masses.attend(q, k, v, 0.25, trace.kept[0], trace.order[0], 256), out[0], atol=f32_tolerance(1e-4, 2e-2), rtol=1e-3
+    )
 
 
-@pytest.mark.parametrize("settings", [dict(top_p=0.5), dict(keep="threshold", threshold=0.15), dict(keep="density", density=0.6),
-                                      dict(keep="top_k", top_k=2), dict(keep="relative", threshold=0.4),
-                                      dict(top_p=0.2, sink_blocks=2, local_blocks=3, dense_last_rows=1)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(top_p=0.5),
+        dict(keep="threshold", threshold=0.15),
+        dict(keep="density", density=0.6),
+        dict(keep="top_k", top_k=2),
+        dict(keep="relative", threshold=0.4),
+        dict(top_p=0.2, sink_blocks=2, local_blocks=3, dense_last_rows=1),
+    ],
+)
 def test_the_oracle_is_the_references(settings):
     from pbsattn_eval.kinds import masses
 
@@ -77,5 +113,10 @@ def test_where_a_curve_crosses():
     assert curves.crossing([0.4, 0.1], [0.0, 1.0], 0.5) == pytest.approx(0.2)
     assert curves.crossing([0.1, 0.4], [1.0, 0.6], 0.5) is None
     assert curves.crossing([0.1, 0.4], [0.3, 0.1], 0.5) is None
-    assert curves.families({"pbs:top_p=.5:segment=512": {"keep": "top_p"}, "pbs:top_p=.9:segment=512": {"keep": "top_p"},
-                            "full": {"keep": "all"}}) == {"pbs:segment=512": ["pbs:top_p=.5:segment=512", "pbs:top_p=.9:segment=512"]}
+    assert curves.families(
+        {
+            "pbs:top_p=.5:segment=512": {"keep": "top_p"},
+            "pbs:top_p=.9:segment=512": {"keep": "top_p"},
+            "full": {"keep": "all"},
+        }
+    ) == {"pbs:segment=512": ["pbs:top_p=.5:segment=512", "pbs:top_p=.9:segment=512"]}

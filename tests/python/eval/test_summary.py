@@ -12,8 +12,15 @@ def test_changes_are_paired_by_unit():
     base = torch.randn(400).double()
     records = [
         {"item": "a", "group": "g", "method": "full", "params": {}, "metrics": {"nll": 0}, "units": {"nll": base.tolist()}},
-        {"item": "a", "group": "g", "method": "pbs", "params": {}, "density": 0.5, "metrics": {"nll": 0},
-         "units": {"nll": (base + 0.1 + 0.01 * torch.randn(400)).tolist()}},
+        {
+            "item": "a",
+            "group": "g",
+            "method": "pbs",
+            "params": {},
+            "density": 0.5,
+            "metrics": {"nll": 0},
+            "units": {"nll": (base + 0.1 + 0.01 * torch.randn(400)).tolist()},
+        },
         {"item": "b", "group": "g", "method": "pbs", "params": {}, "error": "no"},
     ]
     full, pbs = summary.rows(records, [kind.Metric("nll")], ["full", "pbs"])
@@ -24,7 +31,9 @@ def test_changes_are_paired_by_unit():
 
 
 def test_several_groups_have_a_common_row():
-    records = [{"item": g, "group": g, "method": "full", "params": {}, "metrics": {"score": x}} for g, x in (("a", 1), ("b", 0))]
+    records = [
+        {"item": g, "group": g, "method": "full", "params": {}, "metrics": {"score": x}} for g, x in (("a", 1), ("b", 0))
+    ]
     made = summary.rows(records, [kind.Metric("score")], ["full"])
     assert [(row.group, row.mean) for row in made] == [("a", 1.0), ("b", 0.0), ("all", 0.5)]
     assert "all" in summary.table(made, [kind.Metric("score")])
@@ -34,12 +43,25 @@ def test_changes_at_equal_density():
     from pbsattn_eval import curves
 
     def record(item, method, density, *nll):
-        return {"item": item, "group": "g", "method": method, "params": {}, "density": density, "metrics": {"nll": 0},
-                "units": {"nll": list(nll)}}
+        return {
+            "item": item,
+            "group": "g",
+            "method": method,
+            "params": {},
+            "density": density,
+            "metrics": {"nll": 0},
+            "units": {"nll": list(nll)},
+        }
 
     methods = {"full": {"keep": "all"}, "pbs:top_p=.1": {"keep": "top_p"}, "pbs:top_p=.9": {"keep": "top_p"}}
-    records = [record("a", "full", 1.0, 1, 2), record("a", "pbs:top_p=.1", 0.06, 2, 3), record("a", "pbs:top_p=.9", 0.24, 1, 2),
-               record("b", "full", 1.0, 5), record("b", "pbs:top_p=.1", 0.12, 6), record("b", "pbs:top_p=.9", 0.2, 5)]
+    records = [
+        record("a", "full", 1.0, 1, 2),
+        record("a", "pbs:top_p=.1", 0.06, 2, 3),
+        record("a", "pbs:top_p=.9", 0.24, 1, 2),
+        record("b", "full", 1.0, 5),
+        record("b", "pbs:top_p=.1", 0.12, 6),
+        record("b", "pbs:top_p=.9", 0.2, 5),
+    ]
     [(group, name, cells)] = curves.by_density(records, methods, "nll")
     assert (group, name) == ("g", "pbs")
     assert cells[0] is None and cells[3] is None, "b has no such density"
@@ -52,8 +74,14 @@ def test_settings_against_the_published_one():
     def record(item, method, density, *nll):
         return {"item": item, "method": method, "density": density, "metrics": {"nll": 0}, "units": {"nll": list(nll)}}
 
-    records = [record("a", page.PUBLISHED, 0.4, 1, 2), record("a", "sparser", 0.2, 1.5, 2.5), record("a", "denser", 0.5, 1, 2),
-               record("b", page.PUBLISHED, 0.4, 1, 2), record("b", "sparser", 0.1, 1, 3), record("b", "denser", 0.3, 1, 2)]
+    records = [
+        record("a", page.PUBLISHED, 0.4, 1, 2),
+        record("a", "sparser", 0.2, 1.5, 2.5),
+        record("a", "denser", 0.5, 1, 2),
+        record("b", page.PUBLISHED, 0.4, 1, 2),
+        record("b", "sparser", 0.1, 1, 3),
+        record("b", "denser", 0.3, 1, 2),
+    ]
     header, lines = page._against(records, [page.PUBLISHED, "sparser", "denser"])
     assert header == ["method", "a", "b"]
     assert lines == [["`sparser`", "+0.5000 ±0.0000, 0.50x", "+0.5000 ±0.5000, 0.25x"]]

@@ -10,12 +10,18 @@ try:
     import pbsattn
     from pbsattn import program
 except ModuleNotFoundError as error:
-    sys.exit(f"pbsattn_eval: needs pbsattn, which is not installed; {BOTH}" if error.name == "pbsattn" else f"pbsattn_eval: {error}")
+    sys.exit(
+        f"pbsattn_eval: needs pbsattn, which is not installed; {BOTH}"
+        if error.name == "pbsattn"
+        else f"pbsattn_eval: {error}"
+    )
 except ImportError as error:  # PyTorch is missing, for example
     sys.exit(f"pbsattn_eval: {error}")
 
 if pbsattn.__version__ != __version__:
-    sys.exit(f"pbsattn_eval {__version__}: goes with pbsattn of the same version, and {pbsattn.__version__} is installed; {BOTH}")
+    sys.exit(
+        f"pbsattn_eval {__version__}: goes with pbsattn of the same version, and {pbsattn.__version__} is installed; {BOTH}"
+    )
 
 
 def main():

@@ -41,6 +41,7 @@ class Texts:
         without a template the message as it is."""
         if not self.tokenizer.chat_template:
             return self.encode(f"{prompt}\n{begun}" if begun else prompt)
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                                  add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
         return self.tokenizer(text + begun, add_special_tokens=False, verbose=False).input_ids

@@ -23,9 +23,15 @@ _TOGETHER = 6  # layers whose queries, keys and values are kept at a time
 
 def add_arguments(parser):
     ppl.add_documents(parser, "8192")
-    parser.add_argument("--density", type=float, default=0.25,
-                        help="share of causal blocks that the heads may compute, on average (default 0.25)")
-    parser.add_argument("--to", required=True, metavar="FILE", help="the settings, as PBSATTN_SETTINGS and the package read them")
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=0.25,
+        help="share of causal blocks that the heads may compute, on average (default 0.25)",
+    )
+    parser.add_argument(
+        "--to", required=True, metavar="FILE", help="the settings, as PBSATTN_SETTINGS and the package read them"
+    )
 
 
 def patterns(tokens, density):
@@ -34,15 +40,19 @@ def patterns(tokens, density):
     made: dict[str, list[dict[str, int | str]]] = {}
     for share in SPLITS:
         made[f"{share:.0%} columns"] = [
-            {"vertical": round(budget * share), "slash": round(budget * (1 - share))} for budget in budgets]
+            {"vertical": round(budget * share), "slash": round(budget * (1 - share))} for budget in budgets
+        ]
     rows = -(-tokens // BLOCK)
 
     def density_of(local):
         return sum(min(row + 1, 1 + local) for row in range(rows)) / (rows * (rows + 1) / 2)
 
     sizes = dict.fromkeys(round(2 ** (step / 2)) for step in range(64) if 2 ** (step / 2) < rows)
-    made["A-shape"] = [{"keep": "none", "sink_blocks": 1, "local_blocks": local}
-                       for local in sizes if local == 1 or density_of(local) <= TOO_DENSE * density]
+    made["A-shape"] = [
+        {"keep": "none", "sink_blocks": 1, "local_blocks": local}
+        for local in sizes
+        if local == 1 or density_of(local) <= TOO_DENSE * density
+    ]
     return made
 
 
@@ -68,14 +78,21 @@ def search(engine, documents, density, say):
         say(f"layers {some.start} to {some.stop - 1} of {engine.layers}")
         captured = [engine.capture(ids, some) for ids in documents]
         layers += [_measure([of_layers[layer] for of_layers in captured], families, density) for layer in some]
-    costs = [{pattern: of_heads[head] for pattern, of_heads in of_layer.items()} for of_layer in layers
-             for head in range(len(next(iter(of_layer.values()))))]
+    costs = [
+        {pattern: of_heads[head] for pattern, of_heads in of_layer.items()}
+        for of_layer in layers
+        for head in range(len(next(iter(of_layer.values()))))
+    ]
     picked = choose(costs, density)
     heads = len(costs) // len(layers)
     for i, (family, place) in enumerate(picked):
         settings.setdefault(str(i // heads), {})[str(i % heads)] = families[family][place]
         chosen.append((family, costs[i][family, place]))
-    alike = {pattern: [of_head[pattern] for of_head in costs] for pattern in costs[0] if all(pattern in of_head for of_head in costs)}
+    alike = {
+        pattern: [of_head[pattern] for of_head in costs]
+        for pattern in costs[0]
+        if all(pattern in of_head for of_head in costs)
+    }
     family, place = best({pattern: Cost.mean(of_heads) for pattern, of_heads in alike.items()}, density)
     lines = [("each head its own", [cost for _, cost in chosen])]
     lines += [(f"  {name}", [cost for its, cost in chosen if its == name]) for name in families]
@@ -94,8 +111,11 @@ def choose(costs, density):
 
     costs: of each head, {pattern: Cost}. Heads pay the same price for density, the lowest at which they keep to it together.
     """
+
     def at(price):
-        return [min(of_head, key=lambda pattern: of_head[pattern].error + price * of_head[pattern].density) for of_head in costs]
+        return [
+            min(of_head, key=lambda pattern: of_head[pattern].error + price * of_head[pattern].density) for of_head in costs
+        ]
 
     def fits(picked):
         return Cost.mean([of_head[pattern] for of_head, pattern in zip(costs, picked)]).density <= density

@@ -19,15 +19,19 @@ def _say(message):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m pbsattn_eval", description=(
-        "Runs methods on a model, and says what they cost and gain against full attention."))
+    parser = argparse.ArgumentParser(
+        prog="python -m pbsattn_eval",
+        description=("Runs methods on a model, and says what they cost and gain against full attention."),
+    )
     commands = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
     for name, text in kind.KINDS.items():
         command = commands.add_parser(name, help=text, description=text)
         _add_shared(command)
         kind.load(name).add_arguments(command.add_argument_group("of " + name))
-    search = commands.add_parser("budgets", help="for each head of a model the columns and diagonals of MInference that fit it best, "
-                                                 "as a file of settings")
+    search = commands.add_parser(
+        "budgets",
+        help="for each head of a model the columns and diagonals of MInference that fit it best, as a file of settings",
+    )
     _add_model(search)
     budgets.add_arguments(search)
     again = commands.add_parser("table", help="print the table of a run's folder again")
@@ -39,27 +43,41 @@ def _parser():
     report = commands.add_parser("report", help="make one HTML page, with figures, of runs")
     report.add_argument("folder", nargs="+", help="of a run, which may still go on")
     report.add_argument("--to", metavar="FILE", help="the page (default FOLDER/report.html, of the first folder)")
-    commands.add_parser("bench", help="measure time: of a model's prefill, and of the op (bench --help lists the benchmarks)")
+    commands.add_parser(
+        "bench", help="measure time: of a model's prefill, and of the op (bench --help lists the benchmarks)"
+    )
     return parser
 
 
 def _add_model(command):
-    command.add_argument("--model", required=True,
-                         help="a GGUF file (dequantised by transformers), or a folder that save_pretrained wrote")
+    command.add_argument(
+        "--model", required=True, help="a GGUF file (dequantised by transformers), or a folder that save_pretrained wrote"
+    )
     command.add_argument("--device", help="cpu or cuda (default cuda where there is one)")
-    command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
-                         help="of the model (default bfloat16 on cuda, float32 on the CPU)")
-    command.add_argument("--yarn", type=float, default=4.0,
-                         help="factor of YaRN for what is longer than the model's own length (default 4)")
+    command.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the model (default bfloat16 on cuda, float32 on the CPU)",
+    )
+    command.add_argument(
+        "--yarn", type=float, default=4.0, help="factor of YaRN for what is longer than the model's own length (default 4)"
+    )
 
 
 def _add_shared(command):
     _add_model(command)
-    command.add_argument("--methods", default="pbs", metavar="SPEC,SPEC,...",
-                         help="methods with settings, as pbs:top_p=0.8:dense_last_rows=1; NAME=A/B/C is one method for each "
-                              "number; every: a sweep of each method; full always runs and comes first (default pbs)")
-    command.add_argument("--out", metavar="FOLDER", help="of the run (default eval-runs/KIND-MODEL); a run that was stopped "
-                                                         "goes on where it was")
+    command.add_argument(
+        "--methods",
+        default="pbs",
+        metavar="SPEC,SPEC,...",
+        help="methods with settings, as pbs:top_p=0.8:dense_last_rows=1; NAME=A/B/C is one method for each "
+        "number; every: a sweep of each method; full always runs and comes first (default pbs)",
+    )
+    command.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="of the run (default eval-runs/KIND-MODEL); a run that was stopped goes on where it was",
+    )
     command.add_argument("--engine", default="transformers", choices=["transformers", "llama"])
     command.add_argument("--program", default="pbsattn", help="of the engine llama (default pbsattn, on PATH)")
     command.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
@@ -181,8 +199,13 @@ def _measure(run, name, the_kind, engine, items, attentions):
                 failure = str(reason)
             for attention in left:
                 bar.set_postfix_str(attention.name)
-                record = {"kind": name, "item": item.id, "group": item.group, "method": attention.name,
-                          "params": item.params}
+                record = {
+                    "kind": name,
+                    "item": item.id,
+                    "group": item.group,
+                    "method": attention.name,
+                    "params": item.params,
+                }
                 if failure is None:
                     try:
                         record.update(the_kind.measure(engine, item, attention, state))
@@ -199,8 +222,15 @@ def _finish(out, header, the_kind, records, to_json, to_page=None):
     rows = summary.rows(records, the_kind.metrics, list(header["methods"]))
     made = summary.as_json(rows, header)
     program.write_whole(out / "summary.json", json.dumps(made, indent=1) + "\n")
-    text = "\n".join([f"{header['model']['name']}, {header['engine']}, {header['device']}; {header['kind']} in {out}", "",
-                      summary.table(rows, the_kind.metrics), the_kind.report(records, header["methods"]), *summary.errors(records)])
+    text = "\n".join(
+        [
+            f"{header['model']['name']}, {header['engine']}, {header['device']}; {header['kind']} in {out}",
+            "",
+            summary.table(rows, the_kind.metrics),
+            the_kind.report(records, header["methods"]),
+            *summary.errors(records),
+        ]
+    )
     if to_json and to_json != "-":
         program.write_whole(to_json, json.dumps(made, indent=1) + "\n")
     if to_page:
@@ -212,7 +242,7 @@ def _finish(out, header, the_kind, records, to_json, to_page=None):
 def _again(given):
     header = folder.read_header(given.folder)
     if header["kind"] not in kind.KINDS:
-        raise ValueError(f"{given.folder}: kind \"{header['kind']}\" is none of {', '.join(kind.KINDS)}")
+        raise ValueError(f'{given.folder}: kind "{header["kind"]}" is none of {", ".join(kind.KINDS)}')
     path = pathlib.Path(given.folder)
     records = list(folder.read_items(path / "items.jsonl"))
     return _finish(path, header, kind.load(header["kind"]), records, given.json)
@@ -246,8 +276,15 @@ def main(argv=None):
 
 def run_main(argv=None):
     """Does what main() does, and tells what goes wrong in a line."""
-    status = program.guarded("pbsattn_eval", lambda: main(argv), ValueError, NotImplementedError, RuntimeError, MemoryError,
-                             interrupted="interrupted; nothing had begun")
+    status = program.guarded(
+        "pbsattn_eval",
+        lambda: main(argv),
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        MemoryError,
+        interrupted="interrupted; nothing had begun",
+    )
     if isinstance(status, str):
         _say(status)
         return 1

@@ -7,8 +7,15 @@ import math
 import numpy as np
 
 # The options that a keep rule is set by. Specs that differ in them alone are one family.
-SETTINGS = {"top_p": ("top_p",), "coverage": ("top_p",), "threshold": ("threshold",), "relative": ("threshold",),
-            "top_k": ("top_k",), "density": ("density",), "vertical_slash": ("vertical", "slash")}
+SETTINGS = {
+    "top_p": ("top_p",),
+    "coverage": ("top_p",),
+    "threshold": ("threshold",),
+    "relative": ("threshold",),
+    "top_k": ("top_k",),
+    "density": ("density",),
+    "vertical_slash": ("vertical", "slash"),
+}
 DENSITIES = (0.08, 0.12, 0.18, 0.27)  # at which families are compared
 
 

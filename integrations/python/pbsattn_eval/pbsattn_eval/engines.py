@@ -151,8 +151,10 @@ class Engine(Texts):
                 log_p = self.logits(reference[rows]).log_softmax(-1)
                 same.append(log_p.argmax(-1) == log_q.argmax(-1))
                 divergence.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_(min=0))
+
         def join(parts):
             return torch.cat(parts).float().cpu() if parts else None
+
         return join(nll), join(divergence), join(same)
 
     def scorer(self, ids, judged, attentions):
@@ -186,7 +188,7 @@ class Engine(Texts):
         together = max(_CACHED_TOKENS // len(ids), 1)
         made = {}
         for at in range(0, len(attentions), together):
-            made |= self._answers(prompt, attentions[at:at + together], max_new_tokens)
+            made |= self._answers(prompt, attentions[at : at + together], max_new_tokens)
         return made
 
     def _answers(self, prompt, attentions, max_new_tokens):
@@ -223,7 +225,7 @@ class Engine(Texts):
             ended |= torch.isin(steps[-1], ends)
         end = set(ends.tolist())
         for tokens in torch.stack(steps, 1).tolist():
-            yield tokens[:next((i for i, token in enumerate(tokens) if token in end), most)]
+            yield tokens[: next((i for i, token in enumerate(tokens) if token in end), most)]
 
     def _ends(self):
         """Tokens that end an answer."""

@@ -52,8 +52,9 @@ class RunFolder:
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
             lock.close()
-            raise FolderError(f"{self.path}: another run (process {owner}) is writing to it; wait for it, or pass another "
-                              "--out") from None
+            raise FolderError(
+                f"{self.path}: another run (process {owner}) is writing to it; wait for it, or pass another --out"
+            ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
@@ -63,16 +64,19 @@ class RunFolder:
         path = self.path / "run.json"
         if not path.exists():
             if (self.path / "items.jsonl").exists():
-                raise FolderError(f"{self.path}: has items.jsonl but no run.json, so nobody knows whose items they are; "
-                                  "pass another --out")
+                raise FolderError(
+                    f"{self.path}: has items.jsonl but no run.json, so nobody knows whose items they are; pass another --out"
+                )
             write_whole(path, json.dumps(header, indent=1) + "\n")
             return
         found = read_header(self.path)
         changes = sorted(_differences(json.loads(json.dumps(header)), found))
         if changes:
-            raise FolderError(f"{path}: belongs to another run: {'; '.join(changes[:4])}"
-                              f"{f'; and {len(changes) - 4} more' if len(changes) > 4 else ''}; pass another --out, or what "
-                              "that run had")
+            raise FolderError(
+                f"{path}: belongs to another run: {'; '.join(changes[:4])}"
+                f"{f'; and {len(changes) - 4} more' if len(changes) > 4 else ''}; pass another --out, or what "
+                "that run had"
+            )
 
     def add(self, record):
         """Writes a finished record; when it returns the record is on disk, and when it raises nothing of it is."""
@@ -85,8 +89,12 @@ class RunFolder:
             os.fsync(self._items)
         except OSError as error:
             os.ftruncate(self._items, size)
-            raise OSError(error.errno, f"{error.strerror}: the {len(self.done)} finished records are kept; free some space "
-                          "and run the same command again", str(self.path / "items.jsonl")) from None
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: the {len(self.done)} finished records are kept; free some space "
+                "and run the same command again",
+                str(self.path / "items.jsonl"),
+            ) from None
         self.done[record["item"], record["method"]] = record
 
 
@@ -128,7 +136,7 @@ def read_header(path):
     except ValueError as error:
         raise FolderError(f"{path}: is not JSON ({error}); pass another --out") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise FolderError(f"{path}: \"format\" is not {FORMAT}, which this version writes; pass another --out")
+        raise FolderError(f'{path}: "format" is not {FORMAT}, which this version writes; pass another --out')
     return header
 
 
@@ -148,7 +156,7 @@ def read_jsonl(path, required):
                 if not isinstance(record.get(field), kind):
                     state = "is missing" if field not in record else f"is {_short(record[field])}"
                     names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-                    raise FolderError(f"{path}, line {number}: field \"{field}\" {state}; it has to be of type {names}")
+                    raise FolderError(f'{path}, line {number}: field "{field}" {state}; it has to be of type {names}')
             yield number, record
 
 
@@ -156,5 +164,5 @@ def read_items(path):
     """Records of items.jsonl."""
     for number, record in read_jsonl(path, REQUIRED):
         if "error" not in record and not isinstance(record.get("metrics"), dict):
-            raise FolderError(f"{path}, line {number}: field \"metrics\" is missing; it has to be of type dict")
+            raise FolderError(f'{path}, line {number}: field "metrics" is missing; it has to be of type dict')
         yield record

@@ -29,8 +29,10 @@ class LlamaEngine(Texts):
         try:
             subprocess.run([program, "--version"], capture_output=True, check=True)
         except (OSError, subprocess.CalledProcessError):
-            raise ValueError(f"program {program}: can't be run; `./dev build` makes build/release/apps/pbsattn/pbsattn, "
-                             "which --program names") from None
+            raise ValueError(
+                f"program {program}: can't be run; `./dev build` makes build/release/apps/pbsattn/pbsattn, "
+                "which --program names"
+            ) from None
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
     def scorer(self, ids, judged, attentions):
@@ -44,10 +46,19 @@ class LlamaEngine(Texts):
             each = run["each"]
             start = len(ids) - 1 - judged  # the first position that predicts a judged token
             at = [i for i, position in enumerate(each["position"]) if position >= start]
+
             def pick(name, default):
                 return [float(each[name][i]) if each[name] else default for i in at]
-            return Score([each["position"][i] - start for i in at], pick("nll", 0.0), pick("kl", 0.0), pick("same_top1", 1.0),
-                         run["density"]["mean"], [layer["density"] for layer in run["layers"]], run["first_token_seconds"])
+
+            return Score(
+                [each["position"][i] - start for i in at],
+                pick("nll", 0.0),
+                pick("kl", 0.0),
+                pick("same_top1", 1.0),
+                run["density"]["mean"],
+                [layer["density"] for layer in run["layers"]],
+                run["first_token_seconds"],
+            )
 
         return score
 
@@ -62,7 +73,9 @@ class LlamaEngine(Texts):
             try:
                 run = self._taken(made, attention)
                 tokens = run["continuation"]["tokens"]
-                answers[attention.name] = Answer(self.decode(tokens), tokens, run["density"]["mean"], run["first_token_seconds"])
+                answers[attention.name] = Answer(
+                    self.decode(tokens), tokens, run["density"]["mean"], run["first_token_seconds"]
+                )
             except kind.Unsupported as reason:
                 answers[attention.name] = reason
         return answers
@@ -88,8 +101,21 @@ class LlamaEngine(Texts):
         with tempfile.NamedTemporaryFile("w", suffix=".ids") as prompt:
             prompt.write(" ".join(map(str, ids)))
             prompt.flush()
-            command = [self.program, "prefill", "--model", self.model, "--prompt-file", prompt.name, "--token-ids", "--json",
-                       "--method", names[-1], "--compare", ",".join(names[:-1]) or "none", *map(str, options)]
+            command = [
+                self.program,
+                "prefill",
+                "--model",
+                self.model,
+                "--prompt-file",
+                prompt.name,
+                "--token-ids",
+                "--json",
+                "--method",
+                names[-1],
+                "--compare",
+                ",".join(names[:-1]) or "none",
+                *map(str, options),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode in (130, -2):
             raise KeyboardInterrupt

@@ -9,9 +9,18 @@ import transformers
 # Stacks of the named shape with random weights: right for time and memory, meaningless as language.
 SHAPES = {
     "llama-3.1-8b": lambda: transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        rope_parameters=dict(rope_type="default", rope_theta=500000.0), tie_word_embeddings=False),
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+        tie_word_embeddings=False,
+    )
 }
 
 
@@ -49,9 +58,16 @@ def set_yarn(model, factor):
     """Stretches rotary positions by YaRN for texts longer than the model was trained on; 1 is as trained."""
     config = model.config
     trained = vars(model).setdefault("_trained_rope", dict(config.rope_parameters))
-    wanted = trained if factor == 1 else dict(
-        rope_theta=trained["rope_theta"], rope_type="yarn", factor=float(factor),
-        original_max_position_embeddings=config.max_position_embeddings)
+    wanted = (
+        trained
+        if factor == 1
+        else dict(
+            rope_theta=trained["rope_theta"],
+            rope_type="yarn",
+            factor=float(factor),
+            original_max_position_embeddings=config.max_position_embeddings,
+        )
+    )
     if config.rope_parameters != wanted:
         config.rope_parameters = wanted
         rotary = model.model.rotary_emb

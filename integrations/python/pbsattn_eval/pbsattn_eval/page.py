@@ -42,6 +42,7 @@ def write(runs, base):
 def markdown(header, lines):
     def cells(line):
         return "| " + " | ".join(line) + " |\n"
+
     return cells(header) + cells(["---"] * len(header)) + "".join(map(cells, lines))
 
 
@@ -50,13 +51,19 @@ def _block(header, records, made, the_kind):
     parts = [f"{where}; commit {header['commit']}, {header['date']}.\n"]
     equal = curves.by_density(records, header["methods"], the_kind.metrics[0].name) if header["kind"] == "ppl" else []
     if equal:
-        lines = [[group, f"`{name}`", *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)] for group, name, cells in equal]
-        parts.append("Change of the loss (nats a token, ± standard error) at equal density:\n\n" + markdown(
-            ["texts", "method", *(f"{d:g}" for d in curves.DENSITIES)], lines))
+        lines = [
+            [group, f"`{name}`", *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)] for group, name, cells in equal
+        ]
+        parts.append(
+            "Change of the loss (nats a token, ± standard error) at equal density:\n\n"
+            + markdown(["texts", "method", *(f"{d:g}" for d in curves.DENSITIES)], lines)
+        )
     sparser = _against(records, list(header["methods"])) if header["kind"] == "ppl" else ([], [])
     if sparser[1]:
-        parts.append(f"Sparser settings against `{PUBLISHED}`, text by text: change of the loss ± standard error, and density as a "
-                     "share of its:\n\n" + markdown(*sparser))
+        parts.append(
+            f"Sparser settings against `{PUBLISHED}`, text by text: change of the loss ± standard error, and density as a "
+            "share of its:\n\n" + markdown(*sparser)
+        )
     if len(the_kind.metrics) == 1:
         parts.append(_by_group(made, the_kind.metrics[0]))
     else:
@@ -95,8 +102,10 @@ def _by_group(made, metric):
     whole = groups[-1]  # all of them, where there are several
     lengths = {group.rpartition(" ")[2] for group in groups if group != "all"}
     of = lengths.pop() if len(lengths) == 1 else ""  # what every group's name ends in, as " 16384"
+
     def cell(row):
         return "" if row is None else metric.form.format(row.mean)
+
     lines = []
     for method in methods:
         row = keyed.get((whole, method))
@@ -104,8 +113,10 @@ def _by_group(made, metric):
         change = "" if row is None else summary.change(row, metric)
         lines.append([f"`{method}`", density, *(cell(keyed.get((group, method))) for group in groups), change])
     items = max(row.items for row in made if row.group == whole)
-    said = (f"{metric.name.capitalize()}{f' ({metric.unit})' if metric.unit else ''} in {items} prompts"
-            f"{f' of {of} tokens' if of.isdigit() else ''}; change against full, 95 % interval:\n\n")
+    said = (
+        f"{metric.name.capitalize()}{f' ({metric.unit})' if metric.unit else ''} in {items} prompts"
+        f"{f' of {of} tokens' if of.isdigit() else ''}; change against full, 95 % interval:\n\n"
+    )
     names = [group.removesuffix(f" {of}") for group in groups]
     return said + markdown(["method", "density", *names, "change"], lines)
 
@@ -124,8 +135,11 @@ def _settings(made, metrics):
             line.append("" if row is None else metric.form.format(row.mean))
             if metric.change:
                 signed = metric.form.replace("{:", "{:+")
-                line.append("" if row is None or row.change is None else
-                            f"{signed.format(row.change)} ±{metric.form.format(row.standard_error or 0)}")
+                line.append(
+                    ""
+                    if row is None or row.change is None
+                    else f"{signed.format(row.change)} ±{metric.form.format(row.standard_error or 0)}"
+                )
         lines.append(line)
     header = ["texts", "method", "density"]
     for metric in metrics:
@@ -142,6 +156,7 @@ def plot(records, header, path):
     if not families or not 0 < len(groups) <= 4:
         return False
     import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "pbsattn"
     from matplotlib import pyplot
@@ -153,9 +168,16 @@ def plot(records, header, path):
         for i, (name, specs) in enumerate(families.items()):
             points = sorted((value[group, spec] for spec in specs if (group, spec) in value), key=lambda row: row.density)
             if points:
-                panel.errorbar([p.density for p in points], [p.change for p in points],
-                               yerr=[p.standard_error or 0 for p in points], label=name, marker=marks[i % len(marks)],
-                               markersize=4, linewidth=1.2, color=pyplot.get_cmap("tab20").colors[i % 20])
+                panel.errorbar(
+                    [p.density for p in points],
+                    [p.change for p in points],
+                    yerr=[p.standard_error or 0 for p in points],
+                    label=name,
+                    marker=marks[i % len(marks)],
+                    markersize=4,
+                    linewidth=1.2,
+                    color=pyplot.get_cmap("tab20").colors[i % 20],
+                )
         panel.axhline(0, color="0.6", linewidth=0.8)
         panel.set_xscale("log")
         ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7]

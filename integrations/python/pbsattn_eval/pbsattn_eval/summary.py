@@ -73,14 +73,31 @@ def _row(group, method, own, base, metric):
         return None
     change = low = high = error = None
     if method != BASELINE and metric.change:
-        pairs = [(u, b) for record in own if record["item"] in base
-                 for u, b in zip(curves.units(record, metric.name), curves.units(base[record["item"]], metric.name))]
+        pairs = [
+            (u, b)
+            for record in own
+            if record["item"] in base
+            for u, b in zip(curves.units(record, metric.name), curves.units(base[record["item"]], metric.name))
+        ]
         if pairs:
             differences = [u - b for u, b in pairs]
             change = float(np.mean(differences))
             low, high, error = interval(differences)
-    return Row(group, method, metric.name, float(np.mean(units)), len(units), change, low, high, error,
-               _mean(own, "density"), _mean(own, "seconds"), len(own) - errors, errors)
+    return Row(
+        group,
+        method,
+        metric.name,
+        float(np.mean(units)),
+        len(units),
+        change,
+        low,
+        high,
+        error,
+        _mean(own, "density"),
+        _mean(own, "seconds"),
+        len(own) - errors,
+        errors,
+    )
 
 
 def table(made, metrics):
@@ -122,17 +139,41 @@ def errors(records):
     for record in records:
         if "error" in record:
             reasons.setdefault((record["method"], record["error"]), []).append(record["item"])
-    return [f"{method}: {len(items)} item(s) not counted, the first {items[0]}: {reason}"
-            for (method, reason), items in reasons.items()]
+    return [
+        f"{method}: {len(items)} item(s) not counted, the first {items[0]}: {reason}"
+        for (method, reason), items in reasons.items()
+    ]
 
 
 def as_json(made, header):
     """In the form of every benchmark of this project (docs/dev/measuring.md), with the interval beside."""
     device, commit, date = header["device"], header.get("commit"), header["date"]
-    return [dict(suite=f"eval-{header['kind']}", case=row.method,
-                 params=dict(model=header["model"]["name"], group=row.group, items=row.items, errors=row.errors,
-                             density=row.density, seconds=row.seconds),
-                 metric=row.metric, value=row.mean, unit="", peer=BASELINE if row.change is not None else None,
-                 peer_value=None if row.change is None else row.mean - row.change, ratio=None,
-                 change=row.change, low=row.low, high=row.high, runs=row.units, spread=row.standard_error,
-                 device=device, commit=commit, date=date) for row in made]
+    return [
+        dict(
+            suite=f"eval-{header['kind']}",
+            case=row.method,
+            params=dict(
+                model=header["model"]["name"],
+                group=row.group,
+                items=row.items,
+                errors=row.errors,
+                density=row.density,
+                seconds=row.seconds,
+            ),
+            metric=row.metric,
+            value=row.mean,
+            unit="",
+            peer=BASELINE if row.change is not None else None,
+            peer_value=None if row.change is None else row.mean - row.change,
+            ratio=None,
+            change=row.change,
+            low=row.low,
+            high=row.high,
+            runs=row.units,
+            spread=row.standard_error,
+            device=device,
+            commit=commit,
+            date=date,
+        )
+        for row in made
+    ]

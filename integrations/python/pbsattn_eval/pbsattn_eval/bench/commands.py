@@ -40,46 +40,69 @@ def _parser():
     draw.add_argument("--lengths", help="only these lengths")
 
     command = commands.add_parser(
-        "prefill", parents=[shared],
-        help="time to first token, attention's share, density, peak memory, perplexity, tokens that differ")
+        "prefill",
+        parents=[shared],
+        help="time to first token, attention's share, density, peak memory, perplexity, tokens that differ",
+    )
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a GGUF file (dequantised), or a folder that save_pretrained wrote")
-    what.add_argument("--shape", help="random weights in the shape of " + ", ".join(models.SHAPES) + ": time and memory only")
+    what.add_argument(
+        "--shape", help="random weights in the shape of " + ", ".join(models.SHAPES) + ": time and memory only"
+    )
     command.add_argument("--lengths", default="8192", help="tokens of the prompts (default 8192)")
-    command.add_argument("--attn", default="sdpa,pbs",
-                         help=f"compared in turn, the first is the baseline: {kinds} (default sdpa,pbs)")
+    command.add_argument(
+        "--attn", default="sdpa,pbs", help=f"compared in turn, the first is the baseline: {kinds} (default sdpa,pbs)"
+    )
     command.add_argument("--text", help="a text file (default: the source of Python's standard library)")
     command.add_argument("--runs", type=int, default=3, help="timed runs of each (default 3; the median counts)")
-    command.add_argument("--yarn", type=float, default=4.0,
-                         help="factor of YaRN for prompts beyond the model's own length (default 4)")
+    command.add_argument(
+        "--yarn", type=float, default=4.0, help="factor of YaRN for prompts beyond the model's own length (default 4)"
+    )
     command.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     command.add_argument("--plot", help="write BASE.png and BASE.svg", metavar="BASE")
 
-    command = commands.add_parser("op", parents=[shared, heads],
-                                  help="the time of one attention call on random tensors, its result checked first")
+    command = commands.add_parser(
+        "op", parents=[shared, heads], help="the time of one attention call on random tensors, its result checked first"
+    )
     command.add_argument("--lengths", default="4096,8192", help="tokens (default 4096,8192)")
     command.add_argument("--head-dims", default="128", help="head_dim (default 128)")
-    command.add_argument("--attn", default="sdpa,full,pbs:keep=density:density=0.2",
-                         help=f"compared in turn, the first is the baseline: {kinds} (default sdpa, full and pbs at density 0.2)")
+    command.add_argument(
+        "--attn",
+        default="sdpa,full,pbs:keep=density:density=0.2",
+        help=f"compared in turn, the first is the baseline: {kinds} (default sdpa, full and pbs at density 0.2)",
+    )
     command.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
 
-    command = commands.add_parser("overhead", parents=[shared, heads],
-                                  help="host time of a call beyond the library's launches, and the time of first calls")
-    command.add_argument("--tokens", type=int, default=512,
-                         help="of the calls: few, so that a GPU never falls behind (default 512)")
+    command = commands.add_parser(
+        "overhead",
+        parents=[shared, heads],
+        help="host time of a call beyond the library's launches, and the time of first calls",
+    )
+    command.add_argument(
+        "--tokens", type=int, default=512, help="of the calls: few, so that a GPU never falls behind (default 512)"
+    )
     command.add_argument("--head-dim", type=int, default=128)
     command.add_argument("--attn", default="sdpa,full,pbs", help=f"{kinds} (default sdpa,full,pbs)")
 
-    command = commands.add_parser("lists", parents=[written],
-                                  help="blocks that methods keep, against their public code's; fails where fewer than "
-                                       f"{lists.BAR:.1%}% of decisions agree in float32")
-    command.add_argument("--public", required=True, metavar="FOLDER",
-                         help="of checkouts named OWNER+NAME: " + ", ".join(dict.fromkeys(code.repository for code in CODES.values())))
+    command = commands.add_parser(
+        "lists",
+        parents=[written],
+        help="blocks that methods keep, against their public code's; fails where fewer than "
+        f"{lists.BAR:.1%}% of decisions agree in float32",
+    )
+    command.add_argument(
+        "--public",
+        required=True,
+        metavar="FOLDER",
+        help="of checkouts named OWNER+NAME: " + ", ".join(dict.fromkeys(code.repository for code in CODES.values())),
+    )
     command.add_argument("--method", default=",".join(CODES), help="only these (default " + ",".join(CODES) + ")")
     command.add_argument("--tokens", default="2000,8100", help="lengths of random input (default 2000,8100)")
     command.add_argument("--heads", type=int, default=4, help="of random input (default 4)")
     command.add_argument("--seeds", type=int, default=3, help="random inputs of each length (default 3)")
-    command.add_argument("--model", help="also on queries and keys of this model: a GGUF file or a folder that save_pretrained wrote")
+    command.add_argument(
+        "--model", help="also on queries and keys of this model: a GGUF file or a folder that save_pretrained wrote"
+    )
     command.add_argument("--text", help="a text for it (default: the source of Python's standard library)")
     command.add_argument("--layers", type=int, default=3, help="of the model, evenly spaced (default 3)")
     return parser
@@ -100,11 +123,21 @@ def main(arguments=None):
     if given.command == "prefill":
         return _prefill(given)
     if given.command == "op":
-        made, table = op.rates(given.attn, given.device, getattr(torch, given.dtype), given.heads, given.kv_heads,
-                               _numbers("--lengths", given.lengths), _numbers("--head-dims", given.head_dims), given.runs, _say)
+        made, table = op.rates(
+            given.attn,
+            given.device,
+            getattr(torch, given.dtype),
+            given.heads,
+            given.kv_heads,
+            _numbers("--lengths", given.lengths),
+            _numbers("--head-dims", given.head_dims),
+            given.runs,
+            _say,
+        )
     else:
-        made, table = op.overhead(given.attn, given.device, given.heads, given.kv_heads, given.tokens, given.head_dim,
-                                  given.runs)
+        made, table = op.overhead(
+            given.attn, given.device, given.heads, given.kv_heads, given.tokens, given.head_dim, given.runs
+        )
     _write(given, made)
     print(f"{records.device_name(given.device)}; median of {given.runs} run(s)\n\n{table}")
     return made
@@ -144,8 +177,9 @@ def _plot(given):
     if given.lengths:
         made = [each for each in made if str(each["params"]["n"]) in given.lengths.split(",")]
     if not made:
-        raise ValueError(f"{', '.join(given.json)}: no measurements of {given.attn or 'any attention'} at "
-                         f"{given.lengths or 'any length'}")
+        raise ValueError(
+            f"{', '.join(given.json)}: no measurements of {given.attn or 'any attention'} at {given.lengths or 'any length'}"
+        )
     titles = dict.fromkeys(f"{each['params']['model']}\n{each['device']}" for each in made)
     records.plot(made, given.to, "\n".join(titles))
 
@@ -155,7 +189,9 @@ def _lists(given):
     lengths = _numbers("--tokens", given.tokens)
     if min(given.heads, given.seeds, given.layers) < 1:
         raise ValueError("--heads, --seeds and --layers: at least 1 each")
-    inputs = {"random": [lists.random_input(length, given.heads, 128, seed) for length in lengths for seed in range(given.seeds)]}
+    inputs = {
+        "random": [lists.random_input(length, given.heads, 128, seed) for length in lengths for seed in range(given.seeds)]
+    }
     if given.model:
         name = pathlib.Path(given.model).name
         inputs[name] = list(_of_model(given, name, max(lengths)))
@@ -176,7 +212,9 @@ def _of_model(given, name, length):
     wanted = {round(i * (count - 1) / max(given.layers - 1, 1)) for i in range(min(given.layers, count))}
     captured = models.capture(model, models.tokens(tokenizer, text, length, given.device), wanted)
     for _, (q, k, _, scale) in sorted(captured.items()):
-        yield lists.Input(name, q * (scale * q.shape[-1] ** 0.5), k)  # public codes know no other scale than 1 / sqrt(head_dim)
+        yield lists.Input(
+            name, q * (scale * q.shape[-1] ** 0.5), k
+        )  # public codes know no other scale than 1 / sqrt(head_dim)
 
 
 def _prefill(given):
@@ -202,7 +240,9 @@ def _prefill(given):
     _write(given, made)
     if given.plot:
         records.plot(made, given.plot, f"{name}\n{records.device_name(device)}")
-    print(f"{name}; {source}; {records.device_name(device)}; median of {given.runs} run(s), "
-          f"largest spread {records.spread_of(results):.0%}\n")
+    print(
+        f"{name}; {source}; {records.device_name(device)}; median of {given.runs} run(s), "
+        f"largest spread {records.spread_of(results):.0%}\n"
+    )
     print(records.table(results))
     return results

@@ -30,8 +30,10 @@ class Input:
 def random_input(tokens, heads, width, seed):
     """Queries that share what draws them, topics of 97 tokens in queries and keys, and some keys that draw most queries."""
     generator = torch.Generator().manual_seed(seed)
+
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
+
     topics = normal(heads, 12, width)
     topic = torch.randint(12, (tokens // 97 + 1,), generator=generator).repeat_interleave(97)[:tokens]
     k = normal(heads, tokens, width) + topics[:, topic]
@@ -86,12 +88,14 @@ def compare(code, folder, inputs, say):
 def _compare_one(code, folder, attention, given, counts):
     options = pbsattn.options(attention.method)
     group = given.q.shape[1] // given.k.shape[1]
+
     def public(q, k):
         return code.choose(folder, q, k.repeat_interleave(group, 1), options)
+
     theirs = public(given.q, given.k)
     ours = decide(attention, given.q, given.k)
     counted = torch.ones_like(ours).tril()
-    counted[:, :code.first_row] = False
+    counted[:, : code.first_row] = False
     counts[F32_CPU].add(theirs.kept == ours, counted)
     if given.q.shape[2] <= _REFERENCE_TOKENS:
         counts[F32_REFERENCE].add(theirs.kept == decide(attention, given.q, given.k, reference=True), counted)
@@ -153,8 +157,11 @@ def run(public, methods, inputs, say):
                 counts, density = compare(code, folder, of_kind, say)
                 made += _records(name, code, commit, of_kind, counts, density)
                 rows.append(_row(name, code, commit, kind, counts))
-                wrong += [f"{name}: {what}: {counts[what].share:.4%} of decisions agree on {kind} input"
-                          for what in _BARRED if counts[what].decisions and counts[what].share < BAR]
+                wrong += [
+                    f"{name}: {what}: {counts[what].share:.4%} of decisions agree on {kind} input"
+                    for what in _BARRED
+                    if counts[what].decisions and counts[what].share < BAR
+                ]
         except ModuleNotFoundError as missing:
             left.append(f"{name}: not compared: its public code needs {missing.name}: pip install {missing.name}")
     if not made:
@@ -163,19 +170,56 @@ def run(public, methods, inputs, say):
     return made, "\n".join([table, *(["", *left] if left else [])]), wrong
 
 
-_HEADER = ("method", "public code", "input", "decisions", "f32 reference", "f32 CPU", "bf16", "bf16 numbers in f32", "beyond ties")
+_HEADER = (
+    "method",
+    "public code",
+    "input",
+    "decisions",
+    "f32 reference",
+    "f32 CPU",
+    "bf16",
+    "bf16 numbers in f32",
+    "beyond ties",
+)
 
 
 def _row(name, code, commit, kind, counts):
     def show(count):
         return "" if not count.decisions else f"{math.floor(count.share * 1e5) / 1e3:.3f} %"
-    return (name, f"{code.repository} {commit}", kind, str(counts[F32_CPU].decisions), *(show(counts[what]) for what in COUNTS))
+
+    return (
+        name,
+        f"{code.repository} {commit}",
+        kind,
+        str(counts[F32_CPU].decisions),
+        *(show(counts[what]) for what in COUNTS),
+    )
 
 
 def _records(name, code, commit, inputs, counts, density):
-    params = dict(input=inputs[0].kind, tokens=sorted({each.q.shape[2] for each in inputs}), heads=inputs[0].q.shape[1],
-                  kv_heads=inputs[0].k.shape[1], head_dim=inputs[0].q.shape[3], inputs=len(inputs), cases=list(code.cases),
-                  function=code.function, public_commit=commit, rows_from=code.first_row, density=round(density, 4))
-    return [records.record("lists", name, {**params, "what": what, "decisions": count.decisions, "differ": count.decisions - count.agree},
-                          "decisions that agree", count.share, "of decisions", code.repository)
-            for what, count in counts.items() if count.decisions]
+    params = dict(
+        input=inputs[0].kind,
+        tokens=sorted({each.q.shape[2] for each in inputs}),
+        heads=inputs[0].q.shape[1],
+        kv_heads=inputs[0].k.shape[1],
+        head_dim=inputs[0].q.shape[3],
+        inputs=len(inputs),
+        cases=list(code.cases),
+        function=code.function,
+        public_commit=commit,
+        rows_from=code.first_row,
+        density=round(density, 4),
+    )
+    return [
+        records.record(
+            "lists",
+            name,
+            {**params, "what": what, "decisions": count.decisions, "differ": count.decisions - count.agree},
+            "decisions that agree",
+            count.share,
+            "of decisions",
+            code.repository,
+        )
+        for what, count in counts.items()
+        if count.decisions
+    ]

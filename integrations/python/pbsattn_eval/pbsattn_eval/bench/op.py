@@ -18,8 +18,10 @@ _CALLS = 50  # between two waits for a GPU: few enough that its queue of launche
 
 def _inputs(device, dtype, heads, kv_heads, tokens, head_dim):
     generator = torch.Generator(device).manual_seed(tokens + head_dim)
+
     def make(count):
         return torch.randn(1, count, tokens, head_dim, generator=generator, device=device).to(dtype)
+
     return make(heads), make(kv_heads), make(kv_heads)
 
 
@@ -48,7 +50,7 @@ def _rows_error(out, q, k, v, rows):
     group = q.shape[1] // k.shape[1]
     wrong = whole = 0.0
     for head in range(q.shape[1]):  # one at a time, for memory
-        keys, values = (t[0, head // group, :rows.stop].double() for t in (k, v))
+        keys, values = (t[0, head // group, : rows.stop].double() for t in (k, v))
         scores = q[0, head, rows].double() @ keys.T * q.shape[-1] ** -0.5
         future = torch.ones_like(scores, dtype=torch.bool).triu(rows.start + 1)
         truth = torch.softmax(scores.masked_fill(future, -torch.inf), -1) @ values
@@ -74,8 +76,10 @@ def _check(attention, q, k, v, allowed):
     for rows, error in errors.items():
         limit = 2 * allowed.setdefault(rows, error) + 1e-6
         if not error <= limit:
-            raise RuntimeError(f"{attention.name}, {tokens} tokens: its {rows} rows are off by {error:.2g}, and {limit:.2g}, "
-                               "twice SDPA's error, is allowed; its time would mean nothing")
+            raise RuntimeError(
+                f"{attention.name}, {tokens} tokens: its {rows} rows are off by {error:.2g}, and {limit:.2g}, "
+                "twice SDPA's error, is allowed; its time would mean nothing"
+            )
     return density, errors.get("last")
 
 
@@ -97,15 +101,38 @@ def rates(attentions, device, dtype, heads, kv_heads, lengths, head_dims, runs, 
         base = statistics.median(seconds[attentions[0].name])
         for each in attentions:
             median, (density, error) = statistics.median(seconds[each.name]), found[each.name]
-            speed_up = statistics.median(a / b for a, b in zip(seconds[attentions[0].name], seconds[each.name]))  # of each turn
+            speed_up = statistics.median(
+                a / b for a, b in zip(seconds[attentions[0].name], seconds[each.name])
+            )  # of each turn
             rate = 2e-9 * heads * head_dim * tokens * (tokens + 1) * (density or 1.0) / median
             against = None if each is attentions[0] else attentions[0].name
-            params = dict(n=tokens, head_dim=head_dim, heads=heads, kv_heads=kv_heads, dtype=records.dtype_name(dtype),
-                          threads=torch.get_num_threads() if device.type == "cpu" else None, density=density, error=error)
-            made.append(records.record("op", each.name, params, "time", median, "s", against, base, speed_up, runs,
-                                      _spread(seconds[each.name])))
-            rows.append((str(tokens), str(head_dim), each.name, f"{median * 1e3:.2f} ms", f"{rate:.0f}", f"{speed_up:.2f}x",
-                         show(density, "{:.3f}"), show(error, "{:.2e}")))
+            params = dict(
+                n=tokens,
+                head_dim=head_dim,
+                heads=heads,
+                kv_heads=kv_heads,
+                dtype=records.dtype_name(dtype),
+                threads=torch.get_num_threads() if device.type == "cpu" else None,
+                density=density,
+                error=error,
+            )
+            made.append(
+                records.record(
+                    "op", each.name, params, "time", median, "s", against, base, speed_up, runs, _spread(seconds[each.name])
+                )
+            )
+            rows.append(
+                (
+                    str(tokens),
+                    str(head_dim),
+                    each.name,
+                    f"{median * 1e3:.2f} ms",
+                    f"{rate:.0f}",
+                    f"{speed_up:.2f}x",
+                    show(density, "{:.3f}"),
+                    show(error, "{:.2e}"),
+                )
+            )
     return made, aligned(rows, left=("attention",))
 
 
@@ -132,20 +159,45 @@ def overhead(attentions, device, heads, kv_heads, tokens, head_dim, runs):
         middle = {part: statistics.median(taken) for part, taken in times.items()}
         measured = [("first call", first[each.name], 0.0), ("host time of a call", middle["call"], _spread(times["call"]))]
         if "library" in middle:
-            measured += [("host time in the library", middle["library"], _spread(times["library"])),
-                         ("host time of the Python path", middle["call"] - middle["library"], 0.0)]
+            measured += [
+                ("host time in the library", middle["library"], _spread(times["library"])),
+                ("host time of the Python path", middle["call"] - middle["library"], 0.0),
+            ]
         for metric, value, spread in measured:
-            made.append(records.record("overhead", each.name, dict(n=tokens, head_dim=head_dim, heads=heads, kv_heads=kv_heads),
-                                      metric, value, "s", runs=1 if metric == "first call" else runs, spread=spread))
+            made.append(
+                records.record(
+                    "overhead",
+                    each.name,
+                    dict(n=tokens, head_dim=head_dim, heads=heads, kv_heads=kv_heads),
+                    metric,
+                    value,
+                    "s",
+                    runs=1 if metric == "first call" else runs,
+                    spread=spread,
+                )
+            )
         own = middle["call"] - middle["library"] if "library" in middle else None
-        rows.append((each.name, f"{first[each.name] * 1e3:.1f} ms", *(
-            show(seconds and seconds * 1e6, "{:.1f} us") for seconds in (middle["call"], middle.get("library"), own))))
+        rows.append(
+            (
+                each.name,
+                f"{first[each.name] * 1e3:.1f} ms",
+                *(show(seconds and seconds * 1e6, "{:.1f} us") for seconds in (middle["call"], middle.get("library"), own)),
+            )
+        )
     return made, aligned(rows, left=("attention",))
 
 
 def _library_run(attention, q, k, v):
     """The library's run of a call, with everything that Python prepares for it prepared: launches and nothing else."""
-    plan = pbsattn.plan(q_heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], kv_len=k.shape[2], head_dim=q.shape[3],
-                        device=q.device, method=attention.method, threads=torch.get_num_threads())
+    plan = pbsattn.plan(
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        q_len=q.shape[2],
+        kv_len=k.shape[2],
+        head_dim=q.shape[3],
+        device=q.device,
+        method=attention.method,
+        threads=torch.get_num_threads(),
+    )
     workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=q.device)
     return plan.bind(q, k, v, torch.empty_like(q), workspace)

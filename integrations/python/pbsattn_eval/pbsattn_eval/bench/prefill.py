@@ -48,10 +48,10 @@ def _fidelity(model, ids, baseline):
     hidden = model.model(ids, use_cache=True).last_hidden_state[0]
     nll, best = 0.0, []
     for start in range(0, hidden.shape[0], _HEAD_ROWS):
-        logits = model.lm_head(hidden[start:start + _HEAD_ROWS]).float()
+        logits = model.lm_head(hidden[start : start + _HEAD_ROWS]).float()
         best.append(logits.argmax(-1))
-        targets = ids[0, start + 1:start + 1 + _HEAD_ROWS]
-        nll += float(F.cross_entropy(logits[:len(targets)], targets, reduction="sum"))
+        targets = ids[0, start + 1 : start + 1 + _HEAD_ROWS]
+        nll += float(F.cross_entropy(logits[: len(targets)], targets, reduction="sum"))
     best = torch.cat(best)
     differing = None if baseline is None else float((best != baseline).float().mean())
     return float(torch.tensor(nll / (ids.shape[1] - 1)).exp()), best, differing
@@ -84,8 +84,17 @@ def measure(model, ids, attentions, runs, real_text, say):
                 _first_token(model, ids)
             layers = pbsattn.transformers.stats(model) if attention.method is not None else []
         visited, causal = sum(s.visited_blocks for s in layers), sum(s.causal_blocks for s in layers)
-        results[attention.name] = Result(attention.name, count, [], 0.0, visited / causal if causal else None, None,
-                                         perplexity, differing, sum(s.taken > 0 for s in layers))
+        results[attention.name] = Result(
+            attention.name,
+            count,
+            [],
+            0.0,
+            visited / causal if causal else None,
+            None,
+            perplexity,
+            differing,
+            sum(s.taken > 0 for s in layers),
+        )
     for attention in attentions:
         with attention.on(model), timed(attention, device) as seconds:
             _run_once(model, ids, device)

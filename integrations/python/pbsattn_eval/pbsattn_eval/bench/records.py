@@ -16,16 +16,35 @@ from ..tables import aligned, show
 
 def table(results):
     """One line for each attention and length; ratios are against the first attention of the length."""
-    rows = [("tokens", "attention", "first token", "speed-up", "in attention", "density", "peak memory", "perplexity",
-             "other tokens")]
+    rows = [
+        (
+            "tokens",
+            "attention",
+            "first token",
+            "speed-up",
+            "in attention",
+            "density",
+            "peak memory",
+            "perplexity",
+            "other tokens",
+        )
+    ]
     for base, result in _with_baseline(results):
         change = "" if result is base or result.perplexity is None else f" ({result.perplexity / base.perplexity - 1:+.2%})"
         memory = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.2f} GiB"
-        rows.append((
-            str(result.tokens), result.attention, f"{result.ttft * 1e3:.1f} ms", f"{result.speed_up(base):.2f}x",
-            f"{result.attention_seconds * 1e3:.1f} ms {result.attention_seconds / result.ttft:.0%}",
-            show(result.density, "{:.3f}"), memory, show(result.perplexity, "{:.4f}") + change,
-            show(result.differing, "{:.2%}")))
+        rows.append(
+            (
+                str(result.tokens),
+                result.attention,
+                f"{result.ttft * 1e3:.1f} ms",
+                f"{result.speed_up(base):.2f}x",
+                f"{result.attention_seconds * 1e3:.1f} ms {result.attention_seconds / result.ttft:.0%}",
+                show(result.density, "{:.3f}"),
+                memory,
+                show(result.perplexity, "{:.4f}") + change,
+                show(result.differing, "{:.2%}"),
+            )
+        )
     return aligned(rows, left=("attention",))
 
 
@@ -54,8 +73,19 @@ def commit():
 
 def record(suite, case, params, metric, value, unit, peer=None, peer_value=None, ratio=None, runs=1, spread=0.0):
     """A measurement in the form of every benchmark of this project (docs/dev/measuring.md), but for `origin`."""
-    return dict(suite=suite, case=case, params=params, metric=metric, value=value, unit=unit, peer=peer,
-                peer_value=peer_value if peer else None, ratio=ratio if peer else None, runs=runs, spread=spread)
+    return dict(
+        suite=suite,
+        case=case,
+        params=params,
+        metric=metric,
+        value=value,
+        unit=unit,
+        peer=peer,
+        peer_value=peer_value if peer else None,
+        ratio=ratio if peer else None,
+        runs=runs,
+        spread=spread,
+    )
 
 
 def origin(device, name):
@@ -71,20 +101,34 @@ def records(results, model, text):
         spread = (max(result.seconds) - min(result.seconds)) / ttft
         params = dict(model=model, text=text, n=result.tokens, layers_taken=result.layers)
         # metric, value, unit, its own and the baseline's value for the ratio (above 1 is better for the attention)
-        rows = [("time to first token", ttft, "s", ttft, base.ttft),
-                ("time in attention", result.attention_seconds, "s", result.attention_seconds, base.attention_seconds),
-                ("density", result.density, "of causal blocks", None, None),
-                ("peak memory", result.peak_bytes, "B", result.peak_bytes, base.peak_bytes),
-                ("perplexity", result.perplexity, "", result.perplexity, base.perplexity),
-                ("differing tokens", result.differing, "of positions", None, None)]
+        rows = [
+            ("time to first token", ttft, "s", ttft, base.ttft),
+            ("time in attention", result.attention_seconds, "s", result.attention_seconds, base.attention_seconds),
+            ("density", result.density, "of causal blocks", None, None),
+            ("peak memory", result.peak_bytes, "B", result.peak_bytes, base.peak_bytes),
+            ("perplexity", result.perplexity, "", result.perplexity, base.perplexity),
+            ("differing tokens", result.differing, "of positions", None, None),
+        ]
         for metric, value, unit, own, other in rows:
             if value is None:
                 continue
             against = result is not base and own is not None and other is not None
             ratio = result.speed_up(base) if metric == "time to first token" else other / own if against else None
-            made.append(record("prefill", result.attention, params, metric, value, unit, base.attention if against else None,
-                               other, ratio, len(result.seconds),
-                               spread if metric == "time to first token" else 0.0))
+            made.append(
+                record(
+                    "prefill",
+                    result.attention,
+                    params,
+                    metric,
+                    value,
+                    unit,
+                    base.attention if against else None,
+                    other,
+                    ratio,
+                    len(result.seconds),
+                    spread if metric == "time to first token" else 0.0,
+                )
+            )
     return made
 
 
@@ -95,6 +139,7 @@ def write_json(path, made):
 def plot(made, base, title):
     """Time to first token by length, as BASE.png and BASE.svg; from records, so from a JSON file too."""
     import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "pbsattn"
     from matplotlib import pyplot

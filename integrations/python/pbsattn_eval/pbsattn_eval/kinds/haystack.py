@@ -37,8 +37,9 @@ def item_random(*parts):
 def sentence(rng):
     """An ordinary sentence that tells nothing anyone will ask for."""
     place, time = rng.choice(_PLACES), rng.choice(_TIMES)
-    text = (f"the {rng.choice(_PEOPLE)} {rng.choice(_VERBS)} the {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)} "
-            f"near the {place}")
+    text = (
+        f"the {rng.choice(_PEOPLE)} {rng.choice(_VERBS)} the {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)} near the {place}"
+    )
     text = f"{time}, {text}" if rng.random() < 0.4 else f"{text} {time}"
     return text[0].upper() + text[1:] + "."
 
@@ -91,7 +92,7 @@ def hide(pieces, hidden):
     at = {}
     for depth, text in hidden:
         at.setdefault(round(depth * len(pieces)), []).append(text)
-    return [part for i in range(len(pieces) + 1) for part in (*at.get(i, ()), *pieces[i:i + 1])]
+    return [part for i in range(len(pieces) + 1) for part in (*at.get(i, ()), *pieces[i : i + 1])]
 
 
 _FIRST_TRY = 256  # pieces: enough to tell how many tokens one takes, and few to encode

@@ -20,7 +20,8 @@ def _probabilities(q, k, head, first, last, scale, visible=None):
     group = q.shape[0] // k.shape[0]
     scores = q[head, first:last].float() @ k[head // group, :last].float().T * scale
     scores[:, first:] = scores[:, first:].masked_fill(
-        torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu(1), -torch.inf
+    )
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     return scores.softmax(-1)
@@ -50,7 +51,7 @@ def true_attention(q, k, v, scale):
         for first, last in _steps(q, tokens):
             weights = _probabilities(q, k, head, first, last, scale)
             out[head, first:last] = weights @ values[:last]
-            mass[head, first // BLOCK:-(-last // BLOCK), :last] = _row_means(weights)
+            mass[head, first // BLOCK : -(-last // BLOCK), :last] = _row_means(weights)
     return mass, out
 
 

@@ -15,12 +15,21 @@ class Kind(PromptKind):
 
     def add_arguments(self, parser):
         super().add_arguments(parser)
-        parser.add_argument("--depths", type=int, default=12, metavar="N",
-                            help="places of the code asked for, evenly from the beginning to the end of the text (default 12)")
+        parser.add_argument(
+            "--depths",
+            type=int,
+            default=12,
+            metavar="N",
+            help="places of the code asked for, evenly from the beginning to the end of the text (default 12)",
+        )
         parser.add_argument("--needles", type=int, default=8, metavar="N", help="codes hidden in each text (default 8)")
-        parser.add_argument("--question", default="end,start,long", metavar="PLACE,...",
-                            help="end: a short question after the text; start: before it; long: after it, and "
-                                 f"{LONG_QUESTION} tokens long, the thing asked for named at its beginning (default all three)")
+        parser.add_argument(
+            "--question",
+            default="end,start,long",
+            metavar="PLACE,...",
+            help="end: a short question after the text; start: before it; long: after it, and "
+            f"{LONG_QUESTION} tokens long, the thing asked for named at its beginning (default all three)",
+        )
         parser.add_argument("--repeats", type=int, default=1, metavar="N", help="prompts of each cell (default 1)")
 
     def check(self, given):
@@ -38,7 +47,9 @@ class Kind(PromptKind):
                     depth = at / max(given.depths - 1, 1)
                     for repeat in range(given.repeats):
                         name = f"{place}-{tokens}-{at}of{given.depths}-{repeat}"
-                        params = dict(question=place, tokens=tokens, depth=round(depth, 4), needles=given.needles, repeat=repeat)
+                        params = dict(
+                            question=place, tokens=tokens, depth=round(depth, 4), needles=given.needles, repeat=repeat
+                        )
                         made.append(kind.Item(name, f"{place} {tokens}", params, (given.seed, name, depth, given.needles)))
         return made
 
@@ -52,12 +63,17 @@ class Kind(PromptKind):
         rng = haystack.item_random(seed, name)
         things = haystack.things(rng, count)
         codes = [haystack.number(rng) for _ in things]
-        hidden = [(depth if i == 0 else rng.random(), f"The code of the {thing} is {code}.")
-                  for i, (thing, code) in enumerate(zip(things, codes))]
+        hidden = [
+            (depth if i == 0 else rng.random(), f"The code of the {thing} is {code}.")
+            for i, (thing, code) in enumerate(zip(things, codes))
+        ]
         place, tokens = item.params["question"], item.params["tokens"]
         ask = f"What is the code of the {things[0]}?"
-        intro = (f"Codes of things are hidden in the text below. {ask} Find the answer in the text.\n\n" if place == "start"
-                 else "Codes of things are hidden in the text below. Remember them; one will be asked for.\n\n")
+        intro = (
+            f"Codes of things are hidden in the text below. {ask} Find the answer in the text.\n\n"
+            if place == "start"
+            else "Codes of things are hidden in the text below. Remember them; one will be asked for.\n\n"
+        )
         outro = {"start": "", "end": f"\n\n{ask}", "long": f"\n\n{self._long(engine, seed, name, ask)}"}[place]
         begun = "The code is"
 
@@ -70,6 +86,7 @@ class Kind(PromptKind):
     @staticmethod
     def _long(engine, seed, name, ask):
         """The question with remarks after it, so that it lies far before the end."""
+
         def build(n):
             rng = haystack.item_random(seed, name, "remarks")
             remarks = " ".join(haystack.sentence(rng) for _ in range(n))
@@ -80,8 +97,13 @@ class Kind(PromptKind):
     def measure(self, engine, item, attention, state):
         code, answers = state
         answer = kind.answered(answers[attention.name])
-        return {"metrics": {"found": 100.0 * (code in answer.text)}, "density": answer.density, "seconds": answer.seconds,
-                "answer": answer.text, "expected": code}
+        return {
+            "metrics": {"found": 100.0 * (code in answer.text)},
+            "density": answer.density,
+            "seconds": answer.seconds,
+            "answer": answer.text,
+            "expected": code,
+        }
 
     def report(self, records, methods):
         """A line of depths for each group and method, and how much of what full finds each method finds."""
@@ -90,7 +112,9 @@ class Kind(PromptKind):
         lines = ["found by depth, from the beginning of the text to its end (0 to 9: tenths of the prompts; * all):"]
         keyed, kept = {}, {}
         for r in scored:
-            keyed.setdefault((r["group"], r["method"]), {}).setdefault(r["params"]["depth"], []).append(r["metrics"]["found"])
+            keyed.setdefault((r["group"], r["method"]), {}).setdefault(r["params"]["depth"], []).append(
+                r["metrics"]["found"]
+            )
             if r["item"] in full:
                 kept.setdefault(r["method"], []).append(r["metrics"]["found"] > 0)
         width = max((len(f"{group}  {method}") for group, method in keyed), default=0)
@@ -99,5 +123,7 @@ class Kind(PromptKind):
             cells = "".join("*" if share == 1 else str(int(10 * share)) for share in shares)
             lines.append(f"  {f'{group}  {method}'.ljust(width)}  {cells}")
         lines.append("of what full finds:")
-        lines += [f"  {method}: {sum(found)} of {len(found)} ({sum(found) / len(found):.1%})" for method, found in kept.items()]
+        lines += [
+            f"  {method}: {sum(found)} of {len(found)} ({sum(found) / len(found):.1%})" for method, found in kept.items()
+        ]
         return "\n".join(lines)

@@ -35,7 +35,7 @@ def read_text(path):
 def document(engine, path, tokens):
     """The first tokens of a text. ValueError if it has fewer."""
     text = read_text(path)
-    ids = engine.encode(text[:8 * tokens])  # characters: more than any text needs, and tokenizing a long one takes its time
+    ids = engine.encode(text[: 8 * tokens])  # characters: more than any text needs, and tokenizing a long one takes its time
     if len(ids) < tokens:
         ids = engine.encode(text)
     if len(ids) < tokens:
@@ -45,10 +45,16 @@ def document(engine, path, tokens):
 
 def add_documents(parser, lengths):
     """The options that name the documents of a run."""
-    parser.add_argument("--text", action="append", required=True, metavar="[LABEL=]FILE",
-                        help="a text in UTF-8; may be repeated. Texts of one label are one group of the table")
-    parser.add_argument("--lengths", default=lengths, metavar="N,N,...",
-                        help=f"tokens of each text from its beginning (default {lengths})")
+    parser.add_argument(
+        "--text",
+        action="append",
+        required=True,
+        metavar="[LABEL=]FILE",
+        help="a text in UTF-8; may be repeated. Texts of one label are one group of the table",
+    )
+    parser.add_argument(
+        "--lengths", default=lengths, metavar="N,N,...", help=f"tokens of each text from its beginning (default {lengths})"
+    )
 
 
 def documents(given):
@@ -82,9 +88,13 @@ class Kind(kind.KindBase):
 
     def add_arguments(self, parser):
         add_documents(parser, "8192")
-        parser.add_argument("--judge", default="half", metavar="N",
-                            help="tokens at the end of each document whose likelihood counts: a number, half (default) or all; "
-                                 "early ones see few blocks, so that nothing can be left out")
+        parser.add_argument(
+            "--judge",
+            default="half",
+            metavar="N",
+            help="tokens at the end of each document whose likelihood counts: a number, half (default) or all; "
+            "early ones see few blocks, so that nothing can be left out",
+        )
 
     def check(self, given):
         for _, path, tokens in documents(given):
@@ -120,13 +130,20 @@ class Kind(kind.KindBase):
     def measure(self, engine, item, attention, state):
         score = state(attention)
         blocks = {"nll": _means(score.at, score.nll), "kl": _means(score.at, score.kl), "top1": _means(score.at, score.same)}
-        return {"metrics": {name: sum(means) / len(means) for name, means in blocks.items()}, "units": blocks,
-                "density": score.density, "layers": score.layers, "seconds": score.seconds}
+        return {
+            "metrics": {name: sum(means) / len(means) for name, means in blocks.items()},
+            "units": blocks,
+            "density": score.density,
+            "layers": score.layers,
+            "seconds": score.seconds,
+        }
 
     def report(self, records, methods):
         """Change of the mean loss at equal density."""
-        lines = [[group, name, *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)]
-                 for group, name, cells in curves.by_density(records, methods, "nll")]
+        lines = [
+            [group, name, *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)]
+            for group, name, cells in curves.by_density(records, methods, "nll")
+        ]
         if not lines:
             return ""
         header = ["group", "method", *(f"at density {d:g}" for d in curves.DENSITIES)]

@@ -37,8 +37,12 @@ class PromptKind(kind.KindBase):
     filler: haystack.Filler  # check() makes it
 
     def add_arguments(self, parser):
-        parser.add_argument("--lengths", default=self.lengths, metavar="N,N,...", help=f"tokens of the prompts (default {self.lengths})")
-        parser.add_argument("--filler", metavar="FILE", help="a text to hide things in, in UTF-8 (default: made-up sentences)")
+        parser.add_argument(
+            "--lengths", default=self.lengths, metavar="N,N,...", help=f"tokens of the prompts (default {self.lengths})"
+        )
+        parser.add_argument(
+            "--filler", metavar="FILE", help="a text to hide things in, in UTF-8 (default: made-up sentences)"
+        )
         parser.add_argument("--seed", type=int, default=0, help="another seed makes other prompts (default 0)")
 
     def check(self, given):

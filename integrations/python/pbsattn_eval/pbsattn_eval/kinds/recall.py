@@ -14,20 +14,25 @@ from . import ppl
 
 class Kind(kind.KindBase):
     engines = ("transformers",)
-    metrics = (
-        kind.Metric("recall", "", "{:.4f}", change=False),
-        kind.Metric("error", "", "{:.4f}", change=False),
-    )
+    metrics = (kind.Metric("recall", "", "{:.4f}", change=False), kind.Metric("error", "", "{:.4f}", change=False))
 
     def __init__(self):
         self._captured: tuple = (None, {})  # a document and what its layers' attention got
 
     def add_arguments(self, parser):
         ppl.add_documents(parser, "8192")
-        parser.add_argument("--layers", default="6", metavar="N",
-                            help="how many layers, evenly spaced, or all, or their indices with commas, as 0,9 or 9, (default 6)")
-        parser.add_argument("--picture", default="0", metavar="HEAD",
-                            help="the head whose blocks are kept as a picture, of each layer (default 0), or none")
+        parser.add_argument(
+            "--layers",
+            default="6",
+            metavar="N",
+            help="how many layers, evenly spaced, or all, or their indices with commas, as 0,9 or 9, (default 6)",
+        )
+        parser.add_argument(
+            "--picture",
+            default="0",
+            metavar="HEAD",
+            help="the head whose blocks are kept as a picture, of each layer (default 0), or none",
+        )
 
     def check(self, given):
         for _, path, _ in ppl.documents(given):
@@ -84,9 +89,13 @@ class Kind(kind.KindBase):
         causal = torch.ones_like(kept[0]).tril().sum()
         heads = {"recall": recall, "error": error, "density": kept.sum((1, 2)) / causal}
         heads = {name: [round(float(x), 6) for x in values] for name, values in heads.items()}
-        record = {"metrics": {"recall": sum(heads["recall"]) / len(recall), "error": sum(heads["error"]) / len(error)},
-                  "units": {"recall": heads["recall"], "error": heads["error"]}, "heads": heads,
-                  "density": sum(heads["density"]) / len(recall), "seconds": seconds}
+        record = {
+            "metrics": {"recall": sum(heads["recall"]) / len(recall), "error": sum(heads["error"]) / len(error)},
+            "units": {"recall": heads["recall"], "error": heads["error"]},
+            "heads": heads,
+            "density": sum(heads["density"]) / len(recall),
+            "seconds": seconds,
+        }
         if self._picture is not None and self._picture < len(recall):
             record["picture"] = _picture(self._picture, kept, by_block)
         return record
@@ -103,9 +112,21 @@ class Kind(kind.KindBase):
         """The same by true masses, which no device but the reference computes: in PyTorch."""
         from . import masses
 
-        order = pbsattn.trace(state["q"], state["k"], state["v"], method="pbs", permutation=options["permutation"],
-                              order_scope=options["order_scope"], segment=options["segment"], scale=state["scale"],
-                              top_p=1e-6)[1].order[0].to(state["q"].device)
+        order = (
+            pbsattn.trace(
+                state["q"],
+                state["k"],
+                state["v"],
+                method="pbs",
+                permutation=options["permutation"],
+                order_scope=options["order_scope"],
+                segment=options["segment"],
+                scale=state["scale"],
+                top_p=1e-6,
+            )[1]
+            .order[0]
+            .to(state["q"].device)
+        )
         by_block = masses.block_masses(state["mass"], order, options["segment"])
         kept = masses.oracle_choice(by_block, order, options)
         out = masses.attend(state["q"][0], state["k"][0], state["v"][0], state["scale"], kept, order, options["segment"])
@@ -126,8 +147,15 @@ class Kind(kind.KindBase):
         if not lines:
             return ""
         wanted = [f"{d:g}" for d in curves.DENSITIES]
-        header = ["group", "method", *(f"error at {d}" for d in wanted), *(f"recall at {d}" for d in wanted),
-                  "density for error 5%", "10%", "for recall 95%"]
+        header = [
+            "group",
+            "method",
+            *(f"error at {d}" for d in wanted),
+            *(f"recall at {d}" for d in wanted),
+            "density for error 5%",
+            "10%",
+            "for recall 95%",
+        ]
         return "\nat equal density, and the density needed:\n" + aligned([header, *lines], left=header[:2]) + "\n"
 
 
@@ -167,8 +195,14 @@ def _picture(head, kept, by_block):
     """Rows x blocks of a head, as base64: `kept`, bits of rows one after the other; `mass`, a byte each, 255 for all of a
     row's attention and 0 for less than 1e-5 of it, logarithmic between."""
     level = 255 * (1 + by_block[head].clamp(1e-5, 1).log10() / 5)
+
     def encode(array):
         return base64.b64encode(array.tobytes()).decode("ascii")
-    return {"head": head, "rows": kept.shape[1], "blocks": kept.shape[2],
-            "kept": encode(np.packbits(kept[head].cpu().numpy())),
-            "mass": encode(level.round().byte().cpu().numpy())}
+
+    return {
+        "head": head,
+        "rows": kept.shape[1],
+        "blocks": kept.shape[2],
+        "kept": encode(np.packbits(kept[head].cpu().numpy())),
+        "mass": encode(level.round().byte().cpu().numpy()),
+    }

@@ -12,8 +12,12 @@ class Kind(PromptKind):
 
     def add_arguments(self, parser):
         super().add_arguments(parser)
-        parser.add_argument("--tasks", default=",".join(TASKS), metavar="TASK,...", help=f"of {', '.join(TASKS)} (default all)")
-        parser.add_argument("--samples", type=int, default=10, metavar="N", help="prompts of each task and length (default 10)")
+        parser.add_argument(
+            "--tasks", default=",".join(TASKS), metavar="TASK,...", help=f"of {', '.join(TASKS)} (default all)"
+        )
+        parser.add_argument(
+            "--samples", type=int, default=10, metavar="N", help="prompts of each task and length (default 10)"
+        )
 
     def check(self, given):
         super().check(given)
@@ -45,5 +49,10 @@ class Kind(PromptKind):
         prompt, answers = state
         answer = kind.answered(answers[attention.name])
         score = scores.held(answer.text, prompt.expected, prompt.any_will_do)
-        return {"metrics": {"score": 100 * score}, "density": answer.density, "seconds": answer.seconds,
-                "answer": answer.text, "expected": prompt.expected}
+        return {
+            "metrics": {"score": 100 * score},
+            "density": answer.density,
+            "seconds": answer.seconds,
+            "answer": answer.text,
+            "expected": prompt.expected,
+        }

@@ -41,8 +41,10 @@ def _needles(rng, filler, keys, asked=1, values=1, value=number):
 
     def build(n):
         text = " ".join(hide(filler(item_random(seed), n), facts))
-        return (f"Special values of things are hidden in the text below. Remember them; some will be asked for.\n\n{text}\n\n"
-                f"What {verb} the {noun} given in the text?")
+        return (
+            f"Special values of things are hidden in the text below. Remember them; some will be asked for.\n\n{text}\n\n"
+            f"What {verb} the {noun} given in the text?"
+        )
 
     tokens = 44 if value is uuid else 10
     return Prompt(build, f"The {what}", expected, 6 + tokens * len(expected))
@@ -107,9 +109,11 @@ def variable_tracking(rng, filler):
     hidden = list(zip(sorted(rng.random() for _ in names), lines))
 
     def build(n):
-        return ("Variables are assigned in the text below. Follow the chain of assignments.\n\n"
-                f"{' '.join(hide(_repeated_noise(rng, n), hidden))}\n\n"
-                f"Which {len(names)} variables are assigned the value {value} in the text, directly or through other variables?")
+        return (
+            "Variables are assigned in the text below. Follow the chain of assignments.\n\n"
+            f"{' '.join(hide(_repeated_noise(rng, n), hidden))}\n\n"
+            f"Which {len(names)} variables are assigned the value {value} in the text, directly or through other variables?"
+        )
 
     return Prompt(build, f"The {len(names)} variables that are assigned the value {value} are:", names, 50)
 
@@ -124,8 +128,10 @@ def common_words(rng, filler):
         words = common * 30 + others * 3
         own.shuffle(words)
         listed = " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
-        return (f"Below is a numbered list of words. Some come often in it, the others rarely.\n\n{listed}\n\n"
-                "What are the 10 most common words in the list?")
+        return (
+            f"Below is a numbered list of words. Some come often in it, the others rarely.\n\n{listed}\n\n"
+            "What are the 10 most common words in the list?"
+        )
 
     return Prompt(build, "The 10 most common words in the list are:", common, 80)
 
@@ -139,8 +145,10 @@ def frequent_words(rng, filler):
         counts = [round(20 * n * weight / sum(weights)) for weight in weights]
         words = [word for word, count in zip(vocabulary, counts) for _ in range(count)]
         item_random(seed).shuffle(words)
-        return ("Below is a coded text. Find the three words that come most often in it, and ignore the dots.\n\n"
-                f"{' '.join(words)}\n\nWhat are the three most frequent words in the coded text?")
+        return (
+            "Below is a coded text. Find the three words that come most often in it, and ignore the dots.\n\n"
+            f"{' '.join(words)}\n\nWhat are the three most frequent words in the coded text?"
+        )
 
     return Prompt(build, "The three most frequent words in the coded text are:", vocabulary[1:4], 30)
 
@@ -159,10 +167,19 @@ def _people(rng, count):
     people, places = [], {}
     for name, town in zip(names, towns):
         river, year = rng.choice(_RIVERS), rng.randrange(1700, 1950)
-        people.append((name, f"{name} was born in {town} in {year}, became a {rng.choice(_TRADES)} at the age of "
-                             f"{rng.randrange(14, 40)}, and had {rng.randrange(2, 9)} children.", town))
-        places[town] = (f"{town} is a market town on the river {river}. It has {rng.randrange(2, 90)} hundred inhabitants "
-                        f"and was first named in {year - rng.randrange(100, 600)}.", river)
+        people.append(
+            (
+                name,
+                f"{name} was born in {town} in {year}, became a {rng.choice(_TRADES)} at the age of "
+                f"{rng.randrange(14, 40)}, and had {rng.randrange(2, 9)} children.",
+                town,
+            )
+        )
+        places[town] = (
+            f"{town} is a market town on the river {river}. It has {rng.randrange(2, 90)} hundred inhabitants "
+            f"and was first named in {year - rng.randrange(100, 600)}.",
+            river,
+        )
     return people, places
 
 
@@ -180,8 +197,10 @@ def _documents(rng, ask, begun, expected, wanted, others):
 
 def qa_1(rng, filler):
     [(name, document, town)], _ = _people(rng, 1)
+
     def others(rng, n):
         return [each[1] for each in _people(rng, n)[0]]
+
     return _documents(rng, f"In which town was {name} born?", f"{name} was born in", [town], [document], others)
 
 
@@ -196,10 +215,31 @@ def qa_2(rng, filler):
         rng.shuffle(texts)
         return texts[:n]
 
-    return _documents(rng, f"On which river lies the town in which {name} was born?",
-                      f"The town in which {name} was born lies on the river", [river], [document, place], others)
+    return _documents(
+        rng,
+        f"On which river lies the town in which {name} was born?",
+        f"The town in which {name} was born lies on the river",
+        [river],
+        [document, place],
+        others,
+    )
 
 
-TASKS = {each.__name__: each for each in (
-    niah_single_1, niah_single_2, niah_single_3, niah_multikey_1, niah_multikey_2, niah_multikey_3, niah_multivalue,
-    niah_multiquery, variable_tracking, common_words, frequent_words, qa_1, qa_2)}
+TASKS = {
+    each.__name__: each
+    for each in (
+        niah_single_1,
+        niah_single_2,
+        niah_single_3,
+        niah_multikey_1,
+        niah_multikey_2,
+        niah_multikey_3,
+        niah_multivalue,
+        niah_multiquery,
+        variable_tracking,
+        common_words,
+        frequent_words,
+        qa_1,
+        qa_2,
+    )
+}

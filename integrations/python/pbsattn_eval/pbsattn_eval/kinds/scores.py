@@ -49,8 +49,10 @@ def choice(answer, expected):
 
 def truth(answer, expected):
     """Whether the first "true" or "false" of the answer is that of an expected one ("True [fact: False]": by the text)."""
+
     def first(text):
         return next(iter(re.findall(r"true|false", text.lower())), None)
+
     return float(first(answer) is not None and any(first(answer) == first(each) for each in expected))
 
 

@@ -14,9 +14,9 @@ LONGBENCH = {"input": str, "context": str, "answers": list}
 # What is said around a document and a question. "plain" goes to the model as it is, the others as a user's message.
 PROMPTS = {
     "question": "Read the text and answer the question about it in as few words as possible.\n\n{document}\n\n"
-                "Question: {question}\nAnswer in as few words as possible.",
+    "Question: {question}\nAnswer in as few words as possible.",
     "exam": "Read the text and answer the question about it. Where options are given, answer with the letters of the right "
-            "ones alone, as B or AC.\n\n{document}\n\nQuestion: {question}",
+    "ones alone, as B or AC.\n\n{document}\n\nQuestion: {question}",
     "truth": "Read the text and answer the question about it with True or False.\n\n{document}\n\nQuestion: {question}",
     "summary": "Summarise the text below.\n\n{document}\n\n{question}",
     "number": "{document}\n\n{question}\nAnswer with the number alone.",
@@ -35,11 +35,22 @@ class Rule:
 
 _QA, _SUMMARY, _CODE = Rule("question", "f1", 64), Rule("summary", "rouge_l", 400), Rule("plain", "code", 64)
 LONGBENCH_SETS = {
-    "narrativeqa": _QA, "qasper": _QA, "multifieldqa_en": _QA, "hotpotqa": _QA, "2wikimqa": _QA, "musique": _QA,
-    "triviaqa": Rule("plain", "f1", 32), "trec": Rule("plain", "classes", 64), "samsum": Rule("plain", "rouge_l", 128),
-    "gov_report": _SUMMARY, "qmsum": _SUMMARY, "multi_news": _SUMMARY,
-    "passage_count": Rule("number", "numbers", 16), "passage_retrieval_en": Rule("number", "numbers", 16),
-    "lcc": _CODE, "repobench-p": _CODE,
+    "narrativeqa": _QA,
+    "qasper": _QA,
+    "multifieldqa_en": _QA,
+    "hotpotqa": _QA,
+    "2wikimqa": _QA,
+    "musique": _QA,
+    "triviaqa": Rule("plain", "f1", 32),
+    "trec": Rule("plain", "classes", 64),
+    "samsum": Rule("plain", "rouge_l", 128),
+    "gov_report": _SUMMARY,
+    "qmsum": _SUMMARY,
+    "multi_news": _SUMMARY,
+    "passage_count": Rule("number", "numbers", 16),
+    "passage_retrieval_en": Rule("number", "numbers", 16),
+    "lcc": _CODE,
+    "repobench-p": _CODE,
 }
 
 
@@ -81,8 +92,10 @@ def read(path):
     line, row = first
     form = LEVAL if "instructions" in row else LONGBENCH if "context" in row else None
     if form is None:
-        raise folder.FolderError(f'{path}, line {line}: has neither field "instructions" (L-Eval) nor "context" (LongBench), '
-                                 f"but {', '.join(sorted(row)) or 'none'}")
+        raise folder.FolderError(
+            f'{path}, line {line}: has neither field "instructions" (L-Eval) nor "context" (LongBench), '
+            f"but {', '.join(sorted(row)) or 'none'}"
+        )
     for line, row in folder.read_jsonl(path, form):
         if form is LEVAL:
             asked, expected = _texts(path, line, row, "instructions"), _texts(path, line, row, "outputs")
@@ -107,12 +120,21 @@ class Kind(kind.KindBase):
     metrics = (kind.Metric("score", "%", "{:.1f}"),)
 
     def add_arguments(self, parser):
-        parser.add_argument("--data", required=True, metavar="FOLDER",
-                            help="a folder of .jsonl files, each of L-Eval's or LongBench's format")
+        parser.add_argument(
+            "--data",
+            required=True,
+            metavar="FOLDER",
+            help="a folder of .jsonl files, each of L-Eval's or LongBench's format",
+        )
         parser.add_argument("--sets", metavar="NAME,...", help="files of it, without .jsonl (default all)")
         parser.add_argument("--most", type=int, metavar="N", help="questions of each set, the first ones (default all)")
-        parser.add_argument("--most-tokens", type=int, default=32768, metavar="N",
-                            help="of a prompt; a longer document loses its middle, as in LongBench (default 32768)")
+        parser.add_argument(
+            "--most-tokens",
+            type=int,
+            default=32768,
+            metavar="N",
+            help="of a prompt; a longer document loses its middle, as in LongBench (default 32768)",
+        )
 
     def check(self, given):
         self._files = self._find(given)
@@ -144,7 +166,7 @@ class Kind(kind.KindBase):
     def items(self, given, engine):
         made = []
         for path, questions in self._questions.items():
-            for line, number, question in questions[:given.most]:
+            for line, number, question in questions[: given.most]:
                 params = dict(set=path.stem, line=line, question=number, most_tokens=given.most_tokens)
                 made.append(kind.Item(f"{path.stem}-{line}-{number}", path.stem, params, question))
         return made
@@ -153,8 +175,10 @@ class Kind(kind.KindBase):
         """The tokens of a prompt."""
         question, most = item.data, item.params["most_tokens"]
         encode = engine.encode if question.rule.prompt == "plain" else engine.chat
+
         def form(document):
             return encode(PROMPTS[question.rule.prompt].format(document=document, question=question.question))
+
         ids = form(question.document)
         if len(ids) <= most:
             return ids
@@ -175,5 +199,10 @@ class Kind(kind.KindBase):
         answer = kind.answered(state[attention.name])
         arguments = [question.classes] if question.rule.score == "classes" else []
         score = getattr(scores, question.rule.score)(answer.text, question.expected, *arguments)
-        return {"metrics": {"score": 100 * score}, "density": answer.density, "seconds": answer.seconds, "answer": answer.text,
-                "expected": question.expected}
+        return {
+            "metrics": {"score": 100 * score},
+            "density": answer.density,
+            "seconds": answer.seconds,
+            "answer": answer.text,
+            "expected": question.expected,
+        }

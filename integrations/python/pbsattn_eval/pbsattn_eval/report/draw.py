@@ -11,8 +11,14 @@ import numpy as np
 
 WIDTH = 360
 _LETTER = 6.3  # width of a letter of 11 units, about
-MARKS = ("M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0", "M-4,-4H4V4H-4z", "M0,-5L5,4H-5z", "M0,5L5,-4H-5z", "M0,-5L5,0L0,5L-5,0z",
-         "M-5,-2H-2V-5H2V-2H5V2H2V5H-2V2H-5z")
+MARKS = (
+    "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0",
+    "M-4,-4H4V4H-4z",
+    "M0,-5L5,4H-5z",
+    "M0,5L5,-4H-5z",
+    "M0,-5L5,0L0,5L-5,0z",
+    "M-5,-2H-2V-5H2V-2H5V2H2V5H-2V2H-5z",
+)
 COLOURS = 8  # --c0 .. of the page's style
 
 
@@ -22,8 +28,9 @@ def _text(x, y, words, anchor="start", kind="label"):
 
 def _svg(height, title, parts):
     """`title` is what a screen reader says of the figure; the numbers are in the table that goes with it."""
-    return (f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(title)}">'
-            + "".join(parts) + "</svg>")
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(title)}">' + "".join(parts) + "</svg>"
+    )
 
 
 def _step(count, room, least):
@@ -52,10 +59,14 @@ def heat_map(title, rows, columns, values, show, most=1.0, row_name="", column_n
             words = "nothing measured" if value is None else show(value)
             style = 'class="none"' if share is None else f'class="heat" fill-opacity="{0.06 + 0.94 * share:.2f}"'
             x = left + c * wide
-            parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(wide - 1, wide * 0.8):.1f}" height="{high:.1f}" {style}>'
-                         f"<title>{html.escape(f'{row_name} {row}, {column_name} {column}: {words}'.strip())}</title></rect>")
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(wide - 1, wide * 0.8):.1f}" height="{high:.1f}" {style}>'
+                f"<title>{html.escape(f'{row_name} {row}, {column_name} {column}: {words}'.strip())}</title></rect>"
+            )
             if share is not None and wide > _LETTER * len(words) + 4 and not labels_above:
-                parts.append(_text(x + (wide - 1) / 2, y + high / 2 + 4, words, "middle", "label on" if share > 0.5 else "label"))
+                parts.append(
+                    _text(x + (wide - 1) / 2, y + high / 2 + 4, words, "middle", "label on" if share > 0.5 else "label")
+                )
     bottom = top + len(rows) * pitch + 10
     widest = _LETTER * max(map(len, map(str, columns)), default=1) + 6
     for c in range(0, len(columns), _step(len(columns), wide, widest)):
@@ -65,8 +76,10 @@ def heat_map(title, rows, columns, values, show, most=1.0, row_name="", column_n
         parts.append(_text((left + WIDTH) / 2, bottom, column_name, "middle", "axis"))
     if row_name and not labels_above:
         middle = top + len(rows) * pitch / 2
-        parts.append(f'<text transform="translate(11,{middle:.0f}) rotate(-90)" text-anchor="middle" class="axis">'
-                     f"{html.escape(row_name)}</text>")
+        parts.append(
+            f'<text transform="translate(11,{middle:.0f}) rotate(-90)" text-anchor="middle" class="axis">'
+            f"{html.escape(row_name)}</text>"
+        )
     return _svg(bottom + 6, title, parts)
 
 
@@ -77,8 +90,11 @@ def bars(title, rows):
     for i, (label, value, words) in enumerate(rows):
         y = 14 + i * 32
         length = max(value / most * (WIDTH - 8 - _LETTER * len(words)), 1)
-        parts += [_text(2, y, label), f'<rect x="2" y="{y + 4}" width="{length:.1f}" height="11" class="bar"></rect>',
-                  _text(length + 7, y + 14, words)]
+        parts += [
+            _text(2, y, label),
+            f'<rect x="2" y="{y + 4}" width="{length:.1f}" height="11" class="bar"></rect>',
+            _text(length + 7, y + 14, words),
+        ]
     return _svg(14 + len(rows) * 32, title, parts)
 
 
@@ -111,19 +127,26 @@ def lines(title, series, y_name, x_name="density", scale=_identity, ticks=None):
     y_low, y_high = min(scale(y - e) for _, y, e in points), max(scale(y + e) for _, y, e in points)
     margin = (y_high - y_low or abs(y_high) or 1) * 0.06
     y_low, y_high = y_low - margin, y_high + margin
+
     def at_x(x):
         return left + (math.log(x) - x_low) / (x_high - x_low) * (right - left)
+
     def at_y(y):
         return bottom - (scale(y) - y_low) / (y_high - y_low) * (bottom - top)
+
     parts = [_text(2, 11, y_name, kind="axis")]
     for tick in ticks or _nice(y_low, y_high):
         if y_low <= scale(tick) <= y_high:
-            parts += [f'<path d="M{left},{at_y(tick):.1f}H{right}" class="{"zero" if tick == 0 else "grid"}"/>',
-                      _text(left - 5, at_y(tick) + 4, f"{tick:g}", "end", "tick")]
+            parts += [
+                f'<path d="M{left},{at_y(tick):.1f}H{right}" class="{"zero" if tick == 0 else "grid"}"/>',
+                _text(left - 5, at_y(tick) + 4, f"{tick:g}", "end", "tick"),
+            ]
     for tick in DENSITY_TICKS:
         if x_low <= math.log(tick) <= x_high:
-            parts += [f'<path d="M{at_x(tick):.1f},{top}V{bottom}" class="grid"/>',
-                      _text(at_x(tick), bottom + 14, f"{tick:g}", "middle", "tick")]
+            parts += [
+                f'<path d="M{at_x(tick):.1f},{top}V{bottom}" class="grid"/>',
+                _text(at_x(tick), bottom + 14, f"{tick:g}", "middle", "tick"),
+            ]
     parts.append(_text((left + right) / 2, bottom + 29, x_name, "middle", "axis"))
     for i, (name, line) in enumerate(series):
         line = sorted(line)
@@ -134,8 +157,10 @@ def lines(title, series, y_name, x_name="density", scale=_identity, ticks=None):
             if error:
                 parts.append(f'<path d="M{at_x(x):.1f},{at_y(y - error):.1f}V{at_y(y + error):.1f}" class="line {colour}"/>')
             words = f"{name}: {x_name} {x:.3f}, {y_name} {y:.4g}"
-            parts.append(f'<path d="{MARKS[i % len(MARKS)]}" transform="translate({at_x(x):.1f},{at_y(y):.1f})" '
-                         f'class="mark {colour}"><title>{html.escape(words)}</title></path>')
+            parts.append(
+                f'<path d="{MARKS[i % len(MARKS)]}" transform="translate({at_x(x):.1f},{at_y(y):.1f})" '
+                f'class="mark {colour}"><title>{html.escape(words)}</title></path>'
+            )
     return _svg(bottom + 36, title, parts) + _legend([name for name, _ in series])
 
 
@@ -143,7 +168,8 @@ def _legend(names):
     keys = "".join(
         '<li><svg viewBox="-6 -6 12 12" aria-hidden="true">'
         f'<path d="{MARKS[i % len(MARKS)]}" class="mark c{i % COLOURS}"/></svg>{html.escape(name)}</li>'
-        for i, name in enumerate(names))
+        for i, name in enumerate(names)
+    )
     return f'<ul class="legend">{keys}</ul>'
 
 
@@ -158,27 +184,39 @@ def mask(title, kept, mass):
     level = 1 + np.rint(np.clip(mass, 0, 1) * (_LEVELS - 1)).astype(np.uint8)
     pixels = np.where(kept, level, level + _LEVELS)
     pixels[np.arange(blocks)[None, :] > np.arange(rows)[:, None] + blocks - rows] = 0  # what causality hides
+
     def alpha(weakest):
         return [round(255 * (weakest + (1 - weakest) * i / (_LEVELS - 1))) for i in range(_LEVELS)]
+
     palette = [(0, 0, 0, 0), *((*KEPT, a) for a in alpha(0.35)), *((*DROPPED, a) for a in alpha(0.06))]
     data = base64.b64encode(_png(pixels.astype(np.uint8), palette)).decode("ascii")
     side = WIDTH - 34
-    parts = [f'<rect x="20" y="2" width="{side}" height="{side}" class="frame"/>',
-             f'<image x="20" y="2" width="{side}" height="{side}" preserveAspectRatio="none" class="pixels" '
-             f'href="data:image/png;base64,{data}"/>',
-             _text(20 + side / 2, side + 17, "blocks of keys", "middle", "axis"),
-             f'<text transform="translate(13,{side / 2:.0f}) rotate(-90)" text-anchor="middle" class="axis">'
-             "rows of queries</text>"]
+    parts = [
+        f'<rect x="20" y="2" width="{side}" height="{side}" class="frame"/>',
+        f'<image x="20" y="2" width="{side}" height="{side}" preserveAspectRatio="none" class="pixels" '
+        f'href="data:image/png;base64,{data}"/>',
+        _text(20 + side / 2, side + 17, "blocks of keys", "middle", "axis"),
+        f'<text transform="translate(13,{side / 2:.0f}) rotate(-90)" text-anchor="middle" class="axis">'
+        "rows of queries</text>",
+    ]
     return _svg(side + 24, title, parts)
 
 
 def _png(pixels, palette):
     """An image of palette indices."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     rows, columns = pixels.shape
     raw = np.concatenate([np.zeros((rows, 1), np.uint8), pixels], axis=1).tobytes()  # each row begins with its filter: none
-    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)),
-                     chunk(b"PLTE", bytes(x for colour in palette for x in colour[:3])),
-                     chunk(b"tRNS", bytes(colour[3] for colour in palette)),
-                     chunk(b"IDAT", zlib.compress(raw, 9)), chunk(b"IEND", b"")])
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)),
+            chunk(b"PLTE", bytes(x for colour in palette for x in colour[:3])),
+            chunk(b"tRNS", bytes(colour[3] for colour in palette)),
+            chunk(b"IDAT", zlib.compress(raw, 9)),
+            chunk(b"IEND", b""),
+        ]
+    )

@@ -49,8 +49,11 @@ class Run:
         for metric in self.metrics:
             header += [metric.name, f"change [{summary.LEVEL:.0%} interval]"] if metric.change else [metric.name]
         for row in self.summary:
-            line = lines.setdefault((row.group, row.method), [
-                row.group, row.method, "" if row.density is None else f"{row.density:.3f}", str(row.items)] + [""] * (len(header) - 4))
+            line = lines.setdefault(
+                (row.group, row.method),
+                [row.group, row.method, "" if row.density is None else f"{row.density:.3f}", str(row.items)]
+                + [""] * (len(header) - 4),
+            )
             metric = next(each for each in self.metrics if each.name == row.metric)
             at = header.index(metric.name, 4)
             line[at] = metric.form.format(row.mean)
@@ -61,7 +64,16 @@ class Run:
 
 def sections(run):
     """Those that the run has records for."""
-    made = [_likelihood(run), *_recall(run), _needles(run), _scores(run), _layers(run), _heads(run), _masks(run), _times(run)]
+    made = [
+        _likelihood(run),
+        *_recall(run),
+        _needles(run),
+        _scores(run),
+        _layers(run),
+        _heads(run),
+        _masks(run),
+        _times(run),
+    ]
     return [section for section in made if section.figures]
 
 
@@ -96,31 +108,61 @@ def _curve(run, group, title, metric, y_name, change=False, **axes):
             if row is not None and value is not None:
                 error = row.standard_error if change else None
                 line.append((row.density, value, error))
-                rows.append([method, f"{row.density:.3f}", f"{value:+.4f}" if change else f"{value:.4f}"]
-                            + ([f"{error:.4f}" if error else ""] if change else []))
+                rows.append(
+                    [method, f"{row.density:.3f}", f"{value:+.4f}" if change else f"{value:.4f}"]
+                    + ([f"{error:.4f}" if error else ""] if change else [])
+                )
         if line:
             series.append((family, line))
     if not series:
         return None
-    return Figure(title, draw.lines(f"{title}: {y_name} against density", series, y_name, **axes),
-                  ["method", "density", y_name] + (["standard error"] if change else []), rows)
+    return Figure(
+        title,
+        draw.lines(f"{title}: {y_name} against density", series, y_name, **axes),
+        ["method", "density", y_name] + (["standard error"] if change else []),
+        rows,
+    )
 
 
 def _likelihood(run):
     made = []
     if run.header["kind"] == "ppl":
-        made = [_curve(run, group, _texts(run, group), "nll", "change of loss, nats a token", change=True, scale=draw.symlog,
-                       ticks=draw.SYMLOG_TICKS) for group in run.groups()]
-    return Section("likelihood", "What sparsity costs in likelihood",
-                   "Change of the mean loss against full attention, paired on the same tokens; bars are standard errors. Lower "
-                   "is better, 0 is full attention. The vertical scale is logarithmic away from 0.", [f for f in made if f])
+        made = [
+            _curve(
+                run,
+                group,
+                _texts(run, group),
+                "nll",
+                "change of loss, nats a token",
+                change=True,
+                scale=draw.symlog,
+                ticks=draw.SYMLOG_TICKS,
+            )
+            for group in run.groups()
+        ]
+    return Section(
+        "likelihood",
+        "What sparsity costs in likelihood",
+        "Change of the mean loss against full attention, paired on the same tokens; bars are standard errors. Lower "
+        "is better, 0 is full attention. The vertical scale is logarithmic away from 0.",
+        [f for f in made if f],
+    )
 
 
 def _recall(run):
-    kinds = (("recall", "Attention that the kept blocks hold", "Mean share of the true attention mass. Higher is better; the oracle "
-              "chooses by the true masses."),
-             ("error", "Error of the output", "Norm of the difference to exact attention's output, as a share of its norm. "
-              "Lower is better, but lower error is not yet better text."))
+    kinds = (
+        (
+            "recall",
+            "Attention that the kept blocks hold",
+            "Mean share of the true attention mass. Higher is better; the oracle chooses by the true masses.",
+        ),
+        (
+            "error",
+            "Error of the output",
+            "Norm of the difference to exact attention's output, as a share of its norm. "
+            "Lower is better, but lower error is not yet better text.",
+        ),
+    )
     for name, title, text in kinds:
         made = []
         if run.header["kind"] == "recall":
@@ -141,8 +183,9 @@ def _grid(title, members, row_of, column_of, value_of, show, **how):
 def _map(title, rows, columns, values, show, table_of=None, **how):
     table = [[str(row), *("" if v is None else show(v) for v in line)] for row, line in zip(rows, values)]
     name = " / ".join(part for part in (how.get("row_name"), how.get("column_name")) if part)
-    return Figure(title, draw.heat_map(f"{title}, a heat map", rows, columns, values, show, **how),
-                  [name, *map(str, columns)], table)
+    return Figure(
+        title, draw.heat_map(f"{title}, a heat map", rows, columns, values, show, **how), [name, *map(str, columns)], table
+    )
 
 
 def _needles(run):
@@ -154,13 +197,26 @@ def _needles(run):
                 if members:
                     found = sum(r["metrics"]["found"] for r in members) / len(members)
                     where = "long question" if place == "long" else f"question at the {place}"
-                    made.append(_grid(f"{method}, {where}: {found:.0f} %", members,
-                                      lambda r: round(100 * r["params"]["depth"]), lambda r: r["params"]["tokens"],
-                                      lambda r: r["metrics"]["found"], "{:.0f}".format, most=100.0,
-                                      row_name="depth, %", column_name="tokens"))
-    return Section("needles", "Needles found, by depth and length",
-                   "Share of the hidden codes that the answer holds, in %, by where in the text the code stands (0 is its "
-                   "beginning) and how long the prompt is. The stronger the colour, the more were found.", made)
+                    made.append(
+                        _grid(
+                            f"{method}, {where}: {found:.0f} %",
+                            members,
+                            lambda r: round(100 * r["params"]["depth"]),
+                            lambda r: r["params"]["tokens"],
+                            lambda r: r["metrics"]["found"],
+                            "{:.0f}".format,
+                            most=100.0,
+                            row_name="depth, %",
+                            column_name="tokens",
+                        )
+                    )
+    return Section(
+        "needles",
+        "Needles found, by depth and length",
+        "Share of the hidden codes that the answer holds, in %, by where in the text the code stands (0 is its "
+        "beginning) and how long the prompt is. The stronger the colour, the more were found.",
+        made,
+    )
 
 
 def _scores(run):
@@ -173,12 +229,27 @@ def _scores(run):
             values = [[mean.get((group, method)) for group in used] for method in run.methods]
             if used:
                 numbers = [str(i + 1) for i in range(len(used))]
-                made.append(_map(metric.name, run.methods, numbers, values, metric.form.format, labels_above=True,
-                                 most=max(v for line in values for v in line if v is not None) or 1.0,
-                                 column_name=", ".join(f"{n} {group}" for n, group in zip(numbers, used))
-                                 if len(used) < 5 else "task, by number in the table"))
+                made.append(
+                    _map(
+                        metric.name,
+                        run.methods,
+                        numbers,
+                        values,
+                        metric.form.format,
+                        labels_above=True,
+                        most=max(v for line in values for v in line if v is not None) or 1.0,
+                        column_name=", ".join(f"{n} {group}" for n, group in zip(numbers, used))
+                        if len(used) < 5
+                        else "task, by number in the table",
+                    )
+                )
                 made[-1].header[1:] = [f"{n} {group}" for n, group in zip(numbers, used)]
-    return Section("scores", "Scores by task", "The mean score of each task under each method; the stronger the colour, the higher.", made)
+    return Section(
+        "scores",
+        "Scores by task",
+        "The mean score of each task under each method; the stronger the colour, the higher.",
+        made,
+    )
 
 
 def _layers(run):
@@ -192,9 +263,23 @@ def _layers(run):
                 values[method] = [_mean(column) for column in zip(*found)]
         if values:
             layers = range(max(map(len, values.values())))
-            made.append(_map(_texts(run, group), list(values), list(layers), list(values.values()), "{:.3f}".format,
-                             column_name="layer", labels_above=True))
-    return Section("layers", "Density by layer", "Share of the causal blocks that each layer computes; the stronger the colour, the more.", made)
+            made.append(
+                _map(
+                    _texts(run, group),
+                    list(values),
+                    list(layers),
+                    list(values.values()),
+                    "{:.3f}".format,
+                    column_name="layer",
+                    labels_above=True,
+                )
+            )
+    return Section(
+        "layers",
+        "Density by layer",
+        "Share of the causal blocks that each layer computes; the stronger the colour, the more.",
+        made,
+    )
 
 
 def _heads(run):
@@ -206,11 +291,17 @@ def _heads(run):
             continue
         layers = sorted({r["params"]["layer"] for r in members})
         heads = range(max(len(r["heads"]["density"]) for r in members))
-        values = [[_mean([r["heads"]["density"][h] for r in members if r["params"]["layer"] == layer]) for h in heads]
-                  for layer in layers]
+        values = [
+            [_mean([r["heads"]["density"][h] for r in members if r["params"]["layer"] == layer]) for h in heads]
+            for layer in layers
+        ]
         made.append(_map(method, layers, list(heads), values, "{:.3f}".format, row_name="layer", column_name="head"))
-    return Section("heads", "Density by layer and head",
-                   "Share of the causal blocks that each head computes, the mean over texts; the stronger the colour, the more.", made)
+    return Section(
+        "heads",
+        "Density by layer and head",
+        "Share of the causal blocks that each head computes, the mean over texts; the stronger the colour, the more.",
+        made,
+    )
 
 
 def _masks(run):
@@ -220,16 +311,22 @@ def _masks(run):
     if members:
         first = members[0]["params"]
         members = [r for r in members if (r["params"]["text"], r["params"]["tokens"]) == (first["text"], first["tokens"])]
-        shown = [summary.BASELINE, *(sorted(methods, key=lambda m: _density(members, m))[len(methods) // 2]
-                                     for methods in _families(run).values())]
+        shown = [
+            summary.BASELINE,
+            *(sorted(methods, key=lambda m: _density(members, m))[len(methods) // 2] for methods in _families(run).values()),
+        ]
         shown.sort(key=lambda m: run.header["methods"][m].get("permutation", "none") != "none")  # before, then after
         for layer in sorted({r["params"]["layer"] for r in members}):
             for method in shown:
                 made += [_mask(run, r) for r in members if r["method"] == method and r["params"]["layer"] == layer]
-    return Section("masks", "One head's blocks, before and after permutation",
-                   "Each point is a block of keys (to the right) that a row of queries (downwards) may see. Blue ones are computed, "
-                   "orange ones are left out; the stronger, the more of the row's attention they hold (logarithmic, from 0.001 % "
-                   "on). Permutation gathers heavy keys in few blocks, so that fewer need computing.", made)
+    return Section(
+        "masks",
+        "One head's blocks, before and after permutation",
+        "Each point is a block of keys (to the right) that a row of queries (downwards) may see. Blue ones are computed, "
+        "orange ones are left out; the stronger, the more of the row's attention they hold (logarithmic, from 0.001 % "
+        "on). Permutation gathers heavy keys in few blocks, so that fewer need computing.",
+        made,
+    )
 
 
 def _density(records, method):
@@ -239,9 +336,11 @@ def _density(records, method):
 def _mask(run, record):
     picture, method = record["picture"], record["method"]
     rows, blocks = picture["rows"], picture["blocks"]
+
     def read(name):
         return np.frombuffer(base64.b64decode(picture[name]), np.uint8)
-    kept = np.unpackbits(read("kept"))[:rows * blocks].reshape(rows, blocks).astype(bool)
+
+    kept = np.unpackbits(read("kept"))[: rows * blocks].reshape(rows, blocks).astype(bool)
     level = read("mass").reshape(rows, blocks) / 255
     mass = np.where(level > 0, 10.0 ** (5 * (level - 1)), 0)
     permuted = run.header["methods"][method].get("permutation", "none") != "none"
@@ -270,9 +369,19 @@ def _times(run):
         if seconds:
             base = seconds.get(summary.BASELINE)
             rows = [(method, s, f"{s:.3g} s {_faster(base, s)}".rstrip()) for method, s in seconds.items()]
-            made.append(Figure(_texts(run, group), draw.bars(f"Time by method, {_texts(run, group)}", rows),
-                               ["method", "seconds", "full attention's time over it"],
-                               [[method, f"{s:.3g}", _faster(base, s)] for method, s in seconds.items()]))
+            made.append(
+                Figure(
+                    _texts(run, group),
+                    draw.bars(f"Time by method, {_texts(run, group)}", rows),
+                    ["method", "seconds", "full attention's time over it"],
+                    [[method, f"{s:.3g}", _faster(base, s)] for method, s in seconds.items()],
+                )
+            )
     what = "of one layer's attention and the choice of its blocks" if run.header["kind"] == "recall" else "of a prefill"
-    return Section("times", "Time", f"Mean time {what}, as it was while the evaluation ran; the factor is full attention's time "
-                   "over it. Benchmarks measure time with more care.", made)
+    return Section(
+        "times",
+        "Time",
+        f"Mean time {what}, as it was while the evaluation ran; the factor is full attention's time "
+        "over it. Benchmarks measure time with more care.",
+        made,
+    )
