@@ -33,6 +33,7 @@ def work(folder, tmp_path_factory):
             num_hidden_layers=6,
             num_attention_heads=8,
             num_key_value_heads=4,
+            head_dim=64,  # which a GPU takes, where there is one
             max_position_embeddings=4096,
         )
     ).save_pretrained(work / "model")
