@@ -13,6 +13,9 @@ import pbsattn
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from all the other animals in the wood " * 100
 
+# What every record of a measurement says.
+RECORD_KEYS = set("suite case params metric value unit peer peer_value ratio runs spread device commit date".split())
+
 
 # Whether PBSATTN_CPU_PATH forces products in bf16 on whoever asks for f32.
 FORCED_BF16 = "bf16" in os.environ.get("PBSATTN_CPU_PATH", "")

@@ -8,29 +8,15 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-from conftest import TEXT  # noqa: E402
+from conftest import RECORD_KEYS, TEXT  # noqa: E402
 from pbsattn_eval import models  # noqa: E402
 from pbsattn_eval.attentions import Attention  # noqa: E402
 from pbsattn_eval.bench import commands, op, prefill  # noqa: E402
 
 
 def run(folder, *arguments):
-    return commands.main(
-        [
-            "prefill",
-            "--model",
-            str(folder),
-            "--text",
-            str(folder / "text.txt"),
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-            "--runs",
-            "1",
-            *arguments,
-        ]
-    )
+    given = ["--model", str(folder), "--text", str(folder / "text.txt")]
+    return commands.main(["prefill", *given, *"--device cpu --dtype float32 --runs 1".split(), *arguments])
 
 
 def test_prefill(folder, tmp_path, capsys):
@@ -56,23 +42,7 @@ def test_prefill(folder, tmp_path, capsys):
     assert "run 1 of 1" in printed.err
 
     made = json.loads((tmp_path / "out.json").read_text())
-    keys = {
-        "suite",
-        "case",
-        "params",
-        "metric",
-        "value",
-        "unit",
-        "peer",
-        "peer_value",
-        "ratio",
-        "runs",
-        "spread",
-        "device",
-        "commit",
-        "date",
-    }
-    assert all(set(each) == keys and each["suite"] == "prefill" for each in made)
+    assert all(set(each) == RECORD_KEYS and each["suite"] == "prefill" for each in made)
     ttft = [each for each in made if each["metric"] == "time to first token" and each["params"]["n"] == 1100]
     assert [each["case"] for each in ttft] == ["math", "pbs:top_p=1.0", "pbs:top_p=0.1"]
     assert ttft[0]["peer"] is None and ttft[1]["peer"] == "math"

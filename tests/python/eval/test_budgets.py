@@ -11,23 +11,13 @@ import pbsattn.transformers
 from pbsattn_eval import budgets, commands, models
 
 
+def command(folder, to, *arguments):
+    given = ["--model", str(folder), "--text", str(folder / "text.txt"), "--to", str(to)]
+    return ["budgets", *given, "--device", "cpu", "--lengths", "900", *arguments]
+
+
 def run(folder, to, *arguments):
-    return commands.main(
-        [
-            "budgets",
-            "--model",
-            str(folder),
-            "--text",
-            str(folder / "text.txt"),
-            "--device",
-            "cpu",
-            "--lengths",
-            "900",
-            "--to",
-            str(to),
-            *arguments,
-        ]
-    )
+    return commands.main(command(folder, to, *arguments))
 
 
 def test_settings_for_every_head_of_every_layer(folder, tmp_path, capsys):
@@ -122,23 +112,5 @@ def test_bad_input(folder, tmp_path, capsys):
         (["--lengths", "9999"], "tokens, 9999 needed"),
         (["--text", str(tmp_path / "none.txt")], "no such file"),
     ):
-        assert (
-            commands.run_main(
-                [
-                    "budgets",
-                    "--model",
-                    str(folder),
-                    "--text",
-                    str(folder / "text.txt"),
-                    "--device",
-                    "cpu",
-                    "--lengths",
-                    "900",
-                    "--to",
-                    str(to),
-                    *arguments,
-                ]
-            )
-            == 1
-        )
+        assert commands.run_main(command(folder, to, *arguments)) == 1
         assert message in capsys.readouterr().err and not to.exists()

@@ -10,6 +10,7 @@ import pbsattn
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
+from conftest import RECORD_KEYS  # noqa: E402
 from pbsattn_eval import commands, folder as folders  # noqa: E402
 from pbsattn_eval.kinds import ppl  # noqa: E402
 
@@ -75,23 +76,7 @@ def test_ppl_prints_a_table_and_writes_it_as_json(finished, capsys, tmp_path):
     assert "pbs:top_p=0.1" in printed and "nll (nats)" in printed and "words 800" in printed
     made = json.loads((tmp_path / "rows.json").read_text())
     assert made == json.loads((finished / "summary.json").read_text())
-    keys = {
-        "suite",
-        "case",
-        "params",
-        "metric",
-        "value",
-        "unit",
-        "peer",
-        "peer_value",
-        "ratio",
-        "runs",
-        "spread",
-        "device",
-        "commit",
-        "date",
-    }
-    assert all(keys <= set(each) for each in made)
+    assert all(RECORD_KEYS <= set(each) for each in made)
     [change] = [each for each in made if each["case"] == "pbs:top_p=0.1" and each["metric"] == "nll"]
     assert change["peer"] == "full" and change["low"] <= change["change"] <= change["high"]
 

@@ -35,24 +35,8 @@ def public(tmp_path):
 
 
 def run(public, *arguments):
-    return commands.main(
-        [
-            "lists",
-            "--public",
-            str(public),
-            "--method",
-            "mean-pool",
-            "--tokens",
-            "700",
-            "--seeds",
-            "2",
-            "--heads",
-            "2",
-            "--commit",
-            "abc",
-            *arguments,
-        ]
-    )
+    options = "--method mean-pool --tokens 700 --seeds 2 --heads 2 --commit abc".split()
+    return commands.main(["lists", "--public", str(public), *options, *arguments])
 
 
 def test_agreement(public, tmp_path, capsys):
