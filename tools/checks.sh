@@ -61,7 +61,7 @@ sanitize_python() {
   tools/skips.py build/python-sanitized/tests.xml
 }
 
-# Small tests that together launch every kernel: dense and sparse, each score, corrections, methods of whole heads, merging.
+# Small tests that together launch every kernel: dense and sparse, each score, corrections, methods of whole heads.
 gpu_tests='*/dense_n257:*/pbs_n257:*/pbs_chunk100:*/shared_order:*/segment1024:*/per_query_shared_order'
 gpu_tests+=':Masses/*_one_query:Masses/*_chunk:*/flashprefill_chunk:*/corrected_permuted_dim128'
 gpu_tests+=':Methods/*_queries31:Methods/*_chunk'

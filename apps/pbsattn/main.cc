@@ -26,9 +26,9 @@ void check_command(CLI::App& program, int argc, char** argv) {
   const std::string_view given = argv[1];
   if (given == "eval" || given == "report") {
     throw app::UsageError(
-        fmt::format("{0}: is in the Python package: `python -m pbsattn {0}` once it is installed (pip install "
-                    "'.[bench]'), or `./dev {0}` in a checkout; docs/eval.md",
-                    given));
+        fmt::format("{0}: is in the Python package pbsattn_eval: `python -m pbsattn_eval{1}` once it is installed (pip "
+                    "install . ./integrations/python/pbsattn_eval), or `./dev {0}` in a checkout; docs/eval.md",
+                    given, given == "report" ? " report" : ""));
   }
   std::vector<std::string> names;
   for (const CLI::App* command : program.get_subcommands({})) names.push_back(command->get_name());

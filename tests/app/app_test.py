@@ -49,7 +49,9 @@ class CommandLine(Case):
     def test_no_such_command(self):
         self.refused(2, "prefil", says=['"prefil"', "prefill, mask"])
         for command in ("eval", "report"):
-            self.refused(2, command, "ppl", says=[command, "python -m pbsattn", "./dev"])
+            self.refused(
+                2, command, "ppl", says=[command, "python -m pbsattn_eval", "integrations/python/pbsattn_eval", "./dev"]
+            )
 
     def test_no_command(self):
         self.refused(2, says=["subcommand is required"])

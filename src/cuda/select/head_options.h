@@ -44,7 +44,7 @@ inline HeadOptions head_options_of(const Options& options) {
           .keep_all_if_short = options.rules == Rules::paper};
 }
 
-// The rules of a pass's heads, [batch][q_head]; batch entries share them.
+// The options of a pass's heads, [batch][q_head]; batch entries share them.
 struct OptionsOfHeads {
   HeadOptions all;                    // of all heads,
   const HeadOptions* each = nullptr;  // or, where not null, of each query head
@@ -57,7 +57,7 @@ struct OptionsOfHeads {
 #endif
 };
 
-// Writes the rules of heads to device memory, from parameters of launches: nothing is read from the host later, so a
+// Writes the options of heads to device memory, from parameters of launches: nothing is read from the host later, so a
 // captured graph has its own copy.
 cudaError_t write_head_options(std::span<const Options> heads, HeadOptions* to, cudaStream_t stream);
 
