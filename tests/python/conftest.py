@@ -40,6 +40,15 @@ def same_random_numbers():
     torch.manual_seed(0)
 
 
+def save_llama(path, words, **sizes):
+    """Saves a small random model, always the same, for a tokenizer of so many words."""
+    import transformers
+
+    sizes = {"intermediate_size": sizes["hidden_size"], "max_position_embeddings": 1000, **sizes}
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=words, **sizes)).save_pretrained(path)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A model and a tokenizer, as save_pretrained writes them, and a text."""
@@ -51,18 +60,7 @@ def folder(tmp_path_factory):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=128,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=1000,
-        )
-    ).save_pretrained(path)
+    save_llama(path, len(words), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     (path / "text.txt").write_text(TEXT, encoding="utf-8")
     return path
 

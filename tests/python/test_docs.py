@@ -12,7 +12,7 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 
 import pbsattn.transformers
-from conftest import TEXT
+from conftest import TEXT, save_llama
 from pages import PYTHON, ROOT, USER_PAGES, blocks, commands
 
 LESS = {"--lengths": "1024", "--tokens": "1024", "--samples": "1", "--depths": "2"}  # than the pages' commands ask for
@@ -24,19 +24,9 @@ def work(folder, tmp_path_factory):
     work = tmp_path_factory.mktemp("docs")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(work / "model")
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=64,  # which a GPU takes, where there is one
-            max_position_embeddings=4096,
-        )
-    ).save_pretrained(work / "model")
+    # Heads of a width that a GPU takes, where there is one.
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    save_llama(work / "model", len(tokenizer), hidden_size=64, num_hidden_layers=6, max_position_embeddings=4096, **heads)
     for name, target in {"model.gguf": work / "model", "examples": ROOT / "examples"}.items():
         (work / name).symlink_to(target)
     for name in ("book.txt", "code.txt"):

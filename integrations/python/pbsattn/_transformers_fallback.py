@@ -127,7 +127,8 @@ def fall_back(
     if not takes.only and _SDPA_TAKES.issuperset(names):
         return _sdpa(module, query, key, value, mask, **kwargs)
     if takes.eager is not None and takes.takes.issuperset(names):
-        return _eager(takes.eager, module, query, key, value, mask, **kwargs)
+        added = _added_mask(module, query, key, mask, kwargs.pop("is_causal"))
+        return takes.eager(module, query, key, value, added, **kwargs)
     raise NotImplementedError(
         f"{type(module).__name__}: {describe(names)}, and neither SDPA nor the eager attention of its "
         "file takes that; call pbsattn.transformers.disable(model)"
@@ -154,18 +155,14 @@ def _sdpa(
     return sdpa_attention_forward(module, query, key, value, mask.lower_right(), is_causal=is_causal, **kwargs)
 
 
-def _eager(
-    eager: Callable[..., typing.Any],
+def _added_mask(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     mask: torch.Tensor | CausalMask | None,
-    *,
     is_causal: bool | None,
-    **kwargs: typing.Any,
-) -> typing.Any:
-    """Eager attention, which takes masks as numbers to add, and no mask as none."""
+) -> torch.Tensor | None:
+    """The mask as eager attention takes it: numbers to add, or none for no mask."""
     q_len, kv_len = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and causal and q_len > 1:
@@ -175,4 +172,4 @@ def _eager(
         added = torch.zeros(added.shape, dtype=query.dtype, device=added.device).masked_fill(
             ~added, torch.finfo(query.dtype).min
         )
-    return eager(module, query, key, value, added, **kwargs)
+    return added

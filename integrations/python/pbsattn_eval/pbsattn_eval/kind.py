@@ -46,6 +46,17 @@ def answered(answer):
     return answer
 
 
+def answer_record(answer, expected, score):
+    """The record of an answer whose score is in [0, 1]."""
+    return {
+        "metrics": {"score": 100 * score},
+        "density": answer.density,
+        "seconds": answer.seconds,
+        "answer": answer.text,
+        "expected": expected,
+    }
+
+
 class KindBase:
     """A kind's module derives its class `Kind` from this."""
 

@@ -49,10 +49,4 @@ class Kind(PromptKind):
         prompt, answers = state
         answer = kind.answered(answers[attention.name])
         score = scores.held(answer.text, prompt.expected, prompt.any_will_do)
-        return {
-            "metrics": {"score": 100 * score},
-            "density": answer.density,
-            "seconds": answer.seconds,
-            "answer": answer.text,
-            "expected": prompt.expected,
-        }
+        return kind.answer_record(answer, prompt.expected, score)

@@ -199,10 +199,4 @@ class Kind(kind.KindBase):
         answer = kind.answered(state[attention.name])
         arguments = [question.classes] if question.rule.score == "classes" else []
         score = getattr(scores, question.rule.score)(answer.text, question.expected, *arguments)
-        return {
-            "metrics": {"score": 100 * score},
-            "density": answer.density,
-            "seconds": answer.seconds,
-            "answer": answer.text,
-            "expected": question.expected,
-        }
+        return kind.answer_record(answer, question.expected, score)
