@@ -15,8 +15,8 @@ extern "C" __attribute__((visibility("default"))) std::size_t attend_bench_scrat
 
 extern "C" __attribute__((visibility("default"))) int attend_bench(
     const std::int64_t* sizes,  // batch, q_heads, kv_heads, q_len, kv_len, head_dim, segment, order_heads, is_bf16
-    float scale, void* q, void* k, void* v, void* out, const std::int64_t* strides, float* lse, void* k_permuted,
-    void* v_permuted, std::int64_t* row_start, std::int32_t* row_count, std::int32_t* list, void* scratch,
+    float scale, void* q, void* k, void* v, void* out, const std::int64_t* strides, float* lse, void* permuted_k,
+    void* permuted_v, std::int64_t* row_start, std::int32_t* row_count, std::int32_t* list, void* scratch,
     void* stream) {
   const DType dtype = sizes[8] != 0 ? DType::bf16 : DType::f16;
   const auto view = [&](void* data, int i) {
@@ -35,7 +35,7 @@ extern "C" __attribute__((visibility("default"))) int attend_bench(
       .geometry = {.shape = shape, .block = 128, .segment = static_cast<int>(sizes[6])},
       .scale = scale,
       .inputs = {input(q, 0), input(k, 1), input(v, 2)},
-      .permuted = {.order_heads = sizes[7], .k = k_permuted, .v = v_permuted},
+      .permuted = {.order_heads = sizes[7], .k = permuted_k, .v = permuted_v},
       .lists = {.row_start = row_start, .row_count = row_count, .block = list},
       .outputs = {.out = view(out, 3), .lse = lse},
       .lse_batch_stride = shape.q_heads * shape.q_len,

@@ -152,8 +152,8 @@ class Library:
         scratch = torch.empty(
             self.c.attend_bench_scratch(i64(batch), i64(q_heads), i64(q_len), i64(kv_len)), dtype=torch.uint8, device="cuda"
         )
-        k_permuted, v_permuted = permuted or (None, None)
-        permuted_heads = 0 if k_permuted is None else k_permuted.shape[1]
+        permuted_k, permuted_v = permuted or (None, None)
+        permuted_heads = 0 if permuted_k is None else permuted_k.shape[1]
         sizes = (i64 * 9)(
             batch, q_heads, kv_heads, q_len, kv_len, head_dim, segment, permuted_heads, q.dtype == torch.bfloat16
         )
@@ -164,7 +164,7 @@ class Library:
             f32(1 / math.sqrt(head_dim)),
             *(void_p(pointer(t)) for t in tensors),
             strides,
-            *(void_p(pointer(t)) for t in (lse, k_permuted, v_permuted, *(lists or (None, None, None)), scratch)),
+            *(void_p(pointer(t)) for t in (lse, permuted_k, permuted_v, *(lists or (None, None, None)), scratch)),
             void_p(torch.cuda.current_stream().cuda_stream),
         )
         if error:

@@ -10,7 +10,7 @@ namespace {
 struct Point {
   double tokens, density;
 };
-// arXiv 2510.21270 from 8K on; before it, down to two segments, where nothing can be pruned.
+// arXiv 2510.21270 from 8K on; before it, down to two segments, where nothing can be left out.
 constexpr std::array<Point, 6> paper{
     {{512, 1.0}, {8192, .579}, {16'384, .485}, {32'768, .405}, {65'536, .287}, {131'072, .219}}};
 

@@ -40,7 +40,7 @@ struct Layout {
                                           // path gathers
   std::byte* permuted_v = nullptr;        // the same
   float* pooled_k = nullptr;              // [pooled_heads][permuted_blocks up to a row_tile][head_dim]
-  float* pooled_v = nullptr;              // the same of values, where what is pruned is corrected for
+  float* pooled_v = nullptr;              // the same of values, where what is left out is corrected for
   float* pooled_own = nullptr;            // [kv_heads][blocks up to a row_tile][head_dim], in the original order
   float* band_factors = nullptr;          // [q_heads][2]
   std::byte* scoring_queries = nullptr;   // [q_heads][scoring_strips][strip_bytes] packed: they score the keys

@@ -40,10 +40,10 @@ struct RowGrid {
 
   // Returns the token block that a row is the queries of: the last key block that it sees.
   PBSATTN_DEVICE int diagonal(int row) const { return first_row + row; }
-  // Returns the first block of a row's own segment, by its diagonal: blocks before it are permuted and may be pruned.
+  // Returns the first block of a row's own segment, by its diagonal: blocks before it are permuted and may be left out.
   PBSATTN_DEVICE int own_begin(int diagonal) const { return diagonal / blocks_per_segment * blocks_per_segment; }
   // Returns the first row that has blocks before its own segment; it may be beyond the last.
-  PBSATTN_DEVICE int first_pruning_row() const {
+  PBSATTN_DEVICE int first_sparse_row() const {
     return blocks_per_segment > first_row ? blocks_per_segment - first_row : 0;
   }
 

@@ -11,7 +11,7 @@ inline constexpr int block_tokens = 128;            // the only block size of th
 inline constexpr std::int64_t max_segment = 8192;   // a segment's scores and order live in shared memory
 inline constexpr std::int64_t max_blocks = 49'152;  // a row's scores live in shared memory: 6 M tokens
 
-// Key blocks that may be pruned: those of complete segments.
+// Key blocks that may be left out: those of complete segments.
 inline std::int64_t permuted_blocks(const Geometry& g) {
   return g.permuted_len() / block_tokens;
 }

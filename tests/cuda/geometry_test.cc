@@ -43,9 +43,9 @@ TEST(RowGrid, IsTheGeometry) {
     EXPECT_EQ(grid.rows, g.rows());
     EXPECT_EQ(grid.blocks, g.blocks());
     EXPECT_EQ(grid.heads, 24);
-    std::int64_t first_pruning_row = 0;
-    while (first_pruning_row < g.rows() && g.own_begin(first_pruning_row) == 0) ++first_pruning_row;
-    EXPECT_EQ(std::min<std::int64_t>(grid.first_pruning_row(), g.rows()), first_pruning_row);
+    std::int64_t first_sparse_row = 0;
+    while (first_sparse_row < g.rows() && g.own_begin(first_sparse_row) == 0) ++first_sparse_row;
+    EXPECT_EQ(std::min<std::int64_t>(grid.first_sparse_row(), g.rows()), first_sparse_row);
     for (const int row : some_rows(g)) {
       SCOPED_TRACE(row);
       const int diagonal = grid.diagonal(row);

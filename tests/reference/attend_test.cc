@@ -116,7 +116,7 @@ TEST(AttendQuery, OfScoresOfMinusInfinityToo) {
   EXPECT_TRUE(std::isnan(out(4, {2}, &pooled)[0]) && std::isnan(out(4, {2}, &pooled)[1]));
 }
 
-TEST(AttendQuery, PrunedBlocksAnswerAsTheirMeans) {
+TEST(AttendQuery, LeftOutBlocksAnswerAsTheirMeans) {
   // Blocks of 2, segments of 2: query 5 lists blocks 0 and 2, so block 1 is two keys of its mean score log 3 and
   // value 7.
   Head head{.q = Matrix(6, 1), .k = Matrix(6, 1), .v = Matrix(6, 1)};

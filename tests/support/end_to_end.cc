@@ -117,10 +117,10 @@ void PrintTo(const RandomPlan& plan, std::ostream* stream) {
 }
 
 std::ostream& operator<<(std::ostream& stream, const Agreement& a) {
-  return stream << a.plans << " plans, " << a.heads << " heads, " << a.rows << " rows, " << a.pruned_rows
-                << " of them pruned; other orders of " << a.other_orders << " heads by key scores at most " << a.key_tie
-                << " apart, therefore other lists of " << a.lists_of_other_orders << " rows; other lists of "
-                << a.other_lists << " more by ties within " << a.block_tie;
+  return stream << a.plans << " plans, " << a.heads << " heads, " << a.rows << " rows, " << a.sparse_rows
+                << " of them without some block; other orders of " << a.other_orders << " heads by key scores at most "
+                << a.key_tie << " apart, therefore other lists of " << a.lists_of_other_orders
+                << " rows; other lists of " << a.other_lists << " more by ties within " << a.block_tie;
 }
 
 std::vector<RandomPlan> random_plans(const PlanLimits& limits, int each) {
@@ -183,7 +183,7 @@ void expect_reference_decisions(const RandomPlan& plan, const Backend& backend, 
       const auto list = row_list(ours.trace, flat, row);
       const auto true_list = row_list(truth.trace, flat, row);
       ++agreement.rows;
-      if (std::ssize(true_list) <= geometry.diagonal(row)) ++agreement.pruned_rows;
+      if (std::ssize(true_list) <= geometry.diagonal(row)) ++agreement.sparse_rows;
       if (list == true_list) continue;
       if (!head) {
         head = reference::load_head(problem.inputs(), geometry, batch, h);

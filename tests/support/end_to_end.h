@@ -39,7 +39,7 @@ std::vector<RandomPlan> plans_for_cuda();
 // What was compared, and what differed.
 struct Agreement {
   std::int64_t plans = 0, heads = 0, rows = 0;
-  std::int64_t pruned_rows = 0;            // rows that the reference lets leave out something
+  std::int64_t sparse_rows = 0;            // rows that the reference lets leave out something
   std::int64_t other_orders = 0;           // of heads, by near ties
   std::int64_t lists_of_other_orders = 0;  // rows that the reference lists as the backend does in the backend's order
   std::int64_t other_lists = 0;            // of other rows, by near ties

@@ -10,7 +10,7 @@ namespace {
 
 // Calls body(b) for the blocks before the row's own segment that aren't listed.
 template <class Body>
-void for_each_pruned(std::int64_t own_begin, std::span<const std::int32_t> blocks, Body&& body) {
+void for_each_left_out(std::int64_t own_begin, std::span<const std::int32_t> blocks, Body&& body) {
   auto listed = blocks.begin();
   for (std::int64_t b = 0; b < own_begin; ++b)
     if (listed != blocks.end() && *listed == b)
@@ -35,12 +35,12 @@ void correct_strip(const StageContext& c, std::int64_t head, std::int64_t row, s
   c.f32_kernels.pack.queries(c.q_rows(head, first), count, dim, queries);
   c.f32_kernels.scores(c.pooled_k(head), queries, static_cast<int>(up_to_tile(own_begin)), dim, scores);
 
-  for_each_pruned(own_begin, blocks, [&](std::int64_t b) {
+  for_each_left_out(own_begin, blocks, [&](std::int64_t b) {
     for (int i = 0; i < strip; ++i) state.max[i] = std::max(state.max[i], scores[b * strip + i]);
   });
   const auto keys = static_cast<float>(g.block);  // that a mean stands for
   std::array<float, strip> weight;
-  for_each_pruned(own_begin, blocks, [&](std::int64_t b) {
+  for_each_left_out(own_begin, blocks, [&](std::int64_t b) {
     for (int i = 0; i < strip; ++i) {
       const float origin = state.max[i] == -std::numeric_limits<float>::infinity() ? 0.0F : state.max[i];
       weight[i] = keys * std::exp2((scores[b * strip + i] - origin) * c.scale_log2());

@@ -183,8 +183,8 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
       !map(maps.out, args.outputs.out, shape.q_heads, shape.q_len, 64) ||
       !map(maps.k, args.inputs.k, shape.kv_heads, shape.kv_len, block) ||
       !map(maps.v, args.inputs.v, shape.kv_heads, shape.kv_len, block) ||
-      !map_permuted(maps.k_permuted, args.permuted.k, maps.k) ||
-      !map_permuted(maps.v_permuted, args.permuted.v, maps.v))
+      !map_permuted(maps.permuted_k, args.permuted.k, maps.k) ||
+      !map_permuted(maps.permuted_v, args.permuted.v, maps.v))
     return cudaErrorInvalidValue;
 
   int multiprocessors = 0;

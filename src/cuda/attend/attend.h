@@ -16,7 +16,7 @@
 namespace pbsattn::cuda {
 
 // Views are of f16 or bf16, all four alike, with 16-byte aligned data and strides of multiples of 8 elements.
-// To work head group by head group, pass the group's head counts and pointers advanced to its first head.
+// To work pass by pass, give the pass's head counts and pointers advanced to its first head.
 struct AttendArgs {
   Geometry geometry;  // block 128; head_dim 64 or 128
   float scale = 0;    // factor on q . k

@@ -8,7 +8,7 @@
 // A thread block takes a row, two warpgroups 64 queries each, 128 means at a time while the next are on their way.
 // Tiles of listed blocks alone are passed over.
 //
-// The least work at 128K tokens, 32 heads of 128: 1.1 TFLOP, 1.4 ms, if every block is pruned.
+// The least work at 128K tokens, 32 heads of 128: 1.1 TFLOP, 1.4 ms, if every block is left out.
 #include <cmath>
 
 #include "cuda/attend/attend.h"
@@ -53,7 +53,7 @@ struct Shared {
     float out[tile_tokens][out_stride];  // once all are multiplied
   };
   float lse[tile_tokens];
-  std::uint32_t pruned[max_blocks / word_bits];  // a bit for each block before the own segment
+  std::uint32_t left_out[max_blocks / word_bits];  // a bit for each block before the own segment
 };
 
 // The thread block's row.
@@ -61,7 +61,7 @@ struct Row {
   __device__ explicit Row(const RowGrid& grid)
       : head(static_cast<int>(blockIdx.x)),
         // The last rows have the most blocks, so they start first.
-        row(grid.first_pruning_row() + static_cast<int>(gridDim.y - 1 - blockIdx.y)),
+        row(grid.first_sparse_row() + static_cast<int>(gridDim.y - 1 - blockIdx.y)),
         diagonal(grid.diagonal(row)),
         own_begin(grid.own_begin(diagonal)) {
     const Span present = grid.queries_of(diagonal);
@@ -75,19 +75,19 @@ struct Row {
 
 // Sets the bits of the blocks that the row doesn't list; false: it lists all.
 template <int head_dim>
-__device__ bool find_pruned(const Params& p, const Row& at, Shared<head_dim>& shared) {
+__device__ bool find_left_out(const Params& p, const Row& at, Shared<head_dim>& shared) {
   const std::int64_t tile = std::int64_t{at.head} * p.grid.rows + at.row;
   const int listed = p.lists.row_count[tile] - (at.diagonal + 1 - at.own_begin);
   if (listed == at.own_begin) return false;
   const int words = (at.own_begin + tile_tokens - 1) / tile_tokens * tile_words;
   for (int word = static_cast<int>(threadIdx.x); word < words; word += threads) {
     const int present = at.own_begin - word * word_bits;
-    shared.pruned[word] = present >= word_bits ? ~0U : present > 0 ? (1U << present) - 1 : 0U;
+    shared.left_out[word] = present >= word_bits ? ~0U : present > 0 ? (1U << present) - 1 : 0U;
   }
   __syncthreads();
   const std::int32_t* const list = p.lists.block + p.lists.row_start[tile];
   for (int i = static_cast<int>(threadIdx.x); i < listed; i += threads)
-    atomicAnd(&shared.pruned[list[i] / word_bits], ~(1U << list[i] % word_bits));
+    atomicAnd(&shared.left_out[list[i] / word_bits], ~(1U << list[i] % word_bits));
   __syncthreads();
   return true;
 }
@@ -139,7 +139,7 @@ template <class T, int head_dim>
 __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant__ Params p) {
   auto& shared = aligned_shared<Shared<head_dim>>();
   const Row at(p.grid);
-  if (!find_pruned<head_dim>(p, at, shared)) return;
+  if (!find_left_out<head_dim>(p, at, shared)) return;
 
   const T* const queries =
       head_of<T>(p.q, at.head / p.grid.q_heads, at.head % p.grid.q_heads) + at.first_query * p.q.token_stride;
@@ -148,16 +148,16 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
   const T* const values = static_cast<const T*>(p.pooled.v) + order_head * p.pooled_v_blocks * head_dim;
   const int tiles = (at.own_begin + tile_tokens - 1) / tile_tokens;
   const auto next_tile = [&](int tile) {
-    const auto pruned = [&](int word) { return shared.pruned[tile * tile_words + word]; };
-    while (tile < tiles && (pruned(0) | pruned(1) | pruned(2) | pruned(3)) == 0) ++tile;
+    const auto left_out = [&](int word) { return shared.left_out[tile * tile_words + word]; };
+    while (tile < tiles && (left_out(0) | left_out(1) | left_out(2) | left_out(3)) == 0) ++tile;
     return tile;
   };
   // Means of listed blocks are left out, since values that are not finite would spoil sums with a weight of 0 too.
   const auto load_means = [&](int tile, int stage) {
     const auto row_of = [&](const T* means) {
       return [=, &shared](int i) -> const T* {
-        const bool pruned = (shared.pruned[tile * tile_words + i / word_bits] >> i % word_bits & 1) != 0;
-        return pruned ? means + (tile * tile_tokens + static_cast<std::int64_t>(i)) * head_dim : nullptr;
+        const bool left_out = (shared.left_out[tile * tile_words + i / word_bits] >> i % word_bits & 1) != 0;
+        return left_out ? means + (tile * tile_tokens + static_cast<std::int64_t>(i)) * head_dim : nullptr;
       };
     };
     gather_tile<T, head_dim, threads>(shared.means.k[stage], keys, row_of(keys));
@@ -181,9 +181,9 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
     wait_copies<0>();
     sm90::fence_async_shared();
     __syncthreads();  // and all products of the tile before are done, so its means may go
-    std::uint32_t pruned[tile_words];
+    std::uint32_t left_out[tile_words];
 #pragma unroll
-    for (int word = 0; word < tile_words; ++word) pruned[word] = shared.pruned[tile * tile_words + word];
+    for (int word = 0; word < tile_words; ++word) left_out[word] = shared.left_out[tile * tile_words + word];
     tile = next_tile(tile + 1);
     if (tile < tiles) load_means(tile, stage ^ 1);
 
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
       const int bit = i / 4 * 8 + i % 2;  // and the thread's column
-      if ((pruned[bit / word_bits] >> (bit % word_bits + column) & 1) == 0) s[i] = -INFINITY;
+      if ((left_out[bit / word_bits] >> (bit % word_bits + column) & 1) == 0) s[i] = -INFINITY;
     }
     float factor[2];
     if (softmax.raise(s, p.scale_log2, factor)) {
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
 cudaError_t correct(const AttendArgs& args, const Pooled& pooled, std::int64_t dense_last_rows, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const RowGrid grid(g, args.permuted.order_heads);
-  const std::int64_t rows = g.rows() - dense_last_rows - grid.first_pruning_row();
+  const std::int64_t rows = g.rows() - dense_last_rows - grid.first_sparse_row();
   if (rows <= 0) return cudaSuccess;
   const Params p{.grid = grid,
                  .q = args.inputs.q,

@@ -56,12 +56,12 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
     const int permuted_head = p.grid.order_head(tile.head);
     const auto load_k = [&](int b) {
       const bool own = b >= own_begin;
-      load_block(k, shared.k, shared.k_full, shared.k_free, own ? maps.k : maps.k_permuted, b * block,
+      load_block(k, shared.k, shared.k_full, shared.k_free, own ? maps.k : maps.permuted_k, b * block,
                  own ? head : permuted_head, tile.batch);
     };
     const auto load_v = [&](int b) {
       const bool own = b >= own_begin;
-      load_block(v, shared.v, shared.v_full, shared.v_free, own ? maps.v : maps.v_permuted, b * block,
+      load_block(v, shared.v, shared.v_full, shared.v_free, own ? maps.v : maps.permuted_v, b * block,
                  own ? head : permuted_head, tile.batch);
     };
     // Entry i of the list from its end; each lane holds one of 32.

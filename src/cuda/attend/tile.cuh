@@ -42,7 +42,7 @@ struct AttendParams {
 
 // Rank 5: (element of a panel, token, panel, head, batch).
 struct TensorMaps {
-  CUtensorMap q, k, v, k_permuted, v_permuted, out;
+  CUtensorMap q, k, v, permuted_k, permuted_v, out;
 };
 
 struct Tile {

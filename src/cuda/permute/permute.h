@@ -1,7 +1,7 @@
 // The permute stage on Hopper: what it takes and its launches.
 //
 // A launch enqueues its work on `stream` of the current device and returns; it allocates nothing and reads nothing
-// back. To work head group by head group, pass the group's head counts and pointers advanced to its first head:
+// back. To work pass by pass, give the pass's head counts and pointers advanced to its first head:
 // the bits of a head's result don't depend on which other heads go with it.
 #pragma once
 

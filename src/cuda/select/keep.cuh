@@ -27,15 +27,15 @@ __device__ constexpr Threshold keep_none() {
   return {~0U, ~0U, 0};
 }
 
-// Of a row's weights: the sum of those that may be pruned, and the largest and the sum of all, with those of the own
+// Of a row's weights: the sum of those that may be left out, and the largest and the sum of all, with those of the own
 // segment where the score gives it some. Scores are shares of the total.
 struct Weights {
   float sum, largest, total;
-  int competing;  // blocks from which top-p takes the highest: those that may be pruned, or all causal ones
+  int competing;  // blocks from which top-p takes the highest: those that may be left out, or all causal ones
   bool valid;     // false: the softmax has no value
 };
 
-// Turns one row's scores of `end` blocks, of which the first `count` may be pruned, into weights exp2(score - max). The
+// Turns the scores of `end` blocks, of which the first `count` may be left out, into weights exp2(score - max). The
 // largest weight is 1, unless a score is NaN or +inf or all are -inf: then the sum is under 1 or NaN.
 __device__ inline Weights exponentiate(float* scores, int count, int end, int lane) {
   float max = -INFINITY;
@@ -139,12 +139,12 @@ __device__ Threshold find_highest(const float* weights, float target, float leas
 
 // Finds what top-p keeps of a row's weights to bring their sum to `target`.
 __device__ inline Threshold find_top_p(float target, const float* weights, Weights all, int count, int lane) {
-  // Of at most `pruned`, one of `count` pruned weights is above the mean.
-  const float pruned = all.sum - target;
+  // Of at most `left_out`, one of `count` weights left out is above the mean.
+  const float left_out = all.sum - target;
   constexpr float trusted = 1e-3F;  // of the total: below, rounding of the sums may matter
-  if (pruned < 0) return keep_all();
+  if (left_out < 0) return keep_all();
   return find_highest<false>(weights, target,
-                             pruned > trusted * all.total ? 0.5F * pruned / static_cast<float>(count) : 0.0F,
+                             left_out > trusted * all.total ? 0.5F * left_out / static_cast<float>(count) : 0.0F,
                              all.largest, count, lane);
 }
 

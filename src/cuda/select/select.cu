@@ -1,7 +1,7 @@
 // Stage two on Hopper: the key blocks of each row, in one launch.
 //
 // A CTA takes up to 16 rows of one head. Its 16 warps first multiply the rows' pooled queries by all pooled keys they
-// may prune (mma, operands straight from L2) and leave the scaled scores in shared memory:
+// may leave out (mma, operands straight from L2) and leave the scaled scores in shared memory:
 //     S[row][block] = pooled Q . pooled K * scale * log2(e)
 // Then a warp takes a row: softmax, the keep rule, and its list (keep.cuh).
 //
@@ -29,7 +29,7 @@ constexpr int max_shared_bytes = 224 * 1024;
 // Where a row's scores come from.
 enum class Source {
   pooled,         // products of pooled queries and keys, here
-  shares,         // given, of the blocks that may be pruned
+  shares,         // given, of the blocks that may be left out
   causal_shares,  // given, of all causal blocks
   logarithms,     // given, of all causal blocks, of base 2
 };
@@ -81,32 +81,32 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
   const int first_dense_row = options.keep == KeepRule::all ? 0 : p.grid.rows - options.dense_last_rows;
   for (int row = first_row + warp; row <= last_row; row += warps) {
     float* weights = scores + (row - first_row) * p.score_stride;
-    const int prunable = own_begin(row);
-    const bool dense = row >= first_dense_row || prunable == 0;
+    const int candidates = own_begin(row);
+    const bool dense = row >= first_dense_row || candidates == 0;
     const std::int64_t start = p.grid.list_start(head, row);
     const int diagonal = p.grid.diagonal(row);
-    const int sink = prunable > 0 ? p.sink_block[order_head] : 0;
+    const int sink = candidates > 0 ? p.sink_block[order_head] : 0;
     float* const others = weights + p.rows_at_once * p.score_stride;  // of the second score
     Taker first{weights, dense ? keep_all() : keep_none()};
     Taker second{others, keep_none()};
     Weights all_others{};
 #pragma unroll 1  // one copy of the keep rules
-    for (int score = lists - 1; score >= 0 && row < scored_rows(options) && prunable > 0; --score) {
+    for (int score = lists - 1; score >= 0 && row < scored_rows(options) && candidates > 0; --score) {
       const float* const given = (score == 0 ? p.scores : p.second_scores) + start;
       float* const to = score == 0 ? weights : others;
-      Weights all = p.source == Source::pooled ? exponentiate(to, prunable, prunable, lane)
+      Weights all = p.source == Source::pooled ? exponentiate(to, candidates, candidates, lane)
                     : p.source == Source::logarithms
-                        ? exponentiate(given, to, prunable, diagonal + 1, lane)
-                        : take(given, to, prunable, p.source == Source::shares ? prunable : diagonal + 1, lane);
+                        ? exponentiate(given, to, candidates, diagonal + 1, lane)
+                        : take(given, to, candidates, p.source == Source::shares ? candidates : diagonal + 1, lane);
       if (lists == 2 && options.counts()) {
         if (score == 1) {
           all_others = all;
           continue;
         }
-        all = take_higher(weights, all, others, all_others, prunable, lane);
+        all = take_higher(weights, all, others, all_others, candidates, lane);
       }
       __syncwarp();
-      const Threshold threshold = find_threshold(options, to, all, prunable, diagonal, sink, lane);
+      const Threshold threshold = find_threshold(options, to, all, candidates, diagonal, sink, lane);
       if (score == 0)
         first.threshold = threshold;
       else
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
     }
     __syncwarp();
     const int length =
-        write_list(options, first, second, lists == 2, prunable, diagonal, sink, p.lists.block + start, lane);
+        write_list(options, first, second, lists == 2, candidates, diagonal, sink, p.lists.block + start, lane);
     if (const std::int64_t tile = std::int64_t{head} * p.grid.rows + row; lane == 0) {
       p.lists.row_start[tile] = start;
       p.lists.row_count[tile] = length;

@@ -29,7 +29,7 @@ void find_masses(const StageContext& c, std::int64_t head, std::int64_t queries,
     };
     for (std::int64_t b = 0; b < g.blocks(); ++b) add(b);
     masses.finish(count);
-    // The second pass overwrites maxima, whose place the factors took.
+    // The second sweep overwrites maxima, whose place the factors took.
     std::copy_n(scratch.scores, g.blocks() * strip, scratch.patches);
     for (std::int64_t b = 0; b < g.blocks(); ++b) {
       const int keys = add(b);

@@ -1,4 +1,4 @@
-// Columns and diagonals of a head's last queries, from two passes over the keys: one for the softmax's maxima and sums,
+// Columns and diagonals of a head's last queries, from two sweeps over the keys: one for the softmax's maxima and sums,
 // one for its weights (reference/select/scores/scores.h defines the patterns that are made of them).
 #pragma once
 

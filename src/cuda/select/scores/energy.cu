@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(threads, 2) energies(const __grid_constant__ P
   const RowGrid& grid = p.grid;
   const int head = static_cast<int>(blockIdx.x);
   // The last rows have the most blocks, so they start first.
-  const int row = grid.first_pruning_row() + static_cast<int>(gridDim.y - 1 - blockIdx.y);
+  const int row = grid.first_sparse_row() + static_cast<int>(gridDim.y - 1 - blockIdx.y);
   const int diagonal = grid.diagonal(row);
   const int own_begin = grid.own_begin(diagonal);
   const Span present = grid.queries_of(diagonal);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(threads, 2) energies(const __grid_constant__ P
 
 cudaError_t score_energy(const SelectArgs& args, cudaStream_t stream) {
   const RowGrid grid(args.geometry, args.permuted.order_heads);
-  const std::int64_t rows = scored_rows(args) - grid.first_pruning_row();
+  const std::int64_t rows = scored_rows(args) - grid.first_sparse_row();
   if (rows <= 0) return cudaSuccess;
   const Params p{.grid = grid,
                  .q = args.inputs.q,

@@ -91,7 +91,7 @@ struct Work {
   Work(const Geometry& g, std::int64_t lines_of_block, std::int64_t scored_rows)
       : grid(g, g.shape.q_heads),
         lines(lines_of_block),
-        begin(grid.first_pruning_row()),
+        begin(grid.first_sparse_row()),
         end(std::max(scored_rows, begin)) {}
   // Returns how many sums a head has in rows [from, to).
   std::int64_t sums(std::int64_t from, std::int64_t to) const {

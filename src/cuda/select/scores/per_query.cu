@@ -5,12 +5,12 @@
 // two for each row, go through its pooled keys, 128 at a time, twice:
 //     S[query][block] = Q K^T      max and sum of exp2 of each query, in registers
 //     S^T[block][query] = K Q^T    weights exp2(S^T - log-sum-exp), summed over queries: no exchange between warps
-// A row's two warpgroups share its queries in the first pass and each tile's blocks in the second. They start their
+// A row's two warpgroups share its queries in the first sweep and each tile's blocks in the second. They start their
 // products in turn (sm90/turns.cuh), so that the exponentials of some run while the tensor cores work for another. The
 // second product costs less than keeping the first would: 128 queries' scores of 1024 blocks are 512 KiB. The few
 // blocks of the row's own segment, whose keys are in their original order, are multiplied warp by warp (mma) before and
-// after the first pass. Beside them a *producer* thread brings queries and keys through the copy engine, ahead over
-// items and passes. A thread block stays resident and takes every n-th item; long rows come first, and heads side by
+// after the first sweep. Beside them a *producer* thread brings queries and keys through the copy engine, ahead over
+// items and sweeps. A thread block stays resident and takes every n-th item; long rows come first, and heads side by
 // side share L2.
 //
 // The least work at 128K tokens, 32 heads, head_dim 128: 2 x 0.55 TFLOP of products and 2 x 2.1 G exponentials, which
@@ -83,7 +83,7 @@ struct Item {
     static_assert(rows_of_item == 2);
     tiles = (max(visible_of(p, block), visible_of(p, block + 1)) + tile_tokens - 1) / tile_tokens;
   }
-  // Returns how many blocks the row of token block `of` may prune; none where it isn't scored.
+  // Returns how many blocks the row of token block `of` may leave out; none where it isn't scored.
   __device__ static int visible_of(const Params& p, int of) {
     const bool scored = of >= p.grid.first_row && of < p.grid.diagonal(p.scored_rows);
     return scored ? p.grid.own_begin(of) : 0;
@@ -251,11 +251,11 @@ cudaError_t score_per_query(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const RowGrid grid(g, args.permuted.order_heads);
   const int rows = static_cast<int>(scored_rows(args));
-  if (rows <= grid.first_pruning_row()) return cudaSuccess;
+  if (rows <= grid.first_sparse_row()) return cudaSuccess;
   const Params p{.grid = grid,
                  .scores = scores_of(args),
                  .scored_rows = rows,
-                 .first_pair = grid.diagonal(grid.first_pruning_row()) / rows_of_item,
+                 .first_pair = grid.diagonal(grid.first_sparse_row()) / rows_of_item,
                  .last_pair = grid.diagonal(rows - 1) / rows_of_item,
                  .pooled_own = args.pooled.own,
                  .scale_log2 = scale_log2(args.options.scale)};
