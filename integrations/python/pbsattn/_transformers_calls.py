@@ -17,7 +17,7 @@ NAME = "pbsattn"  # of our attention in transformers' tables
 
 
 class FallbackWarning(UserWarning):
-    """A long attention call went to SDPA."""
+    """A long attention call was left to SDPA, or to the model's own eager attention."""
 
 
 @dataclasses.dataclass
@@ -26,7 +26,7 @@ class LayerStats:
 
     layer: int | None  # its index, where its module has one
     taken: int = 0  # calls computed by pbsattn
-    left: int = 0  # calls of min_tokens or more left to SDPA
+    left: int = 0  # calls of min_tokens or more left to SDPA or eager attention
     reason: str | None = None  # why the last of them was left
     visited_blocks: int = 0
     causal_blocks: int = 0
@@ -60,7 +60,7 @@ class State:
         if reason not in self.warned:
             self.warned.add(reason)
             warnings.warn(
-                f"{self.model_name}: attention of layer {layer} goes to SDPA, not to pbsattn: {reason}",
+                f"{self.model_name}: attention of layer {layer} goes to SDPA or eager attention, not to pbsattn: {reason}",
                 FallbackWarning,
                 stacklevel=2,
             )

@@ -103,7 +103,7 @@ class Engine(Texts):
         stats = pbsattn.transformers.stats(self.model)
         left = next((each for each in stats if each.left), None)
         if left is not None:
-            raise kind.Unsupported(f"layer {left.layer} went to SDPA: {left.reason}")
+            raise kind.Unsupported(f"layer {left.layer} went to SDPA or eager attention: {left.reason}")
         return [each.density for each in stats]
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ def _joined(caches):
 
 
 class _quiet(warnings.catch_warnings):
-    """Without warnings of what goes to SDPA: densities() tells it."""
+    """Without warnings of what pbsattn leaves to others: densities() tells it."""
 
     def __enter__(self):
         super().__enter__()

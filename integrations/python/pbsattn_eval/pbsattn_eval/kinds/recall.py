@@ -109,7 +109,7 @@ class Kind(kind.KindBase):
 
     @staticmethod
     def _oracle(options, state):
-        """The same by true masses, which no device but the reference computes: in PyTorch."""
+        """The same by the true masses that recall is counted in, in PyTorch: the devices would compute them again."""
         from . import masses
 
         order = (
