@@ -74,6 +74,16 @@ TEST(Fallback, OnlyWhereAskedFor) {
   EXPECT_EQ(resolved(method("full"), 32'768, 32'768), KeepRule::all);
 }
 
+// The pages tell this length: 48 rows of blocks.
+TEST(Fallback, OnACpuAutoIsFullUpTo6144Tokens) {
+  const auto keep = [](std::int64_t tokens) {
+    const Shape shape{.q_heads = 2, .q_len = tokens, .kv_len = tokens, .head_dim = 64};
+    return Plan::create(method("auto"), shape, Device::cpu(1)).options().keep;
+  };
+  EXPECT_EQ(keep(6144), KeepRule::all);
+  EXPECT_EQ(keep(6145), KeepRule::top_p);
+}
+
 // What is taken is full attention to the last option, and the plan says so.
 TEST(Fallback, PlansTellWhatTheyTook) {
   const Shape shape{.q_len = 700, .kv_len = 700, .head_dim = 64};

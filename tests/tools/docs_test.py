@@ -20,6 +20,7 @@ LANGUAGES = {"sh", "python", "cpp", "c", "cmake", "json", "text"}
 # Commands that other tests run, by their beginning: the file, and what stands in it.
 ELSEWHERE = {
     "pip install .": ("dev", "-m pip install"),
+    "pip install '.[transformers]'": ("pyproject.toml", "\ntransformers = ["),  # the same, with what the extra names
     "./dev build": ("dev", "build release\n"),
     "cmake -B build/library": ("tests/CMakeLists.txt", "NAME examples_against_install"),  # of whose build it is a part
     "cmake --install build/library": ("tests/install/examples.cmake", "--install ${BUILD}"),
