@@ -5,6 +5,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 #include <type_traits>
 
@@ -22,6 +23,12 @@ using pbsattn::name_of;
 void check(const pbsattn::Options& options) {
   const pbsattn::Shape shape{.q_len = 1, .kv_len = 1, .head_dim = 8};
   static_cast<void>(pbsattn::Plan::create(options, shape, pbsattn::Device::reference()));
+}
+
+// Tells whether an option is a part that makes a method what it is.
+bool is_part(std::string_view option) {
+  constexpr std::array<std::string_view, 5> parts{"permutation", "score", "keep", "correction", "fallback"};
+  return std::ranges::find(parts, option) != parts.end();
 }
 
 }  // namespace
@@ -46,24 +53,26 @@ void AttentionFlags::add_to(CLI::App& command) {
               [this, name = info.name.data()](Field value) { given_.emplace_back(name, fmt::format("{}", value)); },
               std::string(info.meaning));
         }
-        option->group("Options of methods, each of which has its own where none is given");
+        option->group(is_part(info.name) ? "Parts of the method under test"
+                                         : "Options of methods, each of which has its own where none is given");
         if (info.name == "precision") option->default_str("bf16");
       },
       defaults);
 }
 
-void AttentionFlags::apply(pbsattn::Options* options) const {
-  for (const auto& [name, value] : given_) pbsattn::set_option(*options, name, value);
+void AttentionFlags::apply(Role role, pbsattn::Options* options) const {
+  for (const auto& [name, value] : given_)
+    if (role == Role::under_test || !is_part(name)) pbsattn::set_option(*options, name, value);
 }
 
-Attention attention_named(const std::string& spec, const AttentionFlags& flags) {
+Attention attention_named(const std::string& spec, const AttentionFlags& flags, Role role) {
   Attention attention{.name = spec, .by_ggml = spec == "ggml", .options = {}, .settings = {}};
   if (attention.by_ggml) return attention;
   if (spec.starts_with("ggml:")) throw UsageError(fmt::format("{}: ggml's kernel has no options; name it alone", spec));
   const pbsattn::MethodText parts = pbsattn::split_method(spec);
   pbsattn::Options& options = attention.options = pbsattn::method(parts.name);
   options.precision = pbsattn::Precision::bf16;
-  flags.apply(&options);
+  flags.apply(role, &options);
   for (const auto& [name, value] : parts.options) {
     if (name == "settings")
       attention.settings = read_settings(std::string(value));

@@ -23,22 +23,26 @@ struct Attention {
   std::string settings;      // JSON of options by layer and head that change these; "" for none
 };
 
+// Whether a method is under test, or stands beside it to be compared with.
+enum class Role { under_test, compared };
+
 // The flags of the command line that set a method's options, --top-p (or --top_p) for top_p; where one isn't given, the
-// method's own value stands.
+// method's own value stands. Those of the parts that make a method what it is (permutation, score, keep, correction,
+// fallback) are for the method under test alone: with them a baseline would be another method.
 class AttentionFlags {
  public:
   void add_to(CLI::App& command);
-  // Sets what was given. Throws pbsattn::Error for a name that an option's values don't have.
-  void apply(pbsattn::Options* options) const;
+  // Sets what was given for a method in that role. Throws pbsattn::Error for a name that an option's values don't have.
+  void apply(Role role, pbsattn::Options* options) const;
 
  private:
   std::vector<std::pair<std::string_view, std::string>> given_;
 };
 
-// Returns the attention that "ggml" stands for, or a method of the table with the flags applied and then options of its
-// own: "pbs:top_p=0.95:segment=512". "settings=FILE" among them names a file of options by layer and head.
-// Throws for an unknown name (with the nearest) and for a value out of its range.
-Attention attention_named(const std::string& spec, const AttentionFlags& flags);
+// Returns the attention that "ggml" stands for, or a method of the table with the flags for its role applied and then
+// options of its own: "pbs:top_p=0.95:segment=512". "settings=FILE" among them names a file of options by layer and
+// head. Throws for an unknown name (with the nearest) and for a value out of its range.
+Attention attention_named(const std::string& spec, const AttentionFlags& flags, Role role);
 
 // Returns all options by name.
 nlohmann::json to_json(const pbsattn::Options& options);

@@ -108,9 +108,10 @@ void require_index(int value, int count, const char* option, const std::string& 
 }
 
 void mask(const MaskOptions& options) {
-  const Attention before = attention_named("pbs-unpermuted", options.attention);
-  const Attention after = attention_named("pbs", options.attention);
-  const Attention full = attention_named("full", options.attention);
+  const Attention after = attention_named("pbs", options.attention, Role::under_test);
+  Attention before = after;
+  before.options.permutation = pbsattn::Permutation::none;
+  const Attention full = attention_named("full", options.attention, Role::compared);
   options.prompt.check_threads();
   const std::string text = read_prompt(options.prompt.prompt_file);
   OutputFile file(options.out);

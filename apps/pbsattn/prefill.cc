@@ -52,7 +52,8 @@ std::vector<Attention> attentions(const PrefillOptions& options) {
   std::vector<Attention> list;
   const auto add = [&](const std::string& name) {
     if (std::ranges::find(list, name, &Attention::name) == list.end()) {
-      list.push_back(attention_named(name, options.attention));
+      list.push_back(
+          attention_named(name, options.attention, name == options.method ? Role::under_test : Role::compared));
     }
   };
   if (options.compare != "none") {

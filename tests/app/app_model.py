@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import time
@@ -127,7 +128,7 @@ class Prefill(Case):
 class Mask(Case):
     def test_picture(self):
         out = self.folder / "mask.svg"
-        result = pbsattn(*MASK, *"--tokens 1200 --layer 2 --head 3 --out".split(), out)
+        result = pbsattn(*MASK, *"--tokens 1200 --layer 2 --head 3 --permutation last_queries --out".split(), out)
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         svg = xml.etree.ElementTree.fromstring(out.read_text())
         kept = [path for path in svg.iter("{http://www.w3.org/2000/svg}path") if path.get("class") == "kept"]
@@ -135,6 +136,8 @@ class Mask(Case):
         # Two pictures of one head that differ: the second has its keys permuted.
         first, second = (path.get("d").count("M") for path in kept)
         self.assertGreaterEqual(min(first, second), 10)
+        before, after = map(float, re.findall(r"density (\S+) before .*, (\S+) after", result.stdout)[0])
+        self.assertLess(after, before)
         self.assertEqual([path.name for path in self.folder.iterdir()], ["mask.svg"])
 
     def test_refusals(self):

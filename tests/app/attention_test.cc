@@ -15,14 +15,15 @@ namespace app {
 namespace {
 
 // What a command line of these flags makes of "pbs"; nothing where it is refused.
-std::optional<pbsattn::Options> parsed(std::vector<std::string> arguments, const std::string& spec = "pbs") {
+std::optional<pbsattn::Options> parsed(std::vector<std::string> arguments, const std::string& spec = "pbs",
+                                       Role role = Role::under_test) {
   CLI::App command;
   AttentionFlags flags;
   flags.add_to(command);
   try {
     std::ranges::reverse(arguments);  // as CLI11 wants them
     command.parse(arguments);
-    return attention_named(spec, flags).options;
+    return attention_named(spec, flags, role).options;
   } catch (const CLI::ParseError&) {
   } catch (const pbsattn::Error&) {
   }
@@ -62,6 +63,33 @@ TEST(AttentionFlags, AMethodsOwnOptionsComeAfterTheFlags) {
   ASSERT_TRUE(options.has_value());
   EXPECT_EQ(options->top_p, 0.25F);
   EXPECT_EQ(options->segment, 512);
+}
+
+TEST(AttentionFlags, PartsAreTheMethodsUnderTestAlone) {
+  using pbsattn::KeepRule;
+  const std::vector<std::string> flags{"--permutation", "none", "--score",    "per_query", "--keep",  "top_k",
+                                       "--correction",  "mean", "--fallback", "never",     "--top-k", "7",
+                                       "--precision",   "f32",  "--segment",  "512"};
+  pbsattn::Options tested = pbsattn::method("auto");
+  tested.permutation = pbsattn::Permutation::none;
+  tested.score = pbsattn::BlockScore::per_query;
+  tested.keep = KeepRule::top_k;
+  tested.correction = pbsattn::Correction::mean;
+  tested.fallback = pbsattn::Fallback::never;
+  for (const char* name : {"full", "auto"}) {
+    pbsattn::Options compared = pbsattn::method(name);
+    for (pbsattn::Options* options : {&tested, &compared}) {
+      options->top_k = 7;
+      options->precision = pbsattn::Precision::f32;
+      options->segment = 512;
+    }
+    const auto of_compared = parsed(flags, name, Role::compared);
+    ASSERT_TRUE(of_compared.has_value()) << name;
+    EXPECT_TRUE(pbsattn::test::same(*of_compared, compared)) << name;
+  }
+  const auto of_tested = parsed(flags, "auto");
+  ASSERT_TRUE(of_tested.has_value());
+  EXPECT_TRUE(pbsattn::test::same(*of_tested, tested));
 }
 
 TEST(AttentionFlags, JsonHasEveryOption) {
