@@ -180,6 +180,19 @@ TEST(LayerSettings, LayersOverrideEveryLayerAndHeadsEveryHead) {
       << "one for all";
 }
 
+// As in Python (tests/python/test_settings.py).
+TEST(LayerSettings, AMethodLeavesThePrecisionThatTheOneBeforeNamed) {
+  const pbsattn_options base = default_config().options;
+  const auto settings = LayerSettings::parse(
+      R"({"*": {"*": {"method": "pbs:precision=f32"}}, "0": {"1": {"method": "full"}, "2": {"method": "full:precision=bf16"}}})",
+      base);
+  const auto heads = settings.heads(0, 3, base);
+  ASSERT_EQ(heads.size(), 3U);
+  EXPECT_EQ(heads[1].keep, PBSATTN_KEEP_ALL);
+  EXPECT_EQ(heads[1].precision, PBSATTN_PRECISION_F32);
+  EXPECT_EQ(heads[2].precision, PBSATTN_PRECISION_BF16);
+}
+
 TEST(LayerSettings, WhatIsWrongIsNamed) {
   EXPECT_NE(refusal_of("{").find("not JSON"), std::string::npos);
   EXPECT_NE(refusal_of("[]").find("not an object"), std::string::npos);

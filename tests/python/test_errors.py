@@ -68,6 +68,28 @@ def test_message(exception, message, call):
     with pytest.raises(exception) as raised:
         call()
     assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "message, call",
+    [
+        (
+            "settings method='pbs': method is an argument of its own; pass it as method='pbs'",
+            lambda: torch.ops.pbsattn.attention(Q, K, V, settings="method='pbs'"),
+        ),
+        ("top_p ?(: pass a plain float", lambda: torch.ops.pbsattn.attention(Q, K, V, settings="top_p=\n(")),
+        ('method 5: no text; pass, say, "pbs"', lambda: pbsattn.attention(Q, K, V, method=5)),
+        ("method None: no text", lambda: pbsattn.options(None)),
+        (r"method '\ud800': no text", lambda: pbsattn.attention(Q, K, V, method="\ud800")),
+        ("head 0: method 5: no text", lambda: pbsattn.attention(Q, K, V, heads={"0": {"method": 5}})),
+    ],
+)
+def test_a_method_that_is_none_is_named_in_one_line(message, call):
+    with pytest.raises(TypeError) as raised:
+        call()
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_gradient_is_refused_under_compile_too():

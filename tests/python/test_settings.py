@@ -68,6 +68,22 @@ def test_a_method_may_name_what_it_else_leaves_to_the_caller():
     ]
 
 
+def test_a_method_leaves_what_the_text_of_the_one_before_named():
+    """As in the plug-in (tests/ggml/settings_test.cc), which has the model's own scale."""
+    text = "pbs:precision=bf16:top_p=0.5:scale=0.25:precision=f32"
+    left = {"method": "pbs", "precision": "f32", "scale": 0.25}
+    layers = Layers({"*": {"*": {"method": text}}, "0": {"1": {"method": "pbs"}}})
+    assert layers.of(0, BASE, 2) == [{"method": text}, left]
+    assert layers.of(1, BASE, 2) == [{"method": text}]
+    for base in (
+        {"method": "pbs:precision=f32", "scale": 0.25, "precision": None},
+        {"method": "pbs:scale=0.25:precision=bf16", "precision": "f32"},
+    ):
+        assert Heads({"1": {"method": "pbs"}}).over([base], 2) == [base, left]
+    named = {"method": "full:scale=2"}
+    assert Heads({"*": named}).over([{"method": "pbs:scale=0.25"}], 2) == [named]
+
+
 def test_a_method_with_options_of_its_own_is_taken_by_the_op_and_by_plans():
     q, k, v = qkv("cpu", 300, q_heads=2, kv_heads=1)
     torch.testing.assert_close(

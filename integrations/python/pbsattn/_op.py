@@ -10,7 +10,7 @@ import torch
 
 from . import _core
 from ._plan import check_inputs, check_tensor, head_options, plan_of, refuse_gradient, run, run_reference
-from ._settings import HeadChanges, Value
+from ._settings import HeadChanges, Value, shown
 
 _library = torch.library.Library("pbsattn", "DEF")
 # `settings` are the options that replace the method's own, written as "name=value,name=value": a schema can't be added to
@@ -30,10 +30,12 @@ def _read_settings(settings: str) -> dict[str, Value]:
     options: dict[str, Value] = {}
     for item in settings.split(",") if settings else ():
         name, _, value = item.partition("=")
+        if name == "method":
+            raise TypeError(f"settings {shown(item)}: method is an argument of its own; pass it as method={shown(value)}")
         try:
             options[name] = float(value) if value in ("nan", "inf", "-inf") else ast.literal_eval(value)
         except (SyntaxError, ValueError):
-            raise TypeError(f"{name} {value}: pass a plain float, int or str") from None
+            raise TypeError(f"{shown(name)} {shown(value)}: pass a plain float, int or str") from None
     return options
 
 

@@ -19,7 +19,7 @@ EVERY = "*"
 _CALLERS = ("precision", "scale")  # options that a head's method leaves as the caller has them, unless it names them
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """As the library's messages show what came: its first 64 bytes, on one line."""
     start = text.encode(errors="replace")[:64].decode(errors="ignore")
     return "".join("?" if ord(c) < 0x20 or ord(c) == 0x7F else c for c in start)
@@ -35,14 +35,27 @@ def _by_index(given: typing.Any, what: str, place: str) -> dict[int | None, list
     for key, value in given.items():
         text = str(key)
         if text != EVERY and not (text.isascii() and text.isdecimal()):
-            raise ValueError(f'{place}{what} "{_shown(text)}": not a number from 0 up, nor "*" for every one')
+            raise ValueError(f'{place}{what} "{shown(text)}": not a number from 0 up, nor "*" for every one')
         found.setdefault(None if text == EVERY else int(text), []).append(value)
     return dict(sorted(found.items(), key=lambda item: -1 if item[0] is None else item[0]))
 
 
+def _names(method: Value, name: str) -> bool:
+    return f":{name}=" in str(method)
+
+
+def _callers(base: typing.Mapping[str, Value], name: str) -> Value:
+    """An option as the caller has it, by itself or in the text of a method; None is the method's own."""
+    method = base.get("method")
+    if base.get(name) is None and isinstance(method, str) and _names(method, name):
+        return _core.options(method).as_dict()[name]
+    return base.get(name)
+
+
 def _over(base: typing.Mapping[str, Value], changes: typing.Mapping[str, Value]) -> dict[str, Value]:
     if "method" in changes:
-        base = {name: base[name] for name in _CALLERS if name in base and f":{name}=" not in str(changes["method"])}
+        kept = {name: _callers(base, name) for name in _CALLERS if not _names(changes["method"], name)}
+        base = {name: value for name, value in kept.items() if value is not None}
     return {**base, **changes}
 
 
@@ -51,7 +64,7 @@ def _options(options: typing.Mapping[str, typing.Any], place: str) -> _core.Opti
     for name, value in options.items():
         for text in (name, value):
             if isinstance(text, str) and "\0" in text:
-                raise ValueError(f'{place}"{_shown(text)}" contains a NUL character, which no option has; take it out')
+                raise ValueError(f'{place}"{shown(text)}" contains a NUL character, which no option has; take it out')
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float, str))):
             raise ValueError(f"{place}{name} {value!r}: neither a number nor a name")
     try:

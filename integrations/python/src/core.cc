@@ -75,8 +75,14 @@ nb::dict to_dict(const Options& options) {
   return fields;
 }
 
-Options make_options(std::string_view method, const nb::kwargs& overrides) {
-  Options options = pbsattn::parse_method(method);
+Options make_options(const nb::object& method, const nb::kwargs& overrides) {
+  std::string_view text;
+  // Not by the signature, whose refusal has several lines.
+  if (!nb::try_cast(method, text))
+    throw nb::type_error(
+        (std::string("method ") + nb::repr(method).c_str() + ": no text; pass, say, \"pbs\" or \"pbs:top_p=0.95\"")
+            .c_str());
+  Options options = pbsattn::parse_method(text);
   Setter setter{nb::borrow<nb::dict>(overrides)};
   pbsattn::visit_options(options, setter);
   if (setter.known != nb::len(setter.overrides)) {
@@ -214,7 +220,7 @@ NB_MODULE(_core, module) {
       .def("__repr__",
            [](const Options& options) { return "Options(**" + std::string(nb::repr(to_dict(options)).c_str()) + ")"; });
 
-  module.def("options", &make_options, "method"_a, "overrides"_a,
+  module.def("options", &make_options, "method"_a.none(), "overrides"_a,
              "Options of a method, \"pbs\" or \"pbs:top_p=0.95\", with those of `overrides` that are not None.");
 
   nb::class_<pbsattn::Stats>(module, "Stats", "What one run did.")

@@ -145,6 +145,10 @@ def test_shape_has_random_weights(monkeypatch, capsys):
         ("no such attention; there are sdpa, flash", ["--attn", "flush"]),
         ("have no settings", ["--attn", "flash:top_p=1"]),
         ('"top_p" is no OPTION=VALUE', ["--attn", "pbs:top_p"]),
+        (
+            'attention "pbs:min_tokens=a": min_tokens "a": not a whole number of tokens; write, say, min_tokens=512',
+            ["--attn", "pbs:min_tokens=a"],
+        ),
         ("names one twice", ["--attn", "pbs,pbs"]),
         ("at least 2 tokens", ["--lengths", "1"]),
         ("write whole numbers above 0", ["--lengths", "8k"]),

@@ -46,7 +46,12 @@ class Attention:
         for part in parts:
             name, equals, value = part.partition("=")
             if equals and name in _OF_ENABLE:
-                settings[name] = _OF_ENABLE[name](value)
+                try:
+                    settings[name] = _OF_ENABLE[name](value)
+                except ValueError:
+                    raise ValueError(
+                        f'attention "{text}": {name} "{value}": not a whole number of tokens; write, say, {name}=512'
+                    ) from None
             else:
                 method.append(part)
         pbsattn.options(":".join(method))
