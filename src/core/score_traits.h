@@ -38,13 +38,50 @@ inline bool counts_kept_first(BlockScore score) {
          score == BlockScore::per_query;
 }
 
+// Says how many queries, and keys, a patch of BlockScore::antidiagonal and antidiagonal_causal has: XAttention's
+// stride.
+inline constexpr int patch_tokens = 8;
+
 // BlockScore::sampled takes this many of a row's queries, evenly spaced, the row's last among them: the i-th is
 // sampled_query().
+inline constexpr int most_sampled = 8;
 inline std::int64_t sampled_queries(std::int64_t queries) {
-  return std::min<std::int64_t>(queries, 8);
+  return std::min<std::int64_t>(queries, most_sampled);
 }
 inline std::int64_t sampled_query(std::int64_t queries, std::int64_t i) {
   return (i + 1) * queries / sampled_queries(queries) - 1;
 }
+
+// MInference's numbers, by which BlockScore::vertical_slash is: of the last queries it goes by, of the columns and of
+// the diagonals it keeps at least. The first least_columns, and the diagonals of a distance under near_diagonals, come
+// before all others.
+namespace minference {
+inline constexpr int last_queries = 64;
+inline constexpr int least_columns = 30;
+inline constexpr int least_diagonals = 50;
+inline constexpr int near_diagonals = 100;
+}  // namespace minference
+
+// BlockScore::flexible goes by the last block of queries, Geometry::scoring_queries() as FlexPrefill's 128, and keeps
+// everything where there are no more blocks than this.
+inline constexpr int flexible_whole_blocks = 2;
+
+// Names frequencies of RoPE, [begin, end) of those of `pairs` columns, the fastest first: frequency i turns columns i
+// and i + pairs.
+struct FrequencyBand {
+  std::int64_t begin, end;
+
+  constexpr std::int64_t count() const { return end - begin; }
+  constexpr bool has(std::int64_t frequency) const { return frequency >= begin && frequency < end; }
+};
+// Return the bands of BlockScore::dual_band: the faster half of the frequencies, and the slower three quarters.
+constexpr FrequencyBand fast_band(std::int64_t pairs) {
+  return {0, pairs / 2};
+}
+constexpr FrequencyBand slow_band(std::int64_t pairs) {
+  return {pairs - pairs * 3 / 4, pairs};
+}
+// A band's root mean square is divided by that of all columns, or by this where that is less.
+inline constexpr double least_root_mean_square = 1e-6;
 
 }  // namespace pbsattn

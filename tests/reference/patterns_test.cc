@@ -89,24 +89,28 @@ Options flexprefill(float gamma, float tau, int min_budget) {
   return options;
 }
 
+Pattern flexible(const Head& head, const Options& options, const Geometry& of) {
+  return flexible_pattern(head, options, of, pool_own_keys(head, options, of));
+}
+
 TEST(Flexible, ShortCallsAreDense) {
   const Head head = looking_at(4, 4, 0);
-  EXPECT_EQ(flexible_pattern(head, flexprefill(0.5F, 0.1F, 1), geometry(4, 4, 2)), (Pattern{{true}, {true, true}}));
-  const auto six = flexible_pattern(looking_at(6, 6, 0), flexprefill(0.5F, 0.1F, 6), geometry(6, 6, 2));
+  EXPECT_EQ(flexible(head, flexprefill(0.5F, 0.1F, 1), geometry(4, 4, 2)), (Pattern{{true}, {true, true}}));
+  const auto six = flexible(looking_at(6, 6, 0), flexprefill(0.5F, 0.1F, 6), geometry(6, 6, 2));
   EXPECT_EQ(six, (Pattern{{true}, {true, true}, {true, true, true}})) << "a budget of three blocks has all of them";
 }
 
 TEST(Flexible, ColumnsAndDistancesWhereTheyAreNotWhatPoolingPredicts) {
   // 16 keys. The last two queries look at key 6; pooling sees half of it.
   Head head = looking_at(16, 16, 6);
-  const auto pattern = flexible_pattern(head, flexprefill(0.9F, 0.0F, 1), geometry(16, 16, 2));
+  const auto pattern = flexible(head, flexprefill(0.9F, 0.0F, 1), geometry(16, 16, 2));
   // One token has more than .9, so no token stays within it, and one block is taken: block 0, then the column's. Of the
   // distances 8 and 9 (queries 14 and 15) one is over .45, the next over .9: one stays, and one block more is taken,
   // the own and the one 4 back.
   Options options = flexprefill(0.9F, 0.0F, 1);
   EXPECT_FALSE(kept(pattern, 7)[3] && kept(pattern, 6)[3] && kept(pattern, 5)[3]) << "the budget is one block, block 0";
   options.min_budget = 4;
-  const auto more = flexible_pattern(head, options, geometry(16, 16, 2));
+  const auto more = flexible(head, options, geometry(16, 16, 2));
   for (std::int64_t row = 3; row < 8; ++row) {
     EXPECT_TRUE(kept(more, row)[0]);
     EXPECT_TRUE(kept(more, row)[3]) << "the column's block, in every row";
@@ -122,7 +126,7 @@ TEST(Flexible, PooledAttentionWhereItPredictsTheColumns) {
   for (const double weight : {20, 1000}) {
     Head head = looking_at(16, 16, 6);
     head.k[6][0] = head.k[7][0] = weight;
-    const auto pattern = flexible_pattern(head, flexprefill(0.9F, 0.1F, 1), geometry(16, 16, 2));
+    const auto pattern = flexible(head, flexprefill(0.9F, 0.1F, 1), geometry(16, 16, 2));
     // Rows 0 .. 2 see nothing of it: their attention is even, and the last of it is left out.
     for (std::int64_t row = 3; row < 8; ++row) {
       EXPECT_TRUE(kept(pattern, row)[3]) << row;
@@ -135,8 +139,16 @@ TEST(Flexible, PooledAttentionWhereItPredictsTheColumns) {
 TEST(Flexible, NanGoesByColumns) {
   Head head = looking_at(16, 16, 6);
   head.q[15][0] = std::nan("");
-  const auto pattern = flexible_pattern(head, flexprefill(0.9F, 1.0F, 1), geometry(16, 16, 2));
+  const auto pattern = flexible(head, flexprefill(0.9F, 1.0F, 1), geometry(16, 16, 2));
   for (std::int64_t row = 0; row < 8; ++row) EXPECT_TRUE(kept(pattern, row)[0] && kept(pattern, row)[row]);
+}
+
+TEST(Flexible, GoesByTheMeansThatItIsHanded) {
+  // By means that say that all keys are alike, the last row's attention is even, and comes last.
+  const Head head = looking_at(16, 16, 6);
+  const Options options = flexprefill(0.9F, 1.0F, 1);
+  EXPECT_TRUE(kept(flexible(head, options, geometry(16, 16, 2)), 7)[3]);
+  EXPECT_FALSE(kept(flexible_pattern(head, options, geometry(16, 16, 2), Matrix(8, 2)), 7)[3]);
 }
 
 // Two columns draw every query's attention, and there is room for one of them.

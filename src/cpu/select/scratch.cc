@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "core/score_traits.h"
 #include "cpu/workspace.h"
 
 namespace pbsattn::cpu {
@@ -28,9 +27,9 @@ SelectScratch::SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted
   take(sorted, blocks);
   take(weights, light ? blocks : 2 * blocks);
   take(sums, light ? 0 : scored);
-  take(keys, light ? 0 : std::max(g.block, patch * row_tile) * dim);
+  take(keys, light ? 0 : std::max(g.block, patch_tokens * row_tile) * dim);
   take(exps, light ? 0 : std::max(g.block, row_tile) * strip);
-  take(patches, light ? 0 : std::max(patch * dim * strip, pattern ? scored : 0));
+  take(patches, light ? 0 : std::max(patch_tokens * dim * strip, pattern ? scored : 0));
   take(index, light ? 0 : strip);
   take(columns, pattern ? g.shape.kv_len : 0);
   take(diagonals, pattern ? g.shape.kv_len : 0);

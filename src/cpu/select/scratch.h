@@ -2,11 +2,10 @@
 #pragma once
 
 #include "core/executor.h"
+#include "core/score_traits.h"
 #include "cpu/kernels/kernels.h"
 
 namespace pbsattn::cpu {
-
-inline constexpr int patch = 8;  // queries and keys of an antidiagonal score's patch
 
 struct ScoredBlock {
   float score;
@@ -31,9 +30,9 @@ struct SelectScratch {
   float* weights;       // [2][blocks]
   // Of scores other than mean_pool and per_query:
   float* sums;          // [blocks up to a row_tile][strip]
-  float* keys;          // [block, at least patch * row_tile][head_dim]
+  float* keys;          // [block, at least patch_tokens * row_tile][head_dim]
   float* exps;          // [block, at least row_tile][strip]
-  float* patches;       // [patch][head_dim][strip] queries
+  float* patches;       // [patch_tokens][head_dim][strip] queries
   std::int32_t* index;  // [strip]
   // Of patterns:
   float* columns;         // [kv_len]

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/score_traits.h"
 #include "cpu/select/scores/means.h"
 #include "cpu/select/scores/scores.h"
 
@@ -11,8 +12,8 @@ namespace {
 // Whether a column of head_dim belongs to the fast band, or to the slow one.
 struct BandColumns {
   std::int64_t pairs;
-  bool fast(std::int64_t d) const { return d < 2 * pairs && d % pairs < pairs / 2; }
-  bool slow(std::int64_t d) const { return d < 2 * pairs && d % pairs >= pairs - pairs * 3 / 4; }
+  bool fast(std::int64_t d) const { return d < 2 * pairs && fast_band(pairs).has(d % pairs); }
+  bool slow(std::int64_t d) const { return d < 2 * pairs && slow_band(pairs).has(d % pairs); }
 };
 
 }  // namespace
@@ -63,17 +64,16 @@ void calibrate_bands(const StageContext& c, std::int64_t head, const SelectScrat
   const auto factor = [&](double queries_left, double keys_left, std::int64_t pairs) {
     const auto width = static_cast<double>(2 * pairs);
     const auto whole = static_cast<double>(dim - dim % 2);
-    constexpr double least = 1e-6;
     const auto ratio = [&](double part, double all, std::int64_t rows) {
       return std::sqrt(part / (static_cast<double>(rows) * width)) /
-             std::max(std::sqrt(all / (static_cast<double>(rows) * whole)), least);
+             std::max(std::sqrt(all / (static_cast<double>(rows) * whole)), least_root_mean_square);
     };
     const double share = width / static_cast<double>(dim) * ratio(queries_left, queries.all, g.rows()) *
                          ratio(keys_left, keys.all, g.blocks());
     return static_cast<float>(static_cast<double>(c.spec.options.scale) / share);
   };
-  c.layout.band_factors[head * 2] = factor(queries.fast, keys.fast, dim / 2 / 2);
-  c.layout.band_factors[head * 2 + 1] = factor(queries.slow, keys.slow, dim / 2 * 3 / 4);
+  c.layout.band_factors[head * 2] = factor(queries.fast, keys.fast, fast_band(band.pairs).count());
+  c.layout.band_factors[head * 2 + 1] = factor(queries.slow, keys.slow, slow_band(band.pairs).count());
 }
 
 }  // namespace pbsattn::cpu

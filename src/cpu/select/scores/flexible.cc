@@ -4,6 +4,7 @@
 #include <numeric>
 #include <span>
 
+#include "core/score_traits.h"
 #include "cpu/select/scores/last_queries.h"
 #include "cpu/select/scores/means.h"
 #include "cpu/select/scores/scores.h"
@@ -122,7 +123,7 @@ void mark_flexible(const StageContext& c, std::int64_t head, const SelectScratch
   const auto tokens = static_cast<std::size_t>(g.shape.kv_len);
   const std::int64_t blocks = g.blocks();
   const std::int64_t least = std::min(ceil_div(options.min_budget, g.block), blocks);
-  if (blocks <= std::max<std::int64_t>(2, least)) {
+  if (blocks <= std::max<std::int64_t>(flexible_whole_blocks, least)) {
     for (std::int64_t row = 0; row < g.rows(); ++row)
       for (std::int64_t b = 0; b <= g.diagonal(row); ++b) set_bit(c.mask(head, row), b);
     return;

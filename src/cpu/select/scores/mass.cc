@@ -39,7 +39,7 @@ int pack_block(const StageContext& c, std::int64_t head, std::int64_t block, boo
   const int count = c.block_keys(block);
   Rows rows = c.rows_of(c.inputs.k, c.heads.kv_begin + c.kv_head(head), moved ? 0 : block * g.block);
   if (moved) rows.index = c.order(head, block);
-  c.f32_kernels.pack.keys(rows, count, std::max(g.block, patch * row_tile), c.head_dim(), keys);
+  c.f32_kernels.pack.keys(rows, count, std::max(g.block, patch_tokens * row_tile), c.head_dim(), keys);
   return count;
 }
 

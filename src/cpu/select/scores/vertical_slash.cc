@@ -1,23 +1,19 @@
 #include <algorithm>
 
+#include "core/score_traits.h"
 #include "cpu/select/scores/last_queries.h"
 #include "cpu/select/scores/scores.h"
 
 namespace pbsattn::cpu {
 
 void mark_vertical_slash(const StageContext& c, std::int64_t head, const SelectScratch& scratch) {
-  constexpr std::int64_t last = 64;
-  constexpr std::int64_t least_columns = 30;
-  constexpr std::int64_t least_diagonals = 50;
-  constexpr std::int64_t near = 100;
+  using namespace minference;
   const Geometry& g = c.geometry();
   const Options& options = c.options(head);
   const auto tokens = static_cast<std::size_t>(g.shape.kv_len);
-  find_masses(c, head, std::min<std::int64_t>(last, g.shape.q_len), scratch);
-  mark_heaviest({scratch.columns, tokens}, std::max<std::int64_t>(options.vertical, least_columns), least_columns,
-                scratch.ranked);
-  mark_heaviest({scratch.diagonals, tokens}, std::max<std::int64_t>(options.slash, least_diagonals), near,
-                scratch.ranked);
+  find_masses(c, head, std::min<std::int64_t>(last_queries, g.shape.q_len), scratch);
+  mark_heaviest({scratch.columns, tokens}, std::max(options.vertical, least_columns), least_columns, scratch.ranked);
+  mark_heaviest({scratch.diagonals, tokens}, std::max(options.slash, least_diagonals), near_diagonals, scratch.ranked);
   // before[d]: kept diagonals of distance under d.
   std::int32_t* const before = scratch.ranked;
   before[0] = 0;

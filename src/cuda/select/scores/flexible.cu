@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/score_traits.h"
 #include "cuda/geometry.cuh"
 #include "cuda/select/pooled_product.cuh"
 #include "cuda/select/scores/cut.cuh"
@@ -19,7 +20,7 @@
 namespace pbsattn::cuda {
 namespace {
 
-constexpr int last_queries = 128;  // FlexPrefill's
+constexpr int last_queries = block_tokens;  // the most that score
 constexpr int threads = 256;
 constexpr int judge_threads = cut_threads;
 
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(judge_threads) judge(const __grid_constant__ P
   let_next_kernel_start();
   wait_for_earlier_kernels();
   if (!p.takes(head)) return;
-  if (blocks <= max(2, p.least(head))) {
+  if (blocks <= max(flexible_whole_blocks, p.least(head))) {
     if (threadIdx.x == 0) p.way[head] = Way::everything;
     return;
   }

@@ -114,7 +114,7 @@ bool in_patches(BlockScore score) {
   return score == BlockScore::antidiagonal || score == BlockScore::antidiagonal_causal;
 }
 int query_lines_of(BlockScore score) {
-  if (score == BlockScore::sampled) return max_sampled;
+  if (score == BlockScore::sampled) return most_sampled;
   return in_patches(score) ? lines_of_block : block_tokens;
 }
 // Returns how many tiles of keys a tile of the last rows meets, or more: those of the permuted keys, and of the
@@ -132,11 +132,11 @@ struct Scratch {
     constexpr std::int64_t element_bytes = 2;
     if (score == BlockScore::sampled)
       carver.take(gathered,
-                  g.shape.batch * g.shape.q_heads * g.rows() * max_sampled * g.shape.head_dim * element_bytes);
+                  g.shape.batch * g.shape.q_heads * g.rows() * most_sampled * g.shape.head_dim * element_bytes);
     carver.take(log_sums, 0);  // what is left is theirs
   }
   Carver carver;
-  std::byte* gathered = nullptr;  // of sampled: its queries, [batch][q_heads][rows][max_sampled][head_dim]
+  std::byte* gathered = nullptr;  // of sampled: its queries, [batch][q_heads][rows][most_sampled][head_dim]
   float* log_sums = nullptr;
 };
 
@@ -202,7 +202,7 @@ std::size_t mass_scratch_size(BlockScore score, const Geometry& geometry, std::i
 cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const BlockScore score = args.options.score;
-  const int tokens_of_line = in_patches(score) ? patch : 1;
+  const int tokens_of_line = in_patches(score) ? patch_tokens : 1;
   const Scratch scratch(score, g, args.scratch);
   Params p{.grid = {g, args.permuted.order_heads},
            .log_sums = scratch.log_sums,
@@ -218,12 +218,12 @@ cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
                                  ? k
                                  : ConstView{args.permuted.k, k.dtype, args.permuted.order_heads * permuted_head,
                                              permuted_head, g.shape.head_dim};
-  const Box box =
-      tokens_of_line == 1 ? Box{tile_tokens, static_cast<int>(g.shape.head_dim)} : Box{lines_of_box, panel, patch};
+  const Box box = tokens_of_line == 1 ? Box{tile_tokens, static_cast<int>(g.shape.head_dim)}
+                                      : Box{lines_of_box, panel, patch_tokens};
   ConstView q = args.inputs.q;
   std::int64_t q_tokens = g.shape.q_len;
   if (p.sampled) {
-    q_tokens = g.rows() * max_sampled;
+    q_tokens = g.rows() * most_sampled;
     const std::int64_t head = q_tokens * g.shape.head_dim;
     q = {scratch.gathered, q.dtype, g.shape.q_heads * head, head, g.shape.head_dim};
     if (const cudaError_t error = gather(args, p, scratch.gathered, stream); error != cudaSuccess) return error;

@@ -1,6 +1,7 @@
 // What both first launches of mass.cu work with.
 #pragma once
 
+#include "core/score_traits.h"
 #include "cuda/geometry.cuh"
 #include "cuda/select/scores/scores.h"
 #include "cuda/sm90/elements.cuh"
@@ -17,7 +18,6 @@ using sm90::Barrier;
 
 constexpr int tile_queries = 256;  // lines
 constexpr int tile_keys = 128;     // lines
-constexpr int max_sampled = 8;     // queries of a row
 
 struct Params {
   RowGrid grid;
@@ -32,7 +32,7 @@ struct Params {
   int query_lines;  // of a row's whole block, a power of two
   // Of BlockScore::sampled, for the first, a middle and the last row: how many queries, and where in the block.
   bool sampled;
-  int sampled_count[3], sampled_at[3][max_sampled];
+  int sampled_count[3], sampled_at[3][most_sampled];
 
   __device__ int kind_of(int row) const { return row == 0 ? 0 : row < grid.rows - 1 ? 1 : 2; }
   // Returns the key line of its block that a query line stands at.

@@ -6,8 +6,7 @@
 
 namespace pbsattn::cuda::mass {
 
-constexpr int patch = 8;
-constexpr int lines_of_block = block_tokens / patch;
+constexpr int lines_of_block = block_tokens / patch_tokens;
 constexpr int blocks_of_tile = tile_keys / lines_of_block;
 constexpr int lines_of_box = 32;  // of one copy, whose tokens span 256 at most
 constexpr int tiles_of_item = 8;  // so that an item lasts some 50 us
@@ -65,16 +64,16 @@ __device__ void produce(const Params& p, const Maps& maps, const Item& item, Sha
     const CUtensorMap& keys = item.is_own(tile) ? maps.k : maps.permuted_k;
     const int k_head = item.is_own(tile) ? p.grid.kv_head(head) : p.grid.order_head(head);
     const int first_key = item.block_of(tile) * block_tokens;
-    for (int step = 0; step < patch * panels; ++step, stage.next()) {
+    for (int step = 0; step < patch_tokens * panels; ++step, stage.next()) {
       const int i = step / panels;
       shared.free[stage.at].wait(stage.parity ^ 1);
       shared.full[stage.at].arrive_expecting(sizeof(shared.q[0]) + sizeof(shared.k[0]));
       for (int line = 0; line < tile_queries; line += lines_of_box)
         sm90::tma_load(shared.q[stage.at] + line * panel_bytes, maps.q, shared.full[stage.at], 0,
-                       first_query + line * patch + patch - 1 - i, step % panels, head, batch);
+                       first_query + line * patch_tokens + patch_tokens - 1 - i, step % panels, head, batch);
       for (int line = 0; line < tile_keys; line += lines_of_box)
         sm90::tma_load(shared.k[stage.at] + line * panel_bytes, keys, shared.full[stage.at], 0,
-                       first_key + line * patch + i, step % panels, k_head, batch);
+                       first_key + line * patch_tokens + i, step % panels, k_head, batch);
     }
   }
 }
@@ -121,7 +120,7 @@ __device__ inline void store_log_sums(const Params& p, const Item& item, float (
 
 template <class T, int head_dim>
 __device__ void consume(const Params& p, const Item& item, Shared& shared) {
-  constexpr int steps = patch * head_dim / panel;
+  constexpr int steps = patch_tokens * head_dim / panel;
   const int lane = threadIdx.x % 32;
   const int first_line = threadIdx.x / 128 * 128;
   Ring<stages> stage;

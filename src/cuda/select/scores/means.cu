@@ -8,6 +8,7 @@
 // The least work at 128K tokens, 32 heads of 128: 67 million products of means, 17 GFLOP, and 270 MB written.
 #include <cmath>
 
+#include "core/score_traits.h"
 #include "cuda/carver.h"
 #include "cuda/geometry.cuh"
 #include "cuda/select/pooled_product.cuh"
@@ -32,13 +33,23 @@ struct Params {
   float* scores[bands];  // of tile [batch][q_head][row] where its list will be, and the second band's alike
 };
 
-// Columns i and i + head_dim / 2 rotate together, the fastest first: the first band has the faster half of them, the
-// second the slower three quarters. Tells whether a band has the columns of a 16-byte chunk of a mean.
+// The fast and the slow band in 16-byte chunks of columns, and as shares of all: of types that kernels read.
+template <int head_dim>
+struct Bands {
+  static constexpr int pairs = head_dim / 2;
+  static constexpr FrequencyBand fast = fast_band(pairs), slow = slow_band(pairs);
+  static_assert(fast.begin == 0 && fast.end % 8 == 0 && slow.begin % 8 == 0 && slow.end == pairs);
+  static constexpr int pair_chunks = pairs / 8;
+  static constexpr int fast_end = fast.end / 8, slow_begin = slow.begin / 8;
+  static constexpr double fast_share = static_cast<double>(fast.count()) / pairs;
+  static constexpr double slow_share = static_cast<double>(slow.count()) / pairs;
+};
+
+// Tells whether a band has the columns of a chunk of a mean.
 template <int head_dim>
 __device__ bool band_has(int band, int chunk) {
-  constexpr int pair_chunks = head_dim / 2 / 8;
-  const int place = chunk % pair_chunks;
-  return band == 0 ? place < pair_chunks / 2 : place >= pair_chunks / 4;
+  const int place = chunk % Bands<head_dim>::pair_chunks;
+  return band == 0 ? place < Bands<head_dim>::fast_end : place >= Bands<head_dim>::slow_begin;
 }
 
 // Sums of squares of means: of all columns, and of each band's.
@@ -88,17 +99,16 @@ __global__ void __launch_bounds__(calibrate_threads) calibrate(const __grid_cons
   if (threadIdx.x != 0) return;
   const auto factor = [&](double of_queries, double of_keys, double share_of_columns) {
     const auto ratio = [&](double part, double all, std::int64_t count) {
-      constexpr double least = 1e-6;
       const double whole = sqrt(all / static_cast<double>(count * head_dim));
       const double left = sqrt(part / (static_cast<double>(count * head_dim) * share_of_columns));
-      return left / (whole < least ? least : whole);  // NaN stays
+      return left / (whole < least_root_mean_square ? least_root_mean_square : whole);  // NaN stays
     };
     const double share =
         share_of_columns * ratio(of_queries, queries.all, grid.rows) * ratio(of_keys, keys.all, grid.blocks);
     return static_cast<float>(static_cast<double>(p.scale_log2) / share);
   };
-  p.factors[head * bands] = factor(queries.fast, keys.fast, 0.5);
-  p.factors[head * bands + 1] = factor(queries.slow, keys.slow, 0.75);
+  p.factors[head * bands] = factor(queries.fast, keys.fast, Bands<head_dim>::fast_share);
+  p.factors[head * bands + 1] = factor(queries.slow, keys.slow, Bands<head_dim>::slow_share);
 }
 
 // Scores 16 rows of one head, the last ones first, since they have the most blocks; grid.z: the bands.

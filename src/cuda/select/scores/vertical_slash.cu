@@ -5,6 +5,7 @@
 //   3. score_marked: 1 for the blocks of a row that a column stands in or a diagonal passes through.
 #include <algorithm>
 
+#include "core/score_traits.h"
 #include "cuda/geometry.cuh"
 #include "cuda/select/scores/cut.cuh"
 #include "cuda/select/scores/last_queries.h"
@@ -13,11 +14,7 @@
 namespace pbsattn::cuda {
 namespace {
 
-// MInference's numbers.
-constexpr int last_queries = 64;
-constexpr int least_columns = 30;  // the first ones come before all others
-constexpr int least_diagonals = 50;
-constexpr int near = 100;  // diagonals of a distance under this come before all others
+using namespace minference;
 
 constexpr int threads = 256;
 
@@ -40,7 +37,7 @@ struct Params {
     return i < least_columns ? INFINITY : columns[head * grid.kv_len + i];
   }
   __device__ float distance(std::int64_t head, std::int64_t i) const {
-    return i < near ? INFINITY : distances[head * grid.kv_len + i];
+    return i < near_diagonals ? INFINITY : distances[head * grid.kv_len + i];
   }
 };
 

@@ -1,15 +1,11 @@
-// BlockScore::antidiagonal (XAttention, arXiv 2503.16428): of each patch of 8 queries and 8 keys the antidiagonal
-// stands for all 64 pairs, since every query and every key is on it once.
+// BlockScore::antidiagonal (XAttention, arXiv 2503.16428): of each patch of queries and keys the antidiagonal
+// stands for all pairs, since every query and every key is on it once.
 #include <cmath>
 
+#include "core/score_traits.h"
 #include "reference/select/scores/scores.h"
 
 namespace pbsattn::reference {
-namespace {
-
-constexpr std::int64_t stride = 8;  // queries and keys of a patch
-
-}  // namespace
 
 std::vector<double> antidiagonal_scores(const Head& head, const Geometry& geometry, std::int64_t row,
                                         std::span<const std::int32_t> order, bool causal, double scale) {
@@ -18,23 +14,23 @@ std::vector<double> antidiagonal_scores(const Head& head, const Geometry& geomet
   std::vector<double> mean(blocks, 0.0);
   std::vector<double> share;
   std::int64_t groups = 0;
-  for (std::int64_t r = geometry.diagonal(row) * geometry.block; r < geometry.row_end(row); r += stride) {
-    if (r + stride <= geometry.row_begin(row)) continue;  // before a chunk's first query
+  for (std::int64_t r = geometry.diagonal(row) * geometry.block; r < geometry.row_end(row); r += patch_tokens) {
+    if (r + patch_tokens <= geometry.row_begin(row)) continue;  // before a chunk's first query
     ++groups;
-    const std::int64_t keys = std::min(blocks * geometry.block, causal ? r + stride : own_begin * geometry.block);
-    share.assign(keys / stride, 0.0);
-    for (std::int64_t c = 0; c < keys; c += stride) {
-      for (std::int64_t i = 0; i < stride; ++i) {
-        const std::int64_t token = r + stride - 1 - i;
+    const std::int64_t keys = std::min(blocks * geometry.block, causal ? r + patch_tokens : own_begin * geometry.block);
+    share.assign(keys / patch_tokens, 0.0);
+    for (std::int64_t c = 0; c < keys; c += patch_tokens) {
+      for (std::int64_t i = 0; i < patch_tokens; ++i) {
+        const std::int64_t token = r + patch_tokens - 1 - i;
         const std::int64_t slot = c + i;
         if (token < geometry.row_begin(row) || token >= geometry.row_end(row) || slot >= geometry.shape.kv_len)
           continue;
         const std::int64_t key = slot < own_begin * geometry.block ? order[slot] : slot;
-        share[c / stride] += dot(head.q[token - geometry.q_offset()], head.k[key]) * scale / stride;
+        share[c / patch_tokens] += dot(head.q[token - geometry.q_offset()], head.k[key]) * scale / patch_tokens;
       }
     }
     softmax(share);
-    for (std::size_t c = 0; c < share.size(); ++c) mean[c * stride / geometry.block] += share[c];
+    for (std::size_t c = 0; c < share.size(); ++c) mean[c * patch_tokens / geometry.block] += share[c];
   }
   for (double& x : mean) x = std::isnan(x) ? 0.0 : x / static_cast<double>(groups);
   return mean;

@@ -4,18 +4,18 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/score_traits.h"
 #include "reference/select/scores/scores.h"
 
 namespace pbsattn::reference {
 namespace {
 
-// Returns the columns of head_dim that rotate with frequency indices [begin, end), of pairs (i, i + head_dim / 2),
-// fastest first.
-std::vector<std::int64_t> columns(std::int64_t head_dim, std::int64_t begin, std::int64_t end) {
+// Returns the columns that rotate with a band's frequencies.
+std::vector<std::int64_t> columns(std::int64_t pairs, FrequencyBand band) {
   std::vector<std::int64_t> result;
-  for (std::int64_t i = begin; i < end; ++i) {
+  for (std::int64_t i = band.begin; i < band.end; ++i) {
     result.push_back(i);
-    result.push_back(i + head_dim / 2);
+    result.push_back(i + pairs);
   }
   return result;
 }
@@ -37,12 +37,11 @@ std::vector<Band> calibrate_bands(const Head& head, const Options& options, cons
   for (std::int64_t row = 0; row < geometry.rows(); ++row)
     std::ranges::copy(pool_query(head, options, geometry, row), pooled_q[row].begin());
 
-  const auto all = columns(dim, 0, pairs);
-  constexpr double least = 1e-6;
-  const double queries = std::max(root_mean_square(pooled_q, all), least);
-  const double keys = std::max(root_mean_square(pooled_own, all), least);
+  const auto all = columns(pairs, {0, pairs});
+  const double queries = std::max(root_mean_square(pooled_q, all), least_root_mean_square);
+  const double keys = std::max(root_mean_square(pooled_own, all), least_root_mean_square);
   std::vector<Band> bands;
-  for (const auto& of : {columns(dim, 0, pairs / 2), columns(dim, pairs - pairs * 3 / 4, pairs)}) {
+  for (const auto& of : {columns(pairs, fast_band(pairs)), columns(pairs, slow_band(pairs))}) {
     const auto width = static_cast<double>(of.size());
     // What the band's logits would be divided by, relative to those of all columns: once for having fewer columns, and
     // once for what pooling left of their squares.

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "reference/permute/permute.h"
+#include "core/score_traits.h"
 #include "reference/select/scores/last_queries.h"
 
 namespace pbsattn::reference {
@@ -68,12 +68,13 @@ void keep_pooled(const Head& head, const Options& options, const Geometry& geome
 
 }  // namespace
 
-Pattern flexible_pattern(const Head& head, const Options& options, const Geometry& geometry, double* margin) {
+Pattern flexible_pattern(const Head& head, const Options& options, const Geometry& geometry, const Matrix& pooled_own,
+                         double* margin) {
   const std::int64_t block = geometry.block;
   const std::int64_t blocks = geometry.blocks();
   const std::int64_t least = std::min((options.min_budget + block - 1) / block, blocks);
   Pattern pattern = nothing_of(geometry);
-  if (blocks <= std::max<std::int64_t>(2, least)) {
+  if (blocks <= std::max<std::int64_t>(flexible_whole_blocks, least)) {
     for (auto& row : pattern) row.assign(row.size(), true);
     return pattern;
   }
@@ -84,7 +85,6 @@ Pattern flexible_pattern(const Head& head, const Options& options, const Geometr
   std::ranges::reverse(by_distance);
   const std::vector<double> by_column = sums_by_block(masses.column, block);
 
-  const Matrix pooled_own = pool_own_keys(head, options, geometry);
   std::vector<double> query(geometry.shape.head_dim, 0.0);
   for (std::int64_t i = 0; i < geometry.scoring_queries(); ++i)
     for (std::int64_t d = 0; d < geometry.shape.head_dim; ++d)

@@ -32,7 +32,7 @@ Scoring prepare_scores(const Head& head, const Options& options, const Geometry&
   if (options.score == BlockScore::vertical_slash)
     scoring.pattern = vertical_slash_pattern(head, options, geometry, &scoring.pattern_margin);
   if (options.score == BlockScore::flexible)
-    scoring.pattern = flexible_pattern(head, options, geometry, &scoring.pattern_margin);
+    scoring.pattern = flexible_pattern(head, options, geometry, scoring.pooled_own, &scoring.pattern_margin);
   return scoring;
 }
 

@@ -48,9 +48,8 @@ std::vector<double> sampled_scores(const Head& head, const Geometry& geometry, s
 std::vector<double> energy_scores(const Head& head, const Geometry& geometry, std::int64_t row, const Matrix& causal_k,
                                   double scale);
 
-// A band of BlockScore::dual_band: the columns of head_dim that it reads, and the factor on their products. The fast
-// band has the first half of RoPE's frequencies, the slow one the last three quarters; a frequency i turns columns i
-// and i + head_dim / 2, as rotate_half has it. The factors follow from the root mean squares of all pooled queries and
+// A band of BlockScore::dual_band (core/score_traits.h): the columns of head_dim that it reads, which rotate_half
+// pairs, and the factor on their products. The factors follow from the root mean squares of all pooled queries and
 // keys, so they depend on what comes later.
 struct Band {
   std::vector<std::int64_t> columns;
@@ -83,8 +82,10 @@ Pattern vertical_slash_pattern(const Head& head, const Options& options, const G
 //     within top_p of it, and of columns and distances min_budget tokens. Else it keeps as many blocks of columns, and
 //     of distances, as the tokens that hold top_p of the mass would fill, and one more; min_budget at least.
 //
-// Block 0 and the diagonal are always among them; up to two blocks or min_budget tokens everything is.
-Pattern flexible_pattern(const Head& head, const Options& options, const Geometry& geometry, double* margin = nullptr);
+// Block 0 and the diagonal are always among them; up to two blocks or min_budget tokens everything is. `pooled_own` are
+// pool_own_keys().
+Pattern flexible_pattern(const Head& head, const Options& options, const Geometry& geometry, const Matrix& pooled_own,
+                         double* margin = nullptr);
 
 // What the scores of a head's rows share.
 struct Scoring {

@@ -1,20 +1,16 @@
 #include <algorithm>
 
+#include "core/score_traits.h"
 #include "reference/select/scores/last_queries.h"
 
 namespace pbsattn::reference {
 
 Pattern vertical_slash_pattern(const Head& head, const Options& options, const Geometry& geometry, double* margin) {
-  constexpr std::int64_t last = 64;  // all of this is MInference's
-  constexpr std::int64_t least_columns = 30;
-  constexpr std::int64_t least_diagonals = 50;
-  constexpr std::int64_t near = 100;
+  using namespace minference;
   const auto masses =
-      last_queries_masses(head, geometry, options.scale, std::min<std::int64_t>(last, geometry.shape.q_len));
-  const auto columns =
-      heaviest(masses.column, std::max<std::int64_t>(options.vertical, least_columns), least_columns, margin);
-  const auto diagonals =
-      heaviest(masses.diagonal, std::max<std::int64_t>(options.slash, least_diagonals), near, margin);
+      last_queries_masses(head, geometry, options.scale, std::min<std::int64_t>(last_queries, geometry.shape.q_len));
+  const auto columns = heaviest(masses.column, std::max(options.vertical, least_columns), least_columns, margin);
+  const auto diagonals = heaviest(masses.diagonal, std::max(options.slash, least_diagonals), near_diagonals, margin);
 
   Pattern pattern = nothing_of(geometry);
   for (std::int64_t row = 0; row < geometry.rows(); ++row)
