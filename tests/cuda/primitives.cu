@@ -1,5 +1,6 @@
 #include "cuda/primitives.h"
 
+#include "cuda/attend/merger.cuh"
 #include "cuda/device_run.h"
 #include "cuda/permute/key_order.cuh"
 #include "cuda/select/keep.cuh"
@@ -142,6 +143,13 @@ __global__ void log_sum(const float* products, int count, float scale_log2, floa
   if (threadIdx.x == 0) *result = total.max * scale_log2 + log2f(total.sum);
 }
 
+__global__ void merge(float lse_a, float lse_b, float* merged) {
+  const Merger merger(lse_a, lse_b);
+  merged[0] = merger.a;
+  merged[1] = merger.b;
+  merged[2] = merger.lse;
+}
+
 constexpr int head = 3;
 
 PBSATTN_DEVICE RowPlace place_of(const RowGrid& grid, int row) {
@@ -215,6 +223,14 @@ float run_log_sum(const std::vector<float>& products, float scale_log2) {
   log_sum<<<1, 32>>>(on_device.data(), static_cast<int>(products.size()), scale_log2, result.data());
   expect_launched();
   return result.values()[0];
+}
+
+Merged run_merger(float lse_a, float lse_b) {
+  const OnDevice<float> merged(3);
+  merge<<<1, 1>>>(lse_a, lse_b, merged.data());
+  expect_launched();
+  const std::vector<float> all = merged.values();
+  return {all[0], all[1], all[2]};
 }
 
 std::vector<RowPlace> run_row_grid(const RowGrid& grid) {

@@ -36,6 +36,12 @@ Reduced run_reductions(const std::vector<float>& lanes);
 // Whether the online sum of values, each added by Statistics::merge in 32 lanes' parts, is log2 of the sum of exp2.
 float run_log_sum(const std::vector<float>& products, float scale_log2);
 
+// cuda::Merger of two log-sum-exps: what the parts are multiplied by, and the log-sum-exp of both.
+struct Merged {
+  float a, b, lse;
+};
+Merged run_merger(float lse_a, float lse_b);
+
 // What the device's RowGrid says of each row, the head being 3.
 struct RowPlace {
   int own_begin, first_query, begin, end;

@@ -8,6 +8,8 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <string>
+#include <tuple>
 
 namespace pbsattn::test {
 namespace {
@@ -191,6 +193,35 @@ TEST(CudaPrimitives, SumsExponentialsOnline) {
     EXPECT_NEAR(run_log_sum(products, scale_log2), wanted, 3e-5 + std::abs(wanted) * 0x1p-22) << size;
   }
   EXPECT_EQ(run_log_sum({-infinity, -infinity}, 1), -infinity);
+}
+
+TEST(CudaPrimitives, MergesPartsByTheirLogSumExps) {
+  for (const auto& [a, b] :
+       {std::pair{0.0F, 0.0F}, {1.5F, -2.0F}, {-80.0F, -85.0F}, {1000.0F, 999.5F}, {3.0F, 1e30F}}) {
+    SCOPED_TRACE(std::to_string(a) + " and " + std::to_string(b));
+    const double top = std::max(a, b);
+    const double sum = std::exp(a - top) + std::exp(b - top);
+    const Merged got = run_merger(a, b);
+    EXPECT_NEAR(got.a, std::exp(a - top) / sum, 1e-6);
+    EXPECT_NEAR(got.b, std::exp(b - top) / sum, 1e-6);
+    EXPECT_NEAR(got.lse, top + std::log(sum), 1e-6 + std::abs(top) * 0x1p-22);
+  }
+}
+
+TEST(CudaPrimitives, MergesPartsWithoutWeightOrValue) {
+  for (const float lse : {-1000.0F, 0.0F, 3.5F}) {
+    SCOPED_TRACE(lse);
+    const Merged first = run_merger(lse, -infinity), second = run_merger(-infinity, lse);
+    EXPECT_EQ(std::tie(first.a, first.b, first.lse), std::make_tuple(1.0F, 0.0F, lse));
+    EXPECT_EQ(std::tie(second.a, second.b, second.lse), std::make_tuple(0.0F, 1.0F, lse));
+  }
+  const Merged none = run_merger(-infinity, -infinity);
+  EXPECT_EQ(std::tie(none.a, none.b, none.lse), std::make_tuple(0.0F, 0.0F, -infinity));
+  const float nan = std::nanf("");
+  for (const auto& [a, b] : {std::pair{nan, 2.0F}, {2.0F, nan}, {nan, -infinity}, {-infinity, nan}, {nan, nan}}) {
+    const Merged got = run_merger(a, b);
+    EXPECT_TRUE(std::isnan(got.a) && std::isnan(got.b) && std::isnan(got.lse)) << a << " and " << b;
+  }
 }
 
 TEST(CudaPrimitives, PlacesRowsAsOnTheHost) {

@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "cuda/attend/attend.h"
+#include "cuda/attend/merger.cuh"
 #include "cuda/attend/softmax.cuh"
 #include "cuda/geometry.cuh"
 #include "cuda/sm90/elements.cuh"
@@ -91,23 +92,6 @@ __device__ bool find_left_out(const Params& p, const Row& at, Shared<head_dim>& 
   __syncthreads();
   return true;
 }
-
-// Two parts of a query's attention, over disjoint sets of keys, as one: what the parts' outputs are multiplied by, from
-// their log-sum-exps, and the log-sum-exp of both. Of two parts without any weight nothing is left: factors of 0 and
-// -inf.
-struct Merger {
-  __device__ Merger(float lse_a, float lse_b) {
-    const float top = fmaxf(lse_a, lse_b);
-    if (lse_a == -INFINITY && lse_b == -INFINITY) return;
-    const float weight_a = expf(lse_a - top);
-    const float weight_b = expf(lse_b - top);
-    const float sum = weight_a + weight_b;
-    a = weight_a / sum;
-    b = weight_b / sum;
-    lse = top + logf(sum);
-  }
-  float a = 0, b = 0, lse = -INFINITY;
-};
 
 // Merges the row's outputs and log-sum-exps with those in shared memory.
 template <class T, int head_dim>
