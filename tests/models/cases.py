@@ -14,7 +14,6 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MROPE = {"rope_parameters": ROPE | {"mrope_section": [4, 6, 6]}}
 COMPASS = {
     "layer_types": ["sliding_attention", "full_attention"],
-    "num_hidden_layers": 2,
     "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), ROPE | {"mrope_section": [4, 4, 8]}),
 }
 M3 = dict(
@@ -23,7 +22,6 @@ M3 = dict(
     index_block_size=16,
     index_topk_blocks=2,
     index_local_blocks=1,
-    num_hidden_layers=2,
     mlp_layer_types=["dense", "dense"],
     layer_types=["minimax_m3_sparse", "minimax_m3_sparse"],
 )
@@ -34,7 +32,6 @@ QWEN4 = LINEAR | dict(
     indexer_budget=64,
     indexer_compress_ratio=4,
     hc_lowrank=16,
-    num_hidden_layers=2,
     layer_types=["linear_attention", "qwen_sparse_attention"],
 )
 PER_LAYER_INPUTS = dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=tiny.TOKENS)
@@ -78,7 +75,6 @@ CHANGES = {
     "KimiLinearForCausalLM": dict(
         linear_head_dim=16,
         linear_num_heads=2,
-        num_hidden_layers=2,
         layer_types=["linear_attention", "full_attention"],
         mlp_layer_types=["dense", "sparse"],
     ),

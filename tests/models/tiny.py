@@ -171,6 +171,8 @@ def settings(config_class, changes=None):
             if name in known:
                 known[name] = len(picked)
         known |= {name: [value[i] for i in picked] for name, value in lists.items()}
+    if "layer_types" in changes:
+        known["num_hidden_layers"] = len(changes["layer_types"])
     for name in getattr(config_class, "sub_configs", {}):
         part = has.get(name)
         if isinstance(part, transformers.PreTrainedConfig):

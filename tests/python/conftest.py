@@ -1,6 +1,7 @@
 """What the Python tests share. Every test of an op runs on the CPU, and where there is a GPU that pbsattn takes, on it."""
 
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -12,6 +13,10 @@ import torch.nn.functional as F
 import pbsattn
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from all the other animals in the wood " * 100
+
+# The sweep of all classes of transformers, whose tiny models other tests take too.
+SWEEP = pathlib.Path(__file__).parents[1] / "models"
+sys.path.append(str(SWEEP))
 
 # What every record of a measurement says.
 RECORD_KEYS = set("suite case params metric value unit peer peer_value ratio runs spread device commit date".split())

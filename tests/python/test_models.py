@@ -2,16 +2,14 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
+from conftest import SWEEP
 
-SWEEP = pathlib.Path(__file__).parents[1] / "models"
-sys.path.append(str(SWEEP))
+transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
 import cases  # noqa: E402
 import forks  # noqa: E402

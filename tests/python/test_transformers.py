@@ -11,19 +11,11 @@ from conftest import f32_tolerance, in_threads
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
 import pbsattn.transformers as pt  # noqa: E402
+import tiny  # noqa: E402
 
-SIZES = dict(
-    vocab_size=128,
-    hidden_size=128,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=2048,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=127,
+# Beside tiny.SIZES: heads that a GPU takes, and texts that don't end early.
+SIZES = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 128) | dict(
+    num_attention_heads=4, num_key_value_heads=2, head_dim=64, eos_token_id=127
 )
 FAMILIES = {
     "llama": ("Llama", {}),
@@ -44,7 +36,7 @@ TOKENS = 600
 def build(family, device="cpu", **changes):
     prefix, own = FAMILIES.get(family, (family, {}))
     config_class = getattr(transformers, prefix + ("TextConfig" if family == "gemma3" else "Config"))
-    config = config_class(**{**SIZES, **own, **changes})
+    config = tiny.config(config_class, {**SIZES, **own, **changes})
     model = getattr(transformers, prefix + "ForCausalLM")(config).eval()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return model.to(device=device, dtype=dtype)

@@ -9,38 +9,10 @@ from conftest import f32_tolerance
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
+import cases  # noqa: E402
 import pbsattn.transformers as pt  # noqa: E402
+import tiny  # noqa: E402
 
-VOCABULARY = 96
-BASE = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=32,
-    max_position_embeddings=1024,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-BART = dict(
-    vocab_size=VOCABULARY,
-    d_model=64,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    encoder_ffn_dim=64,
-    decoder_ffn_dim=64,
-    max_position_embeddings=1024,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    decoder_start_token_id=1,
-    forced_eos_token_id=None,
-)
 FRAMES = 300  # that Whisper's encoder sees
 KEYS = 400  # of cross attention
 
@@ -60,11 +32,17 @@ def ready(model):
 
 
 def tokens(n):
-    return torch.randint(3, VOCABULARY - 1, (1, n))
+    return torch.randint(3, tiny.TOKENS - 1, (1, n))
 
 
-def llama(**changes):
-    return ready(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**BASE, **changes})))
+def small(class_name, changes=None):
+    """The model of that class that the sweep of all classes has, but for its weights."""
+    return ready(made(class_name, changes))
+
+
+def made(class_name, changes=None):
+    model_class = getattr(transformers, class_name)
+    return model_class(tiny.config(model_class.config_class, changes or cases.CHANGES.get(class_name)))
 
 
 def agree(got, expected):
@@ -84,65 +62,24 @@ def check(model, call):
 
 
 def bart(kind="Bart"):
-    config = getattr(transformers, f"{kind}Config")(**BART)
-    model = ready(getattr(transformers, f"{kind}ForConditionalGeneration")(config))
-    source = tokens(KEYS)
+    model, source = small(f"{kind}ForConditionalGeneration"), tokens(KEYS)
     return model, lambda ids: model(input_ids=source, decoder_input_ids=ids, use_cache=False).logits
 
 
 def t5gemma():
-    part = dict(
-        BASE,
-        query_pre_attn_scalar=32,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
-        layer_types=["full_attention"] * 2,
-    )
-    model = ready(
-        transformers.T5GemmaForConditionalGeneration(
-            transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=VOCABULARY)
-        )
-    )
-    source = tokens(KEYS)
+    part = {**cases.NO_CAP, "layer_types": ["full_attention"] * 2}
+    model, source = small("T5GemmaForConditionalGeneration", {"encoder": part, "decoder": part}), tokens(KEYS)
     return model, lambda ids: model(input_ids=source, decoder_input_ids=ids, use_cache=False).logits
 
 
 def gpt2():
-    model = ready(
-        transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=VOCABULARY,
-                n_embd=64,
-                n_layer=2,
-                n_head=2,
-                n_positions=512,
-                add_cross_attention=True,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        )
-    )
-    states = torch.randn(1, KEYS, 64)
+    model, states = small("GPT2LMHeadModel", {"add_cross_attention": True}), torch.randn(1, KEYS, tiny.WIDTH)
     return model, lambda ids: model(ids, encoder_hidden_states=states, use_cache=False).logits
 
 
 def whisper_model():
-    return ready(
-        transformers.WhisperForConditionalGeneration(
-            transformers.WhisperConfig(
-                **{
-                    key: value
-                    for key, value in BART.items()
-                    if key not in ("max_position_embeddings", "forced_eos_token_id")
-                },
-                num_mel_bins=16,
-                max_source_positions=FRAMES,
-                max_target_positions=256,
-                suppress_tokens=None,
-                begin_suppress_tokens=None,
-            )
-        )
-    )
+    changes = dict(max_source_positions=FRAMES, max_target_positions=256, suppress_tokens=None, begin_suppress_tokens=None)
+    return small("WhisperForConditionalGeneration", changes)
 
 
 def whisper():
@@ -152,47 +89,18 @@ def whisper():
 
 def speech_to_text():
     """A model that transformers has no SDPA for: what isn't taken goes to its eager attention."""
-    sizes = {key: value for key, value in BART.items() if key not in ("max_position_embeddings", "forced_eos_token_id")}
-    model = ready(
-        transformers.Speech2TextForConditionalGeneration(
-            transformers.Speech2TextConfig(
-                **sizes, max_source_positions=2 * KEYS, max_target_positions=256, input_feat_per_channel=16, conv_channels=32
-            )
-        )
-    )
-    features = torch.randn(1, 4 * KEYS, 16)
+    sizes = dict(max_source_positions=2 * KEYS, input_feat_per_channel=16, conv_channels=32)
+    model, features = small("Speech2TextForConditionalGeneration", sizes), torch.randn(1, 4 * KEYS, 16)
     return model, lambda ids: model(input_features=features, decoder_input_ids=ids, use_cache=False).logits
 
 
 def mllama():
-    text = {
-        **BASE,
-        "num_hidden_layers": 3,
-        "cross_attention_layers": [1],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    }
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_global_layers=1,
-        attention_heads=1,
-        image_size=56,
-        patch_size=14,
-        vision_output_dim=64,
-        intermediate_layers_indices=[0],
-        max_num_tiles=1,
-        supported_aspect_ratios=[[1, 1]],
-    )
-    model = ready(
-        transformers.MllamaForConditionalGeneration(
-            transformers.MllamaConfig(text_config=text, vision_config=vision, image_token_index=90)
-        )
-    )
+    text = {"num_hidden_layers": 3, "cross_attention_layers": [1]}
+    model = small("MllamaForConditionalGeneration", {"text_config": text})
     for name, weight in model.named_parameters():
         if "gate" in name:  # of cross attention, closed as it is drawn
             weight.fill_(1.0)
-    text_model, states = model.model.language_model, torch.randn(1, KEYS, 64)
+    text_model, states = model.model.language_model, torch.randn(1, KEYS, tiny.WIDTH)
     return model, lambda ids: text_model(input_ids=ids, cross_attention_states=states, use_cache=False).last_hidden_state
 
 
@@ -235,7 +143,7 @@ def test_a_call_without_a_mask_means_what_it_means_to_sdpa(q_len, module, argume
 
 
 def bidirectional_llama(how):
-    model = ready(transformers.LlamaModel(transformers.LlamaConfig(**BASE)))
+    model = small("LlamaModel")
     if how == "config":
         model.config.is_causal = False
     arguments = {"is_causal": False} if how == "keyword" else {}
@@ -251,14 +159,7 @@ def test_a_decoder_that_is_told_to_see_everything_does(how, length):
 
 
 def test_bidirectional_gemma3_is_refused():
-    model = transformers.Gemma3TextModel(
-        transformers.Gemma3TextConfig(
-            **BASE,
-            query_pre_attn_scalar=32,
-            layer_types=["sliding_attention", "full_attention"],
-            use_bidirectional_attention=True,
-        )
-    )
+    model = made("Gemma3TextModel", {"use_bidirectional_attention": True})
     with pytest.raises(ValueError, match="Gemma3TextModel: has no causal attention"):
         pt.enable(model)
 
@@ -266,45 +167,9 @@ def test_bidirectional_gemma3_is_refused():
 # ----------------------------------------------------------------------- arguments that pbsattn doesn't know
 
 
-SPARSE = dict(
-    moe_intermediate_size=32,
-    n_routed_experts=2,
-    num_experts_per_tok=1,
-    n_group=1,
-    topk_group=1,
-    first_k_dense_replace=2,
-    kv_lora_rank=32,
-    q_lora_rank=32,
-    qk_rope_head_dim=16,
-    qk_nope_head_dim=16,
-    v_head_dim=32,
-    index_topk=16,
-    index_n_heads=2,
-    index_head_dim=32,
-    mlp_layer_types=["dense", "dense"],
-)
-INDEXERS = {
-    "DeepseekV32": SPARSE,
-    "GlmMoeDsa": SPARSE,
-    "AXK2": SPARSE,
-    "MiniMaxM3VL": dict(
-        index_n_heads=1,
-        index_head_dim=32,
-        index_block_size=16,
-        index_topk_blocks=2,
-        index_local_blocks=1,
-        mlp_layer_types=["dense", "dense"],
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        layer_types=["minimax_m3_sparse"] * 2,
-    ),
-}
-
-
-@pytest.mark.parametrize("family", INDEXERS)
+@pytest.mark.parametrize("family", ["DeepseekV32", "GlmMoeDsa", "AXK2", "MiniMaxM3VL"])
 def test_models_with_an_indexer_are_refused_by_name(family):
-    model_class = getattr(transformers, f"{family}ForCausalLM")
-    model = model_class(model_class.config_class(**{**BASE, **INDEXERS[family]}))
+    model = made(f"{family}ForCausalLM")
     with pytest.raises(ValueError, match=rf"{family}ForCausalLM: it is sparse already: its {family}\w*Indexer picks the"):
         pt.enable(model)
     assert model.config._attn_implementation in ("sdpa", "eager")
@@ -313,7 +178,7 @@ def test_models_with_an_indexer_are_refused_by_name(family):
 @pytest.mark.parametrize("q_len", [200, 30, 1], ids=["long", "below-min-tokens", "decoding"])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_an_unknown_argument_raises(q_len, enabled):
-    model = llama()
+    model = small("LlamaForCausalLM")
     module = model.model.layers[0].self_attn
     q, k, v = torch.randn(1, 2, q_len, 32), torch.randn(1, 1, 200, 32), torch.randn(1, 1, 200, 32)
 

@@ -10,7 +10,8 @@ import pytest
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
 import pbsattn.transformers as pt  # noqa: E402
-from test_transformers_calls import BASE, agree, inference, ready, tokens, whisper  # noqa: E402, F401
+import tiny  # noqa: E402
+from test_transformers_calls import agree, inference, ready, small, tokens, whisper  # noqa: E402, F401
 
 SPARSE = dict(min_tokens=64, method="pbs", top_p=0.05, block=32, segment=32)
 
@@ -18,7 +19,7 @@ SPARSE = dict(min_tokens=64, method="pbs", top_p=0.05, block=32, segment=32)
 @pytest.fixture
 def twins():
     """Two models made of one config object."""
-    config = transformers.LlamaConfig(**BASE)
+    config = tiny.config(transformers.LlamaConfig)
     pair = [ready(transformers.LlamaForCausalLM(config)) for _ in range(2)]
     assert pair[0].config is pair[1].config
     return pair
@@ -60,7 +61,7 @@ def test_models_of_one_config_are_disabled_in_any_order(twins):
 
 
 def test_a_copy_of_an_enabled_model_is_enabled_by_itself():
-    model = ready(transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)))
+    model = small("LlamaForCausalLM")
     ids = tokens(200)
     expected = model(ids).logits
     with pt.enable(model, min_tokens=64, top_p=1.0):
@@ -75,7 +76,7 @@ def test_a_copy_of_an_enabled_model_is_enabled_by_itself():
 
 
 def test_a_model_made_of_an_enabled_models_config_has_sdpa():
-    model = ready(transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)))
+    model = small("LlamaForCausalLM")
     with pt.enable(model, **SPARSE):
         other = ready(transformers.LlamaForCausalLM(copy.deepcopy(model.config)))
         with pytest.raises(RuntimeError, match="not enabled"):
@@ -89,7 +90,7 @@ def test_a_model_made_of_an_enabled_models_config_has_sdpa():
 
 
 def test_nothing_of_it_is_saved(tmp_path):
-    model = ready(transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)))
+    model = small("LlamaForCausalLM")
     with pt.enable(model):
         model.save_pretrained(tmp_path)
         assert not any("pbsattn" in name for name in model.state_dict())
@@ -99,7 +100,7 @@ def test_nothing_of_it_is_saved(tmp_path):
 
 
 def test_a_state_goes_with_its_model():
-    model = ready(transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)))
+    model = small("LlamaForCausalLM")
     pt.enable(model, **SPARSE)
     model(tokens(100))
     config, state = model.config, weakref.ref(model.model.layers[0].self_attn._pbsattn.state)
@@ -130,7 +131,7 @@ def test_layers_without_an_index_are_listed_last():
 
 
 def test_a_model_whose_layers_have_no_index():
-    model = ready(transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)))
+    model = small("LlamaForCausalLM")
     ids = tokens(200)
     for layer in model.model.layers:
         layer.self_attn.layer_idx = None
