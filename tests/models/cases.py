@@ -18,7 +18,6 @@ COMPASS = {
 }
 M3 = dict(
     index_n_heads=1,
-    index_head_dim=32,
     index_block_size=16,
     index_topk_blocks=2,
     index_local_blocks=1,
