@@ -73,19 +73,9 @@ def commit():
 
 def record(suite, case, params, metric, value, unit, peer=None, peer_value=None, ratio=None, runs=1, spread=0.0):
     """A measurement in the form of every benchmark of this project (docs/dev/measuring.md), but for `origin`."""
-    return dict(
-        suite=suite,
-        case=case,
-        params=params,
-        metric=metric,
-        value=value,
-        unit=unit,
-        peer=peer,
-        peer_value=peer_value if peer else None,
-        ratio=ratio if peer else None,
-        runs=runs,
-        spread=spread,
-    )
+    measured = dict(suite=suite, case=case, params=params, metric=metric, value=value, unit=unit)
+    against = dict(peer=peer, peer_value=peer_value, ratio=ratio) if peer else dict(peer=None, peer_value=None, ratio=None)
+    return measured | against | dict(runs=runs, spread=spread)
 
 
 def origin(device, name):

@@ -12,17 +12,14 @@ ANSWER_TOKENS = 10  # of a number of seven digits, and room for a word before it
 class Kind(PromptKind):
     metrics = (kind.Metric("found", "%", "{:.1f}"),)
     lengths, least = "8192,16384,32768", 512
+    counts = (
+        ("depths", 12, "places of the code asked for, evenly from the beginning to the end of the text"),
+        ("needles", 8, "codes hidden in each text"),
+        ("repeats", 1, "prompts of each cell"),
+    )
 
     def add_arguments(self, parser):
         super().add_arguments(parser)
-        parser.add_argument(
-            "--depths",
-            type=int,
-            default=12,
-            metavar="N",
-            help="places of the code asked for, evenly from the beginning to the end of the text (default 12)",
-        )
-        parser.add_argument("--needles", type=int, default=8, metavar="N", help="codes hidden in each text (default 8)")
         parser.add_argument(
             "--question",
             default="end,start,long",
@@ -30,13 +27,9 @@ class Kind(PromptKind):
             help="end: a short question after the text; start: before it; long: after it, and "
             f"{LONG_QUESTION} tokens long, the thing asked for named at its beginning (default all three)",
         )
-        parser.add_argument("--repeats", type=int, default=1, metavar="N", help="prompts of each cell (default 1)")
 
     def check(self, given):
         super().check(given)
-        for option in ("depths", "needles", "repeats"):
-            if getattr(given, option) < 1:
-                raise ValueError(f"--{option} {getattr(given, option)}: at least 1")
         names("--question", given.question, PLACES)
 
     def items(self, given, engine):

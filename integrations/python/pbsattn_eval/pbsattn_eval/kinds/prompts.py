@@ -34,6 +34,7 @@ class PromptKind(kind.KindBase):
 
     lengths = ""  # of the prompts by default
     least = 0  # tokens of a prompt
+    counts: tuple[tuple[str, int, str], ...] = ()  # options that take a number from 1 up: name, default, what of
     filler: haystack.Filler  # check() makes it
 
     def add_arguments(self, parser):
@@ -44,10 +45,15 @@ class PromptKind(kind.KindBase):
             "--filler", metavar="FILE", help="a text to hide things in, in UTF-8 (default: made-up sentences)"
         )
         parser.add_argument("--seed", type=int, default=0, help="another seed makes other prompts (default 0)")
+        for name, default, what in self.counts:
+            parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})")
 
     def check(self, given):
         self.tokens(given)
         self.filler = haystack.Filler(given.filler)
+        for name, _, _ in self.counts:
+            if getattr(given, name) < 1:
+                raise ValueError(f"--{name} {getattr(given, name)}: at least 1")
 
     def tokens(self, given):
         """The lengths asked for."""

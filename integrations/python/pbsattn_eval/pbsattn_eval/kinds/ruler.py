@@ -9,20 +9,16 @@ from .ruler_tasks import TASKS
 class Kind(PromptKind):
     metrics = (kind.Metric("score", "%", "{:.1f}"),)
     lengths, least = "16384", 1024
+    counts = (("samples", 10, "prompts of each task and length"),)
 
     def add_arguments(self, parser):
         super().add_arguments(parser)
         parser.add_argument(
             "--tasks", default=",".join(TASKS), metavar="TASK,...", help=f"of {', '.join(TASKS)} (default all)"
         )
-        parser.add_argument(
-            "--samples", type=int, default=10, metavar="N", help="prompts of each task and length (default 10)"
-        )
 
     def check(self, given):
         super().check(given)
-        if given.samples < 1:
-            raise ValueError(f"--samples {given.samples}: at least 1")
         names("--tasks", given.tasks, TASKS)
 
     def items(self, given, engine):
