@@ -36,6 +36,15 @@ class OwnedStream {
   cudaStream_t stream = nullptr;
 };
 
+// A plan, and all that a run of it takes.
+struct SmallRun {
+  const Plan plan = Plan::create(pbs(0.7F), small, Device::cuda());
+  Problem problem{alike(small)};
+  const DeviceProblem device{problem};
+  const DeviceMemory workspace{plan.workspace_size()};
+  const std::span<std::byte> memory{workspace.data(), workspace.size()};
+};
+
 TEST(CudaPlan, RefusesWhatItCannotDo) {
   const auto create = [](const Options& options, Shape shape) {
     return refusal_of([&] { Plan::create(options, shape, Device::cuda()); }, ErrorCode::unsupported);
@@ -82,11 +91,8 @@ TEST(CudaPlan, AutoIsDenseWhereItIsShort) {
 }
 
 TEST(CudaPlan, RefusesBadBuffers) {
-  const Plan plan = Plan::create(pbs(0.7F), small, Device::cuda());
-  Problem problem(alike(small));
-  const DeviceProblem device(problem);
-  const DeviceMemory workspace(plan.workspace_size());
-  const std::span<std::byte> memory(workspace.data(), plan.workspace_size());
+  SmallRun run;
+  auto& [plan, problem, device, workspace, memory] = run;
 
   Inputs inputs = device.inputs();
   inputs.k = problem.inputs().k;
@@ -131,29 +137,21 @@ TEST(CudaPlan, RefusesBadBuffers) {
 }
 
 TEST(CudaPlan, ReportsEarlierErrors) {
-  const Plan plan = Plan::create(pbs(0.7F), small, Device::cuda());
-  Problem problem(alike(small));
-  const DeviceProblem device(problem);
-  const DeviceMemory workspace(plan.workspace_size());
+  SmallRun run;
+  auto& [plan, problem, device, workspace, memory] = run;
   ASSERT_NE(cudaSetDevice(4096), cudaSuccess);
-  const std::string message = refusal_of(
-      [&] {
-        plan.run(device.inputs(), device.outputs(), {workspace.data(), plan.workspace_size()});
-      },
-      ErrorCode::internal);
+  const std::string message =
+      refusal_of([&] { plan.run(device.inputs(), device.outputs(), memory); }, ErrorCode::internal);
   EXPECT_NE(message.find("before this run"), std::string::npos);
   EXPECT_NE(cudaGetLastError(), cudaSuccess) << "the error stays with its owner";
-  plan.run(device.inputs(), device.outputs(), {workspace.data(), plan.workspace_size()});
+  plan.run(device.inputs(), device.outputs(), memory);
   expect_success(cudaDeviceSynchronize());
 }
 
 // Whoever asks the run-time library for errors after a call of its own isn't to find ours.
 TEST(CudaPlan, TakesItsErrorsBack) {
-  const Plan plan = Plan::create(pbs(0.7F), small, Device::cuda());
-  Problem problem(alike(small));
-  const DeviceProblem device(problem);
-  const DeviceMemory workspace(plan.workspace_size());
-  const std::span<std::byte> memory(workspace.data(), workspace.size());
+  SmallRun run;
+  auto& [plan, problem, device, workspace, memory] = run;
   const OwnedStream on;
   expect_success(cudaStreamBeginCapture(on.stream, cudaStreamCaptureModeGlobal));
   Stats stats;  // would wait, which a capture can't
