@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Times every kernel of two builds of the CUDA backend, call by call in turns in one process.
 
-    python3 bench/gpu/kernels.py [--tokens N] [--runs N] [--only WORD...] BEFORE AFTER
+    python3 bench/gpu/kernels.py [--tokens N] [--runs N] [--control] [--only WORD...] BEFORE AFTER
 
 BEFORE and AFTER are two builds' libpbsattn-bench-gpu.so (./dev build cuda pbsattn-bench-gpu). Runs plans of every score
 and both head widths, so that every kernel runs: bf16 at --tokens, f16 at a quarter of them. Of a kernel that runs in many
-plans, the line tells of the one where it takes longest. Ends with 1 where the median of one, or of a stage, is above
---limit times that before, and is so when measured again. Needs PyTorch with CUDA and a Hopper GPU.
+plans, the line tells of the one where it takes longest. With --control a second copy of BEFORE takes turns too, and its
+ratio stands beside that of AFTER: how far equal code is apart. Ends with 1 where the median of one, or of a stage, is
+above --limit times that before and further from it than the control's, and is so when measured again. Needs PyTorch with
+CUDA and a Hopper GPU.
 """
 
 import argparse
 import json
 import pathlib
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -82,50 +85,62 @@ def profile(calls):
         return kernels_of(json.loads(pathlib.Path(file.name).read_text(encoding="utf-8")))
 
 
-def split(events, counts, runs):
-    """Times of each launch of both sides, from `runs` turns that launch counts[side] kernels each."""
-    if len(events) != runs * sum(counts):
-        raise RuntimeError(f"the profiler saw {len(events)} kernels of {runs * sum(counts)}; run it again")
+def turns(sides, runs):
+    """Sides in the order in which they run: forwards and backwards, so that none always follows the same one."""
+    return [side for run in range(runs) for side in (range(sides) if run % 2 == 0 else reversed(range(sides)))]
+
+
+def split(events, counts, order):
+    """Times of each launch of each side, from sides that launch counts[side] kernels each in `order`."""
+    expected = sum(counts[side] for side in order)
+    if len(events) != expected:
+        raise RuntimeError(f"the profiler saw {len(events)} kernels of {expected}; run it again")
     times = [[[] for _ in range(count)] for count in counts]
     position = 0
-    for _ in range(runs):
-        for side, count in enumerate(counts):
-            for launch in range(count):
-                times[side][launch].append(events[position + launch][1])
-            position += count
+    for side in order:
+        for launch in range(counts[side]):
+            times[side][launch].append(events[position + launch][1])
+        position += counts[side]
     return times
 
 
 def measure(plans, tensors, runs):
-    """{"stage or kernel": [microseconds before, after]}: medians of runs in turns."""
+    """{"stage or kernel": [microseconds before, after and of the control]}: medians of runs in turns."""
     q, k, v = tensors
     out = torch.empty_like(q)
+    order = turns(len(plans), runs)
     stats = [[] for _ in plans]
     for plan in plans:
         plan(q, k, v, out)
-    for _ in range(runs):
-        for side, plan in enumerate(plans):
-            stats[side].append(plan.stats(q, k, v, out))
+    for side in order:
+        stats[side].append(plans[side].stats(q, k, v, out))
     result = {}
     for stage in STAGES:
-        pair = [statistics.median(getattr(s, f"{stage}_seconds") for s in of_side) * 1e6 for of_side in stats]
-        result[f"stage {stage}"] = pair
+        result[f"stage {stage}"] = [
+            statistics.median(getattr(s, f"{stage}_seconds") for s in of_side) * 1e6 for of_side in stats
+        ]
     calls = [lambda plan=plan: plan(q, k, v, out) for plan in plans]
     launches = [profile([call]) for call in calls]
-    if len(launches[0]) != len(launches[1]):
-        raise RuntimeError(f"{len(launches[0])} kernels before, {len(launches[1])} after; they can't be paired")
     counts = [len(of_side) for of_side in launches]
-    before, after = split(profile(calls * runs), counts, runs)
-    for (name, _), old, new in zip(launches[1], before, after):
-        pair = result.setdefault(name, [0.0, 0.0])  # launches of one kernel add up
-        pair[0] += statistics.median(old)
-        pair[1] += statistics.median(new)
+    if len(set(counts)) != 1:
+        raise RuntimeError(f"{counts[0]} kernels before, {counts[1]} after; they can't be paired")
+    times = split(profile([calls[side] for side in order]), counts, order)
+    for launch, (name, _) in enumerate(launches[1]):
+        sums = result.setdefault(name, [0.0] * len(plans))  # launches of one kernel add up
+        for side, of_side in enumerate(times):
+            sums[side] += statistics.median(of_side[launch])
     return result
 
 
-def is_slower(pair, limit):
+def is_slower(times, limit):
+    before, after, *control = times
     # Stages and kernels of a few microseconds are as long as the clock's steps and a launch's jitter.
-    return pair[1] > pair[0] * limit and pair[1] - pair[0] > 0.3
+    noise = max([0.3, *(abs(time - before) for time in control)])
+    return after > before * limit and after - before > noise
+
+
+def ratios(times):
+    return "".join(f"{time / times[0]:8.3f}" if times[0] > 0 else f"{'':8}" for time in times[1:])
 
 
 def main():
@@ -135,12 +150,16 @@ def main():
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--limit", type=float, default=1.01)
+    parser.add_argument("--control", action="store_true", help="times a copy of BEFORE too")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="cases in whose names one of these stands")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise SystemExit("kernels: no Hopper GPU that PyTorch can use; run it on an H100 or H200")
     libraries = [Library(path.resolve()) for path in (arguments.before, arguments.after)]
-    longest = {}  # kernel or stage of a width -> (pair, case)
+    if arguments.control:
+        with tempfile.TemporaryDirectory() as folder:  # one path would be one library
+            libraries.append(Library(pathlib.Path(shutil.copy(arguments.before, folder))))
+    longest = {}  # kernel or stage of a width -> (times, case)
     for dtype, tokens in ((torch.bfloat16, arguments.tokens), (torch.float16, arguments.tokens // 4)):
         for head_dim in (128, 64):
             tensors = [t.to(dtype) for t in structured_set(tokens, HEADS, KV_HEADS, head_dim, 4.0, 7)]
@@ -148,13 +167,13 @@ def main():
                 if arguments.only and not any(word in case for word in arguments.only):
                     continue
                 plans = [make_plan(library, method, *tensors[:2], **changes) for library in libraries]
-                pairs = measure(plans, tensors, arguments.runs)
-                slow = {name for name, pair in pairs.items() if is_slower(pair, arguments.limit)}
+                times_of = measure(plans, tensors, arguments.runs)
+                slow = {name for name, times in times_of.items() if is_slower(times, arguments.limit)}
                 if slow:  # what was chance is gone the second time
                     again = measure(plans, tensors, 2 * arguments.runs)
-                    pairs.update({name: again[name] for name in slow if name in again})
+                    times_of.update({name: again[name] for name in slow if name in again})
                 where = f"{case}, {str(dtype).removeprefix('torch.')}, {tokens} x {head_dim}"
-                for name, pair in pairs.items():
+                for name, times in times_of.items():
                     key = (
                         f"{name} of {where}"
                         if name.startswith("stage ")
@@ -162,18 +181,18 @@ def main():
                         if "<" not in name
                         else name
                     )
-                    if key not in longest or pair[1] > longest[key][0][1]:
-                        longest[key] = (pair, where)
+                    if key not in longest or times[1] > longest[key][0][1]:
+                        longest[key] = (times, where)
             del plans, tensors
             torch.cuda.empty_cache()
-    print(f"{'kernel or stage':<66} {'before us':>10} {'after us':>10} {'ratio':>7}  in")
+    columns = f"{'ratio':>8}{'control':>8}" if arguments.control else f"{'ratio':>8}"
+    print(f"{'kernel or stage':<66} {'before us':>10} {'after us':>10}{columns}  in")
     slower = 0
-    for key, (pair, where) in sorted(longest.items()):
-        slow = is_slower(pair, arguments.limit)
+    for key, (times, where) in sorted(longest.items()):
+        slow = is_slower(times, arguments.limit)
         slower += slow
-        ratio = f"{pair[1] / pair[0]:7.3f}" if pair[0] > 0 else f"{'':>7}"
         print(
-            f"{key:<66} {pair[0]:10.2f} {pair[1]:10.2f} {ratio}  {'' if key.startswith('stage ') else where}"
+            f"{key:<66} {times[0]:10.2f} {times[1]:10.2f}{ratios(times)}  {'' if key.startswith('stage ') else where}"
             + ("  SLOWER" if slow else "")
         )
     print(f"{len(longest)} compared at {torch.cuda.get_device_name()}, {slower} slower than {arguments.limit} times before")
