@@ -31,8 +31,10 @@ struct RowGrid {
         kv_len(static_cast<int>(g.shape.kv_len)),
         heads(static_cast<int>(g.shape.batch * g.shape.q_heads)),
         q_heads(static_cast<int>(g.shape.q_heads)),
+        kv_heads(static_cast<int>(g.shape.kv_heads)),
         group(static_cast<int>(g.group())),
         order_group(static_cast<int>(g.shape.q_heads / order_heads)),
+        orders(static_cast<int>(order_heads / g.shape.kv_heads)),
         rows(static_cast<int>(g.rows())),
         blocks(static_cast<int>(g.blocks())),
         first_row(static_cast<int>(g.first_row())),
@@ -67,6 +69,10 @@ struct RowGrid {
 
   // Returns the `i`-th query head of a KV head of one batch entry.
   PBSATTN_DEVICE int q_head(int batch, int kv_head, int i) const { return batch * q_heads + kv_head * group + i; }
+  // Returns the `i`-th order head of a KV head of one batch entry; a loop may call it, as it does not divide.
+  PBSATTN_DEVICE int order_head(int batch, int kv_head, int i) const {
+    return (batch * kv_heads + kv_head) * orders + i;
+  }
   // Returns the head of all batch entries, KV heads or those that have an order, that belongs to a query head; or of
   // one batch entry, if the query head is.
   PBSATTN_DEVICE int kv_head(int head) const { return head / group; }
@@ -75,8 +81,9 @@ struct RowGrid {
   std::int64_t causal_blocks;  // entries that a head's lists have room for
   int q_offset, q_len, kv_len;
   int heads;               // of all batch entries
-  int q_heads;             // of one
+  int q_heads, kv_heads;   // of one
   int group, order_group;  // query heads of a KV head, and of an order
+  int orders;              // of a KV head
   int rows, blocks;        // of a head
   int first_row;           // token block of row 0
   int blocks_per_segment;

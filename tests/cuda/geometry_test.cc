@@ -83,7 +83,9 @@ TEST(RowGrid, HeadsShareKeysAndOrders) {
         EXPECT_EQ(grid.kv_head(flat), batch * 4 + g.kv_head(head));
         EXPECT_EQ(grid.kv_head(head), g.kv_head(head));
         EXPECT_EQ(grid.order_head(flat), order_heads == g.shape.q_heads ? flat : batch * 4 + g.kv_head(head));
-        EXPECT_EQ(grid.q_head(batch, static_cast<int>(g.kv_head(head)), head % 3), flat);
+        const int kv_head = static_cast<int>(g.kv_head(head));
+        EXPECT_EQ(grid.q_head(batch, kv_head, head % 3), flat);
+        EXPECT_EQ(grid.order_head(batch, kv_head, head % 3 % grid.orders), grid.order_head(flat));
       }
   }
 }

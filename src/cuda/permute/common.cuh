@@ -16,7 +16,7 @@ namespace pbsattn::cuda {
 struct PermuteParams {
   ConstView scoring_queries, k, v;
   RowGrid grid;
-  int kv_heads, batch;
+  int batch;
   int queries;  // that score, 1 .. 128
   int segment;
   std::int64_t permuted_len;

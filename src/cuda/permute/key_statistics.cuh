@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const 
   } else {
     sm90::take_registers<232>();
     unsigned char* keys = queries + heads_at_once * Swizzled::bytes;
-    const int batch = blockIdx.z / p.kv_heads;
-    const int kv_head = blockIdx.z % p.kv_heads;
+    const int batch = blockIdx.z / p.grid.kv_heads;
+    const int kv_head = blockIdx.z % p.grid.kv_heads;
     const std::int64_t first_key = blockIdx.x * p.unit_keys;
     const int tiles = static_cast<int>(min(p.unit_keys, p.permuted_len - first_key) / tile_tokens);
     const T* source = head_of<T>(p.k, batch, kv_head) + first_key * p.k.token_stride;

@@ -128,7 +128,6 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
                   .k = args.inputs.k,
                   .v = args.inputs.v,
                   .grid = {g, to.order_heads},
-                  .kv_heads = static_cast<int>(g.shape.kv_heads),
                   .batch = static_cast<int>(g.shape.batch),
                   .queries = static_cast<int>(g.scoring_queries()),
                   .segment = g.segment,
@@ -149,8 +148,8 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
   const cudaError_t error =
       dispatch(args.inputs.k.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
         const dim3 units_grid(p.units, static_cast<unsigned>(ceil_div(p.grid.group, heads_at_once)),
-                              p.batch * p.kv_heads);
-        const dim3 segments_grid(static_cast<unsigned>(g.complete_segments()), p.kv_heads, p.batch);
+                              p.batch * p.grid.kv_heads);
+        const dim3 segments_grid(static_cast<unsigned>(g.complete_segments()), p.grid.kv_heads, p.batch);
         return in_order(
             [&] {
               return launch(score_statistics<T, dim>, units_grid, statistics_threads, statistics_shared_bytes<dim>,

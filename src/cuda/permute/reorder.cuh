@@ -70,7 +70,6 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
   load_queries(0);
   int parity = 0;
   for (int head = 0; head < p.grid.group; ++head) {
-    const int q_head = p.grid.q_head(batch, kv_head, head);
     const bool ranks = !p.shared_order || head + 1 == p.grid.group;
     for (int piece = 0; piece * piece_tiles < tiles; ++piece) {
       load_keys(piece);
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
     rank_keys<reorder_threads>(score, p.segment, thread, from);
     __syncthreads();
 
-    const int out_head = p.grid.order_head(q_head);
+    const int out_head = p.grid.order_head(batch, kv_head, p.shared_order ? 0 : head);
     const std::int64_t out_token = out_head * p.permuted_len + first_token;
     for (int slot = thread; slot < p.segment; slot += reorder_threads) {
       p.permuted.order[out_token + slot] = static_cast<std::int32_t>(first_token) + from[slot];

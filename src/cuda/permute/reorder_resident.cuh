@@ -164,12 +164,11 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
   sm90::named_wait(writers, resident_writers);
 
   const std::uint64_t policy = evict_first();
-  const int order_count = p.shared_order ? 1 : p.grid.group;
   int parity = 0;
   Ring<Handover::places> place;
-  for (int i = 0; i < order_count; ++i, place.next()) {
+  for (int i = 0; i < p.grid.orders; ++i, place.next()) {
     const int* from = reinterpret_cast<const int*>(base + Shared::from) + place.at * Shared::segment;
-    const int out_head = p.grid.order_head(p.grid.q_head(batch, kv_head, i));
+    const int out_head = p.grid.order_head(batch, kv_head, i);
     const std::int64_t out_token = out_head * p.permuted_len + first_token;
     handover.full[place.at].wait(place.parity);
     if (thread < p.segment) {
