@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
   const WarpWork<T, head_dim, most> work(p, head);
   const float2 log_sum[2] = {p.masses.log_sums[head * most + work.row], p.masses.log_sums[head * most + work.row + 8]};
 
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * p.unit_tiles;
-  const std::int64_t end = min(begin + p.unit_tiles, std::int64_t{(p.grid.kv_len + tile_keys - 1) / tile_keys});
+  const int begin = static_cast<int>(blockIdx.x) * p.unit_tiles;
+  const int end = min(begin + p.unit_tiles, (p.grid.kv_len + tile_keys - 1) / tile_keys);
   // Which sum a thread takes: a column's or a diagonal's, over 64 queries.
   constexpr int halves = most / 64;
   const int i = static_cast<int>(threadIdx.x) % tile_keys;
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
       weights[j / tile_keys * weight_stride + tile_keys + j % tile_keys] = 0;
 
   // The tile after the unit's last one has the ends of diagonals that begin in that.
-  for (std::int64_t tile = begin; tile <= end; ++tile) {
+  for (int tile = begin; tile <= end; ++tile) {
     float* half = weights + tile % 2 * tile_keys;
     constexpr int at_once = 4;  // groups of 8 keys
     constexpr int step = weight_threads<most> / 32 * 16 / most;
