@@ -23,6 +23,8 @@ COLORS = {
     "cuDNN": "#d1495b",
     "FlashAttention-2": "#8d6a9f",
     "FlexAttention": "#c98f1a",
+    "FlashAttention-3": "#1b9aaa",
+    "FlashAttention-4": "#2d5d9f",
     "amx_bf16": "#0b6e4f",
     "avx512_bf16": "#1b9aaa",
     "avx512_f32": "#2d5d9f",
@@ -108,12 +110,17 @@ def y_of(suite, rate):
 
 def operations(suite, params):
     """Of the pairs of visited blocks, half of N x N at density 1."""
-    return 2 * suite.heads * params["head_dim"] * params["n"] ** 2 * params.get("density", 1)
+    return suite.heads * both_widths(params) * params["n"] ** 2 * params.get("density", 1)
+
+
+def both_widths(params):
+    """Of a key and a value, or of a query and an output."""
+    return params["head_dim"] + params.get("head_dim_v", params["head_dim"])
 
 
 def intensity(suite, params):
-    elements = 2 * suite.heads * suite.bytes_of_query + 2 * suite.kv_heads * suite.bytes_of_key
-    return operations(suite, params) / (params["head_dim"] * params["n"] * elements)
+    elements = suite.heads * suite.bytes_of_query + suite.kv_heads * suite.bytes_of_key
+    return operations(suite, params) / (both_widths(params) * params["n"] * elements)
 
 
 def points(suite, records):
@@ -124,7 +131,8 @@ def points(suite, records):
         if record["case"] in ("ceiling", "peak", "stages", "lists", "threads") or params.get("threads", 1) != 1:
             continue
         label = f"{params['n'] // 1024}K" + (f" at density {params['density']}" if "density" in params else "")
-        label += " D=64" if params["head_dim"] == 64 else ""
+        label += f" D={params['head_dim']}" if params["head_dim"] != 128 else ""
+        label += f", an order per {params['order']}" if "order" in params else ""
         if record["metric"] == "rate":
             found[suite.ours(params), label] = (intensity(suite, params), record["value"])
             if record["peer"] in COLORS:

@@ -1,13 +1,25 @@
 #!/usr/bin/env python3
-"""Checks, then times the CUDA backend on bf16 inputs, with PyTorch's kernels as peers in the same process.
+"""Checks, then times the CUDA backend on bf16 inputs, with others' kernels as peers in the same process.
 
-    ./dev bench gpu [--json FILE] [--reference PATH] [--qkv FILE] [--only CASE...] [--runs N]
+    ./dev bench gpu [--json FILE] [--reference PATH] [--qkv FILE] [--only CASE...] [--peers WORD...] [--runs N]
 
-Needs PyTorch with CUDA and a Hopper GPU. Dense rates count half of the N x N pairs, sparse rates the pairs of visited
-blocks, 4 x head_dim operations each. Inputs rotate between buffers, and peers take turns with us.
+Needs PyTorch with CUDA and a Hopper GPU, which bring cuDNN, FlashAttention-2 and FlexAttention as peers. Others are timed
+where their packages are installed, and left out with a word where not:
+
+    FlashAttention-3                   fa3-fwd==0.0.3
+    FlashAttention-4, dense and lists  flash-attn-4==4.0.0b36 nvidia-cutlass-dsl[cu13]==4.8.1
+    cuDNN over block lists             nvidia-cudnn-frontend==1.32.0 nvidia-cutlass-dsl[cu13]==4.8.1
+    the published PBS-Attn code        --reference, a checkout of its repository
+
+Each peer's output is compared with ours before it is timed; what differs ends the run with 1. Dense rates count half of the
+N x N pairs, sparse rates the pairs of visited blocks, 2 x (head_dim + head_dim_v) operations each. Inputs rotate between
+buffers. Fast peers take turns with us; slow ones, which let the card cool, with us alone. Copies into a peer's layout and
+the building of its lists are not timed. A line names the strongest peer of each row.
 """
 
 import argparse
+import dataclasses
+import functools
 import pathlib
 import statistics
 import subprocess
@@ -19,8 +31,9 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools"))  # for timing.py, too
 
 import peers
+from block_lists import to_lists
 from check import check
-from inputs import from_file, random_mask, random_set, shuffle, to_lists, with_density
+from inputs import from_file, random_mask, random_set, shuffle, with_density
 from library import BLOCK, SEGMENT, Library
 from timing import Report, keep_busy, milliseconds, milliseconds_in_graphs
 
@@ -29,6 +42,8 @@ from common import run_main
 HEADS, KV_HEADS = 32, 8
 K = 1024
 MIB = 1 << 20
+# (head_dim, head_dim_v); those that the library refuses are left out.
+WIDTHS = ((128, 128), (64, 64), (96, 96), (256, 256), (192, 128))
 # What the paper measured (arXiv 2510.21270), at which the whole op is timed.
 PAPER_DENSITY = {8 * K: 0.579, 32 * K: 0.405, 128 * K: 0.219}
 # What `choosing` times: every score that there is on CUDA, with settings that keep few blocks, so that it's over soon.
@@ -40,27 +55,86 @@ CHOOSING = {
 }
 
 
-class Bench:
-    def __init__(self, library, report, runs, reference):
-        self.library, self.report, self.runs, self.reference = library, report, runs, reference
+def params_of(n, widths, **more):
+    head_dim, head_dim_v = widths
+    return {"n": n, "head_dim": head_dim, **({} if head_dim_v == head_dim else {"head_dim_v": head_dim_v}), **more}
 
-    def sets(self, n, head_dim=128):
+
+def pairs_of(rotations, ours, values_of=lambda name, times: times):
+    """Returns {peer: (our values, its values)}, each from the turns that both took, of the peers in rotations."""
+    return {
+        peer: (values_of(ours, times[ours]), values_of(peer, times[peer]))
+        for times in rotations
+        for peer in times
+        if not peer.startswith("ours")
+    }
+
+
+class Bench:
+    def __init__(self, library, report, runs, reference, only_peers):
+        self.library, self.report, self.runs, self.reference = library, report, runs, reference
+        self.only_peers = only_peers
+        self.wrong = []
+
+    @functools.cached_property
+    def widths(self):
+        taken = []
+        for widths in WIDTHS:
+            refusal = self.library.refusal(*widths)
+            if refusal:
+                print(f"without head_dim {widths[0]}, head_dim_v {widths[1]}: {refusal}", flush=True)
+            else:
+                taken.append(widths)
+        return taken
+
+    def sets(self, n, head_dim=128, head_dim_v=None):
         """Together larger than the L2 cache several times."""
-        return [random_set(n, HEADS, KV_HEADS, head_dim, seed) for seed in range(4 if n <= 8 * K else 2)]
+        return [random_set(n, HEADS, KV_HEADS, head_dim, seed, head_dim_v) for seed in range(4 if n <= 8 * K else 2)]
 
     def rotating(self, function, sets):
-        """A call for timing; it writes to its own output where it takes one."""
         return lambda i: function(*sets[i % len(sets)])
 
-    def times(self, functions, sets, n):
-        calls = {name: self.rotating(function, sets) for name, function in functions.items()}
-        if n <= 8 * K:
-            return milliseconds_in_graphs(calls, 3 * self.runs)
-        return milliseconds(calls, self.runs)
+    def times(self, calls, n):
+        return milliseconds_in_graphs(calls, 3 * self.runs) if n <= 8 * K else milliseconds(calls, self.runs)
 
     def with_output(self, function, sets):
-        out = torch.empty_like(sets[0][0])
-        return lambda q, k, v: function(q, k, v, out)
+        """Returns a function of q, k and v that writes to one output of ours, and returns it."""
+        q, _, v = sets[0]
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+
+        def call(q, k, v):
+            function(q, k, v, out)
+            return out
+
+        return call
+
+    def right(self, candidates, sets, expected):
+        """Returns the calls (fast, slow) of the peers that can run here and compute nearly what is expected."""
+        fast, slow = {}, {}
+        norm = expected.float().norm()
+        for peer in candidates:
+            if self.only_peers and not any(word.lower() in peer.name.lower() for word in self.only_peers):
+                continue
+            try:
+                call = peer.on(sets)
+                difference = ((call(0).float() - expected.float()).norm() / norm).item()
+            except Exception as error:  # what a peer can't do is its own affair
+                print(f"without {peer.name} at {tuple(expected.shape)}: {peers.first_line(error)}", flush=True)
+                continue
+            if difference < 0.02:  # two bf16 outputs differ by some .003
+                (slow if peer.slow else fast)[peer.name] = call
+            else:
+                self.wrong.append(peer.name)
+                print(f"WRONG {peer.name} at {tuple(expected.shape)}: differs from ours by {difference:.2e}", flush=True)
+        return fast, slow
+
+    def race(self, ours, fast, slow, n):
+        """Returns the times of each rotation: ours with all fast peers, then with each slow one alone."""
+        return [self.times({**ours, **turns}, n) for turns in (fast, *({name: call} for name, call in slow.items()))]
+
+    def attend(self, sets):
+        """Returns our dense attention as a function of q, k and v."""
+        return self.with_output(self.library.attend, sets)
 
     # --------------------------------------------------------------------------------------------------------- cases
 
@@ -75,59 +149,60 @@ class Bench:
         self.report.add("ceiling", {"bytes": 4096 * MIB}, "copy", [4096 * MIB / t / 1e9 for t in times["copy"]], "TB/s")
 
     def dense(self):
-        for head_dim in (128, 64):
+        for widths in self.widths:
             for n in (8 * K, 32 * K, 128 * K):
-                sets = self.sets(n, head_dim)
-                flops = 2 * HEADS * head_dim * n * n
-                times = self.times(
-                    {
-                        "ours": self.with_output(self.library.attend, sets),
-                        "cuDNN": peers.cudnn,
-                        "FlashAttention-2": peers.flash_attention_2,
-                    },
-                    sets,
-                    n,
-                )
-                rates = {name: [flops / t / 1e9 for t in values] for name, values in times.items()}
-                for peer in ("cuDNN", "FlashAttention-2"):
-                    ratio = statistics.median(rates["ours"]) / statistics.median(rates[peer])
-                    self.report.add(
-                        "dense", {"n": n, "head_dim": head_dim}, "rate", rates["ours"], "TFLOP/s", peer, rates[peer], ratio
-                    )
-                del sets
+                sets = self.sets(n, *widths)
+                ours = self.attend(sets)
+                fast, slow = self.right(peers.dense(), sets, ours(*sets[0]))
+                rotations = self.race({"ours": self.rotating(ours, sets)}, fast, slow, n)
+                flops = HEADS * sum(widths) * n * n
+                pairs = pairs_of(rotations, "ours", lambda _, times, flops=flops: [flops / t / 1e9 for t in times])
+                self.report.add_peers("dense", params_of(n, widths), "rate", "TFLOP/s", pairs)
+                del sets, ours, fast, slow
                 torch.cuda.empty_cache()
 
-    def density(self, n=128 * K):
-        """Per visited block: random lists over permuted keys, against cuDNN's dense rate and FlexAttention's same mask."""
-        sets = self.sets(n)[:1]
-        generator = torch.Generator("cuda").manual_seed(3)
-        permuted, _ = shuffle(*sets[0][1:], HEADS, SEGMENT, generator)
-        out = torch.empty_like(sets[0][0])
-        for density in (0.4, 0.2, 0.1):
-            mask = random_mask(1, HEADS, n, n, SEGMENT, density, generator)
-            lists = to_lists(mask)
-            flops = 4 * 128 * BLOCK**2 * mask.sum().item()
+    def density(self):
+        """Per visited block: random lists over permuted keys, against others' dense rates and their kernels over lists."""
+        for widths in self.widths:
+            for n in (32 * K, 128 * K) if widths == (128, 128) else (32 * K,):
+                sets = self.sets(n, *widths)[:1]
+                generator = torch.Generator("cuda").manual_seed(3)
+                for density in (0.4, 0.2, 0.1) if widths == (128, 128) else (0.2,):
+                    self.one_density(n, widths, density, sets, generator)
+                    torch.cuda.empty_cache()
 
-            def ours(q, k, v, permuted=permuted, lists=lists):
-                return self.library.attend(q, k, v, out, permuted=permuted, lists=lists)
+    def one_density(self, n, widths, density, sets, generator):
+        q, k, v = sets[0]
+        mask = random_mask(1, HEADS, n, n, SEGMENT, density, generator)
+        lists = to_lists(mask)
 
-            times = self.times({"ours": ours, "cuDNN": peers.cudnn, "FlexAttention": peers.flex(mask)}, sets, n)
-            rates = {name: [flops / t / 1e9 for t in values] for name, values in times.items()}
-            rates["cuDNN"] = [2 * HEADS * 128 * n * n / t / 1e9 for t in times["cuDNN"]]
-            for peer in ("cuDNN", "FlexAttention"):
-                name = "cuDNN, dense" if peer == "cuDNN" else peer
-                self.report.add(
-                    "density",
-                    {"n": n, "head_dim": 128, "density": density},
-                    "rate",
-                    rates["ours"],
-                    "TFLOP/s",
-                    name,
-                    rates[peer],
-                    statistics.median(rates["ours"]) / statistics.median(rates[peer]),
-                )
-            del mask, lists
-            torch.cuda.empty_cache()
+        def over(permuted):
+            def attend(q, k, v, out):
+                self.library.attend(q, k, v, out, permuted=permuted, lists=lists)
+
+            return self.with_output(attend, sets)
+
+        orders = {"KV head": KV_HEADS, "query head": HEADS}  # an order of keys for each
+        ours = {f"ours, {order}": over(shuffle(k, v, heads, SEGMENT, generator)[0]) for order, heads in orders.items()}
+        ours["ours, dense"] = self.attend(sets)
+        dense = [dataclasses.replace(peer, name=f"{peer.name}, dense") for peer in peers.dense() if not peer.slow]
+        fast, _ = self.right(dense, sets, ours["ours, dense"](q, k, v))
+        # Others take keys as they come, so what they compute is ours over keys that didn't move.
+        fast_lists, slow = self.right(peers.sparse(mask), sets, over((k, v))(q, k, v))
+        calls = {name: self.rotating(function, sets) for name, function in ours.items()}
+        rotations = self.race(calls, fast | fast_lists, slow, n)
+        visited, causal = 2 * BLOCK**2 * mask.sum().item(), HEADS * n * n
+
+        def rates(name, times):
+            return [(causal if name.endswith("dense") else visited) * sum(widths) / t / 1e9 for t in times]
+
+        for order in orders:
+            params = params_of(n, widths, density=density, order=order)
+            pairs = pairs_of(rotations, f"ours, {order}", rates)
+            self.report.add_peers("density", params, "rate", "TFLOP/s", pairs)
+            of_order, of_dense = (rates(name, rotations[0][name]) for name in (f"ours, {order}", "ours, dense"))
+            ratio = statistics.median(of_order) / statistics.median(of_dense)
+            self.report.add("density", params, "rate", of_order, "TFLOP/s", "ours, dense", of_dense, ratio)
 
     def whole(self):
         """Methods on inputs of which `pbs` visits as much as in the paper; and what goes before attend."""
@@ -168,18 +243,17 @@ class Bench:
             keep_busy()
             stats.append(plan.stats(q, k, v, out))
         del stats[0]
-        params = {"n": n, "head_dim": q.shape[3], "density": round(stats[0].density, 4)}
-        functions = {"ours": self.with_output(plan, sets), "cuDNN": peers.cudnn}
-        if reference:
-            functions["reference PBS-Attn"] = reference
-        times = (
-            self.times(functions, sets, n)
-            if not reference
-            else milliseconds({name: self.rotating(f, sets) for name, f in functions.items()}, self.runs)
-        )
-        self.report.add_times(case, params, times["ours"], {p: t for p, t in times.items() if p != "ours"})
+        params = params_of(n, (q.shape[3], v.shape[3]), density=round(stats[0].density, 4))
+        ours = {"ours": self.rotating(self.with_output(plan, sets), sets)}
+        fast, _ = self.right([peer for peer in peers.dense() if not peer.slow], sets, self.attend(sets)(q, k, v))
+        rotations = self.race(ours, fast, {}, n)
+        times = rotations[0]
+        if reference:  # not in a graph, which it can't be captured into
+            rotations.append(milliseconds({**ours, "reference PBS-Attn": self.rotating(reference, sets)}, self.runs))
+        self.report.add_peers(case, params, "time", "ms", pairs_of(rotations, "ours"))
         before = [(s.permute_seconds + s.select_seconds) * 1e3 for s in stats]
-        self.report.add(case, params, "permute + select", before, "ms", "cuDNN, whole", times["cuDNN"])
+        whole = ("cuDNN, whole", times["cuDNN"]) if "cuDNN" in times else ()
+        self.report.add(case, params, "permute + select", before, "ms", *whole)
         for stage in ("permute", "select", "attend"):
             self.report.add(case, params, stage, [getattr(s, f"{stage}_seconds") * 1e3 for s in stats], "ms")
         if reference:
@@ -199,14 +273,14 @@ class Bench:
 
     def auto(self):
         """Short sequences: `auto` against dense attention."""
-        for head_dim in (128, 64):
+        for widths in self.widths:
             for n in (K // 2, 1 * K, 2 * K, 4 * K, 8 * K):
-                sets = self.sets(n, head_dim)
+                sets = self.sets(n, *widths)
                 plan = self.library.plan("auto", *sets[0][:2])
-                times = self.times({"ours": self.with_output(plan, sets), "cuDNN": peers.cudnn}, sets, n)
-                self.report.add_times(
-                    "auto", {"n": n, "head_dim": head_dim, "path": plan.path}, times["ours"], {"cuDNN": times["cuDNN"]}
-                )
+                fast, slow = self.right(peers.dense(), sets, self.attend(sets)(*sets[0]))
+                ours = {"ours": self.rotating(self.with_output(plan, sets), sets)}
+                pairs = pairs_of(self.race(ours, fast, slow, n), "ours")
+                self.report.add_peers("auto", params_of(n, widths, path=plan.path), "time", "ms", pairs)
 
     def workspace(self, n=128 * K):
         sets = [with_density(self.library, PAPER_DENSITY[n], n, HEADS, KV_HEADS, 128, seed=11)]
@@ -214,11 +288,12 @@ class Bench:
             "uncapped": self.library.plan("pbs", *sets[0][:2]),
             "512 MiB": self.library.plan("pbs", *sets[0][:2], cap=512 * MIB),
         }
-        times = self.times({name: self.with_output(plan, sets) for name, plan in plans.items()}, sets, n)
+        times = self.times({name: self.rotating(self.with_output(plan, sets), sets) for name, plan in plans.items()}, n)
         for name, plan in plans.items():
             params = {"n": n, "head_dim": 128, "cap": name}
             self.report.add("workspace", params, "size", [plan.workspace_size / MIB], "MiB")
-        self.report.add_times("workspace", params, times["512 MiB"], {"uncapped": times["uncapped"]})
+        ratio = statistics.median(times["uncapped"]) / statistics.median(times["512 MiB"])
+        self.report.add("workspace", params, "time", times["512 MiB"], "ms", "uncapped", times["uncapped"], ratio)
 
     def million(self, n=K * K):
         """A million tokens, at a low top_p so that it takes seconds, under a cap of 1 GiB."""
@@ -277,7 +352,10 @@ def main():
     )
     parser.add_argument("--qkv", type=pathlib.Path, help=".safetensors or .npz with q, k and v: [heads][tokens][head_dim]")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peers", nargs="+", metavar="WORD", help="only peers in whose names one of these stands")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="turns of each peer; thrice as many up to 8192 tokens (default: 5)"
+    )
     parser.add_argument("--commit", default=commit(), help="what to write as the commit")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -286,7 +364,8 @@ def main():
     if not check(library):
         return 1
     report = Report(arguments.commit)
-    bench = Bench(library, report, arguments.runs, arguments.reference and peers.Reference(arguments.reference))
+    reference = arguments.reference and peers.Reference(arguments.reference)
+    bench = Bench(library, report, arguments.runs, reference, arguments.peers)
     cases = {case: getattr(bench, case) for case in arguments.only}
     if arguments.qkv:
         cases["file"] = lambda: bench.file(arguments.qkv)
@@ -302,9 +381,9 @@ def main():
         torch.cuda.empty_cache()
         if arguments.json:
             report.write(arguments.json)
-    if failed:
-        print(f"FAILED: {', '.join(failed)}")
-    return 1 if failed else 0
+    if failed or bench.wrong:
+        print(f"FAILED: {', '.join([*failed, *dict.fromkeys(bench.wrong)])}")
+    return 1 if failed or bench.wrong else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import math
 
 import torch
-from inputs import random_mask, shuffle, structured_set, to_lists
+from block_lists import to_lists
+from inputs import random_mask, shuffle, structured_set
 from library import BLOCK, SEGMENT
 
 

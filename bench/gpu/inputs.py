@@ -11,9 +11,10 @@ def randn(generator, *shape, dtype=torch.bfloat16):
     return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
 
 
-def random_set(n, heads, kv_heads, head_dim, seed):
+def random_set(n, heads, kv_heads, head_dim, seed, head_dim_v=None):
     generator = torch.Generator("cuda").manual_seed(seed)
-    return tuple(randn(generator, 1, h, n, head_dim) for h in (heads, kv_heads, kv_heads))
+    shapes = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, head_dim_v or head_dim))
+    return tuple(randn(generator, 1, h, n, width) for h, width in shapes)
 
 
 def structured_set(n, heads, kv_heads, head_dim, strength, seed):
@@ -68,7 +69,7 @@ def from_file(path):
     return tuple(t.to("cuda", torch.bfloat16).contiguous() for t in tensors)
 
 
-# ------------------------------------------------------------------------------------------------------- block lists
+# ------------------------------------------------------------------------------------------- block masks, orders of keys
 
 
 def random_mask(batch, heads, q_len, kv_len, segment, density, generator):
@@ -87,24 +88,16 @@ def random_mask(batch, heads, q_len, kv_len, segment, density, generator):
     return forced | ((block < own_begin) & (draw < want / free.clamp(min=1)))
 
 
-def to_lists(mask):
-    """CSR with counts of [batch, head, row, block]."""
-    flat = mask.flatten(0, 2)
-    count = flat.sum(1)
-    start = count.cumsum(0) - count
-    return start.contiguous(), count.int().contiguous(), flat.nonzero()[:, 1].int().contiguous()
-
-
 def shuffle(k, v, heads, segment, generator):
     """Shuffles keys within complete segments for each of `heads`. Returns permuted K and V and the order."""
-    batch, kv_heads, kv_len, head_dim = k.shape
+    batch, kv_heads, kv_len, _ = k.shape
     length = kv_len // segment * segment
     draw = torch.rand(batch, heads, length // segment, segment, device="cuda", generator=generator)
     order = draw.argsort(-1) + torch.arange(0, length, segment, device="cuda")[:, None]
     order = order.flatten(2)
-    index = order[..., None].expand(-1, -1, -1, head_dim)
 
     def take(t):
+        index = order[..., None].expand(-1, -1, -1, t.shape[3])
         return t.repeat_interleave(heads // kv_heads, 1).gather(2, index).contiguous()
 
     return (take(k), take(v)), order

@@ -145,6 +145,17 @@ class Library:
     def plan(self, method, q, k, cap=NO_CAP, **changes):
         return Plan(self, self.options(method, **changes), q, k, cap)
 
+    def refusal(self, head_dim, head_dim_v):
+        """Returns why no dense plan takes these widths of keys and values; None if one does."""
+        if head_dim_v != head_dim and not hasattr(Shape, "head_dim_v"):
+            return "the library takes values as wide as keys alone"
+        q = torch.empty(1, 1, BLOCK, head_dim, dtype=torch.bfloat16, device="cuda")
+        try:
+            self.plan("full", q, q)
+        except RuntimeError as error:
+            return str(error)
+        return None
+
     def attend(self, q, k, v, out, lse=None, segment=SEGMENT, permuted=None, lists=None):
         """The attend stage: all causal blocks, or (row_start, row_count, blocks) over permuted K and V."""
         batch, q_heads, q_len, head_dim = q.shape

@@ -34,20 +34,30 @@ def milliseconds(calls, runs, warmup=1):
     return times
 
 
-def in_graph(call, repeats):
-    """A CUDA graph of several calls, so that launching from Python doesn't count."""
+def in_graph(name, call, repeats):
+    """A CUDA graph of several calls, so that launching from Python doesn't count; the calls themselves, after a word, where
+    they can't be captured."""
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(repeats):
-            call(i)
+    try:
+        with torch.cuda.graph(graph):
+            for i in range(repeats):
+                call(i)
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        print(f"{name}: launched call by call, since CUDA graphs don't take it: {str(error).partition(chr(10))[0]}")
+        return lambda i: [call(j) for j in range(repeats)]
     return lambda i: graph.replay()
 
 
 def milliseconds_in_graphs(calls, runs, repeats=8):
-    times = milliseconds({name: in_graph(call, repeats) for name, call in calls.items()}, runs)
+    times = milliseconds({name: in_graph(name, call, repeats) for name, call in calls.items()}, runs)
     return {name: [t / repeats for t in values] for name, values in times.items()}
+
+
+def words(params):
+    return " ".join(f"{key}={item:.4g}" if isinstance(item, float) else f"{key}={item}" for key, item in params.items())
 
 
 class Report:
@@ -55,8 +65,9 @@ class Report:
         self.common = {"device": torch.cuda.get_device_name(), "commit": commit, "date": datetime.date.today().isoformat()}
         self.records = []
 
-    def add(self, case, params, metric, values, unit, peer=None, peer_values=None, ratio=None):
-        """`values` are those of each run; `ratio` is ours against the peer's, above 1 better for us."""
+    def add(self, case, params, metric, values, unit, peer=None, peer_values=None, ratio=None, best=None):
+        """`values` are those of each run; `ratio` is ours against the peer's, above 1 better for us; `best` names the
+        strongest of the peers that were measured together."""
         value = statistics.median(values)
         peer_value = None if peer_values is None else statistics.median(peer_values)
         self.records.append(
@@ -70,21 +81,27 @@ class Report:
                 "peer": peer,
                 "peer_value": peer_value,
                 "ratio": ratio,
+                **({"best": best} if best else {}),
                 "runs": len(values),
                 "spread": round(spread(values), 4),
                 **self.common,
             }
         )
-        words = " ".join(f"{key}={item:.4g}" if isinstance(item, float) else f"{key}={item}" for key, item in params.items())
-        line = f"{case:<16} {words:<34} {metric:<17} {value:10.4g} {unit:<8}"
+        line = f"{case:<16} {words(params):<34} {metric:<17} {value:10.4g} {unit:<8}"
         if peer:
-            line += f" {peer_value:10.4g} {peer:<18}" + (f" {ratio:6.2f}x" if ratio else "")
+            line += f" {peer_value:10.4g} {peer:<24}" + (f" {ratio:6.2f}x" if ratio else "")
         print(line + f"  (spread {self.records[-1]['spread']:.1%})", flush=True)
 
-    def add_times(self, case, params, ours, peers):
-        """Milliseconds of ours against each peer's; larger ratios are better for us."""
-        for peer, times in peers.items():
-            self.add(case, params, "time", ours, "ms", peer, times, statistics.median(times) / statistics.median(ours))
+    def add_peers(self, case, params, metric, unit, pairs):
+        """Adds a record for each {peer: (our values, its values)}, and a line on the strongest. Of rates more is better, of
+        times less; larger ratios are better for us."""
+        medians = {peer: [statistics.median(values) for values in pair] for peer, pair in pairs.items()}
+        ratios = {peer: ours / its if unit.endswith("/s") else its / ours for peer, (ours, its) in medians.items()}
+        best = min(ratios, key=ratios.__getitem__, default=None)
+        for peer, (ours, its) in pairs.items():
+            self.add(case, params, metric, ours, unit, peer, its, ratios[peer], best)
+        if best:
+            print(f"{case:<16} {words(params):<34} best of peers {best} {ratios[best]:.2f}x", flush=True)
 
     def write(self, path):
         write_whole(path, json.dumps(self.records, indent=1) + "\n")
