@@ -57,7 +57,7 @@ void run_bf16() {
   Options options = method("pbs");
   options.precision = Precision::bf16;
   const RunResult result = run(options, problem);
-  expect_right(problem, result, result.path.find("bf16") == std::string::npos ? Precision::f32 : Precision::bf16);
+  expect_right(problem, result, result.path.find("bf16") == std::string::npos ? DType::f32 : DType::bf16);
 }
 
 class AmxRefused : public testing::Test {
@@ -75,7 +75,7 @@ TEST_F(AmxRefused, NothingIsAskedBeforeABf16PathIsTaken) {
                                Problem problem({.shape = shape, .q = dtype, .k = dtype, .v = dtype});
                                Options options = method("pbs");
                                options.precision = precision;
-                               expect_right(problem, run(options, problem), Precision::f32);
+                               expect_right(problem, run(options, problem), DType::f32);
                              }
                          }),
             0);

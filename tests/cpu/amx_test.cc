@@ -39,7 +39,7 @@ Problem make(std::int64_t tokens, std::int64_t head_dim, std::int64_t q_heads = 
 void expect_right_under(const char* name, const Problem& problem, const RunResult& result) {
   SCOPED_TRACE(name);
   EXPECT_EQ(result.path, path);
-  expect_right(problem, result, Precision::bf16);
+  expect_right(problem, result, DType::bf16);
 }
 
 // Enough blocks that the pipeline runs full, for every number of tiles that a head takes.
@@ -91,8 +91,7 @@ TEST_F(Amx, WeightsOfShortRowsAreFine) {
   const auto error = [&](const Values& values) {
     return distance(values.out, attend_exact(problem, result.options, result.trace).out).root_mean_square;
   };
-  EXPECT_LT(error(outputs_of(problem)),
-            0.1 * error(attend_plain(problem, result.options, result.trace, Precision::bf16)));
+  EXPECT_LT(error(outputs_of(problem)), 0.1 * error(attend_plain(problem, result.options, result.trace, DType::bf16)));
 }
 
 TEST_F(Amx, RowsOfOneUnitFollowOneAnother) {

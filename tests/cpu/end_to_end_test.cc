@@ -16,7 +16,7 @@ class EndToEnd : public testing::TestWithParam<std::string> {
 
 std::vector<std::string> f32_paths() {
   std::vector<std::string> paths = describe_cpu().paths;
-  std::erase_if(paths, [](const std::string& path) { return products_of(path) != Precision::f32; });
+  std::erase_if(paths, [](const std::string& path) { return products_of(path) != DType::f32; });
   return paths;
 }
 

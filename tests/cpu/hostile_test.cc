@@ -97,7 +97,7 @@ TEST_P(Hostile, EdgesOfFloat16) {
   Problem single({.shape = {.q_len = 1, .kv_len = 1, .head_dim = 8}, .v = DType::f16, .out = DType::f16});
   const std::vector<double> values{0x1p-24, -0x1p-24, 0x1.8p-15, 65504.0, -65504.0, 0.0, 0x1p-14, 1.0};
   for (std::int64_t d = 0; d < 8; ++d) single.v.set(0, 0, 0, d, values[d]);
-  if (products_of(GetParam()) == Precision::bf16) return;  // rounds 65504, and its products flush subnormals
+  if (products_of(GetParam()) == DType::bf16) return;  // rounds 65504, and its products flush subnormals
   run(method("full"), single);
   EXPECT_EQ(outputs_of(single).out, values);
 }

@@ -20,8 +20,8 @@ ForcedPath::~ForcedPath() {
     unsetenv(variable);
 }
 
-Precision products_of(const std::string& path) {
-  return path.find("bf16") == std::string::npos ? Precision::f32 : Precision::bf16;
+DType products_of(const std::string& path) {
+  return path.find("bf16") == std::string::npos ? DType::f32 : DType::bf16;
 }
 
 }  // namespace pbsattn::test

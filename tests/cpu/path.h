@@ -21,6 +21,6 @@ class ForcedPath {
 };
 
 // Tells what a path multiplies in, by its name.
-Precision products_of(const std::string& path);
+DType products_of(const std::string& path);
 
 }  // namespace pbsattn::test

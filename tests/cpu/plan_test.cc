@@ -133,7 +133,7 @@ TEST(CpuPlan, WorkspaceServesInputsOfAnyDType) {
                      .k = dtype,
                      .v = dtype});
     const RunResult result = run(method("pbs"), problem, {.device = Device::cpu(1)});
-    expect_right(problem, result, dtype == DType::bf16 ? Precision::bf16 : Precision::f32);
+    expect_right(problem, result, dtype == DType::bf16 ? DType::bf16 : DType::f32);
   }
 }
 

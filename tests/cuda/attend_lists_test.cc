@@ -141,7 +141,7 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
     ASSERT_EQ(problem.out.bytes(), first) << "run " << run;
   }
   EXPECT_TRUE(scratch.guards_intact());
-  expect_output(problem, options, trace, Precision::bf16);
+  expect_output(problem, options, trace, DType::bf16);
 }
 
 std::vector<Case> cases() {

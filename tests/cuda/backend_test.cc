@@ -240,9 +240,7 @@ class CudaBackend : public testing::TestWithParam<MethodCase> {};
 TEST_P(CudaBackend, AgreesWithTheReference) {
   Problem problem(GetParam().problem);
   const RunResult result = run_on_device(GetParam().options, problem);
-  // f16 products are exact in float32; only the weights are rounded to f16.
-  const bool bf16 = GetParam().problem.q == DType::bf16;
-  expect_right(problem, result, bf16 ? Precision::bf16 : Precision::f32);
+  expect_right(problem, result, GetParam().problem.q);
 }
 
 const auto name_of = [](const auto& test) { return test.param.name; };

@@ -31,7 +31,7 @@ TEST_P(CudaHostileInputs, DenseAndSparseAgreeWithTheReference) {
     options.dense_last_rows = std::min(options.dense_last_rows, 1);
     options.local_blocks = std::min(options.local_blocks, 1);
     options.sink_blocks = 0;
-    expect_right(problem, run_on_device(options, problem), Precision::bf16);
+    expect_right(problem, run_on_device(options, problem), DType::bf16);
   }
 }
 
@@ -45,7 +45,7 @@ TEST_P(CudaHostileInputs, CorrectionsAgreeWithTheReference) {
     options.top_p = 0.4F;
     options.local_blocks = 0;
     options.correction = Correction::mean;
-    expect_right(problem, run_on_device(options, problem), Precision::bf16);
+    expect_right(problem, run_on_device(options, problem), DType::bf16);
   }
 }
 
@@ -57,7 +57,7 @@ RunResult run_here(const Options& options, Problem& problem) {
 }
 
 TEST(CudaHostile, EqualKeysKeepTheirOrder) {
-  expect_equal_keys_keep_their_order(make(), method("pbs"), Precision::bf16, run_here);
+  expect_equal_keys_keep_their_order(make(), method("pbs"), DType::bf16, run_here);
 }
 
 TEST(CudaHostile, EverythingNan) {

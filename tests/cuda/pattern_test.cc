@@ -86,7 +86,7 @@ TEST_P(CudaPattern, AgreesWithTheReference) {
   Problem problem(GetParam().problem);
   const RunResult result = run_on_device(GetParam().options, problem);
   EXPECT_EQ(result.path, "sm90");
-  expect_right(problem, result, GetParam().problem.q == DType::bf16 ? Precision::bf16 : Precision::f32);
+  expect_right(problem, result, GetParam().problem.q);
 }
 
 INSTANTIATE_TEST_SUITE_P(Methods, CudaPattern, testing::ValuesIn(patterns()),
@@ -102,7 +102,7 @@ TEST(CudaPatternHostile, AgreesWithTheReference) {
       Problem problem(alike(small));
       hostile.change(problem);
       const RunResult result = run_on_device(options, problem);
-      expect_lists(problem, result.options, result.trace, tolerance_for(problem, Precision::bf16));
+      expect_lists(problem, result.options, result.trace, tolerance_for(problem, DType::bf16));
     }
 }
 

@@ -172,7 +172,7 @@ TEST(CudaPlan, CapsGiveTheSameBits) {
     Problem problem(alike(small));
     const RunResult all = run_on_device(options, problem);
     const std::vector<std::byte> wanted = problem.out.bytes();
-    expect_right(problem, all, Precision::bf16);
+    expect_right(problem, all, DType::bf16);
     for (const std::size_t parts : {2, 4, 6, 12}) {
       if (scope == OrderScope::kv_head && parts > 4) continue;
       SCOPED_TRACE(parts);
@@ -223,7 +223,7 @@ TEST(CudaPlan, CorrectsWhereNobodyAsksForLogSumExps) {
 TEST(CudaPlan, AnyWorkspaceAlignment) {
   for (const std::size_t misalign : {0, 1, 16, 255}) {
     Problem problem(alike(small));
-    expect_right(problem, run_on_device(pbs(0.7F), problem, {.misalign = misalign}), Precision::bf16);
+    expect_right(problem, run_on_device(pbs(0.7F), problem, {.misalign = misalign}), DType::bf16);
   }
 }
 

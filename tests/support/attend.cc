@@ -11,12 +11,12 @@
 namespace pbsattn::test {
 namespace {
 
-float to_operand(Precision products, double x) {
-  return static_cast<float>(products == Precision::bf16 ? reference::round_to(DType::bf16, x) : x);
+float to_operand(DType products, double x) {
+  return static_cast<float>(reference::round_to(products, x));
 }
 
 // Returns one head's rows as floats ready to multiply.
-std::vector<float> operands(const reference::Matrix& matrix, Precision products) {
+std::vector<float> operands(const reference::Matrix& matrix, DType products) {
   std::vector<float> result;
   result.reserve(matrix.values.size());
   for (const double x : matrix.values) result.push_back(to_operand(products, x));
@@ -36,7 +36,7 @@ struct Visible {
 
 // Attends one query. Keys of index `many` and up count for `block` keys each.
 void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
-                        std::int64_t dim, float scale, Precision products, const std::vector<std::int64_t>& keys,
+                        std::int64_t dim, float scale, DType products, const std::vector<std::int64_t>& keys,
                         std::int64_t many, int block, std::vector<float>& out, float& lse) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> weight;
@@ -55,8 +55,8 @@ void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k
     return;
   }
   // An online softmax measures from a maximum so far, not from the last one. So where weights are rounded the
-  // largest is not to be the 1 that bf16 happens to hold.
-  if (products == Precision::bf16) max += 0.3F;
+  // largest is not to be the 1 that 16 bits happen to hold.
+  if (products != DType::f32) max += 0.3F;
   float sum = 0;
   for (std::size_t i = 0; i < keys.size(); ++i) {
     const float p =
@@ -105,7 +105,7 @@ Values attend_exact(const Problem& problem, const Options& options, const Trace&
   return values;
 }
 
-Values attend_plain(const Problem& problem, const Options& options, const Trace& trace, Precision products) {
+Values attend_plain(const Problem& problem, const Options& options, const Trace& trace, DType products) {
   Values values;
   for_each_query(
       problem, options, trace, [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {

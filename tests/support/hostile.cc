@@ -100,7 +100,7 @@ std::vector<HostileCase> hostile_cases(const Shape& shape, int block) {
   return cases;
 }
 
-void expect_equal_keys_keep_their_order(Problem problem, Options pbs, Precision products, const Runner& run) {
+void expect_equal_keys_keep_their_order(Problem problem, Options pbs, DType products, const Runner& run) {
   const std::int64_t n = problem.shape.kv_len;
   problem.k.fill(0.25);
   pbs.top_p = 0.5F;

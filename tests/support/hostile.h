@@ -25,7 +25,7 @@ using Runner = std::function<RunResult(const Options&, Problem&)>;
 // The rest is of problems like the above whose fifth row begins their third segment; `pbs` has their block and segment.
 
 // Expects that keys that are all alike stay where they are, and of blocks that are, the first are kept.
-void expect_equal_keys_keep_their_order(Problem problem, Options pbs, Precision products, const Runner& run);
+void expect_equal_keys_keep_their_order(Problem problem, Options pbs, DType products, const Runner& run);
 // Expects that where everything is NaN, `reference_code` keeps no block by score, `paper` all; the output is NaN.
 void expect_nan_goes_by_the_rules(Problem problem, Options pbs, const Runner& run);
 

@@ -68,16 +68,15 @@ void expect_close(const std::vector<double>& values, const std::vector<double>& 
 
 }  // namespace
 
-Tolerance tolerance_for(const Problem& problem, Precision products) {
+Tolerance tolerance_for(const Problem& problem, DType products) {
   const auto wide = [&](DType dtype) { return dtype == DType::f32; };
   Tolerance tolerance;
   if (!wide(problem.q.dtype) || !wide(problem.k.dtype)) tolerance.block_score = 5e-3;
-  const bool exact_products =
-      products == Precision::f32 || (problem.q.dtype == DType::bf16 && problem.k.dtype == DType::bf16);
+  const bool exact_products = products == DType::f32 || (problem.q.dtype == products && problem.k.dtype == products);
   // A weight is rounded to bf16, by 2^-8 of itself at most. It, and the query's sum of weights as they were before
   // that, come from an exponential good to 7.5e-5. A mean of weights is off by no more; two keys may be off towards
   // each other.
-  if (products == Precision::bf16) tolerance.key_score += 2 * (0x1p-8 + 2 * 7.5e-5);
+  if (products == DType::bf16) tolerance.key_score += 2 * (0x1p-8 + 2 * 7.5e-5);
   if (!exact_products) tolerance.key_score = 0.2;
   return tolerance;
 }
@@ -129,7 +128,7 @@ void expect_lists(const Problem& problem, const Options& options, const Trace& t
   });
 }
 
-void expect_output(const Problem& problem, const Options& options, const Trace& trace, Precision products) {
+void expect_output(const Problem& problem, const Options& options, const Trace& trace, DType products) {
   const Values ours = outputs_of(problem);
   const Values plain = attend_plain(problem, options, trace, products);
   const Values truth = attend_exact(problem, options, trace);
@@ -137,7 +136,7 @@ void expect_output(const Problem& problem, const Options& options, const Trace& 
   expect_close(ours.lse, plain.lse, truth.lse, "log-sum-exp");
 }
 
-void expect_right(const Problem& problem, const RunResult& result, Precision products) {
+void expect_right(const Problem& problem, const RunResult& result, DType products) {
   const Tolerance tolerance = tolerance_for(problem, products);
   expect_order(problem, result.options, result.trace, tolerance);
   if (testing::Test::HasFatalFailure()) return;

@@ -1,19 +1,26 @@
 // Block-sparse attention forward for one tile of 128 queries at a time, on Hopper (sm_90a).
 //
 //     for each tile (batch, query head, row):   for each key block in its list, diagonal first, then descending:
-//         S = Q K^T    m = max(m, rows of S)    P = exp2(scale (S - m))    O = O exp2(scale (m before - m)) + P V
-//     out = O / sum(P)    lse = scale m + log(sum(P))
+//         S = Q K^T    P = exp2(scale (S - m))
+//         where a row of P exceeds 256:  m before = m    m = max(m, row of S)    O = O exp2(scale (m before - m))
+//                                        P = exp2(scale (S - m))
+//         O = O + P [V 1]
+//     out = O / its last column    lse = scale m + log(O's last column)
+//
+// So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it; and the sums
+// of P are of P as rounded for the product, so that a key with all the weight gives its value whatever m is.
 //
 // A thread block has three warpgroups and stays resident, taking tiles until none is left:
-//   - two *consumers* of 64 queries each, with Q in registers. Each finds a block's maxima beside its own P V of the
-//     block before, and the two drift apart by themselves, so that one multiplies while the other exponentiates;
+//   - two *consumers* of 64 queries each. Each exponentiates a block beside its own P V of the block before, and the
+//     two drift apart by themselves, so that one multiplies while the other exponentiates. A tile's last product runs
+//     beside the next one's first;
 //   - one *producer*, of four warps with a role each: `schedule` takes tiles, after the first from a counter, `load`
 //     brings Q, K and V into shared memory, `guard` looks for values on the diagonal that masked queries must not see,
 //     `store` takes finished outputs away.
 //
 // Barriers, all in shared memory ("full": producer to consumer, "free": back):
 //     tile_full/free [slot]      tile descriptions, two in flight
-//     q_full/free    [slot][wg]  64 queries; the same memory then carries the 64 outputs, hence:
+//     q_full/free    [slot][wg]  64 queries; after the last product the same memory carries the 64 outputs, hence:
 //     out_full       [slot][wg]  outputs are written (store waits, then frees q)
 //     k_full/free, v_full/free [stage]  one key block's K or V
 //     v_asked        [slot]      the diagonal block's V is on its way
@@ -40,7 +47,8 @@ template <class Element, int head_dim>
 __global__ void __launch_bounds__(threads, 1)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps) {
   auto& shared = aligned_shared<Shared<Element, head_dim>>();
-  if (threadIdx.x == 0) shared.init();
+  if (threadIdx.x == 0) shared.init_barriers();
+  shared.init_ones();
   __syncthreads();
   const int role = threadIdx.x / warpgroup;
   if (role == 0) {

@@ -5,12 +5,26 @@
 
 namespace pbsattn::cuda::attention {
 
+// Returns whether one of packed weights, none of them negative, exceeds 256 or is no number, in any lane of the warp.
+template <class Element>
+__device__ bool any_exceeds_256(const std::uint32_t (&weights)[32]) {
+  std::uint32_t most[2] = {0, 0};  // of each half
+#pragma unroll
+  for (int i = 0; i < 32; i += 2) most[i / 2 % 2] = __vimax3_u16x2(most[i / 2 % 2], weights[i], weights[i + 1]);
+  most[0] = __vmaxu2(most[0], most[1]);
+  constexpr std::uint32_t limit = Bits<Element>::of_256;
+  return __any_sync(0xFFFFFFFF, (most[0] & 0xFFFF) > limit || most[0] >> 16 > limit);
+}
+
 template <class Shared>
-__device__ void consume(const AttendParams& p, Shared& shared, int wg) {
+__device__ void consume(const AttendParams& p, Shared& shared, int warpgroup_index) {
   using Element = typename Shared::Element;
   constexpr int head_dim = Shared::head_dim;
-  constexpr int outputs = head_dim / 2;  // registers of O
-  constexpr int kv_panel_bytes = block * panel * sizeof(Element);
+  constexpr int outputs = head_dim / 2;  // registers of O, and 4 of sums
+  constexpr int panel_bytes = panel * sizeof(Element);
+  constexpr int kv_panel_bytes = block * panel_bytes;
+  constexpr int q_panel_bytes = 64 * panel_bytes;
+  const int wg = __shfl_sync(0xFFFFFFFF, warpgroup_index, 0);  // so that the compiler knows it to be a warp's own
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x % warpgroup / 32;
   const auto release = [&](sm90::Barrier& barrier) {
@@ -19,49 +33,34 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
 
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
-  float s[64], o[outputs];
-  std::uint32_t q[head_dim / 4];
+  float s[64], o[outputs + 4];
   std::uint32_t weights[32];
+  std::uint64_t q_operand = 0;
 #pragma unroll
   for (int i = 0; i < 64; ++i) s[i] = 0;
 
-  // Q, 16 columns at a time: lane l addresses row l % 16 of the 16-byte chunk l / 16 of every two.
-  const auto read_q = [&](const typename Shared::QTile& tile) {
-    const int row = warp * 16 + lane % 16;
-#pragma unroll
-    for (int i = 0; i < head_dim / 16; ++i) {
-      const int chunk = 2 * i + lane / 16;
-      sm90::load_matrices(q + 4 * i, tile[chunk / 8][row] + (chunk % 8 ^ row % 8) * 8);
-    }
-  };
-  // S = Q K^T
+  // S = Q K^T, once both are there
   const auto multiply_qk = [&] {
-    shared.k_full[k.at].wait(k.parity);
     const std::uint64_t k_operand = sm90::operand(shared.k[k.at]);
     sm90::pin(s);
     sm90::wgmma_fence();
 #pragma unroll
     for (int d = 0; d < head_dim; d += 16) {
-      const int place = d / panel * kv_panel_bytes + d % panel * static_cast<int>(sizeof(Element));
-      sm90::wgmma<Element, 0>(s, q + d / 4, sm90::advance(k_operand, place), d > 0);
+      const int place = d % panel * static_cast<int>(sizeof(Element));
+      sm90::wgmma<Element>(s, sm90::advance(q_operand, d / panel * q_panel_bytes + place),
+                           sm90::advance(k_operand, d / panel * kv_panel_bytes + place), d > 0);
     }
     sm90::wgmma_commit();
   };
-  // O += P V, once V is there
+  // O += P [V 1], once V is there
   const auto multiply_pv = [&] {
-    const std::uint64_t v_operand = sm90::operand(shared.v[v.at], kv_panel_bytes);
+    const std::uint64_t v_operand = sm90::operand(&shared.v[v.at], kv_panel_bytes);
     sm90::pin(o);
     sm90::wgmma_fence();
 #pragma unroll
-    for (int key = 0; key < block; key += 16) {
-      sm90::wgmma<Element, 1>(o, weights + key / 4,
-                              sm90::advance(v_operand, key * panel * static_cast<int>(sizeof(Element))), 1);
-    }
+    for (int key = 0; key < block; key += 16)
+      sm90::wgmma<Element>(o, weights + key / 4, sm90::advance(v_operand, key * panel_bytes));
     sm90::wgmma_commit();
-  };
-  const auto pack_weights = [&] {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) weights[i] = pack<Element>(s[2 * i], s[2 * i + 1]);
   };
   const auto free_k = [&] {
     release(shared.k_free[k.at]);
@@ -72,61 +71,33 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     v.next();
   };
 
-  for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
-    Softmax softmax;
-    float factor[2] = {1, 1};
-    const int row = wg * 64 + warp * 16 + lane / 4;  // of the tile, and 8 more
-    const int column = lane % 4 * 2;
+  Softmax softmax;
+  const int row = wg * 64 + warp * 16 + lane / 4;  // of the tile, and 8 more
+  const int column = lane % 4 * 2;
+  const auto weigh = [&](std::uint32_t(&into)[32]) {
 #pragma unroll
-    for (int i = 0; i < outputs; ++i) o[i] = 0;
-
-    // The diagonal block.
-    shared.q_full[slot.at][wg].wait(slot.parity);
-    read_q(shared.q[slot.at][wg]);
-    multiply_qk();
-    sm90::wgmma_wait<0>();
-    sm90::pin(s);
-    free_k();
-#pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      if (i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
+    for (int i = 0; i < 32; ++i) {
+      const auto weight = [&](int j) { return sm90::exp2_fast(fmaf(s[j], p.scale_log2, -softmax.offset[j % 4 / 2])); };
+      into[i] = pack<Element>(weight(2 * i), weight(2 * i + 1));
     }
+  };
+  // Weighs by the maxima, and what was weighed before by the same.
+  bool settled = false;
+  const auto raise = [&] {
+    float factor[2];
     softmax.raise(s, p.scale_log2, factor);
-    softmax.weigh(s, p.scale_log2, factor);
-    pack_weights();
-    shared.guarded[slot.at].wait(slot.parity);
-    shared.v_full[v.at].wait(v.parity);
-
-    // The blocks before it: this block's S and softmax beside the P V of the block after it.
-    for (int i = 1; i < tile.count; ++i) {
-      multiply_qk();
-      multiply_pv();
-      sm90::wgmma_wait<1>();
-      sm90::pin(s);
-      free_k();
-      const bool moved = softmax.raise(s, p.scale_log2, factor);
-      Ring<Shared::v_stages> next_v = v;
-      next_v.next();
-      shared.v_full[next_v.at].wait(next_v.parity);
-      sm90::wgmma_wait<0>();
-      sm90::pin(o);
-      free_v();
-      // At head_dim 64 the exponential unit is the bottleneck, and O is rescaled and P packed in its shadow.
-      if (head_dim == 64 || moved) {
 #pragma unroll
-        for (int j = 0; j < outputs; ++j) o[j] *= factor[j % 4 / 2];
-      }
-      softmax.weigh(s, p.scale_log2, factor);
-      pack_weights();
-    }
-    multiply_pv();
+    for (int i = 0; i < outputs + 4; ++i) o[i] *= factor[i % 4 / 2];
+    weigh(weights);
+    settled = softmax.settle(p.scale_log2);
+  };
 
+  // Scales and hands over the outputs of a tile, and says that no more of it is wanted.
+  const auto finish = [&](const Tile& tile, const Ring<tile_slots>& slot) {
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = softmax.sum[r];
-      sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
-      sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+      const float sum = o[outputs + 2 * r];
       inverse[r] = sum == 0 ? 0 : 1 / sum;
       const int query = tile.token + row + 8 * r - p.grid.q_offset;
       if (p.lse != nullptr && lane % 4 == 0 && query >= 0 && query < p.grid.q_len) {
@@ -134,9 +105,6 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
         p.lse[tile.batch * p.lse_batch_stride + std::int64_t{tile.head} * p.grid.q_len + query] = lse;
       }
     }
-    sm90::wgmma_wait<0>();
-    sm90::pin(o);
-    free_v();
 #pragma unroll
     for (int i = 0; i < outputs; ++i) o[i] *= inverse[i % 4 / 2];
     if (shared.any_bad[slot.at] != 0) {
@@ -146,7 +114,8 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
       }
     }
 
-    // Q's memory takes the outputs, swizzled as the copy engine expects and addressed as in read_q.
+    // Q's memory takes the outputs, swizzled as the copy engine expects: lane l writes row l % 16 of the 16-byte chunk
+    // l / 16 of every two.
     const int out_row = warp * 16 + lane % 16;
 #pragma unroll
     for (int i = 0; i < outputs / 8; ++i) {
@@ -158,7 +127,84 @@ __device__ void consume(const AttendParams& p, Shared& shared, int wg) {
     }
     sm90::fence_async_shared();
     shared.out_full[slot.at][wg].arrive();
-  });
+    shared.tile_free[slot.at].arrive();
+  };
+
+  // Waits for a tile's queries and the keys of its first block, the diagonal one.
+  const auto await = [&](const Ring<tile_slots>& slot) {
+    shared.q_full[slot.at][wg].wait(slot.parity);
+    shared.k_full[k.at].wait(k.parity);
+    q_operand = sm90::operand(shared.q[slot.at][wg]);
+  };
+
+  Ring<tile_slots> slot;
+  Tile tile = next_tile(shared, slot);
+  if (tile.count == 0) return;
+  await(slot);
+  multiply_qk();
+  for (;;) {
+    softmax = {};
+#pragma unroll
+    for (int i = 0; i < outputs + 4; ++i) o[i] = 0;
+    sm90::wgmma_wait<0>();
+    sm90::pin(s);
+    free_k();
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      if (i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
+    }
+    raise();
+    shared.guarded[slot.at].wait(slot.parity);
+    shared.v_full[v.at].wait(v.parity);
+
+    // The blocks before it: this block's S and softmax beside the P V of the block after it.
+    bool k_full = false;
+    for (int i = 1; i < tile.count; ++i) {
+      if (!k_full) shared.k_full[k.at].wait(k.parity);
+      multiply_qk();
+      multiply_pv();
+      sm90::wgmma_wait<1>();
+      sm90::pin(s);
+      free_k();
+      // Asked now, so that the answers are there when they are needed: each takes as long as ten exponentials.
+      Ring<Shared::v_stages> next_v = v;
+      next_v.next();
+      const bool v_full = shared.v_full[next_v.at].test(next_v.parity);
+      k_full = shared.k_full[k.at].test(k.parity);
+      std::uint32_t next_weights[32];
+      weigh(next_weights);
+      const bool exceeds = any_exceeds_256<Element>(next_weights);
+      if (!v_full) shared.v_full[next_v.at].wait(next_v.parity);
+      sm90::wgmma_wait<0>();
+      sm90::pin(o);
+      free_v();
+      // By the compiler's rules an operand of products in flight is not written, not even another's that is to follow;
+      // what it can't see through it takes for a move.
+#pragma unroll
+      for (int j = 0; j < 32; ++j) asm volatile("mov.b32 %0, %1;" : "=r"(weights[j]) : "r"(next_weights[j]));
+      if (exceeds || !settled) raise();
+    }
+
+    // The next tile's first product runs beside this tile's end.
+    Ring<tile_slots> next_slot = slot;
+    next_slot.next();
+    const Tile next = next_tile(shared, next_slot);
+    if (next.count == 0) break;
+    await(next_slot);
+    multiply_pv();
+    multiply_qk();
+    sm90::wgmma_wait<1>();
+    sm90::pin(o);
+    free_v();
+    finish(tile, slot);
+    tile = next;
+    slot = next_slot;
+  }
+  multiply_pv();
+  sm90::wgmma_wait<0>();
+  sm90::pin(o);
+  free_v();
+  finish(tile, slot);
 }
 
 }  // namespace pbsattn::cuda::attention

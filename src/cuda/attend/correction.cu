@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
     sm90::wgmma_fence();
 #pragma unroll
     for (int key = 0; key < tile_tokens; key += 16)
-      sm90::wgmma<T, 1>(o, weights + key / 4, sm90::advance(operand, key * 128), 1);
+      sm90::wgmma<T>(o, weights + key / 4, sm90::advance(operand, key * 128));
     sm90::wgmma_commit();
     sm90::wgmma_wait<0>();
     sm90::pin(o);

@@ -39,12 +39,13 @@ template <class Shared>
 __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shared, int lane) {
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
-  const auto load_block = [&](auto& stage, auto& tiles, sm90::Barrier* full, sm90::Barrier* free,
+  using KVTile = typename Shared::KVTile;
+  const auto load_block = [&](auto& stage, KVTile& tile, sm90::Barrier* full, sm90::Barrier* free,
                               const CUtensorMap& map, int token, int head, int batch) {
     free[stage.at].wait(stage.parity ^ 1);
     if (lane == 0) {
-      full[stage.at].arrive_expecting(sizeof(tiles[0]));
-      sm90::tma_load(tiles[stage.at], map, full[stage.at], 0, token, 0, head, batch);
+      full[stage.at].arrive_expecting(sizeof(KVTile));
+      sm90::tma_load(tile, map, full[stage.at], 0, token, 0, head, batch);
     }
     stage.next();
   };
@@ -56,12 +57,12 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
     const int permuted_head = p.grid.order_head(tile.head);
     const auto load_k = [&](int b) {
       const bool own = b >= own_begin;
-      load_block(k, shared.k, shared.k_full, shared.k_free, own ? maps.k : maps.permuted_k, b * block,
+      load_block(k, shared.k[k.at], shared.k_full, shared.k_free, own ? maps.k : maps.permuted_k, b * block,
                  own ? head : permuted_head, tile.batch);
     };
     const auto load_v = [&](int b) {
       const bool own = b >= own_begin;
-      load_block(v, shared.v, shared.v_full, shared.v_free, own ? maps.v : maps.permuted_v, b * block,
+      load_block(v, shared.v[v.at].tile, shared.v_full, shared.v_free, own ? maps.v : maps.permuted_v, b * block,
                  own ? head : permuted_head, tile.batch);
     };
     // Entry i of the list from its end; each lane holds one of 32.
@@ -102,8 +103,8 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
 // zeros in their place and notes from which key on, that is from which query on, an output is spoilt.
 template <class Shared>
 __device__ void guard(Shared& shared, int lane) {
-  using Pair = typename Finite<typename Shared::Element>::Pair;
-  constexpr std::uint32_t exponent = Finite<typename Shared::Element>::exponent;
+  using Pair = typename Bits<typename Shared::Element>::Pair;
+  constexpr std::uint32_t exponent = Bits<typename Shared::Element>::infinite;
   constexpr int words = Shared::head_dim / 64;  // each lane looks after so many pairs of columns
   struct alignas(4 * words) Slice {
     std::uint32_t word[words];
@@ -116,7 +117,7 @@ __device__ void guard(Shared& shared, int lane) {
     shared.v_asked[slot.at].wait(slot.parity);
     shared.v_full[v.at].wait(v.parity);
     const auto slice = [&](int row) -> Slice& {
-      auto* line = shared.v[v.at][column / panel][row];
+      auto* line = shared.v[v.at].tile[column / panel][row];
       return *reinterpret_cast<Slice*>(line + (column % panel / 8 ^ row % 8) * 8 + column % 8);
     };
     Pair product[words] = {};  // with zero: NaN if any value is not finite

@@ -59,6 +59,14 @@ struct Softmax {
     return moved;
   }
 
+  // Sets the offsets to what the maxima ask for, whatever scores are to come; returns whether these may then be scaled
+  // and set off one by one, in all rows of the warp.
+  __device__ bool settle(float scale_log2) {
+    const float largest = largest_offset / scale_log2;
+    for (int r = 0; r < 2; ++r) offset[r] = maximum[r] * scale_log2;
+    return __all_sync(0xFFFFFFFF, fabsf(maximum[0]) <= largest && fabsf(maximum[1]) <= largest);
+  }
+
   // Turns scores s, that the maxima were raised to, into weights in place, and sums them.
   __device__ void weigh(float (&s)[64], float scale_log2, const float (&factor)[2]) {
     float part[2][chains] = {};

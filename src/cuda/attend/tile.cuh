@@ -54,16 +54,18 @@ struct Tile {
 };
 
 template <class Element>
-struct Finite;  // how to tell NaN and infinity in packed pairs
+struct Bits;  // of elements in packed pairs: infinity's, which NaN's exceed, and 256's
 template <>
-struct Finite<__nv_bfloat16> {
+struct Bits<__nv_bfloat16> {
   using Pair = __nv_bfloat162;
-  static constexpr std::uint32_t exponent = 0x7F80;
+  static constexpr std::uint32_t infinite = 0x7F80;
+  static constexpr std::uint32_t of_256 = 0x4380;
 };
 template <>
-struct Finite<__half> {
+struct Bits<__half> {
   using Pair = __half2;
-  static constexpr std::uint32_t exponent = 0x7C00;
+  static constexpr std::uint32_t infinite = 0x7C00;
+  static constexpr std::uint32_t of_256 = 0x5C00;
 };
 
 template <class Element_, int head_dim_>
@@ -75,10 +77,15 @@ struct Shared {
   static constexpr int v_stages = head_dim == 128 ? 2 : 4;
   using QTile = Element[panels][64][panel];
   using KVTile = Element[panels][block][panel];
+  // V and behind it ones, so that P V has the sums of P in its last 8 columns; of the panel it reads no more than them.
+  struct VStage {
+    KVTile tile;
+    Element ones[block][panel];
+  };
 
   alignas(1024) QTile q[tile_slots][consumers];  // then the outputs
   alignas(1024) KVTile k[k_stages];
-  alignas(1024) KVTile v[v_stages];
+  alignas(1024) VStage v[v_stages];
   Tile tile[tile_slots];
   int any_bad[tile_slots];
   int first_bad[tile_slots][head_dim];  // if any_bad: first key of the diagonal block whose V is not finite, or 128
@@ -86,7 +93,8 @@ struct Shared {
   sm90::Barrier q_full[tile_slots][consumers], q_free[tile_slots][consumers], out_full[tile_slots][consumers];
   sm90::Barrier k_full[k_stages], k_free[k_stages], v_full[v_stages], v_free[v_stages];
 
-  __device__ void init() {
+  // To be called by one thread.
+  __device__ void init_barriers() {
     for (int slot = 0; slot < tile_slots; ++slot) {
       tile_full[slot].init(1);
       tile_free[slot].init(32 * (consumer_warps + 3));  // and load, store and guard
@@ -104,14 +112,28 @@ struct Shared {
     for (sm90::Barrier& barrier : v_free) barrier.init(consumer_warps);
     sm90::fence_barrier_init();
   }
+  // To be called by all threads.
+  __device__ void init_ones() {
+    for (int i = static_cast<int>(threadIdx.x); i < v_stages * block * 8; i += threads) {
+      const int row = i / 8 % block;
+      v[i / 8 / block].ones[row][row % 8 * 8 + i % 8] = Element(1.0F);
+    }
+    sm90::fence_async_shared();
+  }
 };
+
+// Returns the tile in a slot once it is there; the last one has no blocks.
+template <class Shared>
+__device__ Tile next_tile(Shared& shared, const Ring<tile_slots>& slot) {
+  shared.tile_full[slot.at].wait(slot.parity);
+  return shared.tile[slot.at];
+}
 
 // Calls each(tile, slot) for the tiles of this thread block, then frees the tile's slot.
 template <class Shared, class Each>
 __device__ void for_each_tile(Shared& shared, Each&& each) {
   for (Ring<tile_slots> slot;; slot.next()) {
-    shared.tile_full[slot.at].wait(slot.parity);
-    const Tile tile = shared.tile[slot.at];
+    const Tile tile = next_tile(shared, slot);
     if (tile.count == 0) return;
     each(tile, slot);
     shared.tile_free[slot.at].arrive();

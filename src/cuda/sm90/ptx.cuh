@@ -41,6 +41,21 @@ struct Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
   }
+  // Returns whether the phase of this parity is complete, perhaps after a short sleep.
+  __device__ bool test(std::uint32_t parity) {
+    random_delay();
+    std::uint32_t done = 0;
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(shared_address(this)), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
   // Returns once the phase of this parity is complete. Waiting for parity 1 on a fresh barrier returns at once. With a
   // time limit the thread sleeps until then; without one it asks again and again, in issue slots that others need.
   __device__ void wait(std::uint32_t parity) {
@@ -107,9 +122,15 @@ __device__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// Waits until `threads` threads have come to barrier `id`.
+// Waits until `threads` threads have come to barrier `id`, or counts among them without waiting.
 __device__ inline void named_wait(int id, int threads) {
+  random_delay();
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ inline void named_arrive(int id, int threads) {
+  random_delay();
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Loads and stores four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.

@@ -68,12 +68,13 @@ __device__ void pin(float (&registers)[n]) {
   ", "                                                                               \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PBSATTN_REGISTERS_8(d, i)                                                                             \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
+#define PBSATTN_REGISTERS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PBSATTN_REGISTERS_8(d, i) PBSATTN_REGISTERS_4(d, i), PBSATTN_REGISTERS_4(d, i + 4)
 #define PBSATTN_REGISTERS_32(d, i)                                                          \
   PBSATTN_REGISTERS_8(d, i), PBSATTN_REGISTERS_8(d, i + 8), PBSATTN_REGISTERS_8(d, i + 16), \
       PBSATTN_REGISTERS_8(d, i + 24)
+
+#define PBSATTN_LEFT(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 
 // Starts d = a b^T (+ d if add): a is 64 x 16, b is 128 x 16, both in shared memory with rows along the sum.
 template <class Element>
@@ -83,28 +84,43 @@ __device__ void wgmma(float (&d)[64], std::uint64_t a, std::uint64_t b, int add)
                 : "l"(a), "l"(b), "r"(add));
 }
 
-// Starts d = a b (+ d if add) with `a` 64 x 16 in registers; b in shared memory is 16 x 128 (transposed = 1) or 128 x
-// 16 (0).
-template <class Element, int transposed>
-__device__ void wgmma(float (&d)[64], const std::uint32_t* a, std::uint64_t b, int add) {
-  PBSATTN_WGMMA(Element, "m64n128k16", PBSATTN_NAMES_64, "{%64, %65, %66, %67}, %68, add, 1, 1, %70", "%69",
+// Starts d += a b with `a` 64 x 16 in registers; b, 16 x 128, is in shared memory with rows along d's.
+template <class Element>
+__device__ void wgmma(float (&d)[64], const std::uint32_t* a, std::uint64_t b) {
+  PBSATTN_WGMMA(Element, "m64n128k16", PBSATTN_NAMES_64, "{%64, %65, %66, %67}, %68, add, 1, 1, 1", "%69",
                 : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_32(d, 32)
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(transposed));
+                : PBSATTN_LEFT(a), "l"(b), "r"(1));
 }
 
-// Does the same with 64 columns.
-template <class Element, int transposed>
-__device__ void wgmma(float (&d)[32], const std::uint32_t* a, std::uint64_t b, int add) {
-  PBSATTN_WGMMA(Element, "m64n64k16", PBSATTN_NAMES_32, "{%32, %33, %34, %35}, %36, add, 1, 1, %38", "%37",
+// Does the same with 64, 136 and 72 columns.
+template <class Element>
+__device__ void wgmma(float (&d)[32], const std::uint32_t* a, std::uint64_t b) {
+  PBSATTN_WGMMA(Element, "m64n64k16", PBSATTN_NAMES_32, "{%32, %33, %34, %35}, %36, add, 1, 1, 1", "%37",
                 : PBSATTN_REGISTERS_32(d, 0)
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(transposed));
+                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+}
+template <class Element>
+__device__ void wgmma(float (&d)[68], const std::uint32_t* a, std::uint64_t b) {
+  PBSATTN_WGMMA(Element, "m64n136k16", PBSATTN_NAMES_64 ", %64, %65, %66, %67",
+                "{%68, %69, %70, %71}, %72, add, 1, 1, 1", "%73",
+                : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_32(d, 32), PBSATTN_REGISTERS_4(d, 64)
+                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+}
+template <class Element>
+__device__ void wgmma(float (&d)[36], const std::uint32_t* a, std::uint64_t b) {
+  PBSATTN_WGMMA(Element, "m64n72k16", PBSATTN_NAMES_32 ", %32, %33, %34, %35",
+                "{%36, %37, %38, %39}, %40, add, 1, 1, 1", "%41",
+                : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_4(d, 32)
+                : PBSATTN_LEFT(a), "l"(b), "r"(1));
 }
 
 #undef PBSATTN_WGMMA_TEXT
 #undef PBSATTN_WGMMA
 #undef PBSATTN_NAMES_32
 #undef PBSATTN_NAMES_64
+#undef PBSATTN_REGISTERS_4
 #undef PBSATTN_REGISTERS_8
 #undef PBSATTN_REGISTERS_32
+#undef PBSATTN_LEFT
 
 }  // namespace pbsattn::cuda::sm90
