@@ -3,9 +3,9 @@
 namespace pbsattn::test {
 namespace {
 
-// The attend kernel's operands at head_dim 128. Not all that a block may have: tools that watch a kernel may want a
+// The attend kernel's operands. Not all that a block may have: tools that watch a kernel may want a
 // share.
-constexpr int bytes = 192 * 1024;
+constexpr int bytes = 224 * 1024;
 
 __global__ void fill_shared_memory() {
   extern __shared__ volatile unsigned memory[];

@@ -2,13 +2,15 @@
 //
 //     for each tile (batch, query head, row):   for each key block in its list, diagonal first, then descending:
 //         S = Q K^T    P = exp2(scale (S - m))
-//         where a row of P exceeds 256:  m before = m    m = max(m, row of S)    O = O exp2(scale (m before - m))
-//                                        P = exp2(scale (S - m))
+//         where a weight of a warp's 16 rows exceeds 256, or a row has no m yet, or one beyond fused arithmetic:
+//             m before = m    m = max(m, rows of S)    O = O exp2(scale (m before - m))    P = exp2(scale (S - m))
 //         O = O + P [V 1]
 //     out = O / its last column    lse = scale m + log(O's last column)
 //
-// So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it; and the sums
-// of P are of P as rounded for the product, so that a key with all the weight gives its value whatever m is.
+// So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it. 256 leaves
+// f16 a margin, and is seldom exceeded. The sums of P are of P as rounded for the product, so that a key with all the
+// weight gives its value whatever m is. As a warp's rows decide together, a query's last bits depend on those beside
+// it.
 //
 // A thread block has three warpgroups and stays resident, taking tiles until none is left:
 //   - two *consumers* of 64 queries each. Each exponentiates a block beside its own P V of the block before, and the

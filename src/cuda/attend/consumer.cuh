@@ -5,14 +5,15 @@
 
 namespace pbsattn::cuda::attention {
 
-// Returns whether one of packed weights, none of them negative, exceeds 256 or is no number, in any lane of the warp.
+// Returns whether one of packed weights, none of them negative, exceeds the largest or is no number, in any lane of the
+// warp.
 template <class Element>
-__device__ bool any_exceeds_256(const std::uint32_t (&weights)[32]) {
+__device__ bool any_exceeds(const std::uint32_t (&weights)[32]) {
   std::uint32_t most[2] = {0, 0};  // of each half
 #pragma unroll
   for (int i = 0; i < 32; i += 2) most[i / 2 % 2] = __vimax3_u16x2(most[i / 2 % 2], weights[i], weights[i + 1]);
   most[0] = __vmaxu2(most[0], most[1]);
-  constexpr std::uint32_t limit = Bits<Element>::of_256;
+  constexpr std::uint32_t limit = Bits<Element>::largest_weight;
   return __any_sync(0xFFFFFFFF, (most[0] & 0xFFFF) > limit || most[0] >> 16 > limit);
 }
 
@@ -81,7 +82,7 @@ __device__ void consume(const AttendParams& p, Shared& shared, int warpgroup_ind
       into[i] = pack<Element>(weight(2 * i), weight(2 * i + 1));
     }
   };
-  // Weighs by the maxima, and what was weighed before by the same.
+  // Looks for the maxima with this block's scores, rescales what was weighed before, and weighs this block by them.
   bool settled = false;
   const auto raise = [&] {
     float factor[2];
@@ -92,7 +93,7 @@ __device__ void consume(const AttendParams& p, Shared& shared, int warpgroup_ind
     settled = softmax.settle(p.scale_log2);
   };
 
-  // Scales and hands over the outputs of a tile, and says that no more of it is wanted.
+  // Scales and hands over the outputs of a tile, and frees its slot.
   const auto finish = [&](const Tile& tile, const Ring<tile_slots>& slot) {
     float inverse[2];
 #pragma unroll
@@ -173,13 +174,13 @@ __device__ void consume(const AttendParams& p, Shared& shared, int warpgroup_ind
       k_full = shared.k_full[k.at].test(k.parity);
       std::uint32_t next_weights[32];
       weigh(next_weights);
-      const bool exceeds = any_exceeds_256<Element>(next_weights);
+      const bool exceeds = any_exceeds<Element>(next_weights);
       if (!v_full) shared.v_full[next_v.at].wait(next_v.parity);
       sm90::wgmma_wait<0>();
       sm90::pin(o);
       free_v();
-      // By the compiler's rules an operand of products in flight is not written, not even another's that is to follow;
-      // what it can't see through it takes for a move.
+      // Seeing through this, the compiler would write `weights` above, where P V still reads them, and so wait for each
+      // product (C7513).
 #pragma unroll
       for (int j = 0; j < 32; ++j) asm volatile("mov.b32 %0, %1;" : "=r"(weights[j]) : "r"(next_weights[j]));
       if (exceeds || !settled) raise();

@@ -19,7 +19,7 @@ struct Softmax {
   static constexpr int chains = 4;
 
   float maximum[2] = {-infinity, -infinity};  // unscaled
-  float sum[2] = {0, 0};                      // this thread's part
+  float sum[2] = {0, 0};                      // this thread's part, of weights not rounded; attend has its own
   float offset[2];                            // a weight is 2 to the scaled score less this
 
   // Raises the maxima to those of scores s. What was summed before must then be multiplied by factor[r]; returns
@@ -59,8 +59,9 @@ struct Softmax {
     return moved;
   }
 
-  // Sets the offsets to what the maxima ask for, whatever scores are to come; returns whether these may then be scaled
-  // and set off one by one, in all rows of the warp.
+  // Sets the offsets for scores to come (raise() may have left them 0, with this block's scores as differences).
+  // Returns whether those may be scaled and set off one by one in all rows of the warp; where not, as where a row has
+  // no maximum yet, weights by these offsets are worth nothing.
   __device__ bool settle(float scale_log2) {
     const float largest = largest_offset / scale_log2;
     for (int r = 0; r < 2; ++r) offset[r] = maximum[r] * scale_log2;

@@ -54,18 +54,19 @@ struct Tile {
 };
 
 template <class Element>
-struct Bits;  // of elements in packed pairs: infinity's, which NaN's exceed, and 256's
+struct Bits;  // of infinity, which NaN's exceed, and of the largest weight, 256; of elements not below 0 they are in
+              // order
 template <>
 struct Bits<__nv_bfloat16> {
   using Pair = __nv_bfloat162;
   static constexpr std::uint32_t infinite = 0x7F80;
-  static constexpr std::uint32_t of_256 = 0x4380;
+  static constexpr std::uint32_t largest_weight = 0x4380;
 };
 template <>
 struct Bits<__half> {
   using Pair = __half2;
   static constexpr std::uint32_t infinite = 0x7C00;
-  static constexpr std::uint32_t of_256 = 0x5C00;
+  static constexpr std::uint32_t largest_weight = 0x5C00;
 };
 
 template <class Element_, int head_dim_>
@@ -77,7 +78,8 @@ struct Shared {
   static constexpr int v_stages = head_dim == 128 ? 2 : 4;
   using QTile = Element[panels][64][panel];
   using KVTile = Element[panels][block][panel];
-  // V and behind it ones, so that P V has the sums of P in its last 8 columns; of the panel it reads no more than them.
+  // V and behind it ones, so that P V has the sums of P in its last 8 columns. Panels are equally far apart, so ones
+  // have a whole one, of which products read 16 bytes a row; the copy engine never writes there, so once set they stay.
   struct VStage {
     KVTile tile;
     Element ones[block][panel];

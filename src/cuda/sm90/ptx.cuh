@@ -41,7 +41,8 @@ struct Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
   }
-  // Returns whether the phase of this parity is complete, perhaps after a short sleep.
+  // Returns whether the phase of this parity is complete. May sleep for a moment where it isn't; mbarrier.test_wait,
+  // which doesn't, was the slower one in attend at head_dim 64.
   __device__ bool test(std::uint32_t parity) {
     random_delay();
     std::uint32_t done = 0;
@@ -122,15 +123,10 @@ __device__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// Waits until `threads` threads have come to barrier `id`, or counts among them without waiting.
+// Waits until `threads` threads have come to barrier `id`.
 __device__ inline void named_wait(int id, int threads) {
   random_delay();
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ inline void named_arrive(int id, int threads) {
-  random_delay();
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Loads and stores four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.

@@ -17,8 +17,8 @@
 
 namespace pbsattn::cuda::sm90 {
 
-// Describes a shared-memory operand written by the copy engine with 128-byte swizzle: panels of 64 elements (128 bytes)
-// a row, groups of 8 rows 1024 bytes apart, panels `panel_bytes` apart (read only when rows run along the sum).
+// Describes a shared-memory operand with the copy engine's 128-byte swizzle: panels of 64 elements (128 bytes) a row,
+// groups of 8 rows 1024 bytes apart, all panels `panel_bytes` apart (read only where rows run along d's, as V's do).
 __device__ inline std::uint64_t operand(const void* shared, std::uint32_t panel_bytes = 16) {
   constexpr std::uint64_t swizzle_128b = 1ULL << 62;
   constexpr std::uint64_t group_bytes = 1024;
