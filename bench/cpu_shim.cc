@@ -58,8 +58,8 @@ __attribute__((visibility("default"))) const char* bench_path(const void* bench)
 __attribute__((visibility("default"))) double bench_run(void* bench, const void* q, const void* k, const void* v,
                                                         void* out) try {
   auto& b = *static_cast<Bench*>(bench);
-  const auto [batch, q_heads, kv_heads, tokens, kv_len, dim] = b.shape;
-  const std::int64_t head = tokens * dim;
+  const std::int64_t q_heads = b.shape.q_heads, kv_heads = b.shape.kv_heads;
+  const std::int64_t dim = b.shape.head_dim, head = b.shape.q_len * dim;
   b.plan.run({{q, b.dtype, q_heads * head, head, dim},
               {k, b.dtype, kv_heads * head, head, dim},
               {v, b.dtype, kv_heads * head, head, dim}},

@@ -86,6 +86,7 @@ typedef enum pbsattn_device_kind {
 typedef struct pbsattn_shape {
   size_t struct_size;
   int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
+  int64_t head_dim_v; /* of values and outputs; 0: head_dim */
 } pbsattn_shape;
 
 /* A method; see pbsattn::Options. Fill it with pbsattn_method() and change what you need. */

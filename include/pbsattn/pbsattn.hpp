@@ -62,10 +62,11 @@ struct Shape {
   std::int64_t q_len = 0;
   std::int64_t kv_len = 0;
   std::int64_t head_dim = 0;
+  std::int64_t head_dim_v = 0;  // of values and outputs; 0 stands for head_dim
 };
 
-// A [batch][head][token][head_dim] tensor that somebody else owns. Strides count elements; the
-// head_dim axis is contiguous. BSHD, BHSD and a KV cache's own layout are all just strides.
+// A [batch][head][token][head_dim] tensor that somebody else owns, of values and outputs [head_dim_v]. Strides count
+// elements; the last axis is contiguous. BSHD, BHSD and a KV cache's own layout are all just strides.
 template <class Void>
 struct BasicView {
   Void* data = nullptr;
@@ -241,11 +242,11 @@ DeviceInfo describe_cpu();
 struct Inputs {
   ConstView q;  // [batch][q_heads][q_len][head_dim]
   ConstView k;  // [batch][kv_heads][kv_len][head_dim]
-  ConstView v;  // [batch][kv_heads][kv_len][head_dim]
+  ConstView v;  // [batch][kv_heads][kv_len][head_dim_v]
 };
 
 struct Outputs {
-  View out;              // [batch][q_heads][q_len][head_dim]
+  View out;              // [batch][q_heads][q_len][head_dim_v]
   float* lse = nullptr;  // [batch][q_heads][q_len] contiguous, natural log-sum-exp of scaled scores; optional
 };
 // A query whose every visible score is -inf gives output 0 and log-sum-exp -inf. A NaN or +inf in an input spoils (as

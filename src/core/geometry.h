@@ -12,6 +12,11 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Returns the elements of a value, and of an output.
+inline std::int64_t value_dim(const Shape& shape) {
+  return shape.head_dim_v == 0 ? shape.head_dim : shape.head_dim_v;
+}
+
 // Token blocks are aligned to token 0. A *row* is the queries of one token block, so a chunk that starts
 // inside a block has a short first row, and every row lies in exactly one segment.
 struct Geometry {

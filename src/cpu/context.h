@@ -20,6 +20,7 @@ struct StageContext {
 
   const Geometry& geometry() const { return spec.geometry; }
   int head_dim() const { return static_cast<int>(spec.geometry.shape.head_dim); }
+  int head_dim_v() const { return static_cast<int>(value_dim(spec.geometry.shape)); }
   // Counts the keys of a block, which are fewer in the last.
   int block_keys(std::int64_t block) const {
     return static_cast<int>(
@@ -45,9 +46,10 @@ struct StageContext {
     return layout.permuted ? layout.sink_block[order_head(q_head)] : 0;
   }
 
-  // Return the means of a query head's blocks, [block][head_dim]: as they were permuted, and where they were.
-  const float* pooled_k(std::int64_t q_head) const { return layout.pooled_k + pooled_offset(q_head); }
-  const float* pooled_v(std::int64_t q_head) const { return layout.pooled_v + pooled_offset(q_head); }
+  // Return the means of a query head's blocks, [block][head_dim or head_dim_v]: as they were permuted, and where they
+  // were.
+  const float* pooled_k(std::int64_t q_head) const { return layout.pooled_k + pooled_rows(q_head) * head_dim(); }
+  const float* pooled_v(std::int64_t q_head) const { return layout.pooled_v + pooled_rows(q_head) * head_dim_v(); }
   const float* pooled_own(std::int64_t q_head) const {
     return layout.pooled_own + kv_head(q_head) * up_to_tile(geometry().blocks()) * head_dim();
   }
@@ -76,8 +78,8 @@ struct StageContext {
   }
 
  private:
-  std::int64_t pooled_offset(std::int64_t q_head) const {
-    return order_head(q_head) * up_to_tile(layout.permuted_blocks) * head_dim();
+  std::int64_t pooled_rows(std::int64_t q_head) const {
+    return order_head(q_head) * up_to_tile(layout.permuted_blocks);
   }
 };
 

@@ -61,11 +61,18 @@ class CpuExecutor final : public detail::Executor {
  private:
   KernelList kernels_for(Precision products) const {
     KernelList list = candidates(products);
-    // A correction begins a row's softmax, so it takes a path that attends block by block.
-    if (spec.options.correction == Correction::none || list.front()->attend_rows == nullptr) return list;
+    if (list.front()->attend_rows == nullptr || takes_rows(*list.front())) return list;
     for (const Kernels* other : runnable_kernels())
       if (other->products == list.front()->products && other->attend_rows == nullptr) return {other};
     return {&f32_path()};
+  }
+
+  // Tells whether such a path can do the plan. A correction begins a row's softmax, so it takes a path that attends
+  // block by block; and in these rows of keys and values are packed to one length.
+  bool takes_rows(const Kernels& kernels) const {
+    const Shape& shape = spec.geometry.shape;
+    return spec.options.correction == Correction::none &&
+           kernels.packed_head_dim(shape.head_dim) == kernels.packed_head_dim(value_dim(shape));
   }
 
   static const Kernels& f32_path() {
@@ -130,10 +137,13 @@ class CpuExecutor final : public detail::Executor {
 
 std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   const auto refuse = [](const std::string& message) { throw Error(ErrorCode::unsupported, message); };
-  const std::int64_t dim = spec.geometry.shape.head_dim;
-  if (dim % row_tile != 0 || dim > max_head_dim)
-    refuse(fmt::format("head_dim {}: the CPU backend takes multiples of {} up to {}; pad, or use Device::reference()",
-                       dim, row_tile, max_head_dim));
+  const auto check_dim = [&](const char* name, std::int64_t dim) {
+    if (dim % row_tile != 0 || dim > max_head_dim)
+      refuse(fmt::format("{} {}: the CPU backend takes multiples of {} up to {}; pad, or use Device::reference()", name,
+                         dim, row_tile, max_head_dim));
+  };
+  check_dim("head_dim", spec.geometry.shape.head_dim);
+  check_dim("head_dim_v", value_dim(spec.geometry.shape));
   if (spec.options.block % strip != 0 || spec.options.block > max_block)
     refuse(fmt::format("block {}: the CPU backend takes multiples of {} up to {}; use 128, or Device::reference()",
                        spec.options.block, strip, max_block));

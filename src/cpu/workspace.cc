@@ -45,6 +45,7 @@ Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent exte
   const Options& options = spec.options;
   const Geometry& g = spec.geometry;
   const std::int64_t dim = g.shape.head_dim;
+  const std::int64_t dim_v = value_dim(g.shape);
   const std::int64_t blocks = g.blocks();
   permuted_blocks = g.own_begin(g.rows() - 1);
   permuted = options.permutation != Permutation::none && g.permuted_len() > 0;
@@ -53,7 +54,8 @@ Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent exte
   shared_order = options.order_scope == OrderScope::kv_head;
   scoring_strips = ceil_div(g.scoring_queries(), strip);
   mask_words = ceil_div(blocks, 64);
-  block_bytes = g.block * kernels.packed_head_dim(dim) * kernels.element_size;
+  k_block_bytes = g.block * kernels.packed_head_dim(dim) * kernels.element_size;
+  v_block_bytes = g.block * kernels.packed_head_dim(dim_v) * kernels.element_size;
   const std::int64_t order_heads = !permuted ? 0 : shared_order ? extent.kv_heads : extent.q_heads;
   const std::int64_t pooled_heads = permuted ? order_heads : extent.kv_heads;
 
@@ -73,13 +75,13 @@ Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent exte
   scratch_bytes = ceil_div(std::max({attend, select, sort}), alignment) * alignment;
 
   Arena arena(base);
-  arena.take(k, extent.kv_heads * blocks * block_bytes);
-  arena.take(v, extent.kv_heads * blocks * block_bytes);
+  arena.take(k, extent.kv_heads * blocks * k_block_bytes);
+  arena.take(v, extent.kv_heads * blocks * v_block_bytes);
   arena.take(values_finite, extent.kv_heads * blocks);
-  arena.take(permuted_k, copied_heads * permuted_blocks * block_bytes);
-  arena.take(permuted_v, copied_heads * permuted_blocks * block_bytes);
+  arena.take(permuted_k, copied_heads * permuted_blocks * k_block_bytes);
+  arena.take(permuted_v, copied_heads * permuted_blocks * v_block_bytes);
   arena.take(pooled_k, scored || corrected ? pooled_heads * pooled_rows * dim : 0);
-  arena.take(pooled_v, corrected ? pooled_heads * pooled_rows * dim : 0);
+  arena.take(pooled_v, corrected ? pooled_heads * pooled_rows * dim_v : 0);
   // A row tile more, because an own segment's tiles may begin anywhere.
   arena.take(pooled_own,
              scored && pools_own(options.score) ? (extent.kv_heads * up_to_tile(blocks) + row_tile) * dim : 0);

@@ -34,13 +34,13 @@ struct Layout {
   Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent extent, std::byte* base);
 
   std::byte* k = nullptr;                 // [kv_heads][blocks][block][head_dim] packed, original order
-  std::byte* v = nullptr;                 // the same
+  std::byte* v = nullptr;                 // the same, [head_dim_v]
   std::uint8_t* values_finite = nullptr;  // [kv_heads][blocks]
   std::byte* permuted_k = nullptr;        // [order_heads][permuted_blocks][block][head_dim] packed; none where the
                                           // path gathers
-  std::byte* permuted_v = nullptr;        // the same
+  std::byte* permuted_v = nullptr;        // the same, [head_dim_v]
   float* pooled_k = nullptr;              // [pooled_heads][permuted_blocks up to a row_tile][head_dim]
-  float* pooled_v = nullptr;              // the same of values, where what is left out is corrected for
+  float* pooled_v = nullptr;              // the same of values, [head_dim_v], where what is left out is corrected for
   float* pooled_own = nullptr;            // [kv_heads][blocks up to a row_tile][head_dim], in the original order
   float* band_factors = nullptr;          // [q_heads][2]
   std::byte* scoring_queries = nullptr;   // [q_heads][scoring_strips][strip_bytes] packed: they score the keys
@@ -63,7 +63,8 @@ struct Layout {
   std::int64_t strip_bytes = 0;    // of a packed strip of queries
   std::int64_t exps_bytes = 0;     // of a strip's exponentials on one block
   std::int64_t mask_words = 0;
-  std::int64_t block_bytes = 0;  // of a packed block of keys or of values
+  std::int64_t k_block_bytes = 0;  // of a packed block of keys
+  std::int64_t v_block_bytes = 0;  // of values
   std::int64_t scratch_bytes = 0;
   std::int64_t lists_bytes = 0;  // of scratch, at its start: a group's block lists of the rows that are done together
 };

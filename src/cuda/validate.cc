@@ -75,6 +75,9 @@ void check_limits(const detail::PlanSpec& spec) {
   const Geometry& g = spec.geometry;
   if (g.shape.head_dim != 64 && g.shape.head_dim != 128)
     refuse(fmt::format("head_dim {}: the CUDA backend takes 64 or 128; pad, or use Device::cpu()", g.shape.head_dim));
+  if (value_dim(g.shape) != g.shape.head_dim)
+    refuse(fmt::format("head_dim_v {}: the CUDA backend takes values as wide as keys, {}; pad, or use Device::cpu()",
+                       g.shape.head_dim_v, g.shape.head_dim));
   if (spec.options.block != block_tokens)
     refuse(fmt::format("block {}: the CUDA backend takes {}; use that, or Device::cpu()", spec.options.block,
                        block_tokens));

@@ -107,7 +107,7 @@ void attend(const Inputs& inputs, const Options& options, const Geometry& geomet
       const auto list = std::span(trace.block).subspan(begin, end - begin);
       const QueryResult result =
           attend_query(head, geometry, options.scale, query, order, list, pooled ? &*pooled : nullptr);
-      for (std::int64_t d = 0; d < shape.head_dim; ++d)
+      for (std::int64_t d = 0; d < value_dim(shape); ++d)
         store(out.dtype, out.data, batch * out.batch_stride + h * out.head_stride + query * out.token_stride + d,
               result.out[d]);
       if (outputs.lse != nullptr) outputs.lse[flat * shape.q_len + query] = static_cast<float>(result.lse);

@@ -26,7 +26,7 @@ struct Matrix {
   std::vector<double> values;
 };
 
-// What one query head of one batch entry sees: q [q_len][head_dim], k and v [kv_len][head_dim].
+// What one query head of one batch entry sees: q [q_len][head_dim], k [kv_len][head_dim], v [kv_len][head_dim_v].
 struct Head {
   Matrix q, k, v;
   DType q_dtype = DType::f32;  // pooled queries and keys are rounded to the dtype they came in

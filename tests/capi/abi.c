@@ -115,7 +115,7 @@ static void fill_call(void) {
     CHECK(call.options[h].known.struct_size == sizeof call.options[h]);
     CHECK(call.options[h].new[0] == 0 && call.options[h].new[more - 1] == 0);
   }
-  call.shape.known = (pbsattn_shape){sizeof call.shape, 1, heads, heads, tokens, tokens, head_dim};
+  call.shape.known = (pbsattn_shape){sizeof call.shape, 1, heads, heads, tokens, tokens, head_dim, 0};
   call.device.known = (pbsattn_device){.struct_size = sizeof call.device, .threads = 1};
   call.view.known = (pbsattn_view){sizeof call.view, call.q, 0, tokens * head_dim, head_dim, PBSATTN_F32, 0};
   call.out = call.view;
@@ -190,7 +190,7 @@ static void what_is_new_and_set_is_refused_by_name(void) {
   CHECK(says(place));
     REFUSED(call.options[0], options, "options", "expected_density")
     REFUSED(call.options[1], options, "heads[1]", "expected_density")
-    REFUSED(call.shape, shape, "shape", "head_dim")
+    REFUSED(call.shape, shape, "shape", "head_dim_v")
     REFUSED(call.device, device, "device", "reserved")
     REFUSED(call.view, view, "q", "reserved")
     REFUSED(call.out, view, "out", "reserved")

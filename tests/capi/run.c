@@ -19,7 +19,7 @@ static void dense_is_the_running_mean(int device_kind) {
   float* out = calloc(tokens * head_dim, sizeof(float));
   float* lse = calloc(tokens, sizeof(float));
   pbsattn_options options = {.struct_size = sizeof options};
-  const pbsattn_shape shape = {sizeof shape, 1, 1, 1, tokens, tokens, head_dim};
+  const pbsattn_shape shape = {sizeof shape, 1, 1, 1, tokens, tokens, head_dim, 0};
   const pbsattn_device device = {.struct_size = sizeof device, .kind = device_kind, .threads = 2};
   pbsattn_plan* plan = NULL;
   pbsattn_stats stats = {.struct_size = sizeof stats};
@@ -83,7 +83,7 @@ static void dense_is_the_running_mean(int device_kind) {
 
 static void errors_have_codes_and_messages(void) {
   pbsattn_options options = {.struct_size = sizeof options};
-  pbsattn_shape shape = {sizeof shape, 1, 1, 1, 8, 8, 100};
+  pbsattn_shape shape = {sizeof shape, 1, 1, 1, 8, 8, 100, 0};
   const pbsattn_device cpu = {.struct_size = sizeof cpu}; /* with all its threads */
   pbsattn_plan* plan = (pbsattn_plan*)&options;
 
@@ -107,7 +107,7 @@ static void errors_have_codes_and_messages(void) {
 /* `auto` takes full attention for a sequence this short, and the plan says so. */
 static void a_plan_tells_its_options(void) {
   pbsattn_options options = {.struct_size = sizeof options};
-  const pbsattn_shape shape = {sizeof shape, 1, 1, 1, tokens, tokens, head_dim};
+  const pbsattn_shape shape = {sizeof shape, 1, 1, 1, tokens, tokens, head_dim, 0};
   const pbsattn_device cpu = {.struct_size = sizeof cpu};
   pbsattn_plan* plan = NULL;
 

@@ -72,6 +72,7 @@ Shape take_shape(Bytes& bytes) {
   shape.q_len =
       bytes.take_rarely(2) ? bytes.take_near(1, std::clamp<std::int64_t>(shape.kv_len, 1, longest)) : shape.kv_len;
   shape.head_dim = 8 * bytes.take_near(1, 5);
+  shape.head_dim_v = bytes.take_rarely(3) ? 8 * bytes.take_near(1, 5) : 0;
   return shape;
 }
 
@@ -129,6 +130,7 @@ pbsattn_shape to_c(const Shape& s) {
   c.q_len = s.q_len;
   c.kv_len = s.kv_len;
   c.head_dim = s.head_dim;
+  c.head_dim_v = s.head_dim_v;
   return c;
 }
 

@@ -29,8 +29,8 @@ struct Tensors {
   Tensors(Bytes& bytes, const Shape& s)
       : q(bytes, s.batch, s.q_heads, s.q_len, s.head_dim),
         k(bytes, s.batch, s.kv_heads, s.kv_len, s.head_dim),
-        v(bytes, s.batch, s.kv_heads, s.kv_len, s.head_dim),
-        out(bytes, s.batch, s.q_heads, s.q_len, s.head_dim),
+        v(bytes, s.batch, s.kv_heads, s.kv_len, value_dim(s)),
+        out(bytes, s.batch, s.q_heads, s.q_len, value_dim(s)),
         lse(static_cast<std::size_t>(s.batch * s.q_heads * s.q_len)) {}
 
   bool fit() const { return q.fits && k.fits && v.fits && out.fits; }
@@ -224,7 +224,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
   const bool reference = call.device.kind == Device::Kind::reference;
   if (call.shape.kv_len <= (reference ? 64 : 320) && call.shape.batch * call.shape.q_heads <= 12 &&
-      call.shape.head_dim <= 64)
+      call.shape.head_dim <= 64 && value_dim(call.shape) <= 64)
     run(plan, call, bytes);
   pbsattn_plan_destroy(plan);
   return 0;

@@ -36,8 +36,9 @@ struct Visible {
 
 // Attends one query. Keys of index `many` and up count for `block` keys each.
 void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
-                        std::int64_t dim, float scale, DType products, const std::vector<std::int64_t>& keys,
-                        std::int64_t many, int block, std::vector<float>& out, float& lse) {
+                        std::int64_t dim, std::int64_t dim_v, float scale, DType products,
+                        const std::vector<std::int64_t>& keys, std::int64_t many, int block, std::vector<float>& out,
+                        float& lse) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> weight;
   float max = -infinity;
@@ -47,11 +48,11 @@ void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k
     weight.push_back(s * scale);
     max = std::max(max, weight.back());
   }
-  out.assign(dim, 0.0F);
+  out.assign(dim_v, 0.0F);
   lse = -infinity;
   if (max == -infinity && std::ranges::none_of(weight, [](float s) { return std::isnan(s); })) {
     for (const std::int64_t n : keys)
-      for (std::int64_t d = 0; d < dim; ++d) out[d] += 0.0F * v[n * dim + d];
+      for (std::int64_t d = 0; d < dim_v; ++d) out[d] += 0.0F * v[n * dim_v + d];
     return;
   }
   // An online softmax measures from a maximum so far, not from the last one. So where weights are rounded the
@@ -62,7 +63,7 @@ void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k
     const float p =
         to_operand(products, std::exp(weight[i] - max)) * (keys[i] < many ? 1.0F : static_cast<float>(block));
     sum += p;
-    for (std::int64_t d = 0; d < dim; ++d) out[d] += p * v[keys[i] * dim + d];
+    for (std::int64_t d = 0; d < dim_v; ++d) out[d] += p * v[keys[i] * dim_v + d];
   }
   for (float& x : out) x /= sum;
   lse = max + std::log(sum);
@@ -130,8 +131,8 @@ Values attend_plain(const Problem& problem, const Options& options, const Trace&
           const std::int64_t far = visible.token / geometry.segment * geometry.segment / geometry.block;
           for (std::int64_t b = 0; b < far && options.correction == Correction::mean; ++b)
             if (!std::ranges::binary_search(blocks, b)) keys.push_back(many + b);
-          attend_plain_query({q.begin() + query * dim, q.begin() + (query + 1) * dim}, k, v, dim, options.scale,
-                             products, keys, many, geometry.block, out, lse);
+          attend_plain_query({q.begin() + query * dim, q.begin() + (query + 1) * dim}, k, v, dim, head.v.columns,
+                             options.scale, products, keys, many, geometry.block, out, lse);
           for (const float x : out) values.out.push_back(reference::round_to(problem.out.dtype, x));
           values.lse.push_back(lse);
         }

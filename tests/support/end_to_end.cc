@@ -78,6 +78,7 @@ RandomPlan draw(const PlanLimits& limits, BlockScore score, KeepRule keep, int v
   shape.q_len = random.one_in(2) ? shape.kv_len : random.between(1, shape.kv_len);
   shape.q_len = std::min(shape.q_len, limits.most_queries);
   shape.head_dim = random.of(limits.head_dims);
+  if (limits.other_value_dims && random.one_in(3)) shape.head_dim_v = random.of(limits.head_dims);
   if (random.one_in(4))
     options.scale = static_cast<float>(random.between(1, 8)) / 4 / std::sqrt(static_cast<float>(shape.head_dim));
   plan.problem.seed = random.between(1, 1 << 30);
@@ -101,8 +102,8 @@ RandomPlan draw(const PlanLimits& limits, BlockScore score, KeepRule keep, int v
 void PrintTo(const RandomPlan& plan, std::ostream* stream) {
   const Shape& s = plan.problem.shape;
   *stream << s.batch << " x " << s.q_heads << "/" << s.kv_heads << " heads, " << s.q_len << " of " << s.kv_len
-          << " tokens, head_dim " << s.head_dim << ", dtype " << static_cast<int>(plan.problem.q) << ", seed "
-          << plan.problem.seed << "; ";
+          << " tokens, head_dim " << s.head_dim << ", of values " << value_dim(s) << ", dtype "
+          << static_cast<int>(plan.problem.q) << ", seed " << plan.problem.seed << "; ";
   for (const Options& head : plan.heads) {
     Options copy = head;
     visit_options(copy, [&](std::string_view name, auto& field) {
@@ -198,7 +199,7 @@ void expect_reference_decisions(const RandomPlan& plan, const Backend& backend, 
       same = false;
     }
     if (!same) continue;  // other tests judge outputs of whatever was decided
-    const std::int64_t elements = shape.q_len * shape.head_dim;
+    const std::int64_t elements = shape.q_len * value_dim(shape);
     double largest = 0;
     double error = 0;
     for (std::int64_t i = flat * elements; i < (flat + 1) * elements; ++i) {

@@ -170,7 +170,7 @@ Values outputs_of(const Problem& problem) {
   for (std::int64_t b = 0; b < s.batch; ++b)
     for (std::int64_t h = 0; h < s.q_heads; ++h)
       for (std::int64_t t = 0; t < s.q_len; ++t)
-        for (std::int64_t d = 0; d < s.head_dim; ++d) values.out.push_back(problem.out.get(b, h, t, d));
+        for (std::int64_t d = 0; d < value_dim(s); ++d) values.out.push_back(problem.out.get(b, h, t, d));
   return values;
 }
 

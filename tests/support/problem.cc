@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace pbsattn::test {
@@ -24,8 +25,8 @@ Problem::Problem(const ProblemSpec& spec)
     : shape(spec.shape),
       q(spec.q, spec.layout, shape.batch, shape.q_heads, shape.q_len, shape.head_dim),
       k(spec.k, spec.layout, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim),
-      v(spec.v, spec.layout, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim),
-      out(spec.out, spec.layout, shape.batch, shape.q_heads, shape.q_len, shape.head_dim),
+      v(spec.v, spec.layout, shape.batch, shape.kv_heads, shape.kv_len, value_dim(shape)),
+      out(spec.out, spec.layout, shape.batch, shape.q_heads, shape.q_len, value_dim(shape)),
       lse(static_cast<std::size_t>(shape.batch * shape.q_heads * shape.q_len)) {
   Normal normal(spec.seed);
   const auto on_grid = [&](double x) { return spec.grid == 0 ? x : std::round(x / spec.grid) * spec.grid; };
@@ -40,9 +41,10 @@ Problem::Problem(const ProblemSpec& spec)
       for (std::int64_t n = 0; n < shape.kv_len; ++n) {
         const double pull = 0.5 * std::exp(normal());
         const auto& topic = topics[n / topic_length];
-        for (std::int64_t d = 0; d < shape.head_dim; ++d) {
-          k.set(b, h, n, d, on_grid(normal() + (pull * shared[d] + 2.0 * topic[d]) * width / 2));
-          v.set(b, h, n, d, normal());
+        for (std::int64_t d = 0; d < std::max(shape.head_dim, value_dim(shape)); ++d) {
+          if (d < shape.head_dim)
+            k.set(b, h, n, d, on_grid(normal() + (pull * shared[d] + 2.0 * topic[d]) * width / 2));
+          if (d < value_dim(shape)) v.set(b, h, n, d, normal());
         }
       }
       for (std::int64_t i = 0; i < group * shape.q_len; ++i) {

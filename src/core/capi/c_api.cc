@@ -90,7 +90,8 @@ pbsattn_status make_plan(const pbsattn_shape* shape, const pbsattn_device* devic
                                    .kv_heads = s.kv_heads,
                                    .q_len = s.q_len,
                                    .kv_len = s.kv_len,
-                                   .head_dim = s.head_dim};
+                                   .head_dim = s.head_dim,
+                                   .head_dim_v = s.head_dim_v};
     const pbsattn::Device cpp_device{pbsattn::to_enum<pbsattn::Device::Kind>(d.kind), d.threads, d.index};
     *plan = new pbsattn_plan{create(cpp_shape, cpp_device)};
   });

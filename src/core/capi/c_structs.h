@@ -4,7 +4,7 @@
 #include "core/capi/sized_struct.h"
 #include "pbsattn/pbsattn.h"
 
-PBSATTN_SIZED_STRUCT(pbsattn_shape, head_dim, 56);
+PBSATTN_SIZED_STRUCT(pbsattn_shape, head_dim_v, 56);
 PBSATTN_SIZED_STRUCT(pbsattn_options, expected_density, 104);
 PBSATTN_SIZED_STRUCT(pbsattn_device, reserved, 24);
 PBSATTN_SIZED_STRUCT(pbsattn_view, reserved, 48);

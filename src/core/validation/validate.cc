@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/geometry.h"
 #include "core/validation/overlap.h"
 #include "pbsattn/options.hpp"
 
@@ -133,6 +134,8 @@ void validate(const Shape& s) {
   require(s.q_len >= 1 && s.q_len <= s.kv_len,
           "q_len {}: outside 1 .. kv_len {}; the queries are the last q_len of kv_len tokens", s.q_len, s.kv_len);
   require(s.head_dim >= 1 && s.head_dim <= max_heads, "head_dim {}: outside 1 .. {}", s.head_dim, max_heads);
+  require(s.head_dim_v >= 0 && s.head_dim_v <= max_heads, "head_dim_v {}: outside 0 .. {}; 0 stands for head_dim",
+          s.head_dim_v, max_heads);
 }
 
 void validate(std::span<const Options> heads, const Shape& shape) {
@@ -164,8 +167,8 @@ void validate(std::span<const Options> heads, const Shape& shape) {
 void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
   validate_view(inputs.q, "q", s.batch, s.q_heads, s.q_len, s.head_dim, false);
   validate_view(inputs.k, "k", s.batch, s.kv_heads, s.kv_len, s.head_dim, false);
-  validate_view(inputs.v, "v", s.batch, s.kv_heads, s.kv_len, s.head_dim, false);
-  validate_view(outputs.out, "out", s.batch, s.q_heads, s.q_len, s.head_dim, true);
+  validate_view(inputs.v, "v", s.batch, s.kv_heads, s.kv_len, value_dim(s), false);
+  validate_view(outputs.out, "out", s.batch, s.q_heads, s.q_len, value_dim(s), true);
   require(reinterpret_cast<std::uintptr_t>(outputs.lse) % sizeof(float) == 0,
           "lse: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
 }
@@ -177,11 +180,11 @@ void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<con
     Region region;
   };
   const View& out = outputs.out;
-  const Region out_region = region_of(out, s.batch, s.q_heads, s.q_len, s.head_dim);
+  const Region out_region = region_of(out, s.batch, s.q_heads, s.q_len, value_dim(s));
   require(!overlaps_itself(out_region),
           "out: strides {}, {} and {} of batch, head and token put rows of head_dim {} over each other; pass a tensor "
           "whose elements have memory of their own",
-          out.batch_stride, out.head_stride, out.token_stride, s.head_dim);
+          out.batch_stride, out.head_stride, out.token_stride, value_dim(s));
   // Rows that lie apart are so few that this doesn't overflow.
   const std::int64_t lse_bytes =
       outputs.lse == nullptr ? 0 : s.batch * s.q_heads * s.q_len * static_cast<std::int64_t>(sizeof(float));
@@ -192,7 +195,7 @@ void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<con
                                   {"workspace", region_of(workspace.data(), workspace_bytes)},
                                   {"q", region_of(inputs.q, s.batch, s.q_heads, s.q_len, s.head_dim)},
                                   {"k", region_of(inputs.k, s.batch, s.kv_heads, s.kv_len, s.head_dim)},
-                                  {"v", region_of(inputs.v, s.batch, s.kv_heads, s.kv_len, s.head_dim)}}};
+                                  {"v", region_of(inputs.v, s.batch, s.kv_heads, s.kv_len, value_dim(s))}}};
   constexpr std::size_t written = 3;
   for (std::size_t i = 0; i < written; ++i)
     for (std::size_t other = i + 1; other < all.size(); ++other)

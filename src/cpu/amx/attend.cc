@@ -56,7 +56,7 @@ struct OutputTile {
 
 // Writes a strip's rows. Returns false, with part of them written, where the sums left float32's range.
 template <DType Out>
-bool write_rows(const Strip& s, int head_dim, bool checked) {
+bool write_rows(const Strip& s, int head_dim_v, bool checked) {
   const AttendRow& row = *s.row;
   // No sum is that large unless a score was much above those that it was measured from.
   constexpr float most = 0x1p64F;
@@ -71,11 +71,11 @@ bool write_rows(const Strip& s, int head_dim, bool checked) {
         if (!(sum[i] > 0.0F && sum[i] < most)) return false;
     const F32 inverse = sum == F32{} ? F32{} : 1.0F / sum;
     OutputTile<Out> tile;
-    for (int d = 0; d < head_dim; d += OutputTile<Out>::width) {
+    for (int d = 0; d < head_dim_v; d += OutputTile<Out>::width) {
       wrong += tile.read(s.out + (d / tile_rows * 2 + half) * tile_bytes, inverse);
       for (int i = 0; i < count; ++i) {
         const std::int64_t query = s.first + half * lanes + i;
-        tile.write(static_cast<std::byte*>(row.out) + query * row.out_stride * size, d, head_dim - d, i);
+        tile.write(static_cast<std::byte*>(row.out) + query * row.out_stride * size, d, head_dim_v - d, i);
       }
     }
   }
@@ -90,11 +90,11 @@ bool write_rows(const Strip& s, int head_dim, bool checked) {
   return true;
 }
 
-bool write_rows(const Strip& s, int head_dim, bool checked) {
+bool write_rows(const Strip& s, int head_dim_v, bool checked) {
   switch (s.row->out_dtype) {
-    case DType::f32: return write_rows<DType::f32>(s, head_dim, checked);
-    case DType::f16: return write_rows<DType::f16>(s, head_dim, checked);
-    case DType::bf16: return write_rows<DType::bf16>(s, head_dim, checked);
+    case DType::f32: return write_rows<DType::f32>(s, head_dim_v, checked);
+    case DType::f16: return write_rows<DType::f16>(s, head_dim_v, checked);
+    case DType::bf16: return write_rows<DType::bf16>(s, head_dim_v, checked);
   }
   return true;
 }
@@ -314,15 +314,15 @@ class RowStream {
   void do_with_care(Strip& s, bool fine) {
     if (fine) {
       amx::attend_with_care(s, args_, true, careful_);
-      if (write_rows(s, args_.head_dim, true)) return;
+      if (write_rows(s, args_.head_dim_v, true)) return;
     }
     amx::attend_with_care(s, args_, false, careful_);
-    write_rows(s, args_.head_dim, false);
+    write_rows(s, args_.head_dim_v, false);
   }
 
   void push(const Unit& unit) {
     pipeline_.push(unit, [this](Strip& s) {
-      if (!write_rows(s, args_.head_dim, true)) do_with_care(s, false);
+      if (!write_rows(s, args_.head_dim_v, true)) do_with_care(s, false);
     });
   }
   void drain() {

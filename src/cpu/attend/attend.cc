@@ -28,14 +28,15 @@ class RowScratch {
  public:
   RowScratch(std::byte* memory, const Geometry& g, int element_size) {
     const auto dim = static_cast<int>(g.shape.head_dim);
+    const auto dim_v = static_cast<int>(value_dim(g.shape));
     for (int i = 0; i < g.block / strip; ++i) {
       RowState& s = strips_[static_cast<std::size_t>(i)];
-      s.state = {take(memory, strip), take(memory, strip), take(memory, dim * strip)};
+      s.state = {take(memory, strip), take(memory, strip), take(memory, dim_v * strip)};
       s.queries = memory;
       memory += dim * strip * element_size;
     }
     scores_ = reinterpret_cast<float*>(memory);
-    scores_floats_ = 2 * std::max<std::int64_t>(g.block, dim) * strip;
+    scores_floats_ = 2 * g.block * strip;
   }
   RowState& strip_state(int i) { return strips_[static_cast<std::size_t>(i)]; }
   float* scores() { return scores_; }
@@ -95,7 +96,7 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
     c.kernels.pack.queries(c.q_rows(head, begin - g.q_offset() + i * strip), count, dim, packed);
     std::fill_n(state.max, strip, -std::numeric_limits<float>::infinity());
     std::fill_n(state.sum, strip, 0.0F);
-    std::fill_n(state.out, dim * strip, 0.0F);
+    std::fill_n(state.out, c.head_dim_v() * strip, 0.0F);
     if (c.layout.corrected)
       correct_strip(c, head, row, begin - g.q_offset() + i * strip, count, blocks, state, scratch.rest());
   }
@@ -103,12 +104,13 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
   const std::int64_t own_begin = g.own_begin(row);
   const auto packed_at = [&](std::int64_t block) -> PackedBlock {
     const bool moved = block < own_begin && c.layout.permuted;
-    const std::int64_t first = kv_head * g.blocks() * c.layout.block_bytes;
-    if (moved && c.kernels.gathers) return {c.layout.k + first, c.layout.v + first, c.order(head, block)};
-    const std::int64_t permuted = (c.order_head(head) * c.layout.permuted_blocks + block) * c.layout.block_bytes;
-    if (moved) return {c.layout.permuted_k + permuted, c.layout.permuted_v + permuted, nullptr};
-    const std::int64_t place = first + block * c.layout.block_bytes;
-    return {c.layout.k + place, c.layout.v + place, nullptr};
+    const bool copied = moved && !c.kernels.gathers;
+    const std::int64_t place = copied  ? c.order_head(head) * c.layout.permuted_blocks + block
+                               : moved ? kv_head * g.blocks()
+                                       : kv_head * g.blocks() + block;
+    return {(copied ? c.layout.permuted_k : c.layout.k) + place * c.layout.k_block_bytes,
+            (copied ? c.layout.permuted_v : c.layout.v) + place * c.layout.v_block_bytes,
+            moved && !copied ? c.order(head, block) : nullptr};
   };
   const auto visit = [&](std::int64_t block, std::int64_t next) {
     const int keys = c.block_keys(block);
@@ -125,6 +127,7 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
                            .queries = packed,
                            .count = (seen + row_tile - 1) / row_tile * row_tile,
                            .head_dim = dim,
+                           .head_dim_v = c.head_dim_v(),
                            .scale_log2 = c.scale_log2(),
                            .causal = causal,
                            .diagonal = diagonal,
@@ -140,9 +143,9 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
 
   const RowOutput output(c, head, begin - g.q_offset());
   for (int i = 0; i < strips; ++i)
-    c.f32_kernels.finish(scratch.strip_state(i).state, std::min(strip, queries - i * strip), dim, c.scale_log2(),
-                         output.out + i * strip * output.row_bytes, c.outputs.out.dtype, c.outputs.out.token_stride,
-                         output.lse == nullptr ? nullptr : output.lse + i * strip);
+    c.f32_kernels.finish(scratch.strip_state(i).state, std::min(strip, queries - i * strip), c.head_dim_v(),
+                         c.scale_log2(), output.out + i * strip * output.row_bytes, c.outputs.out.dtype,
+                         c.outputs.out.token_stride, output.lse == nullptr ? nullptr : output.lse + i * strip);
 }
 
 // Describes a row to a path that takes whole rows.
@@ -150,18 +153,18 @@ AttendRow describe_row(const StageContext& c, std::int64_t head, std::int64_t ro
                        std::span<const std::int32_t> blocks) {
   const Geometry& g = c.geometry();
   const std::int64_t kv_head = c.kv_head(head);
-  const std::int64_t permuted_offset = c.order_head(head) * c.layout.permuted_blocks * c.layout.block_bytes;
-  const std::int64_t offset = kv_head * g.blocks() * c.layout.block_bytes;
+  const std::int64_t permuted_block = c.order_head(head) * c.layout.permuted_blocks;
+  const std::int64_t block = kv_head * g.blocks();
   const std::int64_t begin = g.row_begin(row);
   const RowOutput output(c, head, begin - g.q_offset());
   return {.queries = c.q_rows(head, begin - g.q_offset()),
           .count = static_cast<int>(g.row_end(row) - begin),
           .blocks = blocks.data(),
           .block_count = static_cast<int>(blocks.size()),
-          .permuted_k = c.layout.permuted ? c.layout.permuted_k + permuted_offset : nullptr,
-          .permuted_v = c.layout.permuted ? c.layout.permuted_v + permuted_offset : nullptr,
-          .k = c.layout.k + offset,
-          .v = c.layout.v + offset,
+          .permuted_k = c.layout.permuted ? c.layout.permuted_k + permuted_block * c.layout.k_block_bytes : nullptr,
+          .permuted_v = c.layout.permuted ? c.layout.permuted_v + permuted_block * c.layout.v_block_bytes : nullptr,
+          .k = c.layout.k + block * c.layout.k_block_bytes,
+          .v = c.layout.v + block * c.layout.v_block_bytes,
           .permuted_end = c.layout.permuted ? g.own_begin(row) : 0,
           .diagonal = begin - g.diagonal(row) * g.block,
           .last_finite = c.layout.values_finite[kv_head * g.blocks() + g.diagonal(row)] != 0,
@@ -198,8 +201,9 @@ std::int64_t attend_item(const StageContext& c, const Item& item, std::byte* scr
   if (count > 0)
     c.kernels.attend_rows(rows.data(), count,
                           {.head_dim = c.head_dim(),
+                           .head_dim_v = c.head_dim_v(),
                            .block = g.block,
-                           .block_bytes = c.layout.block_bytes,
+                           .block_bytes = c.layout.k_block_bytes,
                            .scale_log2 = c.scale_log2(),
                            .scratch = memory});
   return visited;
@@ -211,8 +215,8 @@ std::int64_t row_scratch_bytes(const Geometry& g, const Kernels& kernels, std::i
   const std::int64_t dim = g.shape.head_dim;
   if (kernels.attend_rows != nullptr) return kernels.attend_scratch_bytes(static_cast<int>(dim), g.block);
   const std::int64_t queries = kernels.packed_head_dim(dim) * kernels.element_size;
-  const std::int64_t state = (dim + 2) * static_cast<std::int64_t>(sizeof(float));
-  const std::int64_t scores = 2 * std::max<std::int64_t>(g.block, dim) * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t state = (value_dim(g.shape) + 2) * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t scores = 2 * g.block * static_cast<std::int64_t>(sizeof(float));
   return g.block * (queries + state) + scores * strip +
          (corrected_blocks > 0 ? correction_bytes(g, corrected_blocks) : 0);
 }

@@ -46,8 +46,8 @@ void correct_strip(const StageContext& c, std::int64_t head, std::int64_t row, s
       weight[i] = keys * std::exp2((scores[b * strip + i] - origin) * c.scale_log2());
       state.sum[i] += weight[i];
     }
-    const float* const value = c.pooled_v(head) + b * dim;
-    for (int d = 0; d < dim; ++d)
+    const float* const value = c.pooled_v(head) + b * c.head_dim_v();
+    for (int d = 0; d < c.head_dim_v(); ++d)
       for (int i = 0; i < strip; ++i) state.out[d * strip + i] += weight[i] * value[d];
   });
 }

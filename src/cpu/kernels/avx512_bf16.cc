@@ -218,7 +218,7 @@ void scores(const void* keys, const void* queries, int count, int head_dim, floa
 void accumulate_visible(const BlockArgs& args, const Pair* weights, float* out) {
   for (int key = 0; key < args.count; ++key) {
     const Pair* value =
-        reinterpret_cast<const Pair*>(args.block.values) + static_cast<std::int64_t>(key / 2) * args.head_dim;
+        reinterpret_cast<const Pair*>(args.block.values) + static_cast<std::int64_t>(key / 2) * args.head_dim_v;
     const int shift = key % 2 == 0 ? 16 : 0;  // of a pair, the bf16 at hand as the high half of a float
     for (int j = 0; j < strip_vectors; ++j) {
       const __mmask16 visible = sees(key - args.diagonal, j);
@@ -226,7 +226,7 @@ void accumulate_visible(const BlockArgs& args, const Pair* weights, float* out) 
       bits = _mm512_and_si512(_mm512_slli_epi32(bits, static_cast<unsigned>(shift)),
                               _mm512_set1_epi32(static_cast<int>(0xFFFF0000U)));
       const __m512 weight = _mm512_castsi512_ps(bits);
-      for (int d = 0; d < args.head_dim; ++d) {
+      for (int d = 0; d < args.head_dim_v; ++d) {
         const auto value_bits = static_cast<int>((value[d] << shift) & 0xFFFF0000U);
         float* o = out + d * strip + j * lanes;
         const __m512 v = _mm512_castsi512_ps(_mm512_set1_epi32(value_bits));
@@ -236,16 +236,17 @@ void accumulate_visible(const BlockArgs& args, const Pair* weights, float* out) 
   }
 }
 
-// Fetches the part of the next block's keys that falls to key tile `i`.
+// Fetches the part of the next block's keys and values that falls to key tile `i`.
 inline void prefetch_share(const BlockArgs& args, int i) {
   const int keys = args.next_end - args.next_begin;
-  const int row = args.head_dim * 2;
-  const int begin = (args.next_begin + keys * i / args.count) * row / cache_line;
-  const int end = (args.next_begin + keys * (i + row_tile) / args.count) * row / cache_line;
-  for (int line = begin; line < end; ++line) {
-    __builtin_prefetch(args.next.keys + line * cache_line, 0, 2);
-    __builtin_prefetch(args.next.values + line * cache_line, 0, 2);
-  }
+  const int begin = args.next_begin + keys * i / args.count;
+  const int end = args.next_begin + keys * (i + row_tile) / args.count;
+  const auto fetch = [&](const std::byte* rows, int row_bytes) {
+    for (int line = begin * row_bytes / cache_line; line < end * row_bytes / cache_line; ++line)
+      __builtin_prefetch(rows + line * cache_line, 0, 2);
+  };
+  fetch(args.next.keys, args.head_dim * 2);
+  fetch(args.next.values, args.head_dim_v * 2);
 }
 
 void attend_block(const BlockArgs& args, const StripState& state) {
@@ -300,8 +301,8 @@ void attend_block(const BlockArgs& args, const StripState& state) {
   }
 
   const bool careful = args.causal && !args.values_finite;
-  for (int d = 0; d < args.head_dim; d += row_tile)
-    product(values + d, 1, args.head_dim, careful ? 0 : args.count / 2, weights, rescale, state.out + d * strip);
+  for (int d = 0; d < args.head_dim_v; d += row_tile)
+    product(values + d, 1, args.head_dim_v, careful ? 0 : args.count / 2, weights, rescale, state.out + d * strip);
   if (careful) accumulate_visible(args, weights, state.out);
 }
 

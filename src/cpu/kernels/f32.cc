@@ -58,17 +58,22 @@ const float* row_of(const std::byte* rows, const std::int32_t* index, int i, int
 // misses need.
 class Fetcher {
  public:
-  Fetcher(const PackedBlock& block, int begin, int end, int head_dim, int steps)
-      : block_(block), row_(begin), end_(end), head_dim_(head_dim) {
-    const int lines = (end - begin) * ((head_dim + line - 1) / line);
+  Fetcher(const BlockArgs& args, int steps)
+      : block_(args.next),
+        row_(args.next_begin),
+        end_(args.next_end),
+        head_dim_(args.head_dim),
+        head_dim_v_(args.head_dim_v),
+        longer_(std::max(head_dim_, head_dim_v_)) {
+    const int lines = (end_ - row_) * ((longer_ + line - 1) / line);
     per_step_ = (lines + steps - 1) / steps;
   }
   HWY_INLINE void step() {
     for (int left = per_step_; left > 0 && row_ < end_; --left) {
-      __builtin_prefetch(row_of(block_.keys, block_.index, row_, head_dim_) + d_, 0, 2);
-      __builtin_prefetch(row_of(block_.values, block_.index, row_, head_dim_) + d_, 0, 2);
+      if (d_ < head_dim_) __builtin_prefetch(row_of(block_.keys, block_.index, row_, head_dim_) + d_, 0, 2);
+      if (d_ < head_dim_v_) __builtin_prefetch(row_of(block_.values, block_.index, row_, head_dim_v_) + d_, 0, 2);
       d_ += line;
-      if (d_ < head_dim_) continue;
+      if (d_ < longer_) continue;
       d_ = 0;
       ++row_;
     }
@@ -77,7 +82,7 @@ class Fetcher {
  private:
   static constexpr int line = cache_line / static_cast<int>(sizeof(float));
   const PackedBlock& block_;
-  int row_, end_, head_dim_;
+  int row_, end_, head_dim_, head_dim_v_, longer_;
   int d_ = 0;
   int per_step_;
 };
@@ -143,7 +148,7 @@ void accumulate_visible(const BlockArgs& args, const float* const* values, int f
     for (int lane = 0; lane < strip; lane += lanes) {
       const auto visible = sees(first + key - args.diagonal, lane);
       const Vec weight = hn::Load(f32, weights + key * strip + lane);
-      for (int d = 0; d < args.head_dim; ++d) {
+      for (int d = 0; d < args.head_dim_v; ++d) {
         float* o = out + d * strip + lane;
         const Vec old = hn::Load(f32, o);
         hn::Store(hn::IfThenElse(visible, hn::MulAdd(weight, hn::Set(f32, values[key][d]), old), old), f32, o);
@@ -163,29 +168,29 @@ void attend_block(const BlockArgs& args, const StripState& state) {
   const float* values[stretch];
   HWY_ALIGN float rescale[strip];
   const int stretches = (args.count + stretch - 1) / stretch;
-  Fetcher fetcher(args.next, args.next_begin, args.next_end, dim, (args.count + stretches * dim) / tile_rows);
+  Fetcher fetcher(args, (args.count + stretches * args.head_dim_v) / tile_rows);
   for (int first = 0; first < args.count; first += stretch) {
     const int count = std::min(stretch, args.count - first);
     for (int i = 0; i < count; ++i) {
       keys[i] = row_of(args.block.keys, args.block.index, first + i, dim);
-      values[i] = row_of(args.block.values, args.block.index, first + i, dim);
+      values[i] = row_of(args.block.values, args.block.index, first + i, args.head_dim_v);
     }
     score_rows(keys, count, dim, static_cast<const float*>(args.queries), weights, fetcher);
     if (args.causal) hide_future(args, first, count, weights);
     softmax_step(weights, count, args.scale_log2, state.max, state.sum, rescale);
 
     const bool careful = args.causal && !args.values_finite;
-    add_values(values, careful ? 0 : count, dim, weights, rescale, state.out, fetcher);
+    add_values(values, careful ? 0 : count, args.head_dim_v, weights, rescale, state.out, fetcher);
     if (careful) accumulate_visible(args, values, first, count, weights, state.out);
   }
 }
 
-void finish(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
+void finish(const StripState& state, int count, int head_dim_v, float scale_log2, void* out, DType dtype,
             std::int64_t stride, float* lse) {
   HWY_ALIGN float rows[4][max_head_dim];
   const int size = dtype == DType::f32 ? 4 : 2;
   for (int first = 0; first < count; first += 4) {
-    for (int d = 0; d < head_dim; d += 4) {
+    for (int d = 0; d < head_dim_v; d += 4) {
       const float* const o = state.out + d * strip + first;
       const float* const four[4] = {o, o + strip, o + 2 * strip, o + 3 * strip};
       transpose4(four, 4, rows[0] + d, max_head_dim);
@@ -193,8 +198,8 @@ void finish(const StripState& state, int count, int head_dim, float scale_log2, 
     for (int i = 0; i < std::min(4, count - first); ++i) {
       const float sum = state.sum[first + i];
       const float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;
-      for (int d = 0; d < head_dim; ++d) rows[i][d] *= inverse;
-      store_row(rows[i], head_dim, dtype, static_cast<std::byte*>(out) + (first + i) * stride * size);
+      for (int d = 0; d < head_dim_v; ++d) rows[i][d] *= inverse;
+      store_row(rows[i], head_dim_v, dtype, static_cast<std::byte*>(out) + (first + i) * stride * size);
     }
   }
   if (lse == nullptr) return;

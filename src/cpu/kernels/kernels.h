@@ -38,7 +38,7 @@ struct Rows {
   }
 };
 
-// The online softmax of one strip. `out` is O^T, [head_dim][strip], unnormalised; max is of unscaled
+// The online softmax of one strip. `out` is O^T, [head_dim_v][strip], unnormalised; max is of unscaled
 // scores, -inf before the first block.
 struct StripState {
   float* max;  // [strip]
@@ -60,11 +60,12 @@ struct BlockArgs {
   const void* queries;  // packed strip
   int count;            // keys; a multiple of row_tile, padded with zero rows
   int head_dim;
+  int head_dim_v;
   float scale_log2;       // scale * log2(e): the softmax works in base 2
   bool causal;            // mask key i for query j where i > j + diagonal
   std::int64_t diagonal;  // token of the strip's first query minus token of the block's first key
   bool values_finite;     // if not, masked values are kept out of the sum (0 * inf is NaN)
-  float* scratch;         // [max(count, head_dim)][strip] floats, twice
+  float* scratch;         // [count][strip] floats, twice
   // What the caller reads after this: keys [next_begin, next_end) of that block are fetched into the
   // second-level cache meanwhile.
   PackedBlock next;
@@ -94,6 +95,7 @@ struct AttendRow {
 
 struct AttendArgs {
   int head_dim;
+  int head_dim_v;  // whose packed rows are as long as the keys'
   int block;
   std::int64_t block_bytes;  // of a packed block of keys or of values
   float scale_log2;
@@ -136,8 +138,8 @@ struct Kernels {
   // factors follow each other. A factor of 0 leaves its query out.
   void (*weigh_keys)(const void* exps, int strips, int count, const float* factors, float* weights);
 
-  // Writes `count` normalised rows, and their natural log-sum-exp where lse is not null.
-  void (*finish)(const StripState& state, int count, int head_dim, float scale_log2, void* out, DType dtype,
+  // Writes `count` normalised rows of head_dim_v elements, and their natural log-sum-exp where lse is not null.
+  void (*finish)(const StripState& state, int count, int head_dim_v, float scale_log2, void* out, DType dtype,
                  std::int64_t stride, float* lse) = nullptr;
   // From the maxima and sums that score_keys left for each block (block b's at b * stride), the factor that
   // turns each block's exps into softmax weights over all blocks, written over the maxima. Queries from

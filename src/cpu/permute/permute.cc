@@ -28,16 +28,17 @@ int padded(const StageContext& c, int count) {
 // Pools a permuted block's keys and values, where something reads their means.
 void pool_permuted(const StageContext& c, std::int64_t order_head, std::int64_t block, const Rows& k, const Rows& v) {
   const int size = c.geometry().block;
-  const std::int64_t place = (order_head * up_to_tile(c.layout.permuted_blocks) + block) * c.head_dim();
-  if (c.layout.scored || c.layout.corrected) pool_rows(c, k, size, size, c.layout.pooled_k + place);
-  if (c.layout.corrected) pool_rows(c, v, size, size, c.layout.pooled_v + place);
+  const std::int64_t row = order_head * up_to_tile(c.layout.permuted_blocks) + block;
+  if (c.layout.scored || c.layout.corrected)
+    pool_rows(c, k, size, size, c.head_dim(), c.layout.pooled_k + row * c.head_dim());
+  if (c.layout.corrected) pool_rows(c, v, size, size, c.head_dim_v(), c.layout.pooled_v + row * c.head_dim_v());
 }
 
 // Pools a block's keys where they were, where a score reads these means.
 void pool_own(const StageContext& c, std::int64_t kv_head, std::int64_t block, const Rows& k, int count) {
   const Geometry& g = c.geometry();
   if (!c.layout.scored || !pools_own(c.spec.options.score)) return;
-  pool_rows(c, k, count, divides_by_count(c.spec.options) ? count : g.block,
+  pool_rows(c, k, count, divides_by_count(c.spec.options) ? count : g.block, c.head_dim(),
             c.layout.pooled_own + (kv_head * up_to_tile(g.blocks()) + block) * c.head_dim());
 }
 
@@ -80,13 +81,13 @@ void pack_original(const StageContext& c) {
     const int count = c.block_keys(block);
     const Rows k = c.rows_of(c.inputs.k, c.heads.kv_begin + head, block * g.block);
     const Rows v = c.rows_of(c.inputs.v, c.heads.kv_begin + head, block * g.block);
-    std::byte* const keys = c.layout.k + item * c.layout.block_bytes;
+    std::byte* const keys = c.layout.k + item * c.layout.k_block_bytes;
     c.kernels.pack.keys(k, count, padded(c, count), dim, keys);
     if (c.layout.permuted && block < c.layout.scored_blocks) score_block(c, head, block, keys);
     if (!c.layout.permuted && block < c.layout.permuted_blocks) pool_permuted(c, head, block, k, v);
     pool_own(c, head, block, k, count);
     c.layout.values_finite[item] =
-        c.kernels.pack.values(v, count, padded(c, count), dim, c.layout.v + item * c.layout.block_bytes);
+        c.kernels.pack.values(v, count, padded(c, count), c.head_dim_v(), c.layout.v + item * c.layout.v_block_bytes);
   });
 }
 
@@ -153,7 +154,6 @@ void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t 
 // Orders the keys of each segment, and packs and pools its blocks in that order.
 void order_segments(const StageContext& c) {
   const Geometry& g = c.geometry();
-  const int dim = c.head_dim();
   const std::int64_t orders = c.layout.shared_order ? c.heads.kv_count : c.heads.q_count;
   parallel_for(c.spec.threads, orders * g.complete_segments(), [&](std::int64_t item, int thread) {
     const std::int64_t head = item % orders;  // heads of a group read the same tokens while they are in cache
@@ -167,9 +167,9 @@ void order_segments(const StageContext& c) {
       k.index = v.index = c.layout.order + head * g.permuted_len() + block * g.block;
       pool_permuted(c, head, block, k, v);
       if (c.kernels.gathers) continue;
-      const std::int64_t place = (head * c.layout.permuted_blocks + block) * c.layout.block_bytes;
-      c.kernels.pack.keys(k, g.block, g.block, dim, c.layout.permuted_k + place);
-      c.kernels.pack.values(v, g.block, g.block, dim, c.layout.permuted_v + place);
+      const std::int64_t place = head * c.layout.permuted_blocks + block;
+      c.kernels.pack.keys(k, g.block, g.block, c.head_dim(), c.layout.permuted_k + place * c.layout.k_block_bytes);
+      c.kernels.pack.values(v, g.block, g.block, c.head_dim_v(), c.layout.permuted_v + place * c.layout.v_block_bytes);
     }
   });
 }
@@ -181,8 +181,7 @@ std::int64_t order_scratch_bytes(const Geometry& geometry) {
   return geometry.segment * bytes;
 }
 
-void pool_rows(const StageContext& c, const Rows& rows, int count, int divisor, float* mean) {
-  const int dim = c.head_dim();
+void pool_rows(const StageContext& c, const Rows& rows, int count, int divisor, int dim, float* mean) {
   c.f32_kernels.sum_rows(rows, count, dim, mean);
   for (int d = 0; d < dim; ++d) mean[d] /= static_cast<float>(divisor);
   c.f32_kernels.round_row(rows.dtype, dim, mean);

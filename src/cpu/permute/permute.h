@@ -13,6 +13,6 @@ void permute(const StageContext& context);
 std::int64_t order_scratch_bytes(const Geometry& geometry);
 
 // Writes the mean of `count` rows, [head_dim]: their sum over `divisor`, rounded to their dtype as the method has it.
-void pool_rows(const StageContext& context, const Rows& rows, int count, int divisor, float* mean);
+void pool_rows(const StageContext& context, const Rows& rows, int count, int divisor, int dim, float* mean);
 
 }  // namespace pbsattn::cpu

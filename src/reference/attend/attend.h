@@ -10,7 +10,7 @@
 namespace pbsattn::reference {
 
 struct QueryResult {
-  std::vector<double> out;  // [head_dim]
+  std::vector<double> out;  // [head_dim_v]
   double lse = 0;           // log of the sum of exp(q . k * scale) over the visible keys
 };
 

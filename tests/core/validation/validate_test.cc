@@ -128,6 +128,8 @@ TEST(Validate, Shapes) {
   expect_bad_shape([](Shape& s) { s.q_len = 0; }, {"q_len 0"});
   expect_bad_shape([](Shape& s) { s.q_len = 401; }, {"q_len 401", "kv_len 400", "last q_len"});
   expect_bad_shape([](Shape& s) { s.head_dim = 0; }, {"head_dim 0"});
+  expect_bad_shape([](Shape& s) { s.head_dim_v = -8; }, {"head_dim_v -8", "0 stands for head_dim"});
+  expect_bad_shape([](Shape& s) { s.head_dim_v = std::numeric_limits<std::int64_t>::max(); }, {"head_dim_v 92233"});
   expect_bad_shape([](Shape& s) { s.head_dim = std::numeric_limits<std::int64_t>::max(); }, {"head_dim 92233"});
 }
 
@@ -138,6 +140,11 @@ TEST(Validate, WhatOnlyTheCpuRefuses) {
                {"head_dim 100", "multiples of 8", "Device::reference()"});
   odd.head_dim = 264;
   expect_error([&] { Plan::create(method("pbs"), odd); }, ErrorCode::unsupported, {"head_dim 264", "256"});
+  EXPECT_NO_THROW(Plan::create(method("pbs"), odd, Device::reference()));
+  odd = good_shape;
+  odd.head_dim_v = 60;
+  expect_error([&] { Plan::create(method("pbs"), odd); }, ErrorCode::unsupported,
+               {"head_dim_v 60", "multiples of 8", "Device::reference()"});
   EXPECT_NO_THROW(Plan::create(method("pbs"), odd, Device::reference()));
   Options options = method("pbs");
   options.block = 48;

@@ -16,7 +16,7 @@ void pool_query(const StageContext& c, std::int64_t head, std::int64_t row, floa
   const std::int64_t begin = g.row_begin(row);
   const auto count = static_cast<int>(g.row_end(row) - begin);
   pool_rows(c, c.q_rows(head, begin - g.q_offset()), count, divides_by_count(c.spec.options) ? count : g.block,
-            pooled_q);
+            c.head_dim(), pooled_q);
 }
 
 void multiply_means(const StageContext& c, const float* means, std::int64_t blocks, const SelectScratch& scratch,
