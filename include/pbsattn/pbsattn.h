@@ -151,6 +151,7 @@ typedef struct pbsattn_run {
   size_t workspace_size;
   void* stream;         /* of the plan's device: a cudaStream_t, NULL for the default stream */
   pbsattn_stats* stats; /* filled if not NULL */
+  const float* sinks;   /* [q_heads], see pbsattn::Inputs; may be NULL */
 } pbsattn_run;
 
 typedef struct pbsattn_plan pbsattn_plan;

@@ -243,14 +243,18 @@ struct Inputs {
   ConstView q;  // [batch][q_heads][q_len][head_dim]
   ConstView k;  // [batch][kv_heads][kv_len][head_dim]
   ConstView v;  // [batch][kv_heads][kv_len][head_dim_v]
+  // [q_heads], or none: a learned logit of each query head (GPT-OSS), which enters every query's softmax as one more
+  // key without a value, and the log-sum-exp. Scores of blocks leave it out.
+  std::span<const float> sinks = {};
 };
 
 struct Outputs {
   View out;              // [batch][q_heads][q_len][head_dim_v]
   float* lse = nullptr;  // [batch][q_heads][q_len] contiguous, natural log-sum-exp of scaled scores; optional
 };
-// A query whose every visible score is -inf gives output 0 and log-sum-exp -inf. A NaN or +inf in an input spoils (as
-// NaN) the outputs that dense attention would spoil, and no others: a value that isn't finite, even with a weight of 0.
+// A query whose every visible score is -inf, and sink, gives output 0 and log-sum-exp -inf. A NaN or +inf in an input
+// spoils (as NaN) the outputs that dense attention would spoil, and no others: a value that isn't finite, even with a
+// weight of 0.
 
 struct Stats {
   std::int64_t visited_blocks = 0;  // (query block, key block) pairs computed, over heads and batch

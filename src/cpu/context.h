@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 
 #include "cpu/workspace.h"
 
@@ -28,6 +29,10 @@ struct StageContext {
   }
   const Options& options(std::int64_t q_head) const { return spec.options_of(heads.q_begin + q_head); }
   float scale_log2() const { return spec.options.scale * 1.44269504088896340736F; }
+  // Returns a query head's sink, -inf if it has none.
+  float sink(std::int64_t q_head) const {
+    return inputs.sinks.empty() ? -std::numeric_limits<float>::infinity() : inputs.sinks[heads.q_begin + q_head];
+  }
   std::byte* scratch(int thread) const { return layout.scratch + thread * layout.scratch_bytes; }
   std::int64_t kv_head(std::int64_t q_head) const {
     return geometry().kv_head(heads.q_begin + q_head) - heads.kv_begin;

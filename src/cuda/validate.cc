@@ -105,6 +105,7 @@ void check_buffers(const detail::PlanSpec& spec, const Inputs& inputs, const Out
   check_view(inputs.k, "k", s, s.kv_heads, s.kv_len, dtype, spec.device_index);
   check_view(inputs.v, "v", s, s.kv_heads, s.kv_len, dtype, spec.device_index);
   check_view(outputs.out, "out", s, s.q_heads, s.q_len, dtype, spec.device_index);
+  if (!inputs.sinks.empty()) refuse("sinks: the CUDA backend takes none; leave them out, or use Device::cpu()");
   if (outputs.lse != nullptr) check_memory(outputs.lse, "lse", spec.device_index);
   check_memory(workspace, "workspace", spec.device_index);
 }

@@ -25,12 +25,14 @@ Matrix load_matrix(const ConstView& view, std::int64_t batch, std::int64_t head,
 Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batch, std::int64_t q_head) {
   const Shape& shape = geometry.shape;
   const std::int64_t kv_head = geometry.kv_head(q_head);
-  return {.q = load_matrix(inputs.q, batch, q_head, shape.q_len, shape.head_dim),
-          .k = load_matrix(inputs.k, batch, kv_head, shape.kv_len, shape.head_dim),
-          .v = load_matrix(inputs.v, batch, kv_head, shape.kv_len, value_dim(shape)),
-          .q_dtype = inputs.q.dtype,
-          .k_dtype = inputs.k.dtype,
-          .v_dtype = inputs.v.dtype};
+  Head head{.q = load_matrix(inputs.q, batch, q_head, shape.q_len, shape.head_dim),
+            .k = load_matrix(inputs.k, batch, kv_head, shape.kv_len, shape.head_dim),
+            .v = load_matrix(inputs.v, batch, kv_head, shape.kv_len, value_dim(shape)),
+            .q_dtype = inputs.q.dtype,
+            .k_dtype = inputs.k.dtype,
+            .v_dtype = inputs.v.dtype};
+  if (!inputs.sinks.empty()) head.sink = static_cast<double>(inputs.sinks[q_head]);
+  return head;
 }
 
 double dot(std::span<const double> a, std::span<const double> b) {

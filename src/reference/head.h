@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -32,6 +33,7 @@ struct Head {
   DType q_dtype = DType::f32;  // pooled queries and keys are rounded to the dtype they came in
   DType k_dtype = DType::f32;
   DType v_dtype = DType::f32;
+  double sink = -std::numeric_limits<double>::infinity();  // logit of one more key, which has no value; -inf: none
 };
 Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batch, std::int64_t q_head);
 

@@ -194,7 +194,7 @@ static void what_is_new_and_set_is_refused_by_name(void) {
     REFUSED(call.device, device, "device", "reserved")
     REFUSED(call.view, view, "q", "reserved")
     REFUSED(call.out, view, "out", "reserved")
-    REFUSED(call.run, run, "run", "stats")
+    REFUSED(call.run, run, "run", "sinks")
   }
 }
 

@@ -36,6 +36,7 @@ static void dense_is_the_running_mean(int device_kind) {
   {
     const size_t size = pbsattn_plan_workspace_size(plan);
     void* workspace = malloc(size + 1);
+    const float sink = 0;
     const pbsattn_view view = {.struct_size = sizeof view, .dtype = PBSATTN_F32, .token_stride = head_dim};
     pbsattn_view q_view = view, k_view = view, v_view = view, out_view = view;
     pbsattn_run run = {.struct_size = sizeof run,
@@ -57,7 +58,16 @@ static void dense_is_the_running_mean(int device_kind) {
       CHECK(fabs(lse[t] - log(t + 1.0)) < 1e-5);
       for (d = 0; d < head_dim; ++d) CHECK(fabs(out[t * head_dim + d] - (t / 2.0 + d - 150)) < 1e-3);
     }
-    /* lse and stats may be NULL; q may not. */
+    /* A sink of 0 weighs as much as a key. */
+    run.sinks = &sink;
+    CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
+    for (t = 0; t < tokens; ++t) {
+      CHECK(fabs(lse[t] - log(t + 2.0)) < 1e-5);
+      for (d = 0; d < head_dim; ++d)
+        CHECK(fabs(out[t * head_dim + d] - (t / 2.0 + d - 150) * (t + 1.0) / (t + 2.0)) < 1e-3);
+    }
+    /* lse, stats and sinks may be NULL; q may not. */
+    run.sinks = NULL;
     run.lse = NULL;
     run.stats = NULL;
     CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);

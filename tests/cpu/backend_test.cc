@@ -171,6 +171,24 @@ std::vector<MethodCase> named_methods() {
   return cases;
 }
 
+// Lists what layers of models carry: on chunks and whole calls, on dense rows and sparse ones.
+std::vector<MethodCase> layers() {
+  const auto with_sinks = [](ProblemSpec spec) {
+    spec.sinks = true;
+    return spec;
+  };
+  std::vector<MethodCase> cases;
+  for (const char* name : {"full", "pbs", "flashprefill"}) {
+    Options options = method(name);
+    options.top_p = 0.7F;
+    options.dense_last_rows = options.sink_blocks = options.local_blocks = 0;
+    const std::string label(name);
+    cases.push_back({"sinks_" + label, {with_sinks({.shape = shape_of(600, 600, 64, 4, 2, 2)})}, options});
+    cases.push_back({"sinks_" + label + "_chunk_bf16", {with_sinks(alike(shape_of(333, 777, 64, 4, 2)))}, options});
+  }
+  return cases;
+}
+
 std::vector<MethodCase> joined(std::vector<MethodCase> a, const std::vector<MethodCase>& b) {
   a.insert(a.end(), b.begin(), b.end());
   return a;
@@ -211,7 +229,7 @@ std::string test_name(const testing::TestParamInfo<std::tuple<std::string, Metho
 // What a path's own code decides: register tiles, conversions, tails.
 INSTANTIATE_TEST_SUITE_P(AllPaths, Backend,
                          testing::Combine(testing::ValuesIn(describe_cpu().paths),
-                                          testing::ValuesIn(joined(heads(), dtypes_and_layouts()))),
+                                          testing::ValuesIn(joined(joined(heads(), dtypes_and_layouts()), layers()))),
                          test_name);
 // What code shared by all paths decides.
 INSTANTIATE_TEST_SUITE_P(ChosenPaths, Backend,

@@ -66,6 +66,19 @@ TEST_P(Hostile, AllMinusInfinityGivesZero) {
   EXPECT_EQ(values.lse, std::vector<double>(values.lse.size(), -infinity));
 }
 
+TEST_P(Hostile, SinksGoFromNothingToEverything) {
+  for (const char* name : {"full", "pbs"})
+    for (const auto& [first, second] : {std::pair{-infinity, 1e30}, {60.0, -1e30}, {nan, infinity}, {0.0, -200.0}}) {
+      SCOPED_TRACE(testing::Message() << name << ", " << first << " and " << second);
+      Problem problem = make();
+      problem.sinks = {static_cast<float>(first), static_cast<float>(second)};
+      expect_right(problem, run(small(name), problem), products_of(GetParam()));
+      problem.k.fill(-infinity);  // then the sink is all that there is
+      problem.q.fill(1.0);
+      expect_right(problem, run(small(name), problem), products_of(GetParam()));
+    }
+}
+
 // Values of weight zero in float32 multiply infinity too, so whether a column becomes inf or NaN depends on
 // rounding; it must not stay finite, and nobody else may be spoiled.
 TEST_P(Hostile, InfiniteValueSpoilsOneColumn) {

@@ -31,7 +31,10 @@ struct Tensors {
         k(bytes, s.batch, s.kv_heads, s.kv_len, s.head_dim),
         v(bytes, s.batch, s.kv_heads, s.kv_len, value_dim(s)),
         out(bytes, s.batch, s.q_heads, s.q_len, value_dim(s)),
-        lse(static_cast<std::size_t>(s.batch * s.q_heads * s.q_len)) {}
+        lse(static_cast<std::size_t>(s.batch * s.q_heads * s.q_len)) {
+    if (!bytes.take_rarely(3)) return;
+    for (std::int64_t h = 0; h < s.q_heads; ++h) sinks.push_back(static_cast<float>(bytes.take_near(-6, 6)));
+  }
 
   bool fit() const { return q.fits && k.fits && v.fits && out.fits; }
   Tensors copy() const {
@@ -41,7 +44,7 @@ struct Tensors {
   }
 
   Tensor q, k, v, out;
-  std::vector<float> lse;
+  std::vector<float> lse, sinks;
 };
 
 pbsattn_view to_c(const View& v) {
@@ -66,6 +69,7 @@ pbsattn_status run_through_c(const pbsattn_plan* plan, const Tensors& t, float* 
   run.v = &v;
   run.out = &out;
   run.lse = lse;
+  run.sinks = t.sinks.empty() ? nullptr : t.sinks.data();
   run.workspace = workspace.get() + misalign;
   run.workspace_size = size;
   run.stats = stats;
@@ -85,8 +89,8 @@ ConstView const_view(const Tensor& tensor) {
 Trace run_apart(const Plan& plan, Tensors& t) {
   std::vector<std::byte> workspace(plan.workspace_size());
   Trace trace;
-  plan.run({.q = const_view(t.q), .k = const_view(t.k), .v = const_view(t.v)}, {.out = t.out.view, .lse = t.lse.data()},
-           workspace, nullptr, &trace);
+  plan.run({.q = const_view(t.q), .k = const_view(t.k), .v = const_view(t.v), .sinks = t.sinks},
+           {.out = t.out.view, .lse = t.lse.data()}, workspace, nullptr, &trace);
   return trace;
 }
 
@@ -112,7 +116,7 @@ void expect_reference(const Call& call, const Plan& plan, const Tensors& ours, c
   Options options = call.heads.front();
   options.scale = plan.options().scale;
   const Geometry geometry{.shape = call.shape, .block = options.block, .segment = options.segment};
-  const Inputs inputs{.q = const_view(ours.q), .k = const_view(ours.k), .v = const_view(ours.v)};
+  const Inputs inputs{.q = const_view(ours.q), .k = const_view(ours.k), .v = const_view(ours.v), .sinks = ours.sinks};
   // A plan's path is that of inputs that are not all bf16.
   const bool all_bf16 = std::ranges::all_of(std::array{inputs.q, inputs.k, inputs.v},
                                             [](const ConstView& view) { return view.dtype == DType::bf16; });

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "support/case.h"
@@ -19,7 +20,7 @@ Values attend_plainly(const Problem& p, const Options& options) {
     for (std::int64_t h = 0; h < s.q_heads; ++h)
       for (std::int64_t i = 0; i < s.q_len; ++i) {
         const std::int64_t kv_head = h / (s.q_heads / s.kv_heads);
-        double sum = 0;
+        double sum = p.sinks.empty() ? 0 : std::exp(static_cast<double>(p.sinks[h]));
         std::vector<double> out(value_dim(s), 0.0);
         for (std::int64_t n = 0; n <= s.kv_len - s.q_len + i; ++n) {
           double logit = 0;
@@ -63,6 +64,27 @@ TEST(Layers, ValuesOfAnotherWidth) {
                        .layout = TensorLayout::padded});
       expect_plain(problem, small_blocks(1));
     }
+}
+
+TEST(Layers, Sinks) {
+  for (const std::int64_t q_len : {41, 70}) {
+    Problem problem({.shape = {.batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = q_len, .kv_len = 70, .head_dim = 12},
+                     .sinks = true});
+    expect_plain(problem, small_blocks(1));
+  }
+}
+
+// A sink far above every logit takes all weight, one of -inf none.
+TEST(Layers, SinksAtTheirEnds) {
+  Problem problem({.shape = {.q_heads = 2, .q_len = 20, .kv_len = 20, .head_dim = 8}});
+  run(small_blocks(1), problem, {.device = Device::reference()});
+  const Values without = outputs_of(problem);
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  problem.sinks = {-infinity, 1e6F};
+  run(small_blocks(1), problem, {.device = Device::reference()});
+  const Values with = outputs_of(problem);
+  for (std::size_t i = 0; i < with.lse.size(); ++i) EXPECT_EQ(with.lse[i], i < 20 ? without.lse[i] : 1e6);
+  for (std::size_t i = 0; i < with.out.size(); ++i) EXPECT_EQ(with.out[i], i < 160 ? without.out[i] : 0);
 }
 
 }  // namespace

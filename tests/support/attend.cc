@@ -37,11 +37,11 @@ struct Visible {
 // Attends one query. Keys of index `many` and up count for `block` keys each.
 void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
                         std::int64_t dim, std::int64_t dim_v, float scale, DType products,
-                        const std::vector<std::int64_t>& keys, std::int64_t many, int block, std::vector<float>& out,
-                        float& lse) {
+                        const std::vector<std::int64_t>& keys, std::int64_t many, int block, float sink,
+                        std::vector<float>& out, float& lse) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> weight;
-  float max = -infinity;
+  float max = sink;
   for (const std::int64_t n : keys) {
     float s = 0;
     for (std::int64_t d = 0; d < dim; ++d) s += q[d] * k[n * dim + d];
@@ -58,7 +58,7 @@ void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k
   // An online softmax measures from a maximum so far, not from the last one. So where weights are rounded the
   // largest is not to be the 1 that 16 bits happen to hold.
   if (products != DType::f32) max += 0.3F;
-  float sum = 0;
+  float sum = sink == -infinity ? 0 : std::exp(sink - max);
   for (std::size_t i = 0; i < keys.size(); ++i) {
     const float p =
         to_operand(products, std::exp(weight[i] - max)) * (keys[i] < many ? 1.0F : static_cast<float>(block));
@@ -132,7 +132,8 @@ Values attend_plain(const Problem& problem, const Options& options, const Trace&
           for (std::int64_t b = 0; b < far && options.correction == Correction::mean; ++b)
             if (!std::ranges::binary_search(blocks, b)) keys.push_back(many + b);
           attend_plain_query({q.begin() + query * dim, q.begin() + (query + 1) * dim}, k, v, dim, head.v.columns,
-                             options.scale, products, keys, many, geometry.block, out, lse);
+                             options.scale, products, keys, many, geometry.block, static_cast<float>(head.sink), out,
+                             lse);
           for (const float x : out) values.out.push_back(reference::round_to(problem.out.dtype, x));
           values.lse.push_back(lse);
         }

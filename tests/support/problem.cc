@@ -57,6 +57,7 @@ Problem::Problem(const ProblemSpec& spec)
       }
     }
   }
+  for (std::int64_t h = 0; spec.sinks && h < shape.q_heads; ++h) sinks.push_back(static_cast<float>(2 * normal()));
 }
 
 RunResult result_of(const Plan& plan) {

@@ -18,6 +18,7 @@ struct ProblemSpec {
   // Where not 0, q and k are multiples of it: of 1/8, say, so that products of two and sums of a block are exact in
   // float32, and what is pooled is rounded alike by whoever adds it up.
   double grid = 0;
+  bool sinks = false;
 };
 
 // Inputs look like attention's: some keys draw most queries, and neighbouring tokens share a topic that
@@ -27,12 +28,13 @@ class Problem {
  public:
   explicit Problem(const ProblemSpec& spec);
 
-  Inputs inputs() const { return {.q = q.view(), .k = k.view(), .v = v.view()}; }
+  Inputs inputs() const { return {.q = q.view(), .k = k.view(), .v = v.view(), .sinks = sinks}; }
   Outputs outputs() { return {.out = out.view(), .lse = lse.data()}; }
 
   Shape shape;
   Tensor q, k, v, out;
   std::vector<float> lse;
+  std::vector<float> sinks;  // [q_heads] or none
 };
 
 struct RunOptions {

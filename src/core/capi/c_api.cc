@@ -170,9 +170,11 @@ pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_run* run
   return guarded([&] {
     require_pointer(plan, "plan");
     const pbsattn_run r = read_struct(run, "run");
+    const auto q_heads = static_cast<std::size_t>(plan->plan.shape().q_heads);
     const pbsattn::Inputs inputs{.q = read_view<const void>(r.q, "q"),
                                  .k = read_view<const void>(r.k, "k"),
-                                 .v = read_view<const void>(r.v, "v")};
+                                 .v = read_view<const void>(r.v, "v"),
+                                 .sinks = {r.sinks, r.sinks == nullptr ? 0 : q_heads}};
     const pbsattn::Outputs outputs{.out = read_view<void>(r.out, "out"), .lse = r.lse};
     if (r.workspace_size > 0) require_pointer(r.workspace, "workspace");
     if (r.stats != nullptr) pbsattn::size_of_struct(r.stats, "stats");  // before the work

@@ -9,4 +9,4 @@ PBSATTN_SIZED_STRUCT(pbsattn_options, expected_density, 104);
 PBSATTN_SIZED_STRUCT(pbsattn_device, reserved, 24);
 PBSATTN_SIZED_STRUCT(pbsattn_view, reserved, 48);
 PBSATTN_SIZED_STRUCT(pbsattn_stats, attend_seconds, 48);
-PBSATTN_SIZED_STRUCT(pbsattn_run, stats, 80);  // NOLINT(bugprone-sizeof-expression): of the pointer is meant
+PBSATTN_SIZED_STRUCT(pbsattn_run, sinks, 80);  // NOLINT(bugprone-sizeof-expression): of the pointer is meant

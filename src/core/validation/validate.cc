@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <span>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -169,6 +170,11 @@ void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
   validate_view(inputs.k, "k", s.batch, s.kv_heads, s.kv_len, s.head_dim, false);
   validate_view(inputs.v, "v", s.batch, s.kv_heads, s.kv_len, value_dim(s), false);
   validate_view(outputs.out, "out", s.batch, s.q_heads, s.q_len, value_dim(s), true);
+  require(inputs.sinks.empty() || std::ssize(inputs.sinks) == s.q_heads,
+          "sinks of {} heads: q_heads is {}; give the logit of each query head, or none", inputs.sinks.size(),
+          s.q_heads);
+  require(reinterpret_cast<std::uintptr_t>(inputs.sinks.data()) % sizeof(float) == 0,
+          "sinks: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
   require(reinterpret_cast<std::uintptr_t>(outputs.lse) % sizeof(float) == 0,
           "lse: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
 }
@@ -190,12 +196,13 @@ void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<con
       outputs.lse == nullptr ? 0 : s.batch * s.q_heads * s.q_len * static_cast<std::int64_t>(sizeof(float));
   const auto workspace_bytes =
       static_cast<std::int64_t>(std::min(workspace.size(), static_cast<std::size_t>(max_reach)));
-  const std::array<Named, 6> all{{{"out", out_region},
+  const std::array<Named, 7> all{{{"out", out_region},
                                   {"lse", region_of(outputs.lse, lse_bytes)},
                                   {"workspace", region_of(workspace.data(), workspace_bytes)},
                                   {"q", region_of(inputs.q, s.batch, s.q_heads, s.q_len, s.head_dim)},
                                   {"k", region_of(inputs.k, s.batch, s.kv_heads, s.kv_len, s.head_dim)},
-                                  {"v", region_of(inputs.v, s.batch, s.kv_heads, s.kv_len, value_dim(s))}}};
+                                  {"v", region_of(inputs.v, s.batch, s.kv_heads, s.kv_len, value_dim(s))},
+                                  {"sinks", region_of(inputs.sinks.data(), std::ssize(std::as_bytes(inputs.sinks)))}}};
   constexpr std::size_t written = 3;
   for (std::size_t i = 0; i < written; ++i)
     for (std::size_t other = i + 1; other < all.size(); ++other)

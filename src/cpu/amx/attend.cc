@@ -61,15 +61,27 @@ bool write_rows(const Strip& s, int head_dim_v, bool checked) {
   // No sum is that large unless a score was much above those that it was measured from.
   constexpr float most = 0x1p64F;
   constexpr int size = Out == DType::f32 ? 4 : 2;
+  constexpr float ln2 = 0.693147180559945F;
   F32 wrong{};
   for (int half = 0; half < 2; ++half) {
     const int count = s.count - half * lanes < lanes ? s.count - half * lanes : lanes;
     if (count <= 0) break;
-    const F32 sum = f32_at(s.sum + half * lanes);
+    F32 sum = f32_at(s.sum + half * lanes);
     if (checked)
       for (int i = 0; i < count; ++i)
         if (!(sum[i] > 0.0F && sum[i] < most)) return false;
-    const F32 inverse = sum == F32{} ? F32{} : 1.0F / sum;
+    F32 origin = f32_at(s.origin + half * lanes);
+    F32 factor = splat(1);
+    if (row.sink != -INFINITY)  // what is higher is what weights are measured from
+      for (int i = 0; i < lanes; ++i) {
+        const float top = row.sink / ln2 > origin[i] ? row.sink / ln2 : origin[i];
+        factor[i] = exp2f(origin[i] - top);
+        sum[i] = sum[i] * factor[i] + exp2f(row.sink / ln2 - top);
+        origin[i] = top;
+      }
+    const F32 inverse = sum == F32{} ? F32{} : factor / sum;
+    for (int i = 0; i < count && row.lse != nullptr; ++i)
+      row.lse[s.first + half * lanes + i] = sum[i] == 0.0F ? -INFINITY : ln2 * (origin[i] + log2f(sum[i]));
     OutputTile<Out> tile;
     for (int d = 0; d < head_dim_v; d += OutputTile<Out>::width) {
       wrong += tile.read(s.out + (d / tile_rows * 2 + half) * tile_bytes, inverse);
@@ -78,11 +90,6 @@ bool write_rows(const Strip& s, int head_dim_v, bool checked) {
         tile.write(static_cast<std::byte*>(row.out) + query * row.out_stride * size, d, head_dim_v - d, i);
       }
     }
-  }
-  if (row.lse != nullptr) {
-    constexpr float ln2 = 0.693147180559945F;
-    for (int i = 0; i < s.count; ++i)
-      row.lse[s.first + i] = s.sum[i] == 0.0F ? -INFINITY : ln2 * (s.origin[i] + log2f(s.sum[i]));
   }
   if (!checked) return true;
   for (int i = 0; i < lanes; ++i)

@@ -144,7 +144,7 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
   const RowOutput output(c, head, begin - g.q_offset());
   for (int i = 0; i < strips; ++i)
     c.f32_kernels.finish(scratch.strip_state(i).state, std::min(strip, queries - i * strip), c.head_dim_v(),
-                         c.scale_log2(), output.out + i * strip * output.row_bytes, c.outputs.out.dtype,
+                         c.scale_log2(), c.sink(head), output.out + i * strip * output.row_bytes, c.outputs.out.dtype,
                          c.outputs.out.token_stride, output.lse == nullptr ? nullptr : output.lse + i * strip);
 }
 
@@ -171,7 +171,8 @@ AttendRow describe_row(const StageContext& c, std::int64_t head, std::int64_t ro
           .out = output.out,
           .out_dtype = c.outputs.out.dtype,
           .out_stride = c.outputs.out.token_stride,
-          .lse = output.lse};
+          .lse = output.lse,
+          .sink = c.sink(head)};
 }
 
 // Rows of heads that share their keys and values.

@@ -185,8 +185,9 @@ void attend_block(const BlockArgs& args, const StripState& state) {
   }
 }
 
-void finish(const StripState& state, int count, int head_dim_v, float scale_log2, void* out, DType dtype,
+void finish(const StripState& state, int count, int head_dim_v, float scale_log2, float sink, void* out, DType dtype,
             std::int64_t stride, float* lse) {
+  constexpr float ln2 = 0.693147180559945F;
   HWY_ALIGN float rows[4][max_head_dim];
   const int size = dtype == DType::f32 ? 4 : 2;
   for (int first = 0; first < count; first += 4) {
@@ -196,16 +197,21 @@ void finish(const StripState& state, int count, int head_dim_v, float scale_log2
       transpose4(four, 4, rows[0] + d, max_head_dim);
     }
     for (int i = 0; i < std::min(4, count - first); ++i) {
-      const float sum = state.sum[first + i];
-      const float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;
+      float origin = state.max[first + i] * scale_log2;
+      float sum = state.sum[first + i];
+      float factor = 1;
+      if (sink != minus_infinity) {  // what is higher is what weights are measured from
+        const float top = std::max(origin, sink / ln2);
+        factor = std::exp2(origin - top);
+        sum = sum * factor + std::exp2(sink / ln2 - top);
+        origin = top;
+      }
+      const float inverse = sum == 0.0F ? 0.0F : factor / sum;
       for (int d = 0; d < head_dim_v; ++d) rows[i][d] *= inverse;
       store_row(rows[i], head_dim_v, dtype, static_cast<std::byte*>(out) + (first + i) * stride * size);
+      if (lse != nullptr) lse[first + i] = sum == 0.0F ? minus_infinity : ln2 * (origin + std::log2(sum));
     }
   }
-  if (lse == nullptr) return;
-  constexpr float ln2 = 0.693147180559945F;
-  for (int i = 0; i < count; ++i)
-    lse[i] = state.sum[i] == 0.0F ? minus_infinity : ln2 * (state.max[i] * scale_log2 + std::log2(state.sum[i]));
 }
 
 void score_keys(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max,

@@ -91,6 +91,7 @@ struct AttendRow {
   DType out_dtype;
   std::int64_t out_stride;
   float* lse;  // [count] or null
+  float sink;  // logit of one more key, which has no value; -inf for none
 };
 
 struct AttendArgs {
@@ -138,9 +139,10 @@ struct Kernels {
   // factors follow each other. A factor of 0 leaves its query out.
   void (*weigh_keys)(const void* exps, int strips, int count, const float* factors, float* weights);
 
-  // Writes `count` normalised rows of head_dim_v elements, and their natural log-sum-exp where lse is not null.
-  void (*finish)(const StripState& state, int count, int head_dim_v, float scale_log2, void* out, DType dtype,
-                 std::int64_t stride, float* lse) = nullptr;
+  // Writes `count` rows of head_dim_v elements, normalised by their sums and a sink's weight (-inf: none), and their
+  // natural log-sum-exp where lse is not null.
+  void (*finish)(const StripState& state, int count, int head_dim_v, float scale_log2, float sink, void* out,
+                 DType dtype, std::int64_t stride, float* lse) = nullptr;
   // From the maxima and sums that score_keys left for each block (block b's at b * stride), the factor that
   // turns each block's exps into softmax weights over all blocks, written over the maxima. Queries from
   // `queries` on get 0; a query that has a NaN score, or only -inf, gets NaN.

@@ -48,6 +48,7 @@ QueryResult attend_query(const Head& head, const Geometry& geometry, double scal
       if (!std::ranges::binary_search(list, b))
         keys.push_back({dot(head.q[query], pooled->k[b]) * scale, static_cast<double>(geometry.block), pooled->v[b]});
   }
+  if (head.sink != -infinity) keys.push_back({head.sink, 1, {}});
 
   QueryResult result{std::vector<double>(head.v.columns, 0.0), -infinity};
   double max = -infinity;
@@ -59,7 +60,7 @@ QueryResult attend_query(const Head& head, const Geometry& geometry, double scal
   for (const Key& key : keys) sum += weight(key);
   for (const Key& key : keys) {
     const double share = hidden ? 0.0 : weight(key) / sum;
-    for (std::int64_t d = 0; d < head.v.columns; ++d) result.out[d] += share * key.value[d];
+    for (std::size_t d = 0; d < key.value.size(); ++d) result.out[d] += share * key.value[d];
   }
   if (hidden) return result;
   result.lse = max + std::log(sum);

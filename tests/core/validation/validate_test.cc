@@ -133,6 +133,28 @@ TEST(Validate, Shapes) {
   expect_bad_shape([](Shape& s) { s.head_dim = std::numeric_limits<std::int64_t>::max(); }, {"head_dim 92233"});
 }
 
+TEST(Validate, Sinks) {
+  const auto plan = Plan::create(method("pbs"), good_shape);
+  std::vector<float> data(2 * 4 * 400 * 64), out(2 * 4 * 300 * 64);
+  const auto view = [&](auto* at, std::int64_t tokens) {
+    return BasicView<std::remove_pointer_t<decltype(at)>>{at, DType::f32, 4 * tokens * 64, tokens * 64, 64};
+  };
+  std::vector<std::byte> workspace(plan.workspace_size());
+  const auto expect = [&](std::span<const float> sinks, const std::vector<std::string>& parts) {
+    const ConstView in = view(static_cast<const void*>(data.data()), 400);
+    expect_error(
+        [&] {
+          plan.run({.q = in, .k = in, .v = in, .sinks = sinks}, {.out = view(static_cast<void*>(out.data()), 300)},
+                   workspace);
+        },
+        ErrorCode::invalid_argument, parts);
+  };
+  expect(std::span(data).first(3), {"sinks of 3 heads", "q_heads is 4", "or none"});
+  expect(std::span(data).first(8), {"sinks of 8 heads"});
+  expect({reinterpret_cast<const float*>(reinterpret_cast<const char*>(data.data()) + 1), 4}, {"sinks", "aligned"});
+  expect(std::span(out).subspan(5, 4), {"out", "over sinks"});
+}
+
 TEST(Validate, WhatOnlyTheCpuRefuses) {
   Shape odd = good_shape;
   odd.head_dim = 100;
