@@ -148,6 +148,13 @@ constexpr void visit_option_rows(Visitor&& visit, AnyOptions&... options) {
       Row{"expected_density", "a number in [0, 1]",
           "share of causal blocks that the fallback reckons with, in [0, 1]; 0: what the paper measured at the length"},
       options.expected_density...);
+  visit(Row{"softcap", "a number from 0 up",
+            "c of logits c * tanh(q . k * scale / c); 0: none; in llama.cpp the model's own is taken"},
+        options.softcap...);
+  visit(Row{"window", "a whole number of tokens",
+            "tokens that a query sees, itself the last; where the sequence is longer, all that is computed; in "
+            "llama.cpp the model's own is taken"},
+        options.window...);
 }
 
 // Calls visit(name, field) for each field of Options, in their order. A field is an enum, a float or an int.

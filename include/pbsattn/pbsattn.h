@@ -116,6 +116,8 @@ typedef struct pbsattn_options {
   int32_t local_blocks;
   float scale;
   float expected_density;
+  float softcap;
+  int32_t window;
 } pbsattn_options;
 
 typedef struct pbsattn_device {

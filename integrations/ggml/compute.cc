@@ -159,7 +159,11 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
       return GGML_PBSATTN_PLAN_REFUSED;
     }
   }
-  for (pbsattn_options& options : key.heads) options.scale = op.scale();
+  for (pbsattn_options& options : key.heads) {  // what is the model's to say; an op with a soft-cap isn't taken
+    options.scale = op.scale();
+    options.softcap = 0;
+    options.window = INT32_MAX;
+  }
   const pbsattn_plan* plan = plans_.find(key, &error);
   if (plan == nullptr) {
     complain(error);

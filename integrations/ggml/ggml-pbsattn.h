@@ -46,12 +46,13 @@ enum ggml_pbsattn_mode {
 
 struct ggml_pbsattn_config {
   size_t struct_size;
-  pbsattn_options* options; /* default "pbs" with bf16 products; `scale` is ignored: the op brings its own. NULL:
-                               get_config() doesn't fill them, configure() leaves those in force */
-  int64_t min_tokens;       /* queries an op needs to be taken; default 512 */
-  size_t workspace_cap;     /* bytes a plan may use; SIZE_MAX (default): no cap */
-  int32_t mode;             /* ggml_pbsattn_mode; default PBSATTN */
-  int32_t device;           /* pbsattn_device_kind; default CPU */
+  pbsattn_options*
+      options; /* default "pbs" with bf16 products; `scale`, `softcap` and `window` are ignored: the op brings its own.
+                  NULL: get_config() doesn't fill them, configure() leaves those in force */
+  int64_t min_tokens;   /* queries an op needs to be taken; default 512 */
+  size_t workspace_cap; /* bytes a plan may use; SIZE_MAX (default): no cap */
+  int32_t mode;         /* ggml_pbsattn_mode; default PBSATTN */
+  int32_t device;       /* pbsattn_device_kind; default CPU */
   int32_t check;    /* 1: compute each op with ggml's kernel too, record the difference and pass on ggml's result, so
                        that every layer is compared on the inputs it has without pbsattn; default 0 */
   int32_t reserved; /* 0 */

@@ -23,6 +23,7 @@ struct Geometry {
   Shape shape;
   int block = 128;
   int segment = 256;
+  std::int64_t window = std::int64_t{1} << 30;  // tokens that a query sees, itself the last
 
   std::int64_t group() const { return shape.q_heads / shape.kv_heads; }
   std::int64_t kv_head(std::int64_t q_head) const { return q_head / group(); }
@@ -44,6 +45,12 @@ struct Geometry {
     const std::int64_t per_segment = segment / block;
     return diagonal(r) / per_segment * per_segment;
   }
+
+  // Where a sliding window hides keys, none is permuted: a row sees the blocks window_begin(r) .. diagonal(r), and of
+  // these each query the tokens from first_seen() up to its own.
+  bool windowed() const { return window < shape.kv_len; }
+  std::int64_t first_seen(std::int64_t token) const { return std::max<std::int64_t>(token - window + 1, 0); }
+  std::int64_t window_begin(std::int64_t r) const { return first_seen(row_begin(r)) / block; }
 
   std::int64_t complete_segments() const { return shape.kv_len / segment; }
   std::int64_t permuted_len() const { return complete_segments() * segment; }  // keys that may move

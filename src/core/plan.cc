@@ -63,15 +63,30 @@ void check_and_clear(const Plan& plan, const Inputs& inputs, const Outputs& outp
   if (trace != nullptr) *trace = {};
 }
 
+// Returns what a plan computes whose window hides keys: that window, and nothing that chooses among its blocks.
+Options window_alone(const Options& options) {
+  return {.precision = options.precision,
+          .block = options.block,
+          .segment = options.segment,
+          .scale = options.scale,
+          .softcap = options.softcap,
+          .window = options.window};
+}
+
 // `heads` is empty, or has the options of each query head, the first of which are `options`.
 std::unique_ptr<detail::Executor> make_executor(const Options& options, std::span<const Options> heads,
                                                 const Shape& shape, const Device& device, std::size_t workspace_cap) {
-  detail::PlanSpec spec{.options = options,
-                        .heads = {heads.begin(), heads.end()},
-                        .geometry = {.shape = shape, .block = options.block, .segment = options.segment},
-                        .threads = resolve_threads(device.threads),
-                        .device_index = device.index,
-                        .workspace_cap = workspace_cap};
+  detail::PlanSpec spec{
+      .options = options,
+      .heads = {heads.begin(), heads.end()},
+      .geometry = {.shape = shape, .block = options.block, .segment = options.segment, .window = options.window},
+      .threads = resolve_threads(device.threads),
+      .device_index = device.index,
+      .workspace_cap = workspace_cap};
+  if (spec.geometry.windowed()) {
+    spec.options = window_alone(options);
+    spec.heads.clear();
+  }
   const float scale = options.scale == 0.0F ? 1.0F / std::sqrt(static_cast<float>(shape.head_dim)) : options.scale;
   spec.options.scale = scale;
   for (Options& head : spec.heads) head.scale = scale;

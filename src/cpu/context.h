@@ -28,7 +28,20 @@ struct StageContext {
         std::min<std::int64_t>(geometry().block, geometry().shape.kv_len - block * geometry().block));
   }
   const Options& options(std::int64_t q_head) const { return spec.options_of(heads.q_begin + q_head); }
-  float scale_log2() const { return spec.options.scale * 1.44269504088896340736F; }
+  // Returns what makes logits of products, or of products that are `divisor` times too large.
+  Logits logits(float divisor = 1) const {
+    constexpr float log2_e = 1.44269504088896340736F;
+    const float scale = spec.options.scale / divisor;
+    const float softcap = spec.options.softcap;
+    return {scale, softcap, f32_kernels.cap, softcap == 0 ? scale * log2_e : log2_e};
+  }
+  float scale_log2() const { return logits().scale_log2; }
+  // Caps products where the plan does, a multiple of a strip.
+  void cap(float* products, std::int64_t count) const {
+    if (spec.options.softcap != 0) f32_kernels.cap(products, count, logits());
+  }
+  // Returns what makes logits of what cap() leaves.
+  float scale_left() const { return spec.options.softcap == 0 ? spec.options.scale : 1; }
   // Returns a query head's sink, -inf if it has none.
   float sink(std::int64_t q_head) const {
     return inputs.sinks.empty() ? -std::numeric_limits<float>::infinity() : inputs.sinks[heads.q_begin + q_head];

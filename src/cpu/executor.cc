@@ -67,11 +67,13 @@ class CpuExecutor final : public detail::Executor {
     return {&f32_path()};
   }
 
-  // Tells whether such a path can do the plan. A correction begins a row's softmax, so it takes a path that attends
-  // block by block; and in these rows of keys and values are packed to one length.
+  // Tells whether such a path can do the plan. A correction begins a row's softmax, capped logits are of a block's
+  // products, and a window hides keys of other blocks than the last, so they take a path that attends block by block;
+  // and these pack rows of keys and values to one length.
   bool takes_rows(const Kernels& kernels) const {
+    const Options& options = spec.options;
     const Shape& shape = spec.geometry.shape;
-    return spec.options.correction == Correction::none &&
+    return options.correction == Correction::none && options.softcap == 0 && !spec.geometry.windowed() &&
            kernels.packed_head_dim(shape.head_dim) == kernels.packed_head_dim(value_dim(shape));
   }
 

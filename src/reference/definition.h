@@ -1,10 +1,10 @@
 // The definition of every stage, for reading and for testing backends against.
 //
 //     Head head = load_head(inputs, geometry, batch, q_head);
-//     order   = order_keys(geometry, key_scores(head, geometry, scale));        // permute
+//     order   = order_keys(geometry, key_scores(head, geometry, logits));       // permute
 //     scores  = row_scores(head, options, geometry, row, order, prepare_scores(head, options, geometry, order));
 //     list    = select_blocks(options, geometry, row, scores, order);           // select
-//     result  = attend_query(head, geometry, scale, query, order, list);        // attend
+//     result  = attend_query(head, geometry, logits, query, order, list);       // attend
 //
 // Everything is computed in double: backends work in float32 and may differ from here by float32 rounding, and by which
 // of two keys or blocks comes first when their scores agree that closely. What a score means for the keep rule, for

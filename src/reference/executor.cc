@@ -12,10 +12,10 @@ namespace pbsattn::reference {
 namespace {
 
 std::vector<double> mean_group_scores(const Inputs& inputs, const Geometry& geometry, std::int64_t batch,
-                                      std::int64_t kv_head, double scale) {
+                                      std::int64_t kv_head, const Logits& logits) {
   std::vector<double> mean(geometry.permuted_len(), 0.0);
   for (std::int64_t h = kv_head * geometry.group(); h < (kv_head + 1) * geometry.group(); ++h) {
-    const auto scores = key_scores(load_head(inputs, geometry, batch, h), geometry, scale);
+    const auto scores = key_scores(load_head(inputs, geometry, batch, h), geometry, logits);
     for (std::size_t n = 0; n < mean.size(); ++n) mean[n] += scores[n] / static_cast<double>(geometry.group());
   }
   return mean;
@@ -25,10 +25,9 @@ std::vector<std::int32_t> permute(const Inputs& inputs, const Head& head, const 
                                   const Geometry& geometry, std::int64_t batch, std::int64_t q_head) {
   if (options.permutation == Permutation::none)
     return order_keys(geometry, std::vector<double>(geometry.permuted_len(), 0.0));
-  return order_keys(geometry,
-                    options.order_scope == OrderScope::query_head
-                        ? key_scores(head, geometry, options.scale)
-                        : mean_group_scores(inputs, geometry, batch, geometry.kv_head(q_head), options.scale));
+  return order_keys(geometry, options.order_scope == OrderScope::query_head
+                                  ? key_scores(head, geometry, options)
+                                  : mean_group_scores(inputs, geometry, batch, geometry.kv_head(q_head), options));
 }
 
 // Decides orders and lists of all heads. `heads` are the options of all heads, or of each.
@@ -105,8 +104,7 @@ void attend(const Inputs& inputs, const Options& options, const Geometry& geomet
       const std::int64_t begin = trace.row_start[flat * geometry.rows() + row];
       const std::int64_t end = trace.row_start[flat * geometry.rows() + row + 1];
       const auto list = std::span(trace.block).subspan(begin, end - begin);
-      const QueryResult result =
-          attend_query(head, geometry, options.scale, query, order, list, pooled ? &*pooled : nullptr);
+      const QueryResult result = attend_query(head, geometry, options, query, order, list, pooled ? &*pooled : nullptr);
       for (std::int64_t d = 0; d < value_dim(shape); ++d)
         store(out.dtype, out.data, batch * out.batch_stride + h * out.head_stride + query * out.token_stride + d,
               result.out[d]);

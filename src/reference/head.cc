@@ -35,6 +35,11 @@ Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batc
   return head;
 }
 
+double Logits::operator()(double product) const {
+  const double logit = product * scale;
+  return softcap == 0 ? logit : softcap * std::tanh(logit / softcap);
+}
+
 double dot(std::span<const double> a, std::span<const double> b) {
   return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
 }

@@ -37,6 +37,16 @@ struct Head {
 };
 Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batch, std::int64_t q_head);
 
+// Turns a product of a query and a key, or of their means, into a logit.
+struct Logits {
+  Logits(double factor, double cap = 0) : scale(factor), softcap(cap) {}
+  Logits(const Options& options) : Logits(options.scale, options.softcap) {}
+  double operator()(double product) const;
+
+  double scale;
+  double softcap;  // 0: none
+};
+
 double dot(std::span<const double> a, std::span<const double> b);
 
 // Turns scores into their softmax, in place; NaN throughout if one is NaN or +inf, or all are -inf.

@@ -183,9 +183,23 @@ std::vector<MethodCase> layers() {
     options.top_p = 0.7F;
     options.dense_last_rows = options.sink_blocks = options.local_blocks = 0;
     const std::string label(name);
+    Options capped = options;
+    capped.softcap = 3;
+    cases.push_back({"softcap_" + label, {.shape = shape_of(600, 600, 64, 4, 2, 2)}, capped});
+    cases.push_back({"softcap_" + label + "_chunk_bf16", {with_sinks(alike(shape_of(333, 777, 64, 4, 2)))}, capped});
     cases.push_back({"sinks_" + label, {with_sinks({.shape = shape_of(600, 600, 64, 4, 2, 2)})}, options});
     cases.push_back({"sinks_" + label + "_chunk_bf16", {with_sinks(alike(shape_of(333, 777, 64, 4, 2)))}, options});
   }
+  // Less than a strip, than a block, than a segment, and blocks and segments across which it slides.
+  for (const int window : {1, 20, 64, 127, 128, 129, 200, 256, 400, 599, 600})
+    for (const bool chunk : {false, true}) {
+      Options options = method(chunk ? "flashprefill" : "pbs");
+      options.window = window;
+      options.softcap = window == 200 ? 3.0F : 0.0F;
+      const auto label = std::to_string(window) + (chunk ? "_chunk_bf16" : "");
+      const Shape shape = chunk ? shape_of(133, 600, 40, 4, 2, 2) : shape_of(600, 600, 24, 4, 2);
+      cases.push_back({"window" + label, {with_sinks(chunk ? alike(shape) : ProblemSpec{.shape = shape})}, options});
+    }
   return cases;
 }
 
@@ -201,10 +215,12 @@ std::vector<std::string> chosen_paths() {
   return {device.f32_path, device.bf16_path};
 }
 
-// Tells whether AMX can do a plan: not with a correction, nor values whose packed rows aren't as long as the keys'.
+// Tells whether AMX can do a plan: not with a correction, capped logits or a window, nor values whose packed rows
+// aren't as long as the keys'.
 bool amx_takes(const MethodCase& c) {
   const auto packed = [](std::int64_t dim) { return (dim + 31) / 32; };
-  return c.options.correction == Correction::none &&
+  return c.options.correction == Correction::none && c.options.softcap == 0 &&
+         c.options.window >= c.problem.shape.kv_len &&
          packed(c.problem.shape.head_dim) == packed(value_dim(c.problem.shape));
 }
 

@@ -49,7 +49,7 @@ TEST_P(EndToEnd, DecisionsAreTheReferences) {
   const bool most = GetParam() == f32_paths().front();  // the others differ in kernels alone
   expect_reference_decisions(random_plans({.dtypes = {DType::f32, DType::bf16},
                                            .head_dims = {8, 24, 40, 64},
-                                           .other_value_dims = true,
+                                           .layers = true,
                                            .blocks = {32, 64, 96},
                                            .most_keys = 300,
                                            .most_queries = 300,

@@ -79,6 +79,48 @@ TEST_P(Hostile, SinksGoFromNothingToEverything) {
     }
 }
 
+TEST_P(Hostile, Windows) {
+  for (const HostileCase& hostile : hostile_cases(small_shape, small_block))
+    for (const int window : {5, 64, 150}) {
+      SCOPED_TRACE(testing::Message() << hostile.name << ", " << window);
+      Problem problem = make();
+      hostile.change(problem);
+      Options options = small("pbs");
+      options.window = window;
+      const RunResult result = run(options, problem);
+      expect_right(problem, result, products_of(result.path));
+    }
+}
+
+// A value that isn't finite spoils those who see it, and nobody outside of the window.
+TEST_P(Hostile, NoValueBehindTheWindowSpoils) {
+  for (const double value : {infinity, nan})
+    for (const int window : {5, 64, 150}) {
+      Problem problem = make();
+      problem.v.set(0, 0, 100, 7, value);
+      Options options = small("full");
+      options.window = window;
+      run(options, problem);
+      for (std::int64_t token = 0; token < 330; ++token)
+        for (std::int64_t d = 0; d < 64; ++d)
+          ASSERT_EQ(std::isfinite(problem.out.get(0, 1, token, d)), d != 7 || token < 100 || token >= 100 + window)
+              << "window " << window << ", token " << token << ", " << d;
+    }
+}
+
+TEST_P(Hostile, CappedLogits) {
+  for (const HostileCase& hostile : hostile_cases(small_shape, small_block))
+    for (const char* name : {"full", "pbs"}) {
+      SCOPED_TRACE(hostile.name + ", " + name);
+      Problem problem = make();
+      hostile.change(problem);
+      Options options = small(name);
+      options.softcap = 5;
+      const RunResult result = run(options, problem);
+      expect_right(problem, result, products_of(result.path));
+    }
+}
+
 // Values of weight zero in float32 multiply infinity too, so whether a column becomes inf or NaN depends on
 // rounding; it must not stay finite, and nobody else may be spoiled.
 TEST_P(Hostile, InfiniteValueSpoilsOneColumn) {

@@ -59,6 +59,15 @@ TEST(CudaPlan, RefusesWhatItCannotDo) {
   options.precision = Precision::f32;
   EXPECT_NE(create(options, small).find("precision f32"), std::string::npos);
   options = pbs(0.7F);
+  options.softcap = 30;
+  EXPECT_NE(create(options, small).find("softcap 30"), std::string::npos);
+  options = pbs(0.7F);
+  options.window = static_cast<int>(small.kv_len) - 1;
+  EXPECT_NE(create(options, small).find("window " + std::to_string(options.window)), std::string::npos);
+  Shape narrow = small;
+  narrow.head_dim_v = 32;
+  EXPECT_NE(create(pbs(0.7F), narrow).find("head_dim_v 32"), std::string::npos);
+  options = pbs(0.7F);
   options.segment = 16'384;
   EXPECT_NE(create(options, small).find("segment 16384"), std::string::npos);
   Shape many = small;
@@ -114,6 +123,11 @@ TEST(CudaPlan, RefusesBadBuffers) {
   inputs = device.inputs();
   inputs.k.dtype = DType::f16;
   refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::unsupported);
+  inputs = device.inputs();
+  const std::vector<float> sinks(static_cast<std::size_t>(problem.shape.q_heads));
+  inputs.sinks = sinks;
+  EXPECT_NE(refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::unsupported).find("sinks: "),
+            std::string::npos);
   Outputs outputs = device.outputs();
   outputs.lse = problem.lse.data();
   refusal_of([&] { plan.run(device.inputs(), outputs, memory); }, ErrorCode::invalid_argument);

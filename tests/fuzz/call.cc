@@ -57,6 +57,8 @@ Options take_options(Bytes& bytes) {
   options.segment = static_cast<int>(options.block * (bytes.take_near(1, 3) & 0xFF));
   options.expected_density = bytes.take_share(8);
   options.scale = bytes.take_rarely(4) ? bytes.take_share(4) : 0;
+  if (bytes.take_rarely(4)) options.window = take_int(bytes, 1, 200);
+  options.softcap = bytes.take_rarely(4) ? 8 * bytes.take_share(4) : 0;
   if (!bytes.hostile() && (options.score == BlockScore::vertical_slash || options.score == BlockScore::flexible))
     options.permutation = Permutation::none;
   return options;
@@ -119,6 +121,8 @@ pbsattn_options to_c(const Options& o) {
   c.local_blocks = o.local_blocks;
   c.scale = o.scale;
   c.expected_density = o.expected_density;
+  c.softcap = o.softcap;
+  c.window = o.window;
   return c;
 }
 

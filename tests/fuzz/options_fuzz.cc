@@ -31,10 +31,12 @@ std::size_t count_methods() {
 }
 
 void require_rules(const pbsattn_options& options, const pbsattn_shape& shape) {
-  require(options.top_p > 0 && options.top_p <= 1 && options.block > 0 && options.segment % options.block == 0,
+  require(options.top_p > 0 && options.top_p <= 1 && options.block > 0 && options.segment % options.block == 0 &&
+              options.softcap >= 0 && options.window >= 1,
           "options that are planned keep the rules");
-  require(shape.q_len > 0 && shape.q_len <= shape.kv_len && shape.q_heads % shape.kv_heads == 0,
-          "a shape that is planned keeps the rules");
+  require(
+      shape.head_dim_v >= 0 && shape.q_len > 0 && shape.q_len <= shape.kv_len && shape.q_heads % shape.kv_heads == 0,
+      "a shape that is planned keeps the rules");
 }
 
 }  // namespace

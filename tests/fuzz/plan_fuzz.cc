@@ -113,9 +113,9 @@ bool same(double a, double b) {
 }
 
 void expect_reference(const Call& call, const Plan& plan, const Tensors& ours, const Trace& trace, bool finite) {
-  Options options = call.heads.front();
-  options.scale = plan.options().scale;
-  const Geometry geometry{.shape = call.shape, .block = options.block, .segment = options.segment};
+  const Options options = plan.options();
+  const Geometry geometry{
+      .shape = call.shape, .block = options.block, .segment = options.segment, .window = options.window};
   const Inputs inputs{.q = const_view(ours.q), .k = const_view(ours.k), .v = const_view(ours.v), .sinks = ours.sinks};
   // A plan's path is that of inputs that are not all bf16.
   const bool all_bf16 = std::ranges::all_of(std::array{inputs.q, inputs.k, inputs.v},
@@ -128,6 +128,7 @@ void expect_reference(const Call& call, const Plan& plan, const Tensors& ours, c
   for (std::int64_t flat = 0; (finite || !patches) && flat < call.shape.batch * call.shape.q_heads; ++flat) {
     Options of_head = call.heads[call.heads.size() == 1 ? 0 : static_cast<std::size_t>(flat % call.shape.q_heads)];
     of_head.scale = options.scale;
+    if (geometry.windowed()) of_head = options;
     expect_decisions({inputs, of_head, geometry, flat, bf16}, trace, other_orders, other_lists);
   }
 

@@ -22,10 +22,13 @@ Values attend_plainly(const Problem& p, const Options& options) {
         const std::int64_t kv_head = h / (s.q_heads / s.kv_heads);
         double sum = p.sinks.empty() ? 0 : std::exp(static_cast<double>(p.sinks[h]));
         std::vector<double> out(value_dim(s), 0.0);
-        for (std::int64_t n = 0; n <= s.kv_len - s.q_len + i; ++n) {
+        const std::int64_t token = s.kv_len - s.q_len + i;
+        for (std::int64_t n = std::max<std::int64_t>(0, token - options.window + 1); n <= token; ++n) {
           double logit = 0;
           for (std::int64_t d = 0; d < s.head_dim; ++d) logit += p.q.get(b, h, i, d) * p.k.get(b, kv_head, n, d);
-          const double weight = std::exp(logit * static_cast<double>(options.scale));
+          logit *= static_cast<double>(options.scale);
+          const auto cap = static_cast<double>(options.softcap);
+          const double weight = std::exp(cap == 0 ? logit : cap * std::tanh(logit / cap));
           sum += weight;
           for (std::int64_t d = 0; d < value_dim(s); ++d) out[d] += weight * p.v.get(b, kv_head, n, d);
         }
@@ -72,6 +75,53 @@ TEST(Layers, Sinks) {
                      .sinks = true});
     expect_plain(problem, small_blocks(1));
   }
+}
+
+TEST(Layers, CappedLogits) {
+  for (const float cap : {0.5F, 4.0F, 1000.0F})
+    for (const std::int64_t q_len : {41, 70}) {
+      Problem problem({.shape = {.batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = q_len, .kv_len = 70, .head_dim = 12},
+                       .sinks = true});
+      Options options = small_blocks(1);
+      options.softcap = cap;
+      expect_plain(problem, options);
+    }
+}
+
+// Windows smaller than a block, of one, than a segment, of some, and of the sequence less one; all of the method's
+// choices are without effect.
+TEST(Layers, Windows) {
+  for (const int window : {1, 2, 7, 8, 9, 15, 17, 40, 69, 70, 1000})
+    for (const std::int64_t q_len : {1, 41, 70}) {
+      SCOPED_TRACE(testing::Message() << "window " << window << ", q_len " << q_len);
+      Problem problem({.shape = {.batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = q_len, .kv_len = 70, .head_dim = 12},
+                       .sinks = true});
+      Options options = small_blocks(window < 70 ? 0.5F : 1);
+      options.window = window;
+      options.correction = Correction::mean;
+      options.sink_blocks = 2;
+      options.local_blocks = 3;
+      expect_plain(problem, options);
+    }
+}
+
+TEST(Layers, AWindowIsAllThatItsPlanComputes) {
+  const Shape shape{.q_heads = 4, .kv_heads = 2, .q_len = 70, .kv_len = 70, .head_dim = 12};
+  Problem problem({.shape = shape});
+  std::vector<Options> heads(4, small_blocks(0.5F));
+  for (Options& head : heads) head.window = 12;
+  heads[2].sink_blocks = 3;
+  const RunResult result = run(heads, problem, {.device = Device::reference()});
+  EXPECT_EQ(result.options.permutation, Permutation::none);
+  EXPECT_EQ(result.options.keep, KeepRule::all);
+  EXPECT_EQ(result.options.window, 12);
+  for (std::int64_t head = 0; head < 4; ++head) {
+    EXPECT_EQ(row_list(result.trace, head, 0), (std::vector<std::int32_t>{0}));
+    EXPECT_EQ(row_list(result.trace, head, 2), (std::vector<std::int32_t>{0, 1, 2}));  // token 16 sees 5 .. 16
+    EXPECT_EQ(row_list(result.trace, head, 8), (std::vector<std::int32_t>{6, 7, 8}));
+  }
+  for (Options& head : heads) head.window = 70;  // hides nothing
+  EXPECT_EQ(run(heads, problem, {.device = Device::reference()}).options.keep, KeepRule::top_p);
 }
 
 // A sink far above every logit takes all weight, one of -inf none.

@@ -36,7 +36,7 @@ struct Visible {
 
 // Attends one query. Keys of index `many` and up count for `block` keys each.
 void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
-                        std::int64_t dim, std::int64_t dim_v, float scale, DType products,
+                        std::int64_t dim, std::int64_t dim_v, const Options& options, DType products,
                         const std::vector<std::int64_t>& keys, std::int64_t many, int block, float sink,
                         std::vector<float>& out, float& lse) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
@@ -45,7 +45,8 @@ void attend_plain_query(const std::vector<float>& q, const std::vector<float>& k
   for (const std::int64_t n : keys) {
     float s = 0;
     for (std::int64_t d = 0; d < dim; ++d) s += q[d] * k[n * dim + d];
-    weight.push_back(s * scale);
+    s *= options.scale;
+    weight.push_back(options.softcap == 0 ? s : options.softcap * std::tanh(s / options.softcap));
     max = std::max(max, weight.back());
   }
   out.assign(dim_v, 0.0F);
@@ -93,16 +94,16 @@ std::optional<reference::PooledBlocks> pooled_blocks(const Options& options, con
 
 Values attend_exact(const Problem& problem, const Options& options, const Trace& trace) {
   Values values;
-  for_each_query(problem, options, trace,
-                 [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {
-                   const auto pooled = pooled_blocks(options, head, geometry, order);
-                   for (std::int64_t query = 0; query < problem.shape.q_len; ++query) {
-                     const auto result = reference::attend_query(head, geometry, options.scale, query, order,
-                                                                 list(query), pooled ? &*pooled : nullptr);
-                     values.out.insert(values.out.end(), result.out.begin(), result.out.end());
-                     values.lse.push_back(result.lse);
-                   }
-                 });
+  for_each_query(
+      problem, options, trace, [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {
+        const auto pooled = pooled_blocks(options, head, geometry, order);
+        for (std::int64_t query = 0; query < problem.shape.q_len; ++query) {
+          const auto result =
+              reference::attend_query(head, geometry, options, query, order, list(query), pooled ? &*pooled : nullptr);
+          values.out.insert(values.out.end(), result.out.begin(), result.out.end());
+          values.lse.push_back(result.lse);
+        }
+      });
   return values;
 }
 
@@ -127,13 +128,12 @@ Values attend_plain(const Problem& problem, const Options& options, const Trace&
           const auto blocks = list(query);
           for (const std::int32_t b : blocks)
             for (std::int64_t slot = std::int64_t{b} * geometry.block; slot < (b + 1LL) * geometry.block; ++slot)
-              if (slot <= visible.token) keys.push_back(visible.key(b, slot));
+              if (slot <= visible.token && slot > visible.token - options.window) keys.push_back(visible.key(b, slot));
           const std::int64_t far = visible.token / geometry.segment * geometry.segment / geometry.block;
           for (std::int64_t b = 0; b < far && options.correction == Correction::mean; ++b)
             if (!std::ranges::binary_search(blocks, b)) keys.push_back(many + b);
           attend_plain_query({q.begin() + query * dim, q.begin() + (query + 1) * dim}, k, v, dim, head.v.columns,
-                             options.scale, products, keys, many, geometry.block, static_cast<float>(head.sink), out,
-                             lse);
+                             options, products, keys, many, geometry.block, static_cast<float>(head.sink), out, lse);
           for (const float x : out) values.out.push_back(reference::round_to(problem.out.dtype, x));
           values.lse.push_back(lse);
         }

@@ -78,9 +78,12 @@ RandomPlan draw(const PlanLimits& limits, BlockScore score, KeepRule keep, int v
   shape.q_len = random.one_in(2) ? shape.kv_len : random.between(1, shape.kv_len);
   shape.q_len = std::min(shape.q_len, limits.most_queries);
   shape.head_dim = random.of(limits.head_dims);
-  if (limits.other_value_dims && random.one_in(3)) shape.head_dim_v = random.of(limits.head_dims);
+  if (limits.layers && random.one_in(3)) shape.head_dim_v = random.of(limits.head_dims);
   if (random.one_in(4))
     options.scale = static_cast<float>(random.between(1, 8)) / 4 / std::sqrt(static_cast<float>(shape.head_dim));
+  if (limits.layers && random.one_in(3)) options.softcap = static_cast<float>(random.between(1, 20)) / 2;
+  if (limits.layers && random.one_in(12)) options.window = static_cast<int>(random.between(1, 2 * options.segment));
+  plan.problem.sinks = limits.layers && random.one_in(3);
   plan.problem.seed = random.between(1, 1 << 30);
   const DType dtype = limits.dtypes[(variant >> 3 & 1) % limits.dtypes.size()];
   plan.problem.q = plan.problem.k = plan.problem.v = dtype;
@@ -168,6 +171,7 @@ void expect_reference_decisions(const RandomPlan& plan, const Backend& backend, 
     const std::int64_t h = flat % shape.q_heads;
     Options options = plan.heads[plan.heads.size() == 1 ? 0 : h];
     options.scale = truth.options.scale;
+    if (geometry.windowed()) options = truth.options;
     const auto order = head_order(ours.trace, flat, shape.kv_len);
     const bool same_order = dense || order == head_order(truth.trace, flat, shape.kv_len);
     ++agreement.heads;

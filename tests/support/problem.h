@@ -59,7 +59,7 @@ RunResult run(const Options& options, Problem& problem, const RunOptions& how = 
 RunResult run(std::span<const Options> heads, Problem& problem, const RunOptions& how = {});
 
 inline Geometry geometry_of(const Options& options, const Shape& shape) {
-  return {.shape = shape, .block = options.block, .segment = options.segment};
+  return {.shape = shape, .block = options.block, .segment = options.segment, .window = options.window};
 }
 
 // Returns `options` with scale resolved as Plan does.

@@ -28,8 +28,7 @@ std::vector<double> ordering_scores(const Inputs& inputs, const Options& options
   const std::int64_t count = shared ? geometry.group() : 1;
   std::vector<double> mean(geometry.permuted_len(), 0.0);
   for (std::int64_t i = first; i < first + count; ++i) {
-    const auto scores =
-        reference::key_scores(reference::load_head(inputs, geometry, batch, i), geometry, options.scale);
+    const auto scores = reference::key_scores(reference::load_head(inputs, geometry, batch, i), geometry, options);
     for (std::size_t n = 0; n < mean.size(); ++n) mean[n] += scores[n] / static_cast<double>(count);
   }
   return mean;

@@ -106,6 +106,11 @@ void validate(const Options& options) {
           "scale {}: not a finite, non-negative number; 0 stands for 1/sqrt(head_dim)", options.scale);
   require(options.expected_density >= 0.0F && options.expected_density <= 1.0F,
           "expected_density {}: outside [0, 1]; 0 stands for what the paper measured", options.expected_density);
+  require(std::isfinite(options.softcap) && options.softcap >= 0.0F,
+          "softcap {}: not a finite, positive number; 0 stands for none", options.softcap);
+  require(options.window >= 1,
+          "window {}: not positive; it is a number of tokens, the query's own among them, and {} hides none",
+          options.window, max_kv_len);
   require((options.score != BlockScore::antidiagonal && options.score != BlockScore::antidiagonal_causal) ||
               options.block % 8 == 0,
           "block {}: an antidiagonal score takes multiples of 8, the side of its patches; use 128", options.block);

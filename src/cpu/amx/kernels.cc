@@ -76,7 +76,7 @@ bool pack_values_of(const Rows& rows, int count, int padded, int head_dim, void*
   return true;
 }
 
-void score_keys(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max_out,
+void score_keys(const void* keys, const void* queries, int count, int head_dim, const Logits& logits, float* max_out,
                 float* sum_out, void* exps) {
   [[maybe_unused]] const TileScope scope;
   const int pairs = tile_pairs(head_dim);
@@ -98,7 +98,7 @@ void score_keys(const void* keys, const void* queries, int count, int head_dim, 
     F32 sum[2] = {};
     for (int key = 0; key < count; key += 2) {
       for (int i = 0; i < 2; ++i) {
-        const F32 e = exp2_cubic((f32_at(scores + (key + i) * strip + lane) - origin) * scale_log2, 0);
+        const F32 e = exp2_cubic((f32_at(scores + (key + i) * strip + lane) - origin) * logits.scale_log2, 0);
         sum[i] += e;
         store_u16(rounded + (key + i) * strip + lane, lanes, to_bf16(e));
       }

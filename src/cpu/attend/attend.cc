@@ -121,6 +121,8 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
     for (int i = 0; i < strips; ++i) {
       const auto& [state, packed] = scratch.strip_state(i);
       const std::int64_t diagonal = begin + i * strip - block * g.block;
+      const std::int64_t edge = diagonal - g.window;
+      if (edge >= keys - 1) continue;  // the window has left the block behind
       // Keys after the strip's last query are hidden from all of it.
       const int seen = causal ? static_cast<int>(std::min<std::int64_t>(keys, diagonal + strip)) : keys;
       const BlockArgs args{.block = here,
@@ -128,9 +130,10 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
                            .count = (seen + row_tile - 1) / row_tile * row_tile,
                            .head_dim = dim,
                            .head_dim_v = c.head_dim_v(),
-                           .scale_log2 = c.scale_log2(),
-                           .causal = causal,
+                           .logits = c.logits(),
+                           .masked = causal || edge > -strip,
                            .diagonal = diagonal,
+                           .edge = edge,
                            .values_finite = c.layout.values_finite[kv_head * g.blocks() + block] != 0,
                            .scratch = scratch.scores(),
                            .next = then,

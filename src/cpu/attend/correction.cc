@@ -34,6 +34,7 @@ void correct_strip(const StageContext& c, std::int64_t head, std::int64_t row, s
   float* const queries = scores + up_to_tile(c.layout.permuted_blocks) * strip;
   c.f32_kernels.pack.queries(c.q_rows(head, first), count, dim, queries);
   c.f32_kernels.scores(c.pooled_k(head), queries, static_cast<int>(up_to_tile(own_begin)), dim, scores);
+  c.cap(scores, own_begin * strip);
 
   for_each_left_out(own_begin, blocks, [&](std::int64_t b) {
     for (int i = 0; i < strip; ++i) state.max[i] = std::max(state.max[i], scores[b * strip + i]);

@@ -91,10 +91,16 @@ inline __m512 exponent(__m512 score, __m512 origin, __m512 scale) {
   return _mm512_mul_ps(_mm512_sub_ps(score, origin), scale);
 }
 
-// Lanes of vector j that see the key `ahead` tokens after query 0 of the strip.
-inline __mmask16 sees(std::int64_t ahead, int j) {
-  const std::int64_t blind = ahead - j * lanes;
-  return blind <= 0 ? 0xFFFF : blind >= lanes ? 0 : static_cast<__mmask16>(0xFFFFU << blind);
+// Returns the lanes of vector j whose queries are `query` of the strip, which may lie outside of it, or later ones.
+inline __mmask16 from(std::int64_t query, int j) {
+  const std::int64_t before = query - j * lanes;
+  return before <= 0 ? 0xFFFF : before >= lanes ? 0 : static_cast<__mmask16>(0xFFFFU << before);
+}
+
+// Returns the lanes of vector j that see a key of the block: those from its own token on, up to where the window leaves
+// it behind.
+inline __mmask16 sees(const BlockArgs& args, std::int64_t key, int j) {
+  return from(key - args.diagonal, j) & static_cast<__mmask16>(~from(key - args.edge, j));
 }
 
 // Returns the first `left` lanes of a row's next 16.
@@ -221,7 +227,7 @@ void accumulate_visible(const BlockArgs& args, const Pair* weights, float* out) 
         reinterpret_cast<const Pair*>(args.block.values) + static_cast<std::int64_t>(key / 2) * args.head_dim_v;
     const int shift = key % 2 == 0 ? 16 : 0;  // of a pair, the bf16 at hand as the high half of a float
     for (int j = 0; j < strip_vectors; ++j) {
-      const __mmask16 visible = sees(key - args.diagonal, j);
+      const __mmask16 visible = sees(args, key, j);
       __m512i bits = _mm512_load_si512(weights + key / 2 * strip + j * lanes);
       bits = _mm512_and_si512(_mm512_slli_epi32(bits, static_cast<unsigned>(shift)),
                               _mm512_set1_epi32(static_cast<int>(0xFFFF0000U)));
@@ -260,17 +266,18 @@ void attend_block(const BlockArgs& args, const StripState& state) {
             nullptr, s + i * strip);
     prefetch_share(args, i);
   }
+  if (args.logits.softcap != 0) args.logits.cap(s, args.count * strip, args.logits);
 
   alignas(64) float rescale[strip];
-  const __m512 scale = _mm512_set1_ps(args.scale_log2);
+  const __m512 scale = _mm512_set1_ps(args.logits.scale_log2);
   const __m512bh ones = as_pairs(_mm512_set1_epi16(0x3F80));
   for (int j = 0; j < strip_vectors; ++j) {
     float* const column = s + j * lanes;
     const __m512 old_max = _mm512_load_ps(state.max + j * lanes);
     __m512 max = old_max;
-    if (args.causal) {
+    if (args.masked) {
       for (int key = 0; key < args.count; ++key) {
-        const __mmask16 visible = sees(key - args.diagonal, j);
+        const __mmask16 visible = sees(args, key, j);
         const __m512 masked =
             _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), visible, _mm512_load_ps(column + key * strip));
         _mm512_store_ps(column + key * strip, masked);
@@ -300,18 +307,19 @@ void attend_block(const BlockArgs& args, const StripState& state) {
     _mm512_store_ps(rescale + j * lanes, factor);
   }
 
-  const bool careful = args.causal && !args.values_finite;
+  const bool careful = args.masked && !args.values_finite;
   for (int d = 0; d < args.head_dim_v; d += row_tile)
     product(values + d, 1, args.head_dim_v, careful ? 0 : args.count / 2, weights, rescale, state.out + d * strip);
   if (careful) accumulate_visible(args, weights, state.out);
 }
 
 // Scores a whole block before any exponential, for which the maximum must be known.
-void score_keys(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max_out,
+void score_keys(const void* keys, const void* queries, int count, int head_dim, const Logits& logits, float* max_out,
                 float* sum_out, void* exps) {
   alignas(64) float s[max_block * strip];
   scores(keys, queries, count, head_dim, s);
-  const __m512 scale = _mm512_set1_ps(scale_log2);
+  if (logits.softcap != 0) logits.cap(s, count * strip, logits);
+  const __m512 scale = _mm512_set1_ps(logits.scale_log2);
   auto* const rounded = static_cast<std::uint16_t*>(exps);
   for (int lane = 0; lane < strip; lane += lanes) {
     __m512 max = _mm512_set1_ps(-INFINITY);

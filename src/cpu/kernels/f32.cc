@@ -131,11 +131,20 @@ void scores(const void* keys, const void* queries, int count, int head_dim, floa
   }
 }
 
-void hide_future(const BlockArgs& args, int first, int count, float* scores) {
+void cap(float* products, std::int64_t count, const Logits& logits) {
+  const Vec scale = hn::Set(f32, logits.scale);
+  const Vec most = hn::Set(f32, logits.softcap);
+  for (std::int64_t i = 0; i < count; i += lanes) {
+    const Vec logit = hn::Mul(hn::Load(f32, products + i), scale);
+    hn::Store(hn::Mul(hn::Tanh(f32, hn::Div(logit, most)), most), f32, products + i);
+  }
+}
+
+void hide_unseen(const BlockArgs& args, int first, int count, float* scores) {
   for (int key = 0; key < count; ++key) {
     for (int lane = 0; lane < strip; lane += lanes) {
       float* const s = scores + key * strip + lane;
-      const auto visible = sees(first + key - args.diagonal, lane);
+      const auto visible = sees(args, first + key, lane);
       hn::Store(hn::IfThenElse(visible, hn::Load(f32, s), hn::Set(f32, minus_infinity)), f32, s);
     }
   }
@@ -146,7 +155,7 @@ void accumulate_visible(const BlockArgs& args, const float* const* values, int f
                         float* out) {
   for (int key = 0; key < count; ++key) {
     for (int lane = 0; lane < strip; lane += lanes) {
-      const auto visible = sees(first + key - args.diagonal, lane);
+      const auto visible = sees(args, first + key, lane);
       const Vec weight = hn::Load(f32, weights + key * strip + lane);
       for (int d = 0; d < args.head_dim_v; ++d) {
         float* o = out + d * strip + lane;
@@ -176,10 +185,11 @@ void attend_block(const BlockArgs& args, const StripState& state) {
       values[i] = row_of(args.block.values, args.block.index, first + i, args.head_dim_v);
     }
     score_rows(keys, count, dim, static_cast<const float*>(args.queries), weights, fetcher);
-    if (args.causal) hide_future(args, first, count, weights);
-    softmax_step(weights, count, args.scale_log2, state.max, state.sum, rescale);
+    if (args.logits.softcap != 0) cap(weights, count * strip, args.logits);
+    if (args.masked) hide_unseen(args, first, count, weights);
+    softmax_step(weights, count, args.logits.scale_log2, state.max, state.sum, rescale);
 
-    const bool careful = args.causal && !args.values_finite;
+    const bool careful = args.masked && !args.values_finite;
     add_values(values, careful ? 0 : count, args.head_dim_v, weights, rescale, state.out, fetcher);
     if (careful) accumulate_visible(args, values, first, count, weights, state.out);
   }
@@ -214,13 +224,14 @@ void finish(const StripState& state, int count, int head_dim_v, float scale_log2
   }
 }
 
-void score_keys(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max,
+void score_keys(const void* keys, const void* queries, int count, int head_dim, const Logits& logits, float* max,
                 float* sum, void* exps) {
   HWY_ALIGN float factor[strip];
   std::fill_n(max, strip, minus_infinity);
   std::fill_n(sum, strip, 0.0F);
   scores(keys, queries, count, head_dim, static_cast<float*>(exps));
-  softmax_step(static_cast<float*>(exps), count, scale_log2, max, sum, factor);
+  if (logits.softcap != 0) cap(static_cast<float*>(exps), count * strip, logits);
+  softmax_step(static_cast<float*>(exps), count, logits.scale_log2, max, sum, factor);
 }
 
 void weigh_keys(const void* exps, int strips, int count, const float* factors, float* weights) {
@@ -293,6 +304,7 @@ const Kernels* table() {
                                    .weigh_keys = weigh_keys,
                                    .finish = finish,
                                    .score_factors = score_factors,
+                                   .cap = cap,
                                    .scores = scores,
                                    .sum_rows = sum_rows,
                                    .round_row = round_row};

@@ -38,6 +38,14 @@ struct Rows {
   }
 };
 
+// How products of queries and keys become logits: times scale, and where softcap isn't 0 capped by `cap`.
+struct Logits {
+  float scale;
+  float softcap;
+  void (*cap)(float* products, std::int64_t count, const Logits& logits);
+  float scale_log2;  // what products, as `cap` leaves them, are multiplied by: the softmax works in base 2
+};
+
 // The online softmax of one strip. `out` is O^T, [head_dim_v][strip], unnormalised; max is of unscaled
 // scores, -inf before the first block.
 struct StripState {
@@ -61,9 +69,10 @@ struct BlockArgs {
   int count;            // keys; a multiple of row_tile, padded with zero rows
   int head_dim;
   int head_dim_v;
-  float scale_log2;       // scale * log2(e): the softmax works in base 2
-  bool causal;            // mask key i for query j where i > j + diagonal
+  Logits logits;
+  bool masked;            // key i is hidden from query j where i > j + diagonal, and where i <= j + edge
   std::int64_t diagonal;  // token of the strip's first query minus token of the block's first key
+  std::int64_t edge;      // diagonal minus the tokens of the window
   bool values_finite;     // if not, masked values are kept out of the sum (0 * inf is NaN)
   float* scratch;         // [count][strip] floats, twice
   // What the caller reads after this: keys [next_begin, next_end) of that block are fetched into the
@@ -131,9 +140,10 @@ struct Kernels {
   // Takes one step of the online softmax.
   void (*attend_block)(const BlockArgs& args, const StripState& state);
 
-  // Scores a block of keys by a strip of queries: exps[key][query], measured from the query's own maximum over
-  // this block and kept in element_size bytes; that maximum; and the sum of the query's exps.
-  void (*score_keys)(const void* keys, const void* queries, int count, int head_dim, float scale_log2, float* max,
+  // Scores a block of keys by a strip of queries, with logits capped on paths that attend block by block:
+  // exps[key][query], measured from the query's own maximum over this block and kept in element_size bytes; that
+  // maximum; and the sum of the query's exps.
+  void (*score_keys)(const void* keys, const void* queries, int count, int head_dim, const Logits& logits, float* max,
                      float* sum, void* exps);
   // weights[key] += sum over queries of exps[key][query] * factors[query], over `strips` strips whose exps and
   // factors follow each other. A factor of 0 leaves its query out.
@@ -148,6 +158,9 @@ struct Kernels {
   // `queries` on get 0; a query that has a NaN score, or only -inf, gets NaN.
   void (*score_factors)(float* max, const float* sum, std::int64_t blocks, std::int64_t stride, float scale_log2,
                         int queries) = nullptr;
+  // Turns `count` products, a multiple of a strip, into capped logits in place: softcap * tanh(product * scale /
+  // softcap).
+  void (*cap)(float* products, std::int64_t count, const Logits& logits) = nullptr;
   // scores[key][query] = keys . queries, unscaled.
   void (*scores)(const void* keys, const void* queries, int count, int head_dim, float* scores) = nullptr;
   // sum[:] = the sum of `count` rows; and the rounding of float32 values to a dtype, in place.

@@ -7,6 +7,7 @@
 #define PBSATTN_CPU_PRODUCT_INL_H
 #endif
 
+#include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
 #include <algorithm>
@@ -132,10 +133,14 @@ HWY_INLINE Vec weight_of(Vec score, Vec origin, Vec scale) {
   return exp2_nonpositive(hn::Mul(hn::Sub(score, origin), scale));
 }
 
-// Returns the mask of queries, in the vector that begins at `lane`, that see the key `ahead` tokens after query 0.
-HWY_INLINE hn::Mask<F> sees(std::int64_t ahead, int lane) {
-  const auto clamped = static_cast<float>(std::min<std::int64_t>(ahead, strip));
-  return hn::Ge(hn::Iota(f32, static_cast<float>(lane)), hn::Set(f32, clamped));
+// Returns the mask of queries, in the vector that begins at `lane`, that see a key of the block: those from its own
+// token on, up to where the window leaves it behind.
+HWY_INLINE hn::Mask<F> sees(const BlockArgs& args, std::int64_t key, int lane) {
+  const auto clamped = [](std::int64_t query) {
+    return hn::Set(f32, static_cast<float>(std::clamp<std::int64_t>(query, 0, strip)));
+  };
+  const Vec query = hn::Iota(f32, static_cast<float>(lane));
+  return hn::And(hn::Ge(query, clamped(key - args.diagonal)), hn::Lt(query, clamped(key - args.edge)));
 }
 
 // Turns scores[count][strip] into weights measured from `max`, in place, after raising max to their maximum;

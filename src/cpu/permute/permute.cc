@@ -65,7 +65,7 @@ void score_block(const StageContext& c, std::int64_t kv_head, std::int64_t block
     for (std::int64_t i = 0; i < strips; ++i) {
       const std::int64_t place = (head * c.layout.scored_blocks + block) * strips + i;
       c.kernels.score_keys(keys, c.layout.scoring_queries + (head * strips + i) * c.layout.strip_bytes, g.block, dim,
-                           c.scale_log2(), c.layout.score_factors + place * strip, c.layout.score_sums + place * strip,
+                           c.logits(), c.layout.score_factors + place * strip, c.layout.score_sums + place * strip,
                            c.layout.exps + place * c.layout.exps_bytes);
     }
   }

@@ -83,7 +83,8 @@ void select(const StageContext& c) {
     for (std::int64_t row = begin; row < end; ++row) {
       std::uint64_t* const mask = c.mask(head, row);
       const bool dense = keep_all || row >= rows - options.dense_last_rows;
-      set_range(mask, dense ? 0 : g.own_begin(row), g.diagonal(row) + 1);
+      set_range(mask, dense ? g.window_begin(row) : g.own_begin(row), g.diagonal(row) + 1);
+      if (g.windowed()) continue;
       if (sink < g.own_begin(row)) set_bit(mask, sink);
       set_range(mask, 0, std::min<std::int64_t>(options.sink_blocks, g.diagonal(row) + 1));
       set_range(mask, std::max<std::int64_t>(g.diagonal(row) + 1 - options.local_blocks, 0), g.diagonal(row) + 1);

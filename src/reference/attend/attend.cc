@@ -8,7 +8,7 @@ namespace pbsattn::reference {
 namespace {
 
 // Returns the tokens that a query sees: of blocks before its own segment, whatever stands in their slots; of its own
-// segment, in original order, those up to itself.
+// segment, in original order, those up to itself. Where a window hides keys, all are in their original order.
 std::vector<std::int32_t> visible_tokens(const Geometry& geometry, std::int64_t query,
                                          std::span<const std::int32_t> order, std::span<const std::int32_t> list) {
   const std::int64_t token = geometry.q_offset() + query;
@@ -18,6 +18,7 @@ std::vector<std::int32_t> visible_tokens(const Geometry& geometry, std::int64_t 
     const std::int64_t begin = std::int64_t{b} * geometry.block;
     const std::int64_t end = begin + geometry.block;
     for (std::int64_t slot = begin; slot < end; ++slot) {
+      if (slot < geometry.first_seen(token)) continue;
       if (b < own_begin)
         tokens.push_back(order[slot]);
       else if (slot <= token)
@@ -35,18 +36,18 @@ struct Key {
 
 }  // namespace
 
-QueryResult attend_query(const Head& head, const Geometry& geometry, double scale, std::int64_t query,
+QueryResult attend_query(const Head& head, const Geometry& geometry, const Logits& logits, std::int64_t query,
                          std::span<const std::int32_t> order, std::span<const std::int32_t> list,
                          const PooledBlocks* pooled) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   std::vector<Key> keys;
   for (const std::int32_t n : visible_tokens(geometry, query, order, list))
-    keys.push_back({dot(head.q[query], head.k[n]) * scale, 1, head.v[n]});
+    keys.push_back({logits(dot(head.q[query], head.k[n])), 1, head.v[n]});
   if (pooled != nullptr) {
     const std::int64_t row = (geometry.q_offset() + query) / geometry.block - geometry.first_row();
     for (std::int64_t b = 0; b < geometry.own_begin(row); ++b)
       if (!std::ranges::binary_search(list, b))
-        keys.push_back({dot(head.q[query], pooled->k[b]) * scale, static_cast<double>(geometry.block), pooled->v[b]});
+        keys.push_back({logits(dot(head.q[query], pooled->k[b])), static_cast<double>(geometry.block), pooled->v[b]});
   }
   if (head.sink != -infinity) keys.push_back({head.sink, 1, {}});
 

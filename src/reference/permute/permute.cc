@@ -27,12 +27,12 @@ Matrix pool(const Matrix& rows, DType dtype, std::int64_t blocks, std::int64_t b
 
 }  // namespace
 
-std::vector<double> key_scores(const Head& head, const Geometry& geometry, double scale) {
+std::vector<double> key_scores(const Head& head, const Geometry& geometry, const Logits& logits) {
   const std::int64_t queries = geometry.scoring_queries();
   std::vector<double> mean(geometry.permuted_len(), 0.0);
   std::vector<double> weight(mean.size());
   for (std::int64_t i = geometry.shape.q_len - queries; i < geometry.shape.q_len; ++i) {
-    for (std::size_t n = 0; n < weight.size(); ++n) weight[n] = dot(head.q[i], head.k[n]) * scale;
+    for (std::size_t n = 0; n < weight.size(); ++n) weight[n] = logits(dot(head.q[i], head.k[n]));
     softmax(weight);
     for (std::size_t n = 0; n < weight.size(); ++n) mean[n] += weight[n] / static_cast<double>(queries);
   }

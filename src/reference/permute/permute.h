@@ -11,9 +11,9 @@
 namespace pbsattn::reference {
 
 // Returns the attention weight of each key of the complete segments, [permuted_len()]: the mean over the last
-// scoring_queries() queries of softmax(q . k * scale) over those keys, without a causal mask. NaN throughout if one of
-// the scores is NaN or +inf, or if all scores of one query are -inf.
-std::vector<double> key_scores(const Head& head, const Geometry& geometry, double scale);
+// scoring_queries() queries of softmax(logits of q . k) over those keys, without a causal mask. NaN throughout if one
+// of the scores is NaN or +inf, or if all scores of one query are -inf.
+std::vector<double> key_scores(const Head& head, const Geometry& geometry, const Logits& logits);
 
 // Returns the permuted sequence, [kv_len]: slot -> token. Within each complete segment keys stand in descending score,
 // equal ones in token order, NaN last; the incomplete segment keeps its order.

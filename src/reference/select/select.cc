@@ -101,7 +101,7 @@ std::vector<std::int32_t> select_blocks(const Options& options, const Geometry& 
       dense ? std::vector<bool>(own_begin, true) : apply_rule(options, geometry, row, sink_block, scores);
   if (own_begin > 0) keep[sink_block] = true;
   std::vector<std::int32_t> list;
-  for (std::int64_t b = 0; b <= geometry.diagonal(row); ++b)
+  for (std::int64_t b = geometry.window_begin(row); b <= geometry.diagonal(row); ++b)
     if (b >= own_begin || keep[b] || b < options.sink_blocks || b > geometry.diagonal(row) - options.local_blocks)
       list.push_back(static_cast<std::int32_t>(b));
   return list;

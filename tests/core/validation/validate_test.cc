@@ -59,6 +59,11 @@ TEST(Validate, Options) {
   expect_bad_options([](Options& o) { o.expected_density = std::numeric_limits<float>::quiet_NaN(); },
                      {"expected_density nan"});
   expect_bad_options([](Options& o) { o.scale = std::numeric_limits<float>::infinity(); }, {"scale inf"});
+  expect_bad_options([](Options& o) { o.window = 0; }, {"window 0", "not positive", "1073741824 hides none"});
+  expect_bad_options([](Options& o) { o.window = -1; }, {"window -1"});
+  expect_bad_options([](Options& o) { o.softcap = -1; }, {"softcap -1", "positive", "0 stands for none"});
+  expect_bad_options([](Options& o) { o.softcap = std::nanf(""); }, {"softcap nan"});
+  expect_bad_options([](Options& o) { o.softcap = std::numeric_limits<float>::infinity(); }, {"softcap inf"});
   expect_bad_options([](Options& o) { o.score = BlockScore::none; }, {"top_p", "mean_pool"});
   expect_bad_options(
       [](Options& o) {

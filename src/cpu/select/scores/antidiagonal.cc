@@ -39,7 +39,7 @@ double score_antidiagonal(const StageContext& c, std::int64_t head, std::int64_t
   const std::int64_t blocks = causal ? g.diagonal(row) + 1 : own_begin;
   const int lanes = pack_patches(c, head, row, scratch);
   const int patches = g.block / patch_tokens;
-  BlockMasses masses(c.f32_kernels, scratch, blocks, c.scale_log2() / patch_tokens);
+  BlockMasses masses(c.f32_kernels, scratch, blocks, c.logits(patch_tokens));
   for (std::int64_t b = 0; b < blocks; ++b) {
     pack_block(c, head, b, b < own_begin && c.layout.permuted, scratch.keys);
     if (b < own_begin && patches % row_tile == 0)

@@ -31,9 +31,17 @@ BandTotals score_dual_band(const StageContext& c, std::int64_t head, std::int64_
   }
   c.f32_kernels.pack.queries({scratch.pooled_q, DType::f32, dim, nullptr}, 2, dim, scratch.packed);
   score_causal_means(c, head, row, scratch);
-  const float* const factors = c.layout.band_factors + head * 2;
-  return {.fast = exponentials(scratch.scores, 0, blocks, factors[0], scratch.weights),
-          .slow = exponentials(scratch.scores, 1, blocks, factors[1], scratch.weights + c.geometry().blocks())};
+  const auto weigh = [&](int band_lane, float* weights) {
+    const float factor = c.layout.band_factors[head * 2 + band_lane];
+    const float most = c.spec.options.softcap;
+    if (most == 0) return exponentials(scratch.scores, band_lane, blocks, factor, weights);
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      float& score = scratch.scores[b * strip + band_lane];
+      score = most * std::tanh(score * factor / most);
+    }
+    return exponentials(scratch.scores, band_lane, blocks, 1, weights);
+  };
+  return {.fast = weigh(0, scratch.weights), .slow = weigh(1, scratch.weights + c.geometry().blocks())};
 }
 
 void calibrate_bands(const StageContext& c, std::int64_t head, const SelectScratch& scratch) {

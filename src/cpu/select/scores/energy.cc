@@ -11,7 +11,7 @@ namespace pbsattn::cpu {
 double score_energy(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch) {
   const Geometry& g = c.geometry();
   const int dim = c.head_dim();
-  const float scale = c.spec.options.scale;
+  const float scale = c.scale_left();
   const std::int64_t whole = g.row_end(row) / g.block;  // blocks that the row's last query sees whole
   float max = -std::numeric_limits<float>::infinity();
   std::fill_n(scratch.weights, g.diagonal(row) + 1, 0.0F);
@@ -19,6 +19,7 @@ double score_energy(const StageContext& c, std::int64_t head, std::int64_t row, 
     const int queries = static_cast<int>(std::min<std::int64_t>(strip, g.row_end(row) - token));
     c.f32_kernels.pack.queries(c.q_rows(head, token - g.q_offset()), queries, dim, scratch.packed);
     score_causal_means(c, head, row, scratch);
+    c.cap(scratch.scores, whole * strip);
     float highest = max;
     for (std::int64_t b = 0; b < whole; ++b)
       for (int i = 0; i < queries; ++i) highest = std::max(highest, scratch.scores[b * strip + i] * scale);

@@ -25,12 +25,13 @@ double distance(const float* p, double p_total, const float* q, std::int64_t cou
   return std::sqrt(std::max(divergence, 0.0));
 }
 
-// Multiplies up to a strip of mean queries by the blocks' mean keys, into sums.
+// Multiplies up to a strip of mean queries by the blocks' mean keys, into sums, and caps them.
 void score_pooled(const StageContext& c, std::int64_t head, const float* queries, int count, std::int64_t blocks,
                   const SelectScratch& scratch) {
   const int dim = c.head_dim();
   c.f32_kernels.pack.queries({queries, DType::f32, dim, nullptr}, count, dim, scratch.packed);
   multiply_means(c, c.pooled_own(head), blocks, scratch, scratch.sums);
+  c.cap(scratch.sums, blocks * strip);
 }
 
 // Calls body(row, cells) for each row's pooled attention of the blocks up to its own.
@@ -43,7 +44,7 @@ void for_each_row(const StageContext& c, std::int64_t head, const SelectScratch&
     score_pooled(c, head, scratch.pooled_q, rows, g.diagonal(first + rows - 1) + 1, scratch);
     for (int i = 0; i < rows; ++i) {
       const std::span cells(scratch.weights, static_cast<std::size_t>(g.diagonal(first + i) + 1));
-      const double total = exponentials(scratch.sums, i, std::ssize(cells), c.spec.options.scale, scratch.weights);
+      const double total = exponentials(scratch.sums, i, std::ssize(cells), c.scale_left(), scratch.weights);
       for (float& cell : cells) cell = total > 0 ? static_cast<float>(static_cast<double>(cell) / total) : 0.0F;
       body(first + i, cells);
     }
@@ -150,7 +151,7 @@ void mark_flexible(const StageContext& c, std::int64_t head, const SelectScratch
   c.f32_kernels.sum_rows(c.q_rows(head, g.shape.q_len - queries), queries, dim, scratch.pooled_q);
   for (int d = 0; d < dim; ++d) scratch.pooled_q[d] /= static_cast<float>(queries);
   score_pooled(c, head, scratch.pooled_q, 1, blocks, scratch);
-  const double total = exponentials(scratch.sums, 0, blocks, c.spec.options.scale, scratch.weights);
+  const double total = exponentials(scratch.sums, 0, blocks, c.scale_left(), scratch.weights);
   const bool by_pooling =
       total > 0 && distance(scratch.weights, total, scratch.columns, blocks) < static_cast<double>(options.tau);
   if (by_pooling) columns = distances = least;

@@ -16,7 +16,7 @@ void find_masses(const StageContext& c, std::int64_t head, std::int64_t queries,
   for (std::int64_t first = g.shape.kv_len - queries; first < g.shape.kv_len; first += strip) {
     const auto count = static_cast<int>(std::min<std::int64_t>(strip, g.shape.kv_len - first));
     c.f32_kernels.pack.queries(c.q_rows(head, first - g.q_offset()), count, dim, scratch.packed);
-    BlockMasses masses(c.f32_kernels, scratch, g.blocks(), c.scale_log2());
+    BlockMasses masses(c.f32_kernels, scratch, g.blocks(), c.logits());
     const auto add = [&](std::int64_t b) {
       const std::int64_t key = b * g.block;
       const int keys = pack_block(c, head, b, false, scratch.keys);

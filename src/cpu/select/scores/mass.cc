@@ -14,7 +14,7 @@ void add_masses(const StageContext& c, std::int64_t head, std::int64_t row, cons
                 const SelectScratch& scratch, float* weights) {
   const Geometry& g = c.geometry();
   const int dim = c.head_dim();
-  BlockMasses masses(c.f32_kernels, scratch, g.diagonal(row) + 1, c.scale_log2());
+  BlockMasses masses(c.f32_kernels, scratch, g.diagonal(row) + 1, c.logits());
   Rows queries = c.q_rows(head, 0);
   queries.index = tokens;
   c.f32_kernels.pack.queries(queries, count, dim, scratch.packed);
@@ -44,7 +44,7 @@ int pack_block(const StageContext& c, std::int64_t head, std::int64_t block, boo
 }
 
 void BlockMasses::add(std::int64_t b, const float* keys, int count, int dim, const float* queries) {
-  kernels_.score_keys(keys, queries, count, dim, scale_log2_, scratch_.scores + b * strip, scratch_.sums + b * strip,
+  kernels_.score_keys(keys, queries, count, dim, logits_, scratch_.scores + b * strip, scratch_.sums + b * strip,
                       scratch_.exps);
 }
 
@@ -56,7 +56,7 @@ void BlockMasses::add_masked_exps(std::int64_t b, int count) {
     float sum = 0;
     for (int key = 0; key < count; ++key) {
       float& score = scratch_.exps[key * strip + query];
-      sum += score = std::exp2((score - origin) * scale_log2_);
+      sum += score = std::exp2((score - origin) * logits_.scale_log2);
     }
     scratch_.scores[b * strip + query] = max;
     scratch_.sums[b * strip + query] = sum;
@@ -64,7 +64,7 @@ void BlockMasses::add_masked_exps(std::int64_t b, int count) {
 }
 
 void BlockMasses::finish(int queries) {
-  kernels_.score_factors(scratch_.scores, scratch_.sums, blocks_, strip, scale_log2_, queries);
+  kernels_.score_factors(scratch_.scores, scratch_.sums, blocks_, strip, logits_.scale_log2, queries);
 }
 
 void BlockMasses::add_to(float* weights, int queries) const {

@@ -21,8 +21,8 @@ inline double total_of(const SelectScratch& scratch, double total) {
 // or +inf among its scores, or no other than -inf.
 class BlockMasses {
  public:
-  BlockMasses(const Kernels& kernels, const SelectScratch& scratch, std::int64_t blocks, float scale_log2)
-      : kernels_(kernels), scratch_(scratch), blocks_(blocks), scale_log2_(scale_log2) {}
+  BlockMasses(const Kernels& kernels, const SelectScratch& scratch, std::int64_t blocks, const Logits& logits)
+      : kernels_(kernels), scratch_(scratch), blocks_(blocks), logits_(logits) {}
 
   // Adds block b with keys that all queries see: packed rows, as many as a multiple of row_tile.
   void add(std::int64_t b, const float* keys, int count, int dim, const float* queries);
@@ -42,12 +42,13 @@ class BlockMasses {
   const Kernels& kernels_;
   const SelectScratch& scratch_;
   std::int64_t blocks_;
-  float scale_log2_;
+  Logits logits_;
 };
 
 template <class Sees>
 void BlockMasses::add_masked(std::int64_t b, const float* keys, int count, int dim, const float* queries, Sees&& sees) {
   kernels_.scores(keys, queries, (count + row_tile - 1) / row_tile * row_tile, dim, scratch_.exps);
+  if (logits_.softcap != 0) kernels_.cap(scratch_.exps, std::int64_t{count} * strip, logits_);
   for (int key = 0; key < count; ++key)
     for (int query = 0; query < strip; ++query)
       if (!sees(query, key)) scratch_.exps[key * strip + query] = -std::numeric_limits<float>::infinity();

@@ -46,10 +46,11 @@ void score_mean_pool(const StageContext& c, std::int64_t head, std::int64_t firs
   for (int i = 0; i < rows; ++i) pool_query(c, head, first_row + i, scratch.pooled_q + i * dim);
   c.f32_kernels.pack.queries({scratch.pooled_q, DType::f32, dim, nullptr}, rows, dim, scratch.packed);
   multiply_means(c, c.pooled_k(head), c.layout.permuted_blocks, scratch, scratch.scores);
+  c.cap(scratch.scores, up_to_tile(c.layout.permuted_blocks) * strip);
 }
 
 double mean_pool_weights(const StageContext& c, std::int64_t row, int lane, const SelectScratch& scratch) {
-  return exponentials(scratch.scores, lane, c.geometry().own_begin(row), c.spec.options.scale, scratch.weights);
+  return exponentials(scratch.scores, lane, c.geometry().own_begin(row), c.scale_left(), scratch.weights);
 }
 
 double score_mean_pool_causal(const StageContext& c, std::int64_t head, std::int64_t row,
@@ -58,7 +59,9 @@ double score_mean_pool_causal(const StageContext& c, std::int64_t head, std::int
   pool_query(c, head, row, scratch.pooled_q);
   c.f32_kernels.pack.queries({scratch.pooled_q, DType::f32, dim, nullptr}, 1, dim, scratch.packed);
   score_causal_means(c, head, row, scratch);
-  return exponentials(scratch.scores, 0, c.geometry().diagonal(row) + 1, c.spec.options.scale, scratch.weights);
+  const std::int64_t blocks = c.geometry().diagonal(row) + 1;
+  c.cap(scratch.scores, blocks * strip);
+  return exponentials(scratch.scores, 0, blocks, c.scale_left(), scratch.weights);
 }
 
 }  // namespace pbsattn::cpu

@@ -22,10 +22,9 @@ double score_per_query(const StageContext& c, std::int64_t head, std::int64_t ro
   for (std::int64_t token = g.row_begin(row); token < g.row_end(row); token += strip) {
     const int queries = static_cast<int>(std::min<std::int64_t>(strip, g.row_end(row) - token));
     c.f32_kernels.pack.queries(c.q_rows(head, token - g.q_offset()), queries, dim, scratch.packed);
-    c.f32_kernels.score_keys(pooled_k, scratch.packed, before, dim, c.scale_log2(), max.data(), sum.data(),
-                             scratch.scores);
-    c.f32_kernels.score_keys(pooled_own, scratch.packed, own, dim, c.scale_log2(), max.data() + strip,
-                             sum.data() + strip, own_exps);
+    c.f32_kernels.score_keys(pooled_k, scratch.packed, before, dim, c.logits(), max.data(), sum.data(), scratch.scores);
+    c.f32_kernels.score_keys(pooled_own, scratch.packed, own, dim, c.logits(), max.data() + strip, sum.data() + strip,
+                             own_exps);
     c.f32_kernels.score_factors(max.data(), sum.data(), 2, strip, c.scale_log2(), queries);
     for (int i = 0; i < queries; ++i)
       if (std::isnan(max[i])) return std::nan("");

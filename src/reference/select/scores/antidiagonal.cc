@@ -8,7 +8,7 @@
 namespace pbsattn::reference {
 
 std::vector<double> antidiagonal_scores(const Head& head, const Geometry& geometry, std::int64_t row,
-                                        std::span<const std::int32_t> order, bool causal, double scale) {
+                                        std::span<const std::int32_t> order, bool causal, const Logits& logits) {
   const std::int64_t own_begin = geometry.own_begin(row);
   const std::int64_t blocks = causal ? geometry.diagonal(row) + 1 : own_begin;
   std::vector<double> mean(blocks, 0.0);
@@ -26,9 +26,10 @@ std::vector<double> antidiagonal_scores(const Head& head, const Geometry& geomet
         if (token < geometry.row_begin(row) || token >= geometry.row_end(row) || slot >= geometry.shape.kv_len)
           continue;
         const std::int64_t key = slot < own_begin * geometry.block ? order[slot] : slot;
-        share[c / patch_tokens] += dot(head.q[token - geometry.q_offset()], head.k[key]) * scale / patch_tokens;
+        share[c / patch_tokens] += dot(head.q[token - geometry.q_offset()], head.k[key]) / patch_tokens;
       }
     }
+    for (double& x : share) x = logits(x);
     softmax(share);
     for (std::size_t c = 0; c < share.size(); ++c) mean[c * patch_tokens / geometry.block] += share[c];
   }

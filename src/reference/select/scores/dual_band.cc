@@ -47,7 +47,7 @@ std::vector<Band> calibrate_bands(const Head& head, const Options& options, cons
     // once for what pooling left of their squares.
     const double share = width / static_cast<double>(dim) * root_mean_square(pooled_q, of) / queries *
                          root_mean_square(pooled_own, of) / keys;
-    bands.push_back({of, options.scale / share});
+    bands.push_back({of, {options.scale / share, options.softcap}});
   }
   return bands;
 }
@@ -61,7 +61,7 @@ RowScores dual_band_scores(std::span<const double> pooled_q, const Matrix& causa
     Matrix keys(causal_k.rows, std::ssize(band.columns));
     for (std::int64_t b = 0; b < keys.rows; ++b)
       for (std::int64_t d = 0; d < keys.columns; ++d) keys[b][d] = causal_k[b][band.columns[d]];
-    scores.push_back(block_scores(query, keys, keys.rows, band.scale));
+    scores.push_back(block_scores(query, keys, keys.rows, band.logits));
   }
   return scores;
 }

@@ -5,13 +5,13 @@
 
 namespace pbsattn::reference {
 
-Masses last_queries_masses(const Head& head, const Geometry& geometry, double scale, std::int64_t queries) {
+Masses last_queries_masses(const Head& head, const Geometry& geometry, const Logits& logits, std::int64_t queries) {
   const std::int64_t keys = geometry.shape.kv_len;
   Masses masses{std::vector<double>(keys, 0.0), std::vector<double>(keys, 0.0)};
   std::vector<double> share;
   for (std::int64_t token = keys - queries; token < keys; ++token) {
     share.resize(token + 1);
-    for (std::int64_t n = 0; n <= token; ++n) share[n] = dot(head.q[token - geometry.q_offset()], head.k[n]) * scale;
+    for (std::int64_t n = 0; n <= token; ++n) share[n] = logits(dot(head.q[token - geometry.q_offset()], head.k[n]));
     softmax(share);
     if (std::isnan(share[0])) continue;
     for (std::int64_t n = 0; n <= token; ++n) {

@@ -14,7 +14,7 @@ struct Masses {
   std::vector<double> column, diagonal;
 };
 // Adds these weights up; a NaN makes its query count nothing.
-Masses last_queries_masses(const Head& head, const Geometry& geometry, double scale, std::int64_t queries);
+Masses last_queries_masses(const Head& head, const Geometry& geometry, const Logits& logits, std::int64_t queries);
 
 // Marks the `count` heaviest, the first `forced` before all others.
 std::vector<bool> heaviest(std::vector<double> masses, std::int64_t count, std::int64_t forced, double* margin);

@@ -16,9 +16,9 @@ std::vector<double> pool_query(const Head& head, const Options& options, const G
 }
 
 std::vector<double> block_scores(std::span<const double> pooled_q, const Matrix& pooled_k, std::int64_t blocks,
-                                 double scale) {
+                                 const Logits& logits) {
   std::vector<double> scores(blocks);
-  for (std::int64_t b = 0; b < blocks; ++b) scores[b] = dot(pooled_q, pooled_k[b]) * scale;
+  for (std::int64_t b = 0; b < blocks; ++b) scores[b] = logits(dot(pooled_q, pooled_k[b]));
   softmax(scores);
   nan_to_zero(scores);
   return scores;

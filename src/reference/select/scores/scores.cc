@@ -38,7 +38,7 @@ Scoring prepare_scores(const Head& head, const Options& options, const Geometry&
 
 RowScores row_scores(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row,
                      std::span<const std::int32_t> order, const Scoring& scoring) {
-  const double scale = options.scale;
+  const Logits logits = options;
   const std::int64_t own_begin = geometry.own_begin(row);
   const std::int64_t causal = geometry.diagonal(row) + 1;
   const auto pooled_q = [&] { return pool_query(head, options, geometry, row); };
@@ -51,15 +51,16 @@ RowScores row_scores(const Head& head, const Options& options, const Geometry& g
   };
   switch (options.score) {
     case BlockScore::none: return {};
-    case BlockScore::mean_pool: return {block_scores(pooled_q(), scoring.pooled_k, own_begin, scale)};
-    case BlockScore::mean_pool_causal: return {block_scores(pooled_q(), causal_k(), causal, scale)};
-    case BlockScore::per_query: return {per_query_scores(head, geometry, row, causal_k(), scale)};
+    case BlockScore::mean_pool: return {block_scores(pooled_q(), scoring.pooled_k, own_begin, logits)};
+    case BlockScore::mean_pool_causal: return {block_scores(pooled_q(), causal_k(), causal, logits)};
+    case BlockScore::per_query: return {per_query_scores(head, geometry, row, causal_k(), logits)};
     case BlockScore::antidiagonal:
     case BlockScore::antidiagonal_causal:
-      return {antidiagonal_scores(head, geometry, row, order, options.score == BlockScore::antidiagonal_causal, scale)};
-    case BlockScore::exact: return {exact_scores(head, geometry, row, order, scale)};
-    case BlockScore::sampled: return {sampled_scores(head, geometry, row, order, causal_k(), scale)};
-    case BlockScore::energy: return {energy_scores(head, geometry, row, causal_k(), scale)};
+      return {
+          antidiagonal_scores(head, geometry, row, order, options.score == BlockScore::antidiagonal_causal, logits)};
+    case BlockScore::exact: return {exact_scores(head, geometry, row, order, logits)};
+    case BlockScore::sampled: return {sampled_scores(head, geometry, row, order, causal_k(), logits)};
+    case BlockScore::energy: return {energy_scores(head, geometry, row, causal_k(), logits)};
     case BlockScore::dual_band: return dual_band_scores(pooled_q(), causal_k(), scoring.bands);
     case BlockScore::vertical_slash:
     case BlockScore::flexible: {

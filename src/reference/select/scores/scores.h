@@ -19,41 +19,42 @@ using RowScores = std::vector<std::vector<double>>;
 std::vector<double> pool_query(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row);
 
 // Scores by BlockScore::mean_pool, mean_pool_causal or dual_band: softmax over the first `blocks` pooled keys of pooled
-// query . pooled key * scale; NaN becomes 0.
+// query . pooled key as logits; NaN becomes 0.
 std::vector<double> block_scores(std::span<const double> pooled_q, const Matrix& pooled_k, std::int64_t blocks,
-                                 double scale);
+                                 const Logits& logits);
 
 // Scores by BlockScore::per_query, [diagonal + 1]: the mean over the row's queries of softmax over all causal blocks of
-// query . pooled key * scale; `causal_k` are those pooled keys. NaN becomes 0.
+// query . pooled key as logits; `causal_k` are those pooled keys. NaN becomes 0.
 std::vector<double> per_query_scores(const Head& head, const Geometry& geometry, std::int64_t row,
-                                     const Matrix& causal_k, double scale);
+                                     const Matrix& causal_k, const Logits& logits);
 
 // Scores by BlockScore::antidiagonal, [own_begin], or, if causal, antidiagonal_causal, [diagonal + 1]. Patches are
-// aligned to token 0; queries and keys of a patch that aren't there count 0. NaN becomes 0.
+// aligned to token 0; queries and keys of a patch that aren't there count 0. The mean of a patch's products is its
+// logit's. NaN becomes 0.
 std::vector<double> antidiagonal_scores(const Head& head, const Geometry& geometry, std::int64_t row,
-                                        std::span<const std::int32_t> order, bool causal, double scale);
+                                        std::span<const std::int32_t> order, bool causal, const Logits& logits);
 
 // Scores by BlockScore::exact, [diagonal + 1]: the mean over the row's queries of their softmax over all visible keys,
 // summed by block. NaN becomes 0.
 std::vector<double> exact_scores(const Head& head, const Geometry& geometry, std::int64_t row,
-                                 std::span<const std::int32_t> order, double scale);
+                                 std::span<const std::int32_t> order, const Logits& logits);
 
 // Scores by BlockScore::sampled, [diagonal + 1]: the mean of exact_scores() over sampled_queries() of the row's queries
 // and of per_query_scores() over all of them. NaN becomes 0, throughout where the latter has no value.
 std::vector<double> sampled_scores(const Head& head, const Geometry& geometry, std::int64_t row,
-                                   std::span<const std::int32_t> order, const Matrix& causal_k, double scale);
+                                   std::span<const std::int32_t> order, const Matrix& causal_k, const Logits& logits);
 
-// Scores by BlockScore::energy, [diagonal + 1]: exp(q . pooled key * scale) summed over the row's queries, as shares of
-// its sum over the blocks that the row's last query sees whole. NaN becomes 0.
+// Scores by BlockScore::energy, [diagonal + 1]: exp of q . pooled key as logits, summed over the row's queries, as
+// shares of its sum over the blocks that the row's last query sees whole. NaN becomes 0.
 std::vector<double> energy_scores(const Head& head, const Geometry& geometry, std::int64_t row, const Matrix& causal_k,
-                                  double scale);
+                                  const Logits& logits);
 
 // A band of BlockScore::dual_band (core/score_traits.h): the columns of head_dim that it reads, which rotate_half
 // pairs, and the factor on their products. The factors follow from the root mean squares of all pooled queries and
 // keys, so they depend on what comes later.
 struct Band {
   std::vector<std::int64_t> columns;
-  double scale = 0;
+  Logits logits;
 };
 std::vector<Band> calibrate_bands(const Head& head, const Options& options, const Geometry& geometry,
                                   const Matrix& pooled_own);
