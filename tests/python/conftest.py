@@ -89,15 +89,22 @@ def qkv(device, q_len=700, kv_len=None, batch=1, q_heads=4, kv_heads=2, head_dim
     return make(q_heads, q_len), make(kv_heads, kv_len), make(kv_heads, kv_len)
 
 
-def dense(q, k, v, scale=None):
+def dense(q, k, v, scale=None, sinks=None, softcap=None, window=None):
     """The definition, in float64: output and log-sum-exp of causal attention whose queries are the last ones."""
     group = q.shape[1] // k.shape[1]
     q, k, v = q.double().cpu(), k.double().cpu(), v.double().cpu()
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(2, 3) * (scale or q.shape[-1] ** -0.5)
-    future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
-    scores = scores.masked_fill(future, -torch.inf)
-    return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    offset, all_pairs = k.shape[2] - q.shape[2], torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    scores = scores.masked_fill(all_pairs.triu(offset + 1), -torch.inf)
+    if window is not None:
+        scores = scores.masked_fill(all_pairs.tril(offset - window), -torch.inf)
+    if sinks is None:
+        return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
+    scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.softmax(scores, -1)[..., :-1] @ v, torch.logsumexp(scores, -1)
 
 
 def error(got, truth):

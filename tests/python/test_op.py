@@ -42,6 +42,73 @@ def test_scale(device):
     assert error(pbsattn.attention(q, k, v, method="full", scale=0.3), truth) < 1e-2
 
 
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize(
+    "layer",
+    [dict(sinks=True), dict(softcap=2.0), dict(window=100), dict(window=300, softcap=2.0, sinks=True), dict(head_dim_v=24)],
+    ids=lambda layer: "+".join(layer),
+)
+def test_what_layers_of_models_carry(layer, layout):
+    torch._dynamo.reset()  # the other cases, which it would count as the same
+    q, k, v = qkv("cpu", 300, 450, batch=2, dtype=torch.float32)
+    layer = dict(layer)
+    v = v[..., : layer.pop("head_dim_v", 64)].contiguous()
+    sinks = torch.randn(4) if layer.pop("sinks", False) else None
+    truth, true_lse = dense(q, k, v, sinks=sinks, **layer)
+    given = [t.transpose(1, 2) for t in (q, k, v)] if layout == "bshd" else [q, k, v]
+    for call in (pbsattn.attention, torch.compile(pbsattn.attention, backend="eager", fullgraph=True, dynamic=False)):
+        out, lse = call(*given, layout=layout, top_p=1.0, sinks=sinks, return_lse=True, **layer)
+        assert error(out.transpose(1, 2) if layout == "bshd" else out, truth) < f32_tolerance(1e-5, 1e-2)
+        torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=f32_tolerance(1e-4, 1e-1))
+    if layout == "bhsd":
+        by_definition, _ = pbsattn.trace(q, k, v, top_p=1.0, sinks=sinks, reference=True, **layer)
+        assert error(by_definition, truth) < 1e-6
+
+
+def test_a_plan_takes_what_layers_carry():
+    q, k, v = qkv("cpu", 300, dtype=torch.float32)
+    v, sinks = v[..., :40].contiguous(), torch.randn(4)
+    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=64, head_dim_v=40, method="full", window=70)
+    workspace, out = torch.empty(plan.workspace_size, dtype=torch.uint8), torch.empty(1, 4, 300, 40)
+    truth, _ = dense(q, k, v, sinks=sinks, window=70)
+    plan.run(q, k, v, out, workspace, sinks=sinks)
+    assert error(out, truth) < f32_tolerance(1e-5, 1e-2)
+    run = plan.bind(q, k, v, out.zero_(), workspace, sinks=sinks)
+    run()
+    assert error(out, truth) < f32_tolerance(1e-5, 1e-2)
+    with pytest.raises(ValueError, match="not the plan's shape .*40"):
+        plan.run(q, k, k, torch.empty_like(q), workspace)
+    with pytest.raises(ValueError, match=r"out: .*pass a tensor like q: torch.float32 \(1, 4, 300, 40\)"):
+        plan.run(q, k, v, torch.empty_like(q), workspace)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(sinks=torch.zeros(3)), r"sinks: torch.float32 \(3,\); .* \(4,\)"),
+        (dict(sinks=torch.zeros(4, dtype=torch.bfloat16)), "sinks: torch.bfloat16 .*float32"),
+        (dict(sinks=torch.zeros(1, 4)), r"sinks: torch.float32 \(1, 4\)"),
+        (dict(sinks=torch.zeros(8)[::2]), "sinks: .*contiguous"),
+        (dict(softcap=-1.0), "softcap -1: not a finite, positive number; 0 stands for none"),
+        (dict(softcap=float("nan")), "softcap nan"),
+        (dict(window=0), "window 0: not positive"),
+        (dict(window=-5), "window -5: not positive"),
+    ],
+)
+def test_what_layers_carry_is_checked(change, says):
+    q, k, v = qkv("cpu", 300)
+    with pytest.raises(ValueError, match=says):
+        pbsattn.attention(q, k, v, **change)
+
+
+def test_sinks_that_want_a_gradient_are_refused():
+    q, k, v = qkv("cpu", 300)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        pbsattn.attention(q, k, v, sinks=torch.zeros(4, requires_grad=True))
+    with pytest.raises(TypeError, match="sinks: a list"):
+        pbsattn.attention(q, k, v, sinks=[0.0] * 4)
+
+
 def test_options_choose_blocks(device):
     q, k, v = qkv(device, 3000)
     whole, all_blocks = pbsattn.attention(q, k, v, top_p=1.0, return_stats=True)

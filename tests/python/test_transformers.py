@@ -67,14 +67,15 @@ def test_all_blocks_gives_sdpas_logits(family, device):
     model = build(family, device)
     ids = prompt(device)
     expected = model(ids).logits
-    full_layers = [0, 1] if family != "gemma3" else [1]
+    computed = [0, 1] if family != "gemma3" or device == "cpu" else [1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pt.FallbackWarning)
         with enable(model, top_p=1.0, stats=True):
             close(model(ids).logits, expected)
             taken = [layer.layer for layer in pt.stats(model) if layer.taken == 1]
-            assert taken == full_layers
-            assert all(layer.density == 1.0 and layer.seconds > 0 for layer in pt.stats(model) if layer.taken)
+            assert taken == computed
+            assert all(layer.seconds > 0 for layer in pt.stats(model) if layer.taken)
+            assert pt.stats(model)[1].density == 1.0
     assert torch.equal(model(ids).logits, expected)
 
 
@@ -150,27 +151,6 @@ def test_padding_on_the_left_falls_back(device):
     falls_back(model, "more than causal", call, call())
 
 
-def test_sliding_window_falls_back(device):
-    model = build("mistral", device, sliding_window=200)
-    ids = prompt(device)
-
-    def call():
-        return model(ids).logits
-
-    falls_back(model, "sliding window of 200", call, call())
-    with enable(model, top_p=1.0):
-        short = ids[:, :150]
-        close(model(short).logits, build_logits_without(model, short))
-
-
-def build_logits_without(model, ids):
-    """A model's logits with pbsattn disabled for a moment."""
-    pt.disable(model)
-    logits = model(ids).logits
-    enable(model, top_p=1.0)
-    return logits
-
-
 def test_packed_sequences_fall_back(device):
     model = build("llama", device)
     ids = prompt(device)
@@ -195,26 +175,92 @@ def test_training_falls_back():
         falls_back(model, "training", gradient, gradient())
 
 
-def test_soft_cap_goes_to_the_models_own_attention(device):
-    model = build("Gemma2", device, sliding_window=4096, query_pre_attn_scalar=64, attn_logit_softcapping=2.0)
-    ids = prompt(device)
+# Models whose layers carry more than keys and values: family, what its config has, and how it computes them itself.
+ALTERNATING = dict(layer_types=["sliding_attention", "full_attention"])
+CARRYING = {
+    "gemma2": ("Gemma2", dict(sliding_window=128, query_pre_attn_scalar=64, attn_logit_softcapping=2.0, **ALTERNATING)),
+    "gemma3": ("gemma3", dict(sliding_window=130)),
+    "gpt_oss": ("GptOss", dict(sliding_window=128, num_local_experts=2, num_experts_per_tok=1, **ALTERNATING)),
+    "mistral": ("mistral", dict(sliding_window=200)),
+    "deepseek": (
+        "DeepseekV3",
+        dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_key_value_heads=4, head_dim=64),
+    ),
+}
+
+
+def build_carrying(family, device):
+    name, changes = CARRYING[family]
+    model = build(name, device, **changes)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            parameter.data.normal_()
     model.set_attn_implementation("eager")
+    return model
+
+
+def takes_all(model, device):
+    """Whether every layer of the last prefill was computed: on a GPU those that carry nothing alone are."""
+    layers = pt.stats(model)
+    return len(layers) == 2 and (device == "cuda" or all(layer.taken and not layer.left for layer in layers))
+
+
+@pytest.mark.parametrize("family", CARRYING)
+def test_what_layers_carry_is_computed(family, device):
+    model = build_carrying(family, device)
+    ids = prompt(device)
     expected = model(ids).logits
-    with pytest.raises(ValueError, match="none of its layers: its logits are soft-capped"):
-        enable(model)
-    own = model.model.layers[0].self_attn
-    own.attn_logit_softcapping = None  # one layer that can be taken, so that the model is
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if device == "cpu" else "ignore", pt.FallbackWarning)
+        with enable(model, top_p=1.0):
+            close(model(ids).logits, expected)
+            assert takes_all(model, device)
+            short = ids[:, :110]
+            close(model(short).logits, expected[:, :110])
+            assert takes_all(model, device)
+            cache, logits = None, []
+            for chunk in ids.split([100, 250, 129, 70, 51], dim=1):
+                out = model(chunk, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                logits.append(out.logits)
+            close(torch.cat(logits, 1), expected)
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", CARRYING)
+def test_what_layers_carry_is_generated_with(family, device):
+    model, ids = build_carrying(family, device), prompt(device, tokens=300)
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+    expected = torch.stack(model.generate(ids, **options).logits)
+    with enable(model, top_p=1.0), warnings.catch_warnings():
+        warnings.simplefilter("error" if device == "cpu" else "ignore", pt.FallbackWarning)
+        close(torch.stack(model.generate(ids, **options).logits), expected)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "mistral"])
+def test_what_layers_carry_is_padded_elsewhere(family, device):
+    """What pbsattn leaves of such layers the model computes as before."""
+    model, ids = build_carrying(family, device), prompt(device, batch=2)
+    mask = torch.ones(2, TOKENS, dtype=torch.long, device=device)
+    mask[1, :100] = 0
+
+    def call():
+        return model(ids, attention_mask=mask).logits[mask.bool()]
+
+    expected = call()
     with enable(model, top_p=1.0), warnings.catch_warnings():
         warnings.simplefilter("ignore", pt.FallbackWarning)
-        own.attn_logit_softcapping = 2.0
+        close(call(), expected)
+        assert not any(layer.taken for layer in pt.stats(model))
+
+
+def test_only_the_window_is_computed():
+    """A window is what it is, however few blocks the method would keep, and its density says how little that is."""
+    model, ids = build_carrying("mistral", "cpu"), prompt()
+    expected = model(ids).logits
+    with enable(model, method="streaming"):
         close(model(ids).logits, expected)
-    assert model.config._attn_implementation == "eager"
-
-
-def test_sinks_are_refused():
-    model = build("GptOss", num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(ValueError, match="attention sinks"):
-        enable(model)
+        assert all(0 < layer.density < 1 for layer in pt.stats(model))
 
 
 def test_what_this_device_refuses_falls_back(device):

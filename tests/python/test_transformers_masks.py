@@ -106,3 +106,38 @@ def test_a_mask_is_the_tensor_that_it_stands_for():
         assert torch.equal(op(mask), op(tensor))
     with pytest.raises(RuntimeError, match="ambiguous"):
         bool(mask)
+
+
+@pytest.mark.parametrize("window, q_offset", [(1, 0), (2, 2), (3, 4), (7, 2), (9, 4)])
+def test_a_windows_mask_is_the_tensor_that_transformers_makes(window, q_offset):
+    from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
+
+    from pbsattn._transformers_masks import CausalMask, causal_mask
+
+    kv_offset = max(q_offset - window + 1, 0)
+    sizes = dict(batch_size=2, q_length=5, kv_length=q_offset + 5 - kv_offset, q_offset=q_offset, kv_offset=kv_offset)
+    given = dict(mask_function=sliding_window_causal_mask_function(window), local_size=window, **sizes)
+    mask = causal_mask(**given)
+    assert type(mask) is CausalMask and mask.window == (window if window < sizes["kv_length"] else None)
+    assert torch.equal(mask.tensor(), sdpa_mask(**given, allow_is_causal_skip=False))
+    padding = torch.ones(2, q_offset + 5, dtype=torch.bool)
+    assert type(causal_mask(**given, attention_mask=padding)) is CausalMask
+    padding[1, -3] = False
+    assert type(causal_mask(**given, attention_mask=padding)) is torch.Tensor
+
+
+def test_what_says_more_than_a_window_stays_a_tensor():
+    from transformers.masking_utils import and_masks, causal_mask_function, or_masks, sliding_window_causal_mask_function
+
+    from pbsattn._transformers_masks import causal_mask
+
+    sizes = dict(batch_size=1, q_length=8, kv_length=8, local_size=3)
+    window = sliding_window_causal_mask_function(3)
+    every_other = lambda batch, head, q, k: (q + k) % 2 == 0  # noqa: E731
+    for function in (
+        and_masks(window, every_other),
+        or_masks(window, every_other),
+        and_masks(every_other, causal_mask_function),
+    ):
+        assert type(causal_mask(mask_function=function, use_vmap=True, **sizes)) is torch.Tensor
+    assert type(causal_mask(mask_function=window, allow_is_causal_skip=False, **sizes)) is torch.Tensor

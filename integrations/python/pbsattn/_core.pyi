@@ -6,6 +6,8 @@ has_cuda: bool
 
 # (address, dtype, batch stride, head stride, token stride)
 _View = tuple[int, int, int, int, int]
+# (address, count) of float32
+_Array = tuple[int, int]
 
 def version() -> str: ...
 def methods() -> list[tuple[str, str]]: ...
@@ -56,7 +58,7 @@ class Plan:
         device: str,
         index: int,
         threads: int,
-        shape: tuple[int, int, int, int, int, int],
+        shape: tuple[int, int, int, int, int, int, int],  # head_dim_v last, 0 as head_dim
         workspace_cap: int | None = None,
     ) -> None: ...
     @property
@@ -75,8 +77,18 @@ class Plan:
         workspace: int,
         workspace_size: int,
         stream: int,
+        sinks: _Array,
         stats: bool,
     ) -> Stats | None: ...
     def trace(
-        self, q: _View, k: _View, v: _View, out: _View, lse: int, workspace: int, workspace_size: int, stream: int
+        self,
+        q: _View,
+        k: _View,
+        v: _View,
+        out: _View,
+        lse: int,
+        workspace: int,
+        workspace_size: int,
+        stream: int,
+        sinks: _Array,
     ) -> tuple[Stats, Trace]: ...

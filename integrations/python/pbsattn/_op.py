@@ -9,7 +9,8 @@ import typing
 import torch
 
 from . import _core
-from ._plan import check_inputs, check_tensor, head_options, plan_of, refuse_gradient, run, run_reference
+from ._checks import check_inputs, check_sinks, check_tensor, refuse_gradient
+from ._plan import head_options, plan_of, run, run_reference
 from ._settings import HeadChanges, Value, shown
 
 _library = torch.library.Library("pbsattn", "DEF")
@@ -17,7 +18,7 @@ _library = torch.library.Library("pbsattn", "DEF")
 # as easily as the library's options. `heads` are those of query heads, as JSON.
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str heads='', str layout='bhsd', "
-    "bool return_lse=False) -> (Tensor out, Tensor lse)",
+    "bool return_lse=False, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
@@ -64,6 +65,7 @@ def _compute(
     heads: str,
     layout: str,
     return_lse: bool,
+    sinks: torch.Tensor | None,
     stats: bool,
     trace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, typing.Any]:
@@ -88,13 +90,14 @@ def _compute(
     plan = plan_of(
         key, lambda q_heads: head_options(method, _read_settings(settings), _read_heads(heads), q_heads), q, k, v, layout
     )
-    out = torch.empty_like(q) if q.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
+    check_sinks(sinks, q, layout)
+    out = _empty_out(q, v)
     lse = _empty_lse(q, layout) if return_lse else None
     if index < 0:
         workspace = _cpu_workspace(plan.workspace_size)
     else:
         workspace = q.new_empty(-(-plan.workspace_size // q.element_size()))  # bytes, in elements of q
-    ran = run(plan, q, k, v, out, lse, workspace, layout, stats, trace)
+    ran = run(plan, q, k, v, out, lse, workspace, layout, sinks, stats, trace)
     return out, lse, ran
 
 
@@ -112,6 +115,12 @@ def _cpu_workspace(size: int) -> torch.Tensor:
     return workspace
 
 
+def _empty_out(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    if q.shape[3] != v.shape[3]:
+        return q.new_empty((*q.shape[:3], v.shape[3]))
+    return torch.empty_like(q) if q.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 def _empty_lse(q: torch.Tensor, layout: str) -> torch.Tensor:
     heads, tokens = (1, 2) if layout == "bhsd" else (2, 1)
     return q.new_empty((q.shape[0], q.shape[heads], q.shape[tokens]), dtype=torch.float32)
@@ -127,16 +136,23 @@ def _attention(
     heads: str = "",
     layout: str = "bhsd",
     return_lse: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, False)
+    out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, sinks, False)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 def _attention_fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: str = "bhsd", return_lse: bool = False, **_: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    **_: str | torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse = _empty_lse(q, layout) if return_lse else q.new_empty(0, dtype=torch.float32)
-    return q.new_empty(q.shape), lse
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse
 
 
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -147,7 +163,7 @@ def _attention_autograd(
     keyset: typing.Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: typing.Any
 ) -> typing.Any:
     """Refuses what would be cut from the graph in silence; else does what PyTorch does for an op without a gradient."""
-    refuse_gradient("pbsattn::attention", q, k, v)
+    refuse_gradient("pbsattn::attention", q, k, v, given.get("sinks"))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.pbsattn.attention.default.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, **given)
 
@@ -178,6 +194,7 @@ def attention(
     scale: float | None = ...,
     heads: HeadChanges | str | None = ...,
     layout: str = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: typing.Literal[False] = ...,
     return_stats: typing.Literal[False] = ...,
     **options: Value,
@@ -197,6 +214,7 @@ def attention(
     scale: float | None = ...,
     heads: HeadChanges | str | None = ...,
     layout: str = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: typing.Literal[True],
     return_stats: typing.Literal[False] = ...,
     **options: Value,
@@ -216,6 +234,7 @@ def attention(
     scale: float | None = ...,
     heads: HeadChanges | str | None = ...,
     layout: str = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: typing.Literal[False] = ...,
     return_stats: typing.Literal[True],
     **options: Value,
@@ -235,6 +254,7 @@ def attention(
     scale: float | None = ...,
     heads: HeadChanges | str | None = ...,
     layout: str = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: typing.Literal[True],
     return_stats: typing.Literal[True],
     **options: Value,
@@ -253,15 +273,16 @@ def attention(
     scale: float | None = None,
     heads: HeadChanges | str | None = None,
     layout: str = "bhsd",
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     return_stats: bool = False,
     **options: Value,
 ) -> typing.Any:
     """Causal attention of the last Sq of Skv tokens, dense or block-sparse.
 
-    q: [B, Hq, Sq, D]; k, v: [B, Hkv, Skv, D] with Hkv dividing Hq (they are never repeated) and Sq <= Skv. With
-    layout="bshd": [B, S, H, D]. The last dimension is contiguous, the others may have any strides. float32, float16
-    or bfloat16 on the CPU; float16 or bfloat16 with D 64 or 128 on a Hopper GPU.
+    q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv], on a GPU of D too; Hkv divides Hq (they are never
+    repeated), and Sq <= Skv. With layout="bshd": [B, S, H, D]. The last dimension is contiguous, the others may
+    have any strides. float32, float16 or bfloat16 on the CPU; float16 or bfloat16 with D 64 or 128 on a Hopper GPU.
 
     method: a name of pbsattn.METHODS, with options of its own if you like, "pbs:top_p=0.95"; "full" is dense. The rest,
     where not None, replaces the method's own setting:
@@ -275,18 +296,23 @@ def attention(
     They may differ in the keep rule and its numbers, and in what is always kept. The same as JSON text spares
     torch.compile a graph break.
 
-    Returns out, like q and contiguous; with return_lse also the natural log-sum-exp of each query's scaled scores,
-    float32 [B, Hq, Sq]; with return_stats also Stats (density, seconds), for which it waits for the work.
+    sinks: float32 [Hq], a learned logit of each query head, which enters every query's softmax as one more key without a
+    value (GPT-OSS); not on a GPU.
+
+    Returns out [B, Hq, Sq, Dv], of q's dtype and contiguous; with return_lse also the natural log-sum-exp of each
+    query's logits, float32 [B, Hq, Sq]; with return_stats also Stats (density, seconds), for which it waits for the work.
 
     Forward only. Works under torch.compile and, without return_stats, in CUDA graphs.
     Raises TypeError, ValueError, NotImplementedError (this device doesn't take it) or MemoryError.
     """
-    plain = type(q) is type(k) is type(v) is torch.Tensor
+    plain = type(q) is type(k) is type(v) is torch.Tensor and (
+        sinks is None or type(sinks) in (torch.Tensor, torch.nn.Parameter)
+    )
     if not plain:
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", q if sinks is None else sinks)):
             if not isinstance(tensor, torch.Tensor):
                 check_tensor(name, tensor)
-    refuse_gradient("pbsattn.attention", q, k, v)
+    refuse_gradient("pbsattn.attention", q, k, v, sinks)
     if options or not (top_p is threshold is dense_last_rows is scale is None):
         settings = _write_settings(
             dict(top_p=top_p, threshold=threshold, dense_last_rows=dense_last_rows, scale=scale, **options)
@@ -295,13 +321,13 @@ def attention(
         settings = ""
     heads = _write_heads(heads)
     if return_stats:
-        out, lse, stats = _compute(q, k, v, method, settings, heads, layout, return_lse, True)
+        out, lse, stats = _compute(q, k, v, method, settings, heads, layout, return_lse, sinks, True)
         return (out, lse, stats) if return_lse else (out, stats)
     if plain and _nobody_watches():
-        out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, False)
+        out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, sinks, False)
         return (out, lse) if return_lse else out
     out, lse = torch.ops.pbsattn.attention.default(
-        q, k, v, method=method, settings=settings, heads=heads, layout=layout, return_lse=return_lse
+        q, k, v, method=method, settings=settings, heads=heads, layout=layout, return_lse=return_lse, sinks=sinks
     )
     return (out, lse) if return_lse else out
 
@@ -326,6 +352,7 @@ def trace(
     heads: HeadChanges | str | None = None,
     layout: str = "bhsd",
     reference: bool = False,
+    sinks: torch.Tensor | None = None,
     **options: Value,
 ) -> tuple[torch.Tensor, Trace]:
     """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`.
@@ -334,13 +361,16 @@ def trace(
     alone. Raises what `attention` does.
     """
     check_inputs(q, k, v, layout)
-    refuse_gradient("pbsattn.trace", q, k, v)
+    check_sinks(sinks, q, layout)
+    refuse_gradient("pbsattn.trace", q, k, v, sinks)
     batch, q_heads = q.shape[0], q.shape[1 if layout == "bhsd" else 2]
     heads = _write_heads(heads)
     if reference:
-        out, stats, raw = run_reference(head_options(method, options, _read_heads(heads), q_heads), q, k, v, layout)
+        out, stats, raw = run_reference(head_options(method, options, _read_heads(heads), q_heads), q, k, v, layout, sinks)
     else:
-        out, _, (stats, raw) = _compute(q, k, v, method, _write_settings(options), heads, layout, False, True, trace=True)
+        out, _, (stats, raw) = _compute(
+            q, k, v, method, _write_settings(options), heads, layout, False, sinks, True, trace=True
+        )
     return out, _trace_of(stats, raw, batch, q_heads)
 
 

@@ -81,7 +81,7 @@ def library_options(heads: list[dict[str, Value]], place: str = "") -> list[_cor
         made.append(_options(options, where))
         try:
             # The reference takes whatever one of the devices takes.
-            _core.Plan(made[-1], "reference", 0, 1, (1, 1, 1, 1, 1, 64))
+            _core.Plan(made[-1], "reference", 0, 1, (1, 1, 1, 1, 1, 64, 0))
         except ValueError as error:
             raise ValueError(f"{where}{error}") from None
     return made
@@ -155,7 +155,7 @@ class Layers:
         options = library_options(made, place)
         if len(made) > 1:
             try:
-                _core.Plan(options, "reference", 0, 1, (1, q_heads, q_heads, 1, 1, 64))
+                _core.Plan(options, "reference", 0, 1, (1, q_heads, q_heads, 1, 1, 64, 0))
             except ValueError as error:
                 raise ValueError(f"{place}{error}") from None
         return made

@@ -99,10 +99,10 @@ def _reason_to_leave(
     """Why a call isn't one that pbsattn takes; None if it is."""
     if mask is None and not causal:
         return "it is not causal (an encoder, or cross attention)"
-    if names:
-        return describe(names)
+    if others := [name for name in names if name not in _TAKEN]:
+        return describe(others)
     window = kwargs.get("sliding_window")
-    if window is not None and key.shape[2] > window:
+    if window is not None and key.shape[2] > window and not (type(mask) is CausalMask and mask.window == window):
         return f"it is a sliding window of {window} tokens"
     if mask is not None and type(mask) is not CausalMask:
         return "its mask is more than causal (padding, packed sequences, or one passed in)"
@@ -110,13 +110,19 @@ def _reason_to_leave(
         return "its keys are of other tokens than its queries, and no mask says which it sees"
     if kwargs.get("output_attentions"):
         return "the attention weights are asked for"
-    if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+    sinks = kwargs.get("s_aux")
+    if dropout or (
+        torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value, sinks) if each is not None)
+    ):
         return "it is training: pbsattn computes no gradient; use torch.no_grad()"
-    if value.shape[-1] != query.shape[-1]:
-        return f"its values have head_dim {value.shape[-1]}, its keys {query.shape[-1]}"
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        return f"its sinks have shape {tuple(sinks.shape)}; it has {query.shape[1]} query heads"
     if isinstance(scaling, torch.Tensor):
         return "its scale is a tensor"
     return None
+
+
+_TAKEN = ("softcap", "s_aux")  # that others may not know
 
 
 def _forward(
@@ -157,7 +163,7 @@ def _pick(
 ) -> typing.Any:
     """A call of any kind: computed by pbsattn, or why not by the model's own attention."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if type(mask) is CausalMask and mask.q_offset == 0 and not getattr(module, "is_causal", True):
+    if type(mask) is CausalMask and mask.q_offset == 0 and mask.window is None and not getattr(module, "is_causal", True):
         # As SDPA has it: the mask was left out for the module to say. A causal module that says is_causal=False in a call
         # has seen a mask that says it instead (Moonshine).
         mask = None
@@ -168,7 +174,8 @@ def _pick(
         record = layer.of_call(first_chunk)
         if reason is None:
             try:
-                out = _attend(layer.options, record, layer.state.measure, query, key, value, mask, scaling)
+                carried = {name: kwargs[name] for name in _TAKEN if kwargs.get(name) is not None}
+                out = _attend(layer.options, record, layer.state.measure, query, key, value, mask, scaling, **carried)
                 record.taken += 1
                 return out, None
             except NotImplementedError as refusal:  # this device takes no such tensors
@@ -189,10 +196,18 @@ def _attend(
     value: torch.Tensor,
     mask: CausalMask | None,
     scaling: float | None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if mask is not None and mask.keys < key.shape[2]:
         key, value = key[:, :, : mask.keys], value[:, :, : mask.keys]
     options = {"scale": None if scaling is None else float(scaling), **settings}
+    if softcap is not None:
+        options["softcap"] = float(softcap)
+    if mask is not None and mask.window is not None:
+        options["window"] = mask.window
+    if s_aux is not None:
+        options["sinks"] = s_aux.float().contiguous()
     # Tokens before heads, by strides alone, so that the output comes in the order that the model wants.
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if not (measure or q.device.type == "cpu") or torch.compiler.is_compiling():

@@ -150,7 +150,7 @@ def _sdpa(
     if not mask.fits(query, key) or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, mask.tensor(), is_causal=is_causal, **kwargs)
     key, value = key[:, :, : mask.keys], value[:, :, : mask.keys]
-    if mask.q_offset == 0 or query.shape[2] == 1:
+    if mask.window is None and (mask.q_offset == 0 or query.shape[2] == 1):
         return sdpa_attention_forward(module, query, key, value, None, is_causal=True, **kwargs)
     return sdpa_attention_forward(module, query, key, value, mask.lower_right(), is_causal=is_causal, **kwargs)
 

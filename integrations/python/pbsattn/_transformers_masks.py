@@ -6,11 +6,13 @@ from collections.abc import Callable
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils import _pytree
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
 
 class CausalMask:
     """A causal mask [batch, 1, q_length, kv_length]: query i sees keys 0 .. q_offset + i; those from `keys` on lie unused.
+
+    With a window it sees only the last `window` of them.
 
     The mask function gives it to a model in place of a tensor, and the model hands it to those layers that it is for. So
     what one forward's mask says holds for these layers alone: nothing is kept beside it that could reach cross attention,
@@ -20,19 +22,30 @@ class CausalMask:
     dtype = torch.bool
     ndim = 4
 
-    def __init__(self, batch_size: int, q_length: int, kv_length: int, q_offset: int, device: torch.device) -> None:
+    def __init__(
+        self, batch_size: int, q_length: int, kv_length: int, q_offset: int, device: torch.device, window: int | None = None
+    ) -> None:
         self.shape = torch.Size((batch_size, 1, q_length, kv_length))
         self.q_offset = q_offset
         self.keys = q_offset + q_length
         self.device = device
+        self.window = window
+        self._made: torch.Tensor | None = None
 
     def tensor(self) -> torch.Tensor:
         rows = torch.arange(self.q_offset, self.keys, device=self.device)
-        seen = torch.arange(self.shape[3], device=self.device) <= rows[:, None]
+        keys = torch.arange(self.shape[3], device=self.device)
+        seen = keys <= rows[:, None]
+        if self.window is not None:
+            seen &= keys > rows[:, None] - self.window
         return seen.expand(self.shape)
 
     def lower_right(self) -> torch.Tensor:
         """The same without the unused keys, as SDPA takes it without q_length x keys booleans, where it can."""
+        if self.window is not None:
+            if self._made is None:  # once for all layers
+                self._made = self.tensor()
+            return self._made[..., : self.keys]
         if torch.compiler.is_compiling():
             return self.tensor()[..., : self.keys]
         return causal_lower_right(self.shape[2], self.keys)
@@ -50,7 +63,7 @@ class CausalMask:
         if len(args) != 1 or not isinstance(args[0], (str, int, torch.device)) or kwargs.keys() - {"non_blocking"}:
             return self.tensor().to(*args, **kwargs)
         batch_size, _, q_length, kv_length = self.shape
-        return CausalMask(batch_size, q_length, kv_length, self.q_offset, torch.device(args[0]))
+        return CausalMask(batch_size, q_length, kv_length, self.q_offset, torch.device(args[0]), self.window)
 
     def __getitem__(self, index: typing.Any) -> "torch.Tensor | CausalMask":
         if (
@@ -124,6 +137,25 @@ def _plainly_causal(q_length: int, kv_length: int, q_offset: int, attention_mask
     return (end == kv_length or q_offset == 0) and bool(mask[:, :end].all()) and not bool(mask[:, end:].any())
 
 
+def _closed_over(function: Callable[..., typing.Any], maker: Callable[..., typing.Any]) -> typing.Any:
+    """What a function that `maker` has made closes over; None where another has made it."""
+    code = getattr(function, "__code__", None)
+    closure: tuple[typing.Any, ...] = getattr(function, "__closure__", None) or ()
+    known = code is not None and code in maker.__code__.co_consts and len(closure) == 1
+    return closure[0].cell_contents if known else None
+
+
+def _window_of(mask_function: Callable[..., typing.Any]) -> int | None:
+    """The window of a mask function of transformers that says no more than that and causality; None if it does."""
+    if torch.compiler.is_compiling():
+        return None
+    parts = _closed_over(mask_function, and_masks)
+    if not isinstance(parts, tuple) or len(parts) != 2 or parts[1] is not causal_mask_function:
+        return None
+    window = _closed_over(parts[0], sliding_window_overlay)
+    return window if type(window) is int and window > 0 else None
+
+
 def causal_mask(
     *,
     batch_size: int,
@@ -156,6 +188,20 @@ def causal_mask(
         if q_length == kv_length or (q_length == 1 and q_offset + 1 == kv_length):
             return None
         return CausalMask(batch_size, q_length, kv_length, q_offset, device)
+    if (
+        allow_is_causal_skip
+        and q_length > 1
+        and isinstance(q_offset, int)
+        and q_offset + q_length == kv_offset + kv_length
+        and (window := _window_of(mask_function)) is not None
+        and (attention_mask is None or bool(attention_mask[:, kv_offset : kv_offset + kv_length].all()))
+    ):
+        # Places are counted from the first key that the cache still has.
+        if q_length == kv_length <= window:
+            return None
+        return CausalMask(
+            batch_size, q_length, kv_length, q_offset - kv_offset, device, window if window < kv_length else None
+        )
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

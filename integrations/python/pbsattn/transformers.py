@@ -13,9 +13,9 @@ or, for a while:
 
 Any model whose attention goes through transformers' AttentionInterface will do, unless it is sparse by an indexer of its
 own. What pbsattn takes is causal attention of one prompt or of a batch of equally long ones, in one or several chunks over
-a cache. Everything else (decoding, padding, cross attention, sliding windows, soft-cap, sinks, training, ...) goes to
-PyTorch's SDPA, or to the model's own attention where SDPA can't compute it; the first time something long does, a
-FallbackWarning names the reason.
+a cache; on the CPU also with soft-capped logits, sinks, values of another width than keys, and a sliding window, of which
+all is computed. Everything else (decoding, padding, cross attention, training, ...) goes to PyTorch's SDPA, or to the
+model's own attention where SDPA can't compute it; the first time something long does, a FallbackWarning names the reason.
 """
 
 import json
@@ -100,15 +100,6 @@ def _indices(modules: list[typing.Any]) -> set[int]:
     return {module.layer_idx for module in modules if module.layer_idx is not None}
 
 
-def _never_taken(module: torch.nn.Module) -> str | None:
-    """Why no call of this module can be taken, as far as the module itself tells."""
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        return "its logits are soft-capped"
-    if getattr(module, "sinks", None) is not None:
-        return "it has attention sinks"
-    return None
-
-
 class Enabled:
     """What enable() returns: a context manager that disables at its end."""
 
@@ -163,7 +154,7 @@ def enable(
     if _layers(model):
         raise RuntimeError(f"{name}: pbsattn is enabled already; disable it first, to change its settings")
     # Checks the options now, not in the middle of a prefill; the reference takes whatever one of the devices takes.
-    _core.Plan(_core.options(method, **options), "reference", 0, 1, (1, 1, 1, 1, 1, 64))
+    _core.Plan(_core.options(method, **options), "reference", 0, 1, (1, 1, 1, 1, 1, 64, 0))
     if own_choice := indexer(model):
         raise ValueError(
             f"{name}: it is sparse already: its {own_choice} picks the keys that each query sees, and hands them "
@@ -173,9 +164,6 @@ def enable(
     no_interface = f"{name}: has no causal attention that goes through transformers' AttentionInterface"
     if not modules or not model._can_set_attn_implementation():
         raise ValueError(no_interface)
-    reasons = {_never_taken(module) for module in modules}
-    if None not in reasons:
-        raise ValueError(f"{name}: pbsattn can take none of its layers: {'; '.join(sorted(filter(None, reasons)))}")
     if layers is not None:
         layers, indices = frozenset(layers), _indices(modules)
         if unknown_layers := layers - indices:

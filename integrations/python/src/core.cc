@@ -4,12 +4,15 @@
 // depends on no version of PyTorch; pbsattn/_op.py takes tensors apart.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -107,13 +110,16 @@ pbsattn::Device make_device(std::string_view kind, int index, int threads) {
 }
 
 // `options` are those of all heads, or a list of those of each.
-pbsattn::Plan make_plan(
-    const nb::object& options, std::string_view device, int index, int threads,
-    const std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>& shape,
-    std::optional<std::size_t> workspace_cap) {
-  const auto [batch, q_heads, kv_heads, q_len, kv_len, head_dim] = shape;
-  const pbsattn::Shape sizes{
-      .batch = batch, .q_heads = q_heads, .kv_heads = kv_heads, .q_len = q_len, .kv_len = kv_len, .head_dim = head_dim};
+pbsattn::Plan make_plan(const nb::object& options, std::string_view device, int index, int threads,
+                        const std::array<std::int64_t, 7>& shape, std::optional<std::size_t> workspace_cap) {
+  const auto [batch, q_heads, kv_heads, q_len, kv_len, head_dim, head_dim_v] = shape;
+  const pbsattn::Shape sizes{.batch = batch,
+                             .q_heads = q_heads,
+                             .kv_heads = kv_heads,
+                             .q_len = q_len,
+                             .kv_len = kv_len,
+                             .head_dim = head_dim,
+                             .head_dim_v = head_dim_v};
   const pbsattn::Device on = make_device(device, index, threads);
   const std::size_t cap = workspace_cap.value_or(pbsattn::Plan::no_cap);
   if (nb::isinstance<Options>(options)) {
@@ -129,6 +135,9 @@ pbsattn::Plan make_plan(
 // (address, dtype, batch stride, head stride, token stride)
 using ViewTuple = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t>;
 
+// (address, count) of float32
+using ArrayPair = std::pair<std::uintptr_t, std::size_t>;
+
 template <class View>
 View to_view(const ViewTuple& v) {
   return {.data = reinterpret_cast<decltype(View::data)>(std::get<0>(v)),
@@ -140,30 +149,33 @@ View to_view(const ViewTuple& v) {
 
 void run_plan(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
               const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace, std::size_t workspace_size,
-              std::uintptr_t stream, pbsattn::Stats* stats, pbsattn::Trace* trace) {
+              std::uintptr_t stream, const ArrayPair& sinks, pbsattn::Stats* stats, pbsattn::Trace* trace) {
   const nb::gil_scoped_release unlocked;
-  plan.run(
-      {.q = to_view<pbsattn::ConstView>(q), .k = to_view<pbsattn::ConstView>(k), .v = to_view<pbsattn::ConstView>(v)},
-      {.out = to_view<pbsattn::View>(out), .lse = reinterpret_cast<float*>(lse)},
-      {reinterpret_cast<std::byte*>(workspace), workspace_size}, pbsattn::Stream{reinterpret_cast<void*>(stream)},
-      stats, trace);
+  plan.run({.q = to_view<pbsattn::ConstView>(q),
+            .k = to_view<pbsattn::ConstView>(k),
+            .v = to_view<pbsattn::ConstView>(v),
+            .sinks = {reinterpret_cast<const float*>(sinks.first), sinks.second}},
+           {.out = to_view<pbsattn::View>(out), .lse = reinterpret_cast<float*>(lse)},
+           {reinterpret_cast<std::byte*>(workspace), workspace_size}, pbsattn::Stream{reinterpret_cast<void*>(stream)},
+           stats, trace);
 }
 
 std::optional<pbsattn::Stats> run(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
                                   const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace,
-                                  std::size_t workspace_size, std::uintptr_t stream, bool want_stats) {
+                                  std::size_t workspace_size, std::uintptr_t stream, const ArrayPair& sinks,
+                                  bool want_stats) {
   std::optional<pbsattn::Stats> stats;
   if (want_stats) stats.emplace();
-  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, want_stats ? &*stats : nullptr, nullptr);
+  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, want_stats ? &*stats : nullptr, nullptr);
   return stats;
 }
 
 std::tuple<pbsattn::Stats, pbsattn::Trace> trace(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k,
                                                  const ViewTuple& v, const ViewTuple& out, std::uintptr_t lse,
                                                  std::uintptr_t workspace, std::size_t workspace_size,
-                                                 std::uintptr_t stream) {
+                                                 std::uintptr_t stream, const ArrayPair& sinks) {
   std::tuple<pbsattn::Stats, pbsattn::Trace> made;
-  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, &std::get<0>(made), &std::get<1>(made));
+  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, &std::get<0>(made), &std::get<1>(made));
   return made;
 }
 
@@ -254,7 +266,8 @@ NB_MODULE(_core, module) {
       .def_prop_ro("workspace_size", &pbsattn::Plan::workspace_size)
       .def_prop_ro("path", [](const pbsattn::Plan& plan) { return std::string(plan.path()); })
       .def_prop_ro("options", [](const pbsattn::Plan& plan) { return plan.options(); })
-      .def("run", &run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a, "stats"_a)
+      .def("run", &run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a, "sinks"_a,
+           "stats"_a)
       .def("trace", &trace, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a,
-           "A run that waits for its work and tells what it did and decided.");
+           "sinks"_a, "A run that waits for its work and tells what it did and decided.");
 }
