@@ -128,8 +128,8 @@ typedef struct pbsattn_device {
   int32_t reserved; /* 0 */
 } pbsattn_device;
 
-/* A [batch][head][token][head_dim] tensor; strides count elements, head_dim is contiguous. `data` of an
- * input is only read. */
+/* A [batch][head][token][head_dim] tensor, [head_dim_v] of values and outputs; strides count elements, the last axis
+ * is contiguous. `data` of an input is only read. */
 typedef struct pbsattn_view {
   size_t struct_size;
   void* data;
