@@ -98,6 +98,7 @@ std::string describe(const pbsattn::Options& options) {
       case KeepRule::top_p: return fmt::format("top_p {}", options.top_p);
       case KeepRule::threshold:
         return fmt::format("threshold {}", options.threshold) +
+               (options.threshold_tokens == 0.0F ? "" : fmt::format(" or {} / tokens", options.threshold_tokens)) +
                (options.floor_top_p == 0.0F ? "" : fmt::format(" or top_p {}", options.floor_top_p));
       case KeepRule::relative: return fmt::format("relative {}", options.threshold);
       case KeepRule::top_k: return fmt::format("top_k {}", options.top_k);

@@ -26,10 +26,10 @@ struct Names<OrderScope> {
 };
 template <>
 struct Names<BlockScore> {
-  static constexpr std::array<std::string_view, 12> values{
+  static constexpr std::array<std::string_view, 13> values{
       "none",           "mean_pool",        "per_query", "antidiagonal", "antidiagonal_causal",
       "exact",          "mean_pool_causal", "sampled",   "energy",       "dual_band",
-      "vertical_slash", "flexible"};
+      "vertical_slash", "flexible",         "two_step"};
 };
 template <>
 struct Names<KeepRule> {
@@ -155,6 +155,20 @@ constexpr void visit_option_rows(Visitor&& visit, AnyOptions&... options) {
             "tokens that a query sees, itself the last; where the sequence is longer, all that is computed; in "
             "llama.cpp the model's own is taken"},
         options.window...);
+  visit(Row{"threshold_tokens", "a number from 0 up",
+            "tokens over which a threshold goes on: it is at most this over the tokens up to the row's end; 0 turns "
+            "that off; of methods that keep by threshold",
+            by_head},
+        options.threshold_tokens...);
+  visit(Row{"two_step_queries", "a whole number of queries",
+            "queries of a row that score all blocks by their means; of methods that score by two_step"},
+        options.two_step_queries...);
+  visit(Row{"two_step_exact", "a whole number of queries",
+            "queries of a row that score likely blocks by their keys; of methods that score by two_step"},
+        options.two_step_exact...);
+  visit(Row{"two_step_reach", "a whole number",
+            "a block is scored by its keys from this part of the threshold on; of methods that score by two_step"},
+        options.two_step_reach...);
 }
 
 // Calls visit(name, field) for each field of Options, in their order. A field is an enum, a float or an int.

@@ -55,7 +55,8 @@ typedef enum pbsattn_block_score {
   PBSATTN_SCORE_ENERGY = 8,
   PBSATTN_SCORE_DUAL_BAND = 9,
   PBSATTN_SCORE_VERTICAL_SLASH = 10,
-  PBSATTN_SCORE_FLEXIBLE = 11
+  PBSATTN_SCORE_FLEXIBLE = 11,
+  PBSATTN_SCORE_TWO_STEP = 12
 } pbsattn_block_score;
 typedef enum pbsattn_keep_rule {
   PBSATTN_KEEP_ALL = 0,
@@ -118,6 +119,10 @@ typedef struct pbsattn_options {
   float expected_density;
   float softcap;
   int32_t window;
+  float threshold_tokens;
+  int32_t two_step_queries;
+  int32_t two_step_exact;
+  int32_t two_step_reach;
 } pbsattn_options;
 
 typedef struct pbsattn_device {

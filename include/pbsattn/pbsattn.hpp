@@ -113,13 +113,18 @@ enum class BlockScore : std::uint8_t {
   vertical_slash,  // MInference's: of a head's last 64 queries the mass on each key (column) and on each distance
   flexible,  // FlexPrefill's, for each head one of two: pooled attention of all rows, or columns and distances of the
              // last block of queries, where these aren't what pooling predicts
+  // In two steps, for KeepRule::threshold: per_query of `two_step_queries` of the row's queries; then, averaged with
+  // it, the attention of `two_step_exact` of them to the own segment's keys, to those of blocks whose share is at least
+  // threshold / `two_step_reach`, and to the other blocks' means.
+  two_step,
 };
 
 // Which of the scored blocks are attended to.
 enum class KeepRule : std::uint8_t {
   all,
   top_p,      // the highest scores up to and including the one that brings their sum to top_p
-  threshold,  // every score of at least `threshold`; no fewer than top-p at `floor_top_p` would keep
+  threshold,  // every score of at least `threshold`, or of threshold_tokens / tokens where that is less; no fewer than
+              // top-p at `floor_top_p` would keep
   relative,   // every score of at least `threshold` times the row's highest (FlashPrefill)
   top_k,      // the `top_k` highest scores
   density,    // the highest scores, as many as bring the row to `density` of its causal blocks with its own segment
@@ -194,6 +199,13 @@ struct Options {
   // plan computes exactly that window: keys stay where they are, and no score, keep rule, correction or block that is
   // always kept counts. The longest sequence's length, 2^30, hides nothing.
   int window = 1 << 30;
+  // Of KeepRule::threshold, from 0 up: the threshold of a row is at most this over the tokens up to its block's end, so
+  // that it falls as a prompt goes on, however it is cut into chunks. 128, the block, is the mean share. 0 turns it
+  // off.
+  float threshold_tokens = 0;
+  int two_step_queries = 32;  // of BlockScore::two_step: queries of a row in the first step, the last among them
+  int two_step_exact = 8;     // and queries whose attention is exact in the second
+  int two_step_reach = 8;     // and how far under the threshold a share may lie for its block to be read exactly
 };
 
 struct MethodInfo {

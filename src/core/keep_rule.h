@@ -36,6 +36,14 @@ inline bool reads_scores(std::span<const Options> heads) {
   return std::ranges::any_of(heads, [](const Options& o) { return reads_scores(o); });
 }
 
+// The threshold of KeepRule::threshold for the row on this diagonal.
+inline double row_threshold(const Options& options, std::int64_t diagonal) {
+  const auto threshold = static_cast<double>(options.threshold);
+  if (options.threshold_tokens == 0.0F) return threshold;
+  const auto tokens = static_cast<double>((diagonal + 1) * options.block);
+  return std::min(threshold, static_cast<double>(options.threshold_tokens) / tokens);
+}
+
 // Last rows that are dense in every head.
 inline int common_dense_rows(std::span<const Options> heads) {
   return std::ranges::min(heads, {}, &Options::dense_last_rows).dense_last_rows;

@@ -16,7 +16,8 @@ inline bool is_pattern(BlockScore score) {
 // Tells whether the score reads the means of the own segment's blocks, whose keys stay where they are.
 inline bool pools_own(BlockScore score) {
   return score == BlockScore::per_query || score == BlockScore::sampled || score == BlockScore::mean_pool_causal ||
-         score == BlockScore::energy || score == BlockScore::dual_band || score == BlockScore::flexible;
+         score == BlockScore::energy || score == BlockScore::dual_band || score == BlockScore::flexible ||
+         score == BlockScore::two_step;
 }
 
 // Tells whether anything reads means of blocks.
@@ -43,13 +44,13 @@ inline bool counts_kept_first(BlockScore score) {
 inline constexpr int patch_tokens = 8;
 
 // BlockScore::sampled takes this many of a row's queries, evenly spaced, the row's last among them: the i-th is
-// sampled_query().
+// sampled_query(). BlockScore::two_step takes the numbers in the options.
 inline constexpr int most_sampled = 8;
-inline std::int64_t sampled_queries(std::int64_t queries) {
-  return std::min<std::int64_t>(queries, most_sampled);
+inline std::int64_t sampled_queries(std::int64_t queries, std::int64_t most = most_sampled) {
+  return std::min(queries, most);
 }
-inline std::int64_t sampled_query(std::int64_t queries, std::int64_t i) {
-  return (i + 1) * queries / sampled_queries(queries) - 1;
+inline std::int64_t sampled_query(std::int64_t queries, std::int64_t i, std::int64_t most = most_sampled) {
+  return (i + 1) * queries / sampled_queries(queries, most) - 1;
 }
 
 // MInference's numbers, by which BlockScore::vertical_slash is: of the last queries it goes by, of the columns and of

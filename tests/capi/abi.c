@@ -188,8 +188,8 @@ static void what_is_new_and_set_is_refused_by_name(void) {
   CHECK(says(message ": a field after " after " is set that pbsattn ") && says("leave it zero"));            \
   sprintf(place, "(byte %d of %d)", (int)sizeof(pbsattn_##type) + byte, (int)sizeof(pbsattn_##type) + more); \
   CHECK(says(place));
-    REFUSED(call.options[0], options, "options", "window")
-    REFUSED(call.options[1], options, "heads[1]", "window")
+    REFUSED(call.options[0], options, "options", "two_step_reach")
+    REFUSED(call.options[1], options, "heads[1]", "two_step_reach")
     REFUSED(call.shape, shape, "shape", "head_dim_v")
     REFUSED(call.device, device, "device", "reserved")
     REFUSED(call.view, view, "q", "reserved")

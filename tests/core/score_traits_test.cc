@@ -40,5 +40,13 @@ TEST(ScoreTraits, SampledQueriesAreEvenlySpacedAndEndWithTheLast) {
   }
 }
 
+TEST(ScoreTraits, SampledQueriesOfAnyNumber) {
+  EXPECT_EQ(sampled_queries(128, 32), 32);
+  EXPECT_EQ(sampled_queries(20, 32), 20);
+  EXPECT_EQ(sampled_query(128, 0, 32), 3);
+  EXPECT_EQ(sampled_query(128, 31, 32), 127);
+  EXPECT_EQ(sampled_query(100, 0, 1), 99);
+}
+
 }  // namespace
 }  // namespace pbsattn

@@ -109,6 +109,9 @@ std::vector<MethodCase> options() {
       {"top_k", {.shape = s}, with({{"keep", "top_k"}, {"top_k", "2"}})},
       {"density", {.shape = s}, with({{"keep", "density"}, {"density", "0.5"}})},
       {"sink_and_local", {.shape = s}, with({{"top_p", "0.3"}, {"sink_blocks", "2"}, {"local_blocks", "3"}})},
+      {"threshold_tokens",
+       {.shape = s},
+       with({{"score", "per_query"}, {"keep", "threshold"}, {"threshold", "0.3"}, {"threshold_tokens", "64"}})},
       {"pbs_threshold", {.shape = s}, with({{"threshold", "0.15"}}, method("pbs-threshold"))},
   };
 }
@@ -141,7 +144,7 @@ std::vector<MethodCase> scores() {
 std::vector<MethodCase> named_methods() {
   std::vector<MethodCase> cases;
   for (const char* name : {"pbs+", "xattention", "mean-pool", "flashprefill", "prism", "minference", "flexprefill",
-                           "streaming", "oracle", "pbs-sampled"}) {
+                           "streaming", "oracle", "pbs-sampled", "pbs-two-step", "two-step"}) {
     Options options = method(name);
     options.dense_last_rows = std::min(options.dense_last_rows, 1);
     options.sink_blocks = std::min(options.sink_blocks, 1);
@@ -149,6 +152,7 @@ std::vector<MethodCase> named_methods() {
     options.vertical = 40;
     options.slash = 120;
     options.min_budget = 1;
+    if (options.score == BlockScore::two_step) options.threshold = 0.15F;
     std::string label(name);
     std::ranges::replace_if(
         label, [](char c) { return c == '-' || c == '+'; }, '_');
@@ -156,6 +160,21 @@ std::vector<MethodCase> named_methods() {
     cases.push_back({"method_" + label + "_chunk", {.shape = shape_of(200, 650)}, options});
     cases.push_back({"method_" + label + "_short", {.shape = shape_of(100, 100)}, options});
   }
+  Options two_step = method("pbs-two-step");
+  two_step.threshold = 0.1F;
+  two_step.two_step_queries = 50;  // more than a strip, as of exact ones
+  two_step.two_step_exact = 40;
+  two_step.order_scope = OrderScope::kv_head;
+  cases.push_back({"two_step_many_queries", {.shape = shape_of(600, 700, 64, 4, 2)}, two_step});
+  two_step.two_step_queries = two_step.two_step_exact = 1;
+  two_step.segment = 512;
+  two_step.threshold_tokens = 40;
+  two_step.dense_last_rows = 0;
+  cases.push_back({"two_step_one_query_bf16", alike(shape_of(900, 1400, 128, 2, 1)), two_step});
+  two_step.floor_top_p = 0.3F;
+  two_step.block = 32;
+  two_step.segment = 64;
+  cases.push_back({"two_step_floor", {.shape = shape_of(333, 500)}, two_step});
   Options pooled = method("flexprefill");
   pooled.tau = 1;
   pooled.min_budget = 1;

@@ -27,6 +27,7 @@ Options small(std::string_view name, float top_p = 0.7F) {
   options.block = small_block;
   options.segment = 2 * small_block;
   options.top_p = top_p;
+  if (options.score == BlockScore::two_step) options.threshold = 0.2F;
   return options;
 }
 
@@ -43,7 +44,7 @@ INSTANTIATE_TEST_SUITE_P(Paths, Hostile, testing::ValuesIn(describe_cpu().paths)
 
 TEST_P(Hostile, DenseAndSparseAgreeWithTheReference) {
   for (const HostileCase& hostile : hostile_cases(small_shape, small_block)) {
-    for (const char* name : {"full", "pbs", "pbs-unpermuted", "oracle", "pbs-sampled"}) {
+    for (const char* name : {"full", "pbs", "pbs-unpermuted", "oracle", "pbs-sampled", "pbs-two-step"}) {
       SCOPED_TRACE(hostile.name + ", " + name);
       Problem problem = make();
       hostile.change(problem);

@@ -32,6 +32,7 @@ void take_head(Bytes& bytes, Options& options) {
   options.dense_last_rows = bytes.take_rarely(3) ? take_int(bytes, 0, 3) : 0;
   options.sink_blocks = bytes.take_rarely(3) ? take_int(bytes, 0, 2) : 0;
   options.local_blocks = bytes.take_rarely(3) ? take_int(bytes, 0, 2) : 0;
+  options.threshold_tokens = bytes.take_rarely(3) ? 64 * bytes.take_share(16) : 0;
   if (bytes.hostile()) return;
   // Two scores go with one rule each.
   const bool lines = options.score == BlockScore::vertical_slash, pools = options.score == BlockScore::flexible;
@@ -40,6 +41,7 @@ void take_head(Bytes& bytes, Options& options) {
   if (lines) options.keep = KeepRule::vertical_slash;
   if (pools) options.keep = KeepRule::coverage;
   if (options.score == BlockScore::none) options.keep = KeepRule::none;
+  if (options.score == BlockScore::two_step) options.keep = KeepRule::threshold;
   if (!lines && options.keep == KeepRule::vertical_slash) options.keep = KeepRule::top_p;
   if (!pools && options.keep == KeepRule::coverage) options.keep = KeepRule::top_k;
 }
@@ -59,6 +61,9 @@ Options take_options(Bytes& bytes) {
   options.scale = bytes.take_rarely(4) ? bytes.take_share(4) : 0;
   if (bytes.take_rarely(4)) options.window = take_int(bytes, 1, 200);
   options.softcap = bytes.take_rarely(4) ? 8 * bytes.take_share(4) : 0;
+  options.two_step_queries = take_int(bytes, 1, 40);
+  options.two_step_exact = take_int(bytes, 1, 40);
+  options.two_step_reach = take_int(bytes, 1, 8);
   if (!bytes.hostile() && (options.score == BlockScore::vertical_slash || options.score == BlockScore::flexible))
     options.permutation = Permutation::none;
   return options;
@@ -123,6 +128,10 @@ pbsattn_options to_c(const Options& o) {
   c.expected_density = o.expected_density;
   c.softcap = o.softcap;
   c.window = o.window;
+  c.threshold_tokens = o.threshold_tokens;
+  c.two_step_queries = o.two_step_queries;
+  c.two_step_exact = o.two_step_exact;
+  c.two_step_reach = o.two_step_reach;
   return c;
 }
 

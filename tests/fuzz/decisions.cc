@@ -105,12 +105,12 @@ void expect_decisions(const HeadCall& call, const Trace& trace, Ties& orders, Ti
     const auto begin = trace.block.begin() + trace.row_start[static_cast<std::size_t>(call.flat * g.rows() + row)];
     const auto end = trace.block.begin() + trace.row_start[static_cast<std::size_t>(call.flat * g.rows() + row + 1)];
     const std::vector<std::int32_t> list(begin, end);
-    const auto scores = reference::row_scores(head, call.options, g, row, order, scoring);
-    const auto tie = test::tie_behind(call.options, g, row, scoring, scores, order, list, tolerance);
+    const auto tie = test::tie_behind(head, call.options, g, row, scoring, order, list, tolerance);
     if (!tie) {
       std::fprintf(stderr, "head %d, row %d lists", static_cast<int>(call.flat), static_cast<int>(row));
       for (const std::int32_t b : list) std::fprintf(stderr, " %d", b);
       std::fprintf(stderr, ", the reference");
+      const auto scores = reference::row_scores(head, call.options, g, row, order, scoring);
       for (const std::int32_t b : reference::select_blocks(call.options, g, row, scores, order))
         std::fprintf(stderr, " %d", b);
       std::fprintf(stderr, "\n");

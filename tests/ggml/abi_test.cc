@@ -140,7 +140,7 @@ TEST_F(GgmlAbi, ALaterProgramWhileItSetsNothingNew) {
   EXPECT_TRUE(ggml_backend_pbsattn_configure(&config.known));
   options.added.back() = 1;
   EXPECT_FALSE(ggml_backend_pbsattn_configure(&config.known));
-  EXPECT_TRUE(says("config.options: a field after window is set"));
+  EXPECT_TRUE(says("config.options: a field after two_step_reach is set"));
   options.added.back() = 0;
   config.added.back() = 1;
   EXPECT_FALSE(ggml_backend_pbsattn_configure(&config.known));

@@ -117,8 +117,56 @@ TEST(Sampled, OfMoreThanEightQueriesOnlyEight) {
   EXPECT_GT(scores_of(options, head, g, 1)[0][0], even[0] + 0.005);
 }
 
+// Row 2 of six tokens, whose first step goes by token 5: it gives the blocks 3, 1 and 1.
+const Head two_steps{.q = column({0, 0, 0, 0, 0, 1}), .k = column({std::log(9), 0, 0, 0, 0, 0}), .v = column({0})};
+
+Options two_step(float threshold, int exact = 2) {
+  Options options = options_of(BlockScore::two_step);
+  options.keep = KeepRule::threshold;
+  options.threshold = threshold;
+  options.two_step_queries = 1;
+  options.two_step_exact = exact;
+  options.two_step_reach = 2;
+  return options;
+}
+
+TEST(TwoStep, LikelyBlocksByTheirKeysTheOthersByTheirMeans) {
+  // From a share of 1/4 on blocks are read: block 0 and the own one. Of token 4 all keys weigh alike, of five, since
+  // block 1 counts as two; token 5 gives block 0 9 + 1, block 1 2 and its own block 2.
+  expect_near(scores_of(two_step(0.5F), two_steps, geometry(6, 6), 2)[0],
+              {(3.0 / 5 + (2.0 / 5 + 10.0 / 14) / 2) / 2, 1.0 / 5 / 2, (1.0 / 5 + (1.0 / 5 + 2.0 / 14) / 2) / 2});
+  // The last of the queries alone.
+  expect_near(scores_of(two_step(0.5F, 1), two_steps, geometry(6, 6), 2)[0],
+              {(3.0 / 5 + 10.0 / 14) / 2, 1.0 / 5 / 2, (1.0 / 5 + 2.0 / 14) / 2});
+}
+
+TEST(TwoStep, AShareAtTheReachIsRead) {
+  const auto all = scores_of(two_step(0.399F), two_steps, geometry(6, 6), 2)[0];  // block 1 has 1/5
+  EXPECT_NEAR(all[1], (1.0 / 5 + (2.0 / 5 + 2.0 / 14) / 2) / 2, 1e-7);
+  const auto none = scores_of(two_step(1), two_steps, geometry(6, 6), 2)[0];
+  EXPECT_NEAR(none[0], (3.0 / 5 + (2.0 / 5 + 10.0 / 14) / 2) / 2, 1e-7) << "3/5 is over the half of 1";
+  Options close = two_step(1);
+  close.two_step_reach = 1;  // nothing is read but the own block: block 0 counts as 3 + 3
+  expect_near(scores_of(close, two_steps, geometry(6, 6), 2)[0],
+              {3.0 / 5 / 2, 1.0 / 5 / 2, (1.0 / 5 + (1.0 / 5 + 2.0 / 10) / 2) / 2});
+}
+
+TEST(TwoStep, TheThresholdMayFollowTheTokens) {
+  Options options = two_step(1);
+  options.threshold_tokens = 3;  // of the six up to the row's end: as 0.5
+  EXPECT_EQ(scores_of(options, two_steps, geometry(6, 6), 2), scores_of(two_step(0.5F), two_steps, geometry(6, 6), 2));
+}
+
+TEST(TwoStep, KeysAsTheyWereMoved) {
+  // Segments of 4, blocks 0 and 1 exchanged: the keys of what is block 1 now are read.
+  const Head head{.q = column({0, 0, 0, 0, 0, 1}), .k = two_steps.k, .v = column({0})};
+  const auto scores = scores_of(two_step(0.5F, 1), head, geometry(6, 6, 4), 2, {2, 3, 0, 1, 4, 5})[0];
+  expect_near(scores, {1.0 / 5 / 2, (3.0 / 5 + 10.0 / 14) / 2, (1.0 / 5 + 2.0 / 14) / 2});
+}
+
 TEST(NewScores, NanCountsAsZero) {
-  for (const BlockScore score : {BlockScore::mean_pool_causal, BlockScore::energy, BlockScore::sampled}) {
+  for (const BlockScore score :
+       {BlockScore::mean_pool_causal, BlockScore::energy, BlockScore::sampled, BlockScore::two_step}) {
     const Head head{.q = column({0, 0, 0, 0, nan, 1}), .k = column({0, 0, 1, 1, 2, 2}), .v = column({0})};
     EXPECT_EQ(scores_of(options_of(score), head, geometry(6, 6), 2)[0], (std::vector<double>{0, 0, 0}));
   }

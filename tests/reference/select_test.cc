@@ -103,6 +103,20 @@ TEST(PerQueryScores, NanCountsAsZero) {
   EXPECT_EQ(per_query_scores(head, geometry(6, 6), 2, column({1, 2, 3}), 1.0), (std::vector<double>{0, 0, 0}));
 }
 
+TEST(SelectBlocks, AThresholdMayFallWithTheTokens) {
+  Options options = options_of(KeepRule::threshold, 1);
+  options.threshold_tokens = 2.5F;  // of ten
+  const std::vector<double> scores{0.0, 0.25, 0.24, 0.51};
+  EXPECT_EQ(select_row_4(options, scores), (List{0, 1, 3, 4}));
+  // The same row in a call that ends inside it, and in one that goes on.
+  EXPECT_EQ(select_blocks(options, geometry(1, 9), 0, {scores}, identity(9)), (List{0, 1, 3, 4}));
+  EXPECT_EQ(select_blocks(options, geometry(20, 20), 4, {scores}, identity(20)), (List{0, 1, 3, 4}));
+  options.threshold = 0.2F;  // which is less
+  EXPECT_EQ(select_row_4(options, scores), (List{0, 1, 2, 3, 4}));
+  options.threshold_tokens = 1;
+  EXPECT_EQ(select_row_4(options, {0.0, 0.11, 0.09, 0.8}), (List{0, 1, 3, 4}));
+}
+
 TEST(SelectBlocks, ThresholdKeepsScoresThatReachIt) {
   Options options = options_of(KeepRule::threshold, 0.25F);
   EXPECT_EQ(select_row_4(options, {0.0, 0.25, 0.5, 0.25}), (List{0, 1, 2, 3, 4}));

@@ -34,6 +34,7 @@ std::vector<KeepRule> rules_of(BlockScore score) {
     case BlockScore::none: return {KeepRule::all, KeepRule::none};
     case BlockScore::vertical_slash: return {KeepRule::all, KeepRule::none, KeepRule::vertical_slash};
     case BlockScore::flexible: return {KeepRule::all, KeepRule::none, KeepRule::coverage};
+    case BlockScore::two_step: return {KeepRule::all, KeepRule::none, KeepRule::threshold};
     default:
       return {KeepRule::all,      KeepRule::none,  KeepRule::top_p,  KeepRule::threshold,
               KeepRule::relative, KeepRule::top_k, KeepRule::density};
@@ -89,6 +90,16 @@ RandomPlan draw(const PlanLimits& limits, BlockScore score, KeepRule keep, int v
   plan.problem.q = plan.problem.k = plan.problem.v = dtype;
   if (dtype != DType::f32) plan.problem.grid = 0.125;
 
+  // What came later draws from the seed, so that earlier scores' plans stay as they were.
+  Random later(plan.problem.seed);
+  if (keep == KeepRule::threshold && later.one_in(2))
+    options.threshold_tokens = static_cast<float>(later.between(options.block / 4, 2 * options.block));
+  if (score == BlockScore::two_step) {
+    options.two_step_queries = static_cast<int>(later.between(1, 48));
+    options.two_step_exact = static_cast<int>(later.one_in(8) ? later.between(9, 48) : later.between(1, 8));
+    options.two_step_reach = static_cast<int>(later.between(1, 8));
+  }
+
   plan.heads = {options};
   if (random.one_in(2)) return plan;
   plan.heads.assign(shape.q_heads, options);
@@ -131,7 +142,7 @@ std::vector<RandomPlan> random_plans(const PlanLimits& limits, int each) {
   constexpr int variants = 16;
   std::vector<RandomPlan> plans;
   Random random(1);
-  for (int score = 0; score <= static_cast<int>(BlockScore::flexible); ++score)
+  for (int score = 0; score <= static_cast<int>(limits.last_score); ++score)
     for (const KeepRule keep : rules_of(static_cast<BlockScore>(score)))
       for (int i = 0; i < each; ++i) {
         const int variant = each >= variants ? i % variants : static_cast<int>(random.between(0, variants - 1));
@@ -145,7 +156,8 @@ std::vector<RandomPlan> plans_for_cuda() {
                        .head_dims = {64, 128},
                        .blocks = {128},
                        .most_keys = 800,
-                       .most_queries = 200},
+                       .most_queries = 200,
+                       .last_score = BlockScore::flexible},
                       2);
 }
 
@@ -194,8 +206,7 @@ void expect_reference_decisions(const RandomPlan& plan, const Backend& backend, 
         head = reference::load_head(problem.inputs(), geometry, batch, h);
         scoring = reference::prepare_scores(*head, options, geometry, order);
       }
-      const auto scores = reference::row_scores(*head, options, geometry, row, order, *scoring);
-      const auto tie = tie_behind(options, geometry, row, *scoring, scores, order, list, tolerance.block_score);
+      const auto tie = tie_behind(*head, options, geometry, row, *scoring, order, list, tolerance.block_score);
       ASSERT_TRUE(tie) << testing::PrintToString(list) << " where the reference lists "
                        << testing::PrintToString(true_list);
       ++(*tie == 0 ? agreement.lists_of_other_orders : agreement.other_lists);

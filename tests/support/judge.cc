@@ -41,14 +41,6 @@ void expect_ties_by_token(const Geometry& geometry, const std::vector<double>& s
   }
 }
 
-void expect_row_list(const Options& options, const Geometry& geometry, std::int64_t row,
-                     const reference::Scoring& scoring, const reference::RowScores& scores,
-                     const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& list, double tolerance) {
-  EXPECT_TRUE(tie_behind(options, geometry, row, scoring, scores, order, list, tolerance))
-      << testing::PrintToString(list) << " where the reference lists "
-      << testing::PrintToString(reference::select_blocks(options, geometry, row, scores, order));
-}
-
 void expect_close(const std::vector<double>& values, const std::vector<double>& plain, const std::vector<double>& truth,
                   const char* what) {
   double scale = 0;
@@ -121,9 +113,11 @@ void expect_lists(const Problem& problem, const Options& options, const Trace& t
     const auto scoring = reference::prepare_scores(head, options, geometry, order);
     for (std::int64_t row = 0; row < geometry.rows(); ++row) {
       SCOPED_TRACE("row " + std::to_string(row));
-      const auto scores = reference::row_scores(head, options, geometry, row, order, scoring);
-      expect_row_list(options, geometry, row, scoring, scores, order, row_list(trace, flat, row),
-                      tolerance.block_score);
+      const auto list = row_list(trace, flat, row);
+      EXPECT_TRUE(tie_behind(head, options, geometry, row, scoring, order, list, tolerance.block_score))
+          << testing::PrintToString(list) << " where the reference lists "
+          << testing::PrintToString(reference::select_blocks(
+                 options, geometry, row, reference::row_scores(head, options, geometry, row, order, scoring), order));
     }
   });
 }

@@ -85,4 +85,26 @@ std::optional<double> tie_behind(const Options& options, const Geometry& geometr
   return std::nullopt;
 }
 
+std::optional<double> tie_behind(const reference::Head& head, const Options& options, const Geometry& geometry,
+                                 std::int64_t row, const reference::Scoring& scoring,
+                                 const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& list,
+                                 double tolerance) {
+  const auto of_scores = [&](const Options& scored_by) {
+    const auto scores = reference::row_scores(head, scored_by, geometry, row, order, scoring);
+    return tie_behind(options, geometry, row, scoring, scores, order, list, tolerance);
+  };
+  const auto tie = of_scores(options);
+  if (tie || options.score != BlockScore::two_step) return tie;
+  constexpr double smallest_part = 1.0 / 256;
+  for (double part = smallest_part; part <= 1; part *= 4)
+    for (const double sign : {-1.0, 1.0}) {
+      Options nearly = options;
+      nearly.threshold_tokens = 0;
+      nearly.threshold = static_cast<float>(row_threshold(options, geometry.diagonal(row)) +
+                                            sign * part * tolerance * options.two_step_reach);
+      if (const auto other = of_scores(nearly)) return std::max(*other, part * tolerance);
+    }
+  return std::nullopt;
+}
+
 }  // namespace pbsattn::test

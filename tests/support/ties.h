@@ -26,4 +26,11 @@ std::optional<double> tie_behind(const Options& options, const Geometry& geometr
                                  const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& list,
                                  double tolerance);
 
+// Does the same of the scores that the definition gives the row. Of BlockScore::two_step also where the choice of
+// blocks that the second step reads may have been a near tie.
+std::optional<double> tie_behind(const reference::Head& head, const Options& options, const Geometry& geometry,
+                                 std::int64_t row, const reference::Scoring& scoring,
+                                 const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& list,
+                                 double tolerance);
+
 }  // namespace pbsattn::test

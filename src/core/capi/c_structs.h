@@ -5,7 +5,7 @@
 #include "pbsattn/pbsattn.h"
 
 PBSATTN_SIZED_STRUCT(pbsattn_shape, head_dim_v, 56);
-PBSATTN_SIZED_STRUCT(pbsattn_options, window, 104);
+PBSATTN_SIZED_STRUCT(pbsattn_options, two_step_reach, 104);
 PBSATTN_SIZED_STRUCT(pbsattn_device, reserved, 24);
 PBSATTN_SIZED_STRUCT(pbsattn_view, reserved, 48);
 PBSATTN_SIZED_STRUCT(pbsattn_stats, attend_seconds, 48);

@@ -114,6 +114,14 @@ void validate(const Options& options) {
   require((options.score != BlockScore::antidiagonal && options.score != BlockScore::antidiagonal_causal) ||
               options.block % 8 == 0,
           "block {}: an antidiagonal score takes multiples of 8, the side of its patches; use 128", options.block);
+  require(std::isfinite(options.threshold_tokens) && options.threshold_tokens >= 0.0F,
+          "threshold_tokens {}: not a finite, non-negative number of tokens; 0 turns it off", options.threshold_tokens);
+  const auto require_positive = [](int value, const char* name, int usual) {
+    require(value >= 1, "{} {}: not positive; {} is usual", name, value, usual);
+  };
+  require_positive(options.two_step_queries, "two_step_queries", 32);
+  require_positive(options.two_step_exact, "two_step_exact", 8);
+  require_positive(options.two_step_reach, "two_step_reach", 8);
   if (options.keep == KeepRule::all || options.keep == KeepRule::none) return;
   require(options.score != BlockScore::none,
           "keep rule {} has no score to read; set score to mean_pool or per_query, or keep to all",
@@ -128,6 +136,9 @@ void validate(const Options& options) {
   };
   belong_together(BlockScore::vertical_slash, KeepRule::vertical_slash);
   belong_together(BlockScore::flexible, KeepRule::coverage);
+  require(options.score != BlockScore::two_step || options.keep == KeepRule::threshold,
+          "score two_step with keep rule {}: its second step goes by the threshold; set keep to threshold",
+          name_of(options.keep));
 }
 
 void validate(const Shape& s) {

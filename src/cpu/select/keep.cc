@@ -60,7 +60,6 @@ void keep_by_rule(const StageContext& c, std::int64_t head, std::int64_t row, do
   for (std::int64_t b = 0; b < count; ++b) memory[b] = {weights[b], static_cast<std::int32_t>(b)};
   const std::span blocks(memory, static_cast<std::size_t>(count));
   const std::span<ScoredBlock> before = blocks.first(static_cast<std::size_t>(own_begin));
-  const auto threshold = static_cast<double>(options.threshold);
   switch (options.keep) {
     case KeepRule::all: set_range(mask, 0, own_begin); break;
     case KeepRule::none:
@@ -79,11 +78,13 @@ void keep_by_rule(const StageContext& c, std::int64_t head, std::int64_t row, do
       break;
     }
     case KeepRule::threshold:
-      keep_at_least(threshold * total, before, mask);
+      keep_at_least(row_threshold(options, c.geometry().diagonal(row)) * total, before, mask);
       if (options.floor_top_p > 0.0F) keep_top_p(options.floor_top_p, total, 0, before, mask);
       break;
     case KeepRule::relative:
-      keep_at_least(threshold * static_cast<double>(std::ranges::max_element(blocks, by_share)->score), before, mask);
+      keep_at_least(static_cast<double>(options.threshold) *
+                        static_cast<double>(std::ranges::max_element(blocks, by_share)->score),
+                    before, mask);
       break;
     case KeepRule::top_k:
     case KeepRule::density:

@@ -25,7 +25,8 @@ SelectScratch::SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted
   take(pooled_q, strip * dim);
   take(packed, strip * dim);
   take(sorted, blocks);
-  take(weights, light ? blocks : 2 * blocks);
+  const bool two_step = options.score == BlockScore::two_step;
+  take(weights, light ? blocks : two_step ? most_two_step_rows * blocks : 2 * blocks);
   take(sums, light ? 0 : scored);
   take(keys, light ? 0 : std::max(g.block, patch_tokens * row_tile) * dim);
   take(exps, light ? 0 : std::max(g.block, row_tile) * strip);
@@ -35,6 +36,7 @@ SelectScratch::SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted
   take(diagonals, pattern ? g.shape.kv_len : 0);
   take(ranked, pattern ? g.shape.kv_len + 1 : 0);
   take(bins, options.score == BlockScore::flexible ? cell_bins : 0);
+  take(readers, two_step ? blocks : 0);
 }
 
 }  // namespace pbsattn::cpu

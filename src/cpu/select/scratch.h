@@ -19,6 +19,8 @@ struct CellBin {
 };
 inline constexpr int cell_bins = 1 << 11;
 
+inline constexpr int most_two_step_rows = 4;  // that BlockScore::two_step scores together
+
 struct SelectScratch {
   // Without memory it counts bytes.
   SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted_blocks, std::byte* memory);
@@ -27,7 +29,7 @@ struct SelectScratch {
   float* pooled_q;      // [strip][head_dim]
   float* packed;        // [head_dim][strip] queries
   ScoredBlock* sorted;  // [blocks]
-  float* weights;       // [2][blocks]
+  float* weights;       // [2][blocks]; of two_step [most_two_step_rows][blocks]
   // Of scores other than mean_pool and per_query:
   float* sums;          // [blocks up to a row_tile][strip]
   float* keys;          // [block, at least patch_tokens * row_tile][head_dim]
@@ -35,11 +37,12 @@ struct SelectScratch {
   float* patches;       // [patch_tokens][head_dim][strip] queries
   std::int32_t* index;  // [strip]
   // Of patterns:
-  float* columns;         // [kv_len]
-  float* diagonals;       // [kv_len]
-  std::int32_t* ranked;   // [kv_len + 1]
-  CellBin* bins;          // [cell_bins], of flexible
-  std::int64_t size = 0;  // bytes
+  float* columns;          // [kv_len]
+  float* diagonals;        // [kv_len]
+  std::int32_t* ranked;    // [kv_len + 1]
+  CellBin* bins;           // [cell_bins], of flexible
+  std::uint32_t* readers;  // [blocks], of two_step: bit i: row i reads the block's keys
+  std::int64_t size = 0;   // bytes
 };
 
 }  // namespace pbsattn::cpu

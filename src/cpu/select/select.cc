@@ -9,6 +9,7 @@
 #include "cpu/parallel.h"
 #include "cpu/select/keep.h"
 #include "cpu/select/scores/scores.h"
+#include "cpu/select/scores/two_step.h"
 
 namespace pbsattn::cpu {
 namespace {
@@ -33,7 +34,21 @@ void select_row(const StageContext& c, std::int64_t head, std::int64_t row, int 
     case BlockScore::dual_band: keep_by_either(c, head, row, score_dual_band(c, head, row, scratch), scratch); break;
     case BlockScore::none:
     case BlockScore::vertical_slash:
-    case BlockScore::flexible: break;
+    case BlockScore::flexible:
+    case BlockScore::two_step: break;
+  }
+}
+
+// Selects for rows by BlockScore::two_step.
+void select_two_step(const StageContext& c, std::int64_t head, std::int64_t first_row, std::int64_t end,
+                     const SelectScratch& scratch) {
+  const int together = two_step_rows(c.spec.options);
+  for (std::int64_t row = first_row; row < end; row += together) {
+    const int count = static_cast<int>(std::min<std::int64_t>(together, end - row));
+    const auto totals = score_two_step(c, head, row, count, scratch);
+    for (int i = 0; i < count; ++i)
+      keep_by_rule(c, head, row + i, totals[i], two_step_weights(c, i, scratch), c.geometry().diagonal(row + i) + 1,
+                   scratch.sorted);
   }
 }
 
@@ -41,6 +56,11 @@ void select_row(const StageContext& c, std::int64_t head, std::int64_t row, int 
 void select_strip(const StageContext& c, std::int64_t head, std::int64_t first_row, int rows,
                   const SelectScratch& scratch) {
   const Geometry& g = c.geometry();
+  if (c.spec.options.score == BlockScore::two_step) {
+    while (rows > 0 && g.own_begin(first_row) == 0) ++first_row, --rows;
+    const std::int64_t end = std::min(first_row + rows, g.rows() - c.options(head).dense_last_rows);
+    return select_two_step(c, head, first_row, end, scratch);
+  }
   if (c.spec.options.score == BlockScore::mean_pool) score_mean_pool(c, head, first_row, rows, scratch);
   for (int i = 0; i < rows; ++i) {
     const std::int64_t row = first_row + i;

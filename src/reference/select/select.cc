@@ -37,7 +37,6 @@ std::vector<bool> apply_rule(const Options& options, const Geometry& geometry, s
   const std::int64_t own_begin = geometry.own_begin(row);
   const std::span<const double> scores = all_scores.first(own_begin);
   std::vector<bool> keep(all_scores.size(), false);
-  const auto threshold = static_cast<double>(options.threshold);
   switch (options.keep) {
     case KeepRule::all:
     case KeepRule::none: break;
@@ -54,10 +53,12 @@ std::vector<bool> apply_rule(const Options& options, const Geometry& geometry, s
     }
     case KeepRule::threshold: {
       if (options.floor_top_p > 0) keep_top_p(static_cast<double>(options.floor_top_p), scores, keep, 0);
-      keep_at_least(threshold, scores, keep);
+      keep_at_least(row_threshold(options, geometry.diagonal(row)), scores, keep);
       break;
     }
-    case KeepRule::relative: keep_at_least(threshold * std::ranges::max(all_scores), scores, keep); break;
+    case KeepRule::relative:
+      keep_at_least(static_cast<double>(options.threshold) * std::ranges::max(all_scores), scores, keep);
+      break;
     case KeepRule::top_k:
     case KeepRule::density: keep_highest(kept_count(options, own_begin, geometry.diagonal(row)), scores, keep); break;
     case KeepRule::vertical_slash:

@@ -49,6 +49,18 @@ TEST(Methods, Threshold) {
   EXPECT_EQ(options.floor_top_p, 0.0F);
 }
 
+TEST(Methods, TwoStep) {
+  const Options options = method("pbs-two-step");
+  EXPECT_EQ(options.permutation, Permutation::last_queries);
+  EXPECT_EQ(options.score, BlockScore::two_step);
+  EXPECT_EQ(options.keep, KeepRule::threshold);
+  EXPECT_EQ(options.threshold_tokens, 128.0F);
+  EXPECT_EQ(options.two_step_queries, 32);
+  EXPECT_EQ(options.two_step_exact, 8);
+  EXPECT_EQ(options.two_step_reach, 8);
+  EXPECT_EQ(method("two-step").permutation, Permutation::none);
+}
+
 TEST(Methods, OptionsAreSetByName) {
   Options options = method("pbs");
   for (const auto& [name, value] : {std::pair{"keep", "top_k"},
@@ -78,6 +90,7 @@ TEST(Methods, OptionsAreSetByName) {
 
 TEST(Methods, EveryEnumeratorHasAName) {
   EXPECT_EQ(name_of(BlockScore::flexible), "flexible");
+  EXPECT_EQ(name_of(BlockScore::two_step), "two_step");
   EXPECT_EQ(name_of(KeepRule::coverage), "coverage");
   EXPECT_EQ(name_of(Precision::bf16), "bf16");
   EXPECT_EQ(name_of(static_cast<KeepRule>(200)), "");

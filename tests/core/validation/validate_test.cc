@@ -78,6 +78,15 @@ TEST(Validate, Options) {
         o.segment = 24;
       },
       {"block 12", "multiples of 8"});
+  expect_bad_options([](Options& o) { o.threshold_tokens = -1; }, {"threshold_tokens -1", "0 turns it off"});
+  expect_bad_options([](Options& o) { o.threshold_tokens = std::nanf(""); }, {"threshold_tokens nan"});
+  expect_bad_options([](Options& o) { o.threshold_tokens = std::numeric_limits<float>::infinity(); },
+                     {"threshold_tokens inf"});
+  expect_bad_options([](Options& o) { o.two_step_queries = 0; }, {"two_step_queries 0", "positive", "32"});
+  expect_bad_options([](Options& o) { o.two_step_exact = -3; }, {"two_step_exact -3", "8"});
+  expect_bad_options([](Options& o) { o.two_step_reach = 0; }, {"two_step_reach 0", "8"});
+  expect_bad_options([](Options& o) { o.score = BlockScore::two_step; },
+                     {"two_step", "top_p", "set keep to threshold"});
   expect_bad_options([](Options& o) { o.vertical = -1; }, {"vertical -1"});
   expect_bad_options([](Options& o) { o.slash = -1; }, {"slash -1"});
   expect_bad_options([](Options& o) { o.tau = 1.5F; }, {"tau 1.5", "[0, 1]"});

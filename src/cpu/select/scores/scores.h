@@ -1,8 +1,8 @@
 // Block scores: what each of a row's key blocks is expected to weigh, before the keep rule. A score writes a row's
 // weights, whose shares of the sum that it returns are the scores; NaN if they have no value.
 //
-// mean_pool is scored for a strip of rows at once, and only it and per_query are made to be fast. The rest is for
-// comparisons: plain loops around the f32 kernels, a row at a time.
+// mean_pool is scored for a strip of rows at once, two_step for a few (two_step.h); these and per_query are made to be
+// fast. The rest is for comparisons: plain loops around the f32 kernels, a row at a time.
 #pragma once
 
 #include "cpu/context.h"
@@ -18,6 +18,10 @@ double mean_pool_weights(const StageContext& c, std::int64_t row, int lane, cons
 
 double score_mean_pool_causal(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);
 double score_energy(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);
+// Adds to a row's weights each block's share of the softmax of up to a strip of queries over means of blocks. Returns
+// false where one has none.
+bool add_pooled_shares(const StageContext& c, std::int64_t head, std::int64_t row, const Rows& queries, int count,
+                       const SelectScratch& scratch, float* weights);
 double score_per_query(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);
 double score_exact(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);
 double score_sampled(const StageContext& c, std::int64_t head, std::int64_t row, const SelectScratch& scratch);

@@ -42,12 +42,7 @@ std::vector<double> exact_scores(const Head& head, const Geometry& geometry, std
 
 std::vector<double> sampled_scores(const Head& head, const Geometry& geometry, std::int64_t row,
                                    std::span<const std::int32_t> order, const Matrix& causal_k, const Logits& logits) {
-  const std::int64_t queries = geometry.row_end(row) - geometry.row_begin(row);
-  std::vector<std::int64_t> tokens;
-  tokens.reserve(sampled_queries(queries));
-  for (std::int64_t i = 0; i < sampled_queries(queries); ++i)
-    tokens.push_back(geometry.row_begin(row) + sampled_query(queries, i));
-  auto scores = masses(head, geometry, row, order, logits, tokens);
+  auto scores = masses(head, geometry, row, order, logits, sampled_tokens(geometry, row, most_sampled));
   const auto pooled = per_query_scores(head, geometry, row, causal_k, logits);
   const bool no_value = std::ranges::all_of(pooled, [](double s) { return s == 0; });
   for (std::size_t b = 0; b < scores.size(); ++b) scores[b] = no_value ? std::nan("") : (scores[b] + pooled[b]) / 2;

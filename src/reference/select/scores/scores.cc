@@ -67,6 +67,7 @@ RowScores row_scores(const Head& head, const Options& options, const Geometry& g
       const auto& kept = scoring.pattern[row];
       return {std::vector<double>(kept.begin(), kept.end())};
     }
+    case BlockScore::two_step: return {two_step_scores(head, options, geometry, row, order, causal_k())};
   }
   return {};
 }

@@ -23,6 +23,14 @@ std::vector<double> pool_query(const Head& head, const Options& options, const G
 std::vector<double> block_scores(std::span<const double> pooled_q, const Matrix& pooled_k, std::int64_t blocks,
                                  const Logits& logits);
 
+// Returns the tokens of a row's queries that a score samples: `most` of them, evenly spaced, or all.
+std::vector<std::int64_t> sampled_tokens(const Geometry& geometry, std::int64_t row, std::int64_t most);
+
+// Returns the mean over queries, given by their tokens, of softmax over blocks of query . pooled key as
+// logits.
+std::vector<double> pooled_shares(const Head& head, const Geometry& geometry, const Matrix& causal_k, const Logits& logits,
+                                  std::span<const std::int64_t> tokens);
+
 // Scores by BlockScore::per_query, [diagonal + 1]: the mean over the row's queries of softmax over all causal blocks of
 // query . pooled key as logits; `causal_k` are those pooled keys. NaN becomes 0.
 std::vector<double> per_query_scores(const Head& head, const Geometry& geometry, std::int64_t row,
@@ -43,6 +51,14 @@ std::vector<double> exact_scores(const Head& head, const Geometry& geometry, std
 // and of per_query_scores() over all of them. NaN becomes 0, throughout where the latter has no value.
 std::vector<double> sampled_scores(const Head& head, const Geometry& geometry, std::int64_t row,
                                    std::span<const std::int32_t> order, const Matrix& causal_k, const Logits& logits);
+
+// Scores by BlockScore::two_step, [diagonal + 1]: the mean of two shares, of which blocks that the second step doesn't
+// read have no second. The first step's is per_query_scores() over options.two_step_queries of the row's queries. The
+// second reads the own segment and blocks before it whose share is at least the row's threshold over two_step_reach: of
+// two_step_exact queries the softmax over the visible keys of these blocks, and over each other block as `block` keys
+// that all are its mean. 0 throughout where either step gives NaN.
+std::vector<double> two_step_scores(const Head& head, const Options& options, const Geometry& geometry,
+                                    std::int64_t row, std::span<const std::int32_t> order, const Matrix& causal_k);
 
 // Scores by BlockScore::energy, [diagonal + 1]: exp of q . pooled key as logits, summed over the row's queries, as
 // shares of its sum over the blocks that the row's last query sees whole. NaN becomes 0.
