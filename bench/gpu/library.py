@@ -55,6 +55,8 @@ class Options(Struct):
         ("local_blocks", i32),
         ("scale", f32),
         ("expected_density", f32),
+        ("softcap", f32),
+        ("window", i32),
         ("threshold_tokens", f32),
         ("two_step_queries", i32),
         ("two_step_exact", i32),

@@ -18,7 +18,7 @@ struct Names;
 
 template <>
 struct Names<Permutation> {
-  static constexpr std::array<std::string_view, 2> values{"none", "last_queries"};
+  static constexpr std::array<std::string_view, 4> values{"none", "last_queries", "learned", "arrival"};
 };
 template <>
 struct Names<OrderScope> {

@@ -40,7 +40,9 @@ typedef enum pbsattn_dtype { PBSATTN_F32 = 0, PBSATTN_F16 = 1, PBSATTN_BF16 = 2 
 
 typedef enum pbsattn_permutation {
   PBSATTN_PERMUTATION_NONE = 0,
-  PBSATTN_PERMUTATION_LAST_QUERIES = 1
+  PBSATTN_PERMUTATION_LAST_QUERIES = 1,
+  PBSATTN_PERMUTATION_LEARNED = 2,
+  PBSATTN_PERMUTATION_ARRIVAL = 3
 } pbsattn_permutation;
 typedef enum pbsattn_order_scope { PBSATTN_ORDER_QUERY_HEAD = 0, PBSATTN_ORDER_KV_HEAD = 1 } pbsattn_order_scope;
 typedef enum pbsattn_block_score {
@@ -77,6 +79,7 @@ typedef enum pbsattn_precision {
   PBSATTN_PRECISION_BF16 = 2
 } pbsattn_precision;
 typedef enum pbsattn_fallback { PBSATTN_FALLBACK_NEVER = 0, PBSATTN_FALLBACK_WHEN_FASTER = 1 } pbsattn_fallback;
+typedef enum pbsattn_rope_pairs { PBSATTN_PAIRS_HALVES = 0, PBSATTN_PAIRS_NEIGHBOURS = 1 } pbsattn_rope_pairs;
 typedef enum pbsattn_device_kind {
   PBSATTN_DEVICE_CPU = 0,
   PBSATTN_DEVICE_REFERENCE = 1,
@@ -149,6 +152,23 @@ typedef struct pbsattn_stats {
   double permute_seconds, select_seconds, attend_seconds;
 } pbsattn_stats;
 
+/* What PBSATTN_PERMUTATION_LEARNED goes by; see pbsattn::OrderWeights. */
+typedef struct pbsattn_order_weights {
+  size_t struct_size;
+  const float* values; /* [kv_heads][head_dim / 2 + head_dim] */
+  size_t count;        /* of values */
+  int32_t pairs;       /* pbsattn_rope_pairs */
+  int32_t reserved;    /* 0 */
+} pbsattn_order_weights;
+
+/* The orders of PBSATTN_PERMUTATION_ARRIVAL, kept from call to call; see pbsattn::KeyOrder. */
+typedef struct pbsattn_key_order {
+  size_t struct_size;
+  int32_t* data; /* [batch][kv_heads][tokens of complete segments] */
+  int64_t batch_stride, head_stride;
+  int64_t known; /* tokens whose order is read; the others' is written */
+} pbsattn_key_order;
+
 /* What one run reads and writes; see pbsattn::Plan::run. */
 typedef struct pbsattn_run {
   size_t struct_size;
@@ -156,9 +176,11 @@ typedef struct pbsattn_run {
   float* lse;      /* [batch][q_heads][q_len]; may be NULL */
   void* workspace; /* of workspace_size bytes, at least pbsattn_plan_workspace_size() */
   size_t workspace_size;
-  void* stream;         /* of the plan's device: a cudaStream_t, NULL for the default stream */
-  pbsattn_stats* stats; /* filled if not NULL */
-  const float* sinks;   /* [q_heads], see pbsattn::Inputs; may be NULL */
+  void* stream;                               /* of the plan's device: a cudaStream_t, NULL for the default stream */
+  pbsattn_stats* stats;                       /* filled if not NULL */
+  const float* sinks;                         /* [q_heads], see pbsattn::Inputs; may be NULL */
+  const pbsattn_order_weights* order_weights; /* of learned orders, else NULL is fine */
+  const pbsattn_key_order* order;             /* of orders of arrival; may be NULL where none is known */
 } pbsattn_run;
 
 typedef struct pbsattn_plan pbsattn_plan;

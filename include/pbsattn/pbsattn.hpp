@@ -84,6 +84,9 @@ using View = BasicView<void>;
 enum class Permutation : std::uint8_t {
   none,
   last_queries,  // descending mean attention weight of the last `block` queries (paper, section 3.2)
+  learned,       // descending in what a linear model says of the key alone (OrderWeights); one order per KV head
+  arrival,  // as last_queries, one order per KV head, which a segment keeps: it is that of the call that completes it
+            // (KeyOrder), however many calls come after
 };
 
 // How many orders there are: one for each query head (paper), or one for each KV head, from the scores
@@ -258,6 +261,28 @@ DeviceInfo describe_cpu();
 
 // ------------------------------------------------------------------------------------------------ runs
 
+// Which columns of a key RoPE turns together: i and i + head_dim / 2, as rotate_half has them, or 2i and 2i + 1, as
+// GGUF's `llama` architectures have.
+enum class RopePairs : std::uint8_t { halves, neighbours };
+
+// What Permutation::learned goes by. A key's score is the sum of weight * feature; its features are the lengths
+// sqrt(a^2 + b^2) of its head_dim / 2 pairs, in their order, and then its head_dim numbers. Keys of a segment stand in
+// descending score, equal ones where they were, NaN last. A KV head whose weights are all 0 keeps its keys' order.
+struct OrderWeights {
+  std::span<const float> values = {};  // [kv_heads][head_dim / 2 + head_dim]; finite
+  RopePairs pairs = RopePairs::halves;
+};
+
+// The orders of Permutation::arrival, kept from call to call: token at each slot of the complete segments, [batch]
+// [kv_heads][those tokens], strides in elements. A run reads those of the first `known` tokens, whole segments that
+// earlier calls completed, and writes the others.
+struct KeyOrder {
+  std::int32_t* data = nullptr;  // optional where none is known
+  std::int64_t batch_stride = 0;
+  std::int64_t head_stride = 0;
+  std::int64_t known = 0;
+};
+
 struct Inputs {
   ConstView q;  // [batch][q_heads][q_len][head_dim]
   ConstView k;  // [batch][kv_heads][kv_len][head_dim]
@@ -265,11 +290,13 @@ struct Inputs {
   // [q_heads], or none: a learned logit of each query head (GPT-OSS), which enters every query's softmax as one more
   // key without a value, and the log-sum-exp. Scores of blocks leave it out.
   std::span<const float> sinks = {};
+  OrderWeights order_weights = {};  // read where the plan's permutation is learned
 };
 
 struct Outputs {
   View out;              // [batch][q_heads][q_len][head_dim_v]
   float* lse = nullptr;  // [batch][q_heads][q_len] contiguous, natural log-sum-exp of logits; optional
+  KeyOrder order = {};   // read and written where the plan's permutation is arrival
 };
 // A query whose every visible score is -inf, and sink, gives output 0 and log-sum-exp -inf. A NaN or +inf in an input
 // spoils (as NaN) the outputs that dense attention would spoil, and no others: a value that isn't finite, even with a

@@ -51,14 +51,23 @@ int resolve_threads(int threads) {
   return threads == 0 ? std::min(available_processors(), max_threads) : threads;
 }
 
+// Leaves out what the plan's permutation doesn't take.
+std::pair<Inputs, Outputs> taken_by(const Options& options, Inputs inputs, Outputs outputs) {
+  if (options.permutation != Permutation::learned) inputs.order_weights = {};
+  if (options.permutation != Permutation::arrival) outputs.order = {};
+  return {inputs, outputs};
+}
+
 void check_and_clear(const Plan& plan, const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace,
                      Stats* stats, Trace* trace) {
+  const Geometry geometry{.shape = plan.shape(), .block = plan.options().block, .segment = plan.options().segment};
   validate(inputs, outputs, plan.shape());
+  validate_order(inputs, outputs, plan.options().permutation, geometry);
   if (workspace.size() < plan.workspace_size())
     throw Error(ErrorCode::out_of_memory, fmt::format("workspace of {} bytes: this plan needs {}; allocate "
                                                       "plan.workspace_size() or plan under a cap",
                                                       workspace.size(), plan.workspace_size()));
-  refuse_overlaps(inputs, outputs, workspace.first(plan.workspace_size()), plan.shape());
+  refuse_overlaps(inputs, outputs, workspace.first(plan.workspace_size()), geometry);
   if (stats != nullptr) *stats = {};
   if (trace != nullptr) *trace = {};
 }
@@ -149,16 +158,18 @@ std::string_view Plan::path() const noexcept {
 void Plan::run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
                Trace* trace) const {
   throwing_errors([&] {
-    check_and_clear(*this, inputs, outputs, workspace, stats, trace);
-    executor_->run(inputs, outputs, workspace, stats, trace);
+    const auto [in, out] = taken_by(options(), inputs, outputs);
+    check_and_clear(*this, in, out, workspace, stats, trace);
+    executor_->run(in, out, workspace, stats, trace);
   });
 }
 
 void Plan::run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stream stream,
                Stats* stats, Trace* trace) const {
   throwing_errors([&] {
-    check_and_clear(*this, inputs, outputs, workspace, stats, trace);
-    executor_->run_on(stream, inputs, outputs, workspace, stats, trace);
+    const auto [in, out] = taken_by(options(), inputs, outputs);
+    check_and_clear(*this, in, out, workspace, stats, trace);
+    executor_->run_on(stream, in, out, workspace, stats, trace);
   });
 }
 

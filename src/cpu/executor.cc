@@ -6,6 +6,7 @@
 
 #include "core/fallback.h"
 #include "core/stopwatch.h"
+#include "core/validation/validate.h"
 #include "cpu/attend/attend.h"
 #include "cpu/permute/permute.h"
 #include "cpu/select/select.h"
@@ -34,6 +35,7 @@ class CpuExecutor final : public detail::Executor {
   void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
            Trace* trace) const override {
     const Geometry& g = spec.geometry;
+    validate_order_contents(inputs, outputs, g);
     const bool bf16 = inputs.q.dtype == DType::bf16 && inputs.k.dtype == DType::bf16 && inputs.v.dtype == DType::bf16;
     const Kernels& kernels = bf16 ? bf16_path() : *automatic_;
     Stats total;

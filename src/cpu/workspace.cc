@@ -59,7 +59,8 @@ Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent exte
   const std::int64_t order_heads = !permuted ? 0 : shared_order ? extent.kv_heads : extent.q_heads;
   const std::int64_t pooled_heads = permuted ? order_heads : extent.kv_heads;
 
-  scored_blocks = permuted ? g.permuted_len() / g.block : 0;
+  const bool by_queries = permuted && options.permutation != Permutation::learned;
+  scored_blocks = by_queries ? g.permuted_len() / g.block : 0;
   strip_bytes = kernels.packed_head_dim(dim) * strip * kernels.element_size;
   exps_bytes = static_cast<std::int64_t>(g.block) * strip * kernels.element_size;
   const std::int64_t scored_strips = extent.q_heads * scored_blocks * scoring_strips;
@@ -86,7 +87,7 @@ Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent exte
   arena.take(pooled_own,
              scored && pools_own(options.score) ? (extent.kv_heads * up_to_tile(blocks) + row_tile) * dim : 0);
   arena.take(band_factors, scored && options.score == BlockScore::dual_band ? 2 * extent.q_heads : 0);
-  arena.take(scoring_queries, permuted ? extent.q_heads * scoring_strips * strip_bytes : 0);
+  arena.take(scoring_queries, by_queries ? extent.q_heads * scoring_strips * strip_bytes : 0);
   arena.take(exps, scored_strips * exps_bytes);
   arena.take(score_sums, scored_strips * strip);
   arena.take(score_factors, scored_strips * strip);

@@ -59,7 +59,7 @@ struct Layout {
   bool shared_order = false;         // one order for each KV head
   std::int64_t permuted_blocks = 0;  // blocks before the last row's own segment
   std::int64_t scoring_strips = 0;
-  std::int64_t scored_blocks = 0;  // blocks of complete segments, whose keys are scored
+  std::int64_t scored_blocks = 0;  // blocks of complete segments, whose keys queries score
   std::int64_t strip_bytes = 0;    // of a packed strip of queries
   std::int64_t exps_bytes = 0;     // of a strip's exponentials on one block
   std::int64_t mask_words = 0;

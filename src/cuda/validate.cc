@@ -85,6 +85,9 @@ void check_limits(const detail::PlanSpec& spec) {
     refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
                        max_segment));
   const Options& options = spec.options;
+  if (options.permutation > Permutation::last_queries)  // the last one that it has
+    refuse(fmt::format("permutation {}: the CUDA backend doesn't have it; use last_queries, or Device::cpu()",
+                       name_of(options.permutation)));
   if (options.score > BlockScore::flexible)  // the last one that it has
     refuse(fmt::format("score {}: the CUDA backend doesn't have it; use sampled, or Device::cpu()",
                        name_of(options.score)));

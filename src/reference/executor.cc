@@ -1,10 +1,12 @@
 // The stages in their order, head by head.
 #include "core/executor.h"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
 #include "core/stopwatch.h"
+#include "core/validation/validate.h"
 #include "reference/definition.h"
 #include "reference/numbers.h"
 
@@ -21,25 +23,44 @@ std::vector<double> mean_group_scores(const Inputs& inputs, const Geometry& geom
   return mean;
 }
 
+std::vector<double> ordering_scores(const Inputs& inputs, const Head& head, const Options& options,
+                                    const Geometry& geometry, std::int64_t batch, std::int64_t kv_head) {
+  switch (options.permutation) {
+    case Permutation::none: break;
+    case Permutation::last_queries:
+      if (options.order_scope == OrderScope::query_head) return key_scores(head, geometry, options);
+      [[fallthrough]];
+    case Permutation::arrival: return mean_group_scores(inputs, geometry, batch, kv_head, options);
+    case Permutation::learned: {
+      const auto& [weights, pairs] = inputs.order_weights;
+      const std::size_t count = weights.size() / static_cast<std::size_t>(geometry.shape.kv_heads);
+      return learned_scores(head, geometry, weights.subspan(static_cast<std::size_t>(kv_head) * count, count), pairs);
+    }
+  }
+  return std::vector<double>(geometry.permuted_len(), 0.0);
+}
+
 std::vector<std::int32_t> permute(const Inputs& inputs, const Head& head, const Options& options,
-                                  const Geometry& geometry, std::int64_t batch, std::int64_t q_head) {
-  if (options.permutation == Permutation::none)
-    return order_keys(geometry, std::vector<double>(geometry.permuted_len(), 0.0));
-  return order_keys(geometry, options.order_scope == OrderScope::query_head
-                                  ? key_scores(head, geometry, options)
-                                  : mean_group_scores(inputs, geometry, batch, geometry.kv_head(q_head), options));
+                                  const Geometry& geometry, std::int64_t batch, std::int64_t kv_head,
+                                  const KeyOrder& kept) {
+  auto order = order_keys(geometry, ordering_scores(inputs, head, options, geometry, batch, kv_head));
+  if (options.permutation != Permutation::arrival || kept.data == nullptr) return order;
+  std::int32_t* const memory = kept.data + batch * kept.batch_stride + kv_head * kept.head_stride;
+  std::copy_n(memory, kept.known, order.begin());
+  std::copy_n(order.begin(), geometry.permuted_len(), memory);
+  return order;
 }
 
 // Decides orders and lists of all heads. `heads` are the options of all heads, or of each.
-void decide_timed(const Inputs& inputs, std::span<const Options> heads, const Geometry& geometry, Trace& trace,
-                  Stats& stats) {
+void decide_timed(const Inputs& inputs, std::span<const Options> heads, const Geometry& geometry,
+                  const KeyOrder& kept_order, Trace& trace, Stats& stats) {
   trace = detail::start_trace(geometry);
   Stopwatch watch;
   for (std::int64_t batch = 0; batch < geometry.shape.batch; ++batch) {
     for (std::int64_t h = 0; h < geometry.shape.q_heads; ++h) {
       const Options& options = heads[heads.size() == 1 ? 0 : h];
       const Head head = load_head(inputs, geometry, batch, h);
-      const auto order = permute(inputs, head, options, geometry, batch, h);
+      const auto order = permute(inputs, head, options, geometry, batch, geometry.kv_head(h), kept_order);
       stats.permute_seconds += watch.lap();
 
       const Scoring scoring = prepare_scores(head, options, geometry, order);
@@ -69,7 +90,8 @@ class ReferenceExecutor final : public detail::Executor {
            Trace* trace) const override {
     Stats own_stats;
     Trace own_trace;
-    decide_timed(inputs, spec.option_sets(), spec.geometry, own_trace, own_stats);
+    validate_order_contents(inputs, outputs, spec.geometry);
+    decide_timed(inputs, spec.option_sets(), spec.geometry, outputs.order, own_trace, own_stats);
     Stopwatch watch;
     attend(inputs, spec.options, spec.geometry, own_trace, outputs);
     own_stats.attend_seconds = watch.lap();
@@ -80,10 +102,10 @@ class ReferenceExecutor final : public detail::Executor {
 
 }  // namespace
 
-Trace decide(const Inputs& inputs, const Options& options, const Geometry& geometry) {
+Trace decide(const Inputs& inputs, const Options& options, const Geometry& geometry, const KeyOrder& order) {
   Trace trace;
   Stats stats;
-  decide_timed(inputs, std::span(&options, 1), geometry, trace, stats);
+  decide_timed(inputs, std::span(&options, 1), geometry, order, trace, stats);
   return trace;
 }
 

@@ -102,6 +102,8 @@ static struct Call {
   LATER(view) view, out;
   LATER(stats) stats;
   LATER(run) run;
+  LATER(order_weights) order_weights;
+  LATER(key_order) order;
   float q[elements], result[elements];
 } call;
 
@@ -127,7 +129,11 @@ static void fill_call(void) {
                                  .k = &call.view.known,
                                  .v = &call.view.known,
                                  .out = &call.out.known,
-                                 .stats = &call.stats.known};
+                                 .stats = &call.stats.known,
+                                 .order_weights = &call.order_weights.known,
+                                 .order = &call.order.known};
+  call.order_weights.known.struct_size = sizeof call.order_weights;
+  call.order.known.struct_size = sizeof call.order;
 }
 
 /* Plans by one options struct and by one of each head, and runs. */
@@ -194,7 +200,9 @@ static void what_is_new_and_set_is_refused_by_name(void) {
     REFUSED(call.device, device, "device", "reserved")
     REFUSED(call.view, view, "q", "reserved")
     REFUSED(call.out, view, "out", "reserved")
-    REFUSED(call.run, run, "run", "sinks")
+    REFUSED(call.run, run, "run", "order")
+    REFUSED(call.order_weights, order_weights, "order_weights", "reserved")
+    REFUSED(call.order, key_order, "order", "known")
   }
 }
 
@@ -218,6 +226,8 @@ static void a_size_that_nobody_set_is_refused(void) {
     REFUSED_SIZE(call.out, view)
     REFUSED_SIZE(call.stats, stats)
     REFUSED_SIZE(call.run, run)
+    REFUSED_SIZE(call.order_weights, order_weights)
+    REFUSED_SIZE(call.order, key_order)
     fill_call();
     call.options[0].known.struct_size = wrong[i];
     CHECK(pbsattn_method("pbs", &call.options[0].known) == PBSATTN_INVALID_ARGUMENT && says(value));
@@ -241,6 +251,9 @@ static void reserved_fields_are_zero(void) {
   fill_call();
   call.view.known.reserved = -1;
   CHECK(make_call() == PBSATTN_INVALID_ARGUMENT && says("q.reserved -1"));
+  fill_call();
+  call.order_weights.known.reserved = 2;
+  CHECK(make_call() == PBSATTN_INVALID_ARGUMENT && says("order_weights.reserved 2"));
 }
 
 void structs_grow(void) {

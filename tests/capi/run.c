@@ -132,6 +132,77 @@ static void a_plan_tells_its_options(void) {
   pbsattn_plan_destroy(plan);
 }
 
+/* Token t's key is t % 256 in its first column alone: the later a token in its segment, the higher its learned score.
+ */
+static void orders_are_learned_and_kept(int device_kind) {
+  enum { kept = 256 };
+  float* q = calloc(tokens * head_dim, sizeof(float));
+  float* k = calloc(tokens * head_dim, sizeof(float));
+  float* out = calloc(tokens * head_dim, sizeof(float));
+  float weights[head_dim / 2 + head_dim] = {0};
+  int32_t order[kept];
+  pbsattn_options options = {.struct_size = sizeof options};
+  const pbsattn_shape shape = {.struct_size = sizeof shape,
+                               .batch = 1,
+                               .q_heads = 1,
+                               .kv_heads = 1,
+                               .q_len = tokens,
+                               .kv_len = tokens,
+                               .head_dim = head_dim};
+  const pbsattn_device device = {.struct_size = sizeof device, .kind = device_kind, .threads = 2};
+  const pbsattn_view q_view = {.struct_size = sizeof q_view, .data = q, .token_stride = head_dim};
+  pbsattn_view k_view = q_view, out_view = q_view;
+  pbsattn_order_weights order_weights = {.struct_size = sizeof order_weights, .values = weights, .count = 12};
+  pbsattn_key_order key_order = {.struct_size = sizeof key_order, .data = order};
+  pbsattn_run run = {.struct_size = sizeof run, .q = &q_view, .k = &k_view, .v = &k_view, .out = &out_view};
+  pbsattn_plan* plan = NULL;
+  int t;
+  k_view.data = k;
+  out_view.data = out;
+  for (t = 0; t < tokens; ++t) k[t * head_dim] = (float)(t % kept);
+  weights[head_dim / 2] = 1;
+
+  CHECK(pbsattn_method("pbs:order_scope=kv_head:permutation=learned", &options) == PBSATTN_OK);
+  CHECK(options.permutation == PBSATTN_PERMUTATION_LEARNED);
+  CHECK(pbsattn_plan_create(&options, &shape, &device, SIZE_MAX, &plan) == PBSATTN_OK);
+  run.workspace_size = pbsattn_plan_workspace_size(plan);
+  run.workspace = malloc(run.workspace_size + 1);
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(strstr(pbsattn_last_error(), "order_weights of 0 numbers") != NULL);
+  run.order_weights = &order_weights;
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
+  order_weights.pairs = 2;
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_INVALID_ARGUMENT);
+  order_weights.pairs = PBSATTN_PAIRS_NEIGHBOURS;
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
+  order_weights.values = NULL;
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(strstr(pbsattn_last_error(), "order_weights.values: null pointer") != NULL);
+  pbsattn_plan_destroy(plan);
+  free(run.workspace);
+
+  /* The last queries like later tokens better. */
+  run.order_weights = NULL;
+  for (t = 0; t < tokens; ++t) q[t * head_dim] = 0.25F;
+  CHECK(pbsattn_set_option(&options, "permutation", "arrival") == PBSATTN_OK);
+  CHECK(pbsattn_plan_create(&options, &shape, &device, SIZE_MAX, &plan) == PBSATTN_OK);
+  run.workspace_size = pbsattn_plan_workspace_size(plan);
+  run.workspace = malloc(run.workspace_size + 1);
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
+  run.order = &key_order;
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
+  for (t = 0; t < kept; ++t) CHECK(order[t] == kept - 1 - t);
+  order[0] = kept;
+  key_order.known = kept;
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(strstr(pbsattn_last_error(), "token 256 at slot 0") != NULL);
+  pbsattn_plan_destroy(plan);
+  free(run.workspace);
+  free(q);
+  free(k);
+  free(out);
+}
+
 static void methods_are_listed(void) {
   size_t count = 0;
   pbsattn_options options = {.struct_size = sizeof options};
@@ -148,6 +219,8 @@ int main(void) {
   dense_is_the_running_mean(PBSATTN_DEVICE_REFERENCE);
   errors_have_codes_and_messages();
   a_plan_tells_its_options();
+  orders_are_learned_and_kept(PBSATTN_DEVICE_CPU);
+  orders_are_learned_and_kept(PBSATTN_DEVICE_REFERENCE);
   methods_are_listed();
   structs_grow();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

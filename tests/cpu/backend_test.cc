@@ -141,6 +141,36 @@ std::vector<MethodCase> scores() {
   return cases;
 }
 
+// Lists orders that are learned, and orders that segments keep.
+std::vector<MethodCase> orders() {
+  std::vector<MethodCase> cases;
+  Options options = method("pbs-two-step");
+  options.order_scope = OrderScope::kv_head;
+  options.threshold = 0.1F;
+  const auto add = [&](const std::string& name, const ProblemSpec& problem) {
+    cases.push_back({name, problem, options});
+  };
+  options.permutation = Permutation::learned;
+  for (const auto& [name, pairs] : {std::pair{"halves", RopePairs::halves}, {"neighbours", RopePairs::neighbours}})
+    for (const auto& [type, dtype] : {std::pair{"f32", DType::f32}, {"f16", DType::f16}, {"bf16", DType::bf16}})
+      for (const std::int64_t dim : {24, 64, 128}) {
+        ProblemSpec problem = alike(shape_of(333, 600, dim, 4, 2, 2), dtype);
+        problem.order_weights = true;
+        problem.pairs = pairs;
+        add(std::string("learned_") + name + "_" + type + "_dim" + std::to_string(dim), problem);
+      }
+  options.permutation = Permutation::arrival;
+  for (const std::int64_t known : {0, 256, 512}) {
+    ProblemSpec problem = alike(shape_of(300, 777, 64, 6, 2));
+    problem.kept_segment = 256;
+    problem.known = known;
+    add("arrival_known" + std::to_string(known), problem);
+  }
+  add("arrival_alone", {.shape = shape_of(600, 600, 64, 4, 2)});
+  add("arrival_short", {.shape = shape_of(100, 100)});
+  return cases;
+}
+
 std::vector<MethodCase> named_methods() {
   std::vector<MethodCase> cases;
   for (const char* name : {"pbs+", "xattention", "mean-pool", "flashprefill", "prism", "minference", "flexprefill",
@@ -270,7 +300,8 @@ INSTANTIATE_TEST_SUITE_P(AllPaths, Backend,
 INSTANTIATE_TEST_SUITE_P(ChosenPaths, Backend,
                          testing::Combine(testing::ValuesIn(chosen_paths()),
                                           testing::ValuesIn(joined(joined(lengths_and_chunks(), options()),
-                                                                   joined(scores(), named_methods())))),
+                                                                   joined(joined(scores(), orders()),
+                                                                          named_methods())))),
                          test_name);
 
 TEST(Backend, SparseCasesAreSparse) {

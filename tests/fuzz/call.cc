@@ -64,8 +64,11 @@ Options take_options(Bytes& bytes) {
   options.two_step_queries = take_int(bytes, 1, 40);
   options.two_step_exact = take_int(bytes, 1, 40);
   options.two_step_reach = take_int(bytes, 1, 8);
-  if (!bytes.hostile() && (options.score == BlockScore::vertical_slash || options.score == BlockScore::flexible))
+  if (bytes.hostile()) return options;
+  if (options.score == BlockScore::vertical_slash || options.score == BlockScore::flexible)
     options.permutation = Permutation::none;
+  if (options.permutation == Permutation::learned || options.permutation == Permutation::arrival)
+    options.order_scope = OrderScope::kv_head;
   return options;
 }
 

@@ -41,6 +41,7 @@ struct HeadCall {
   Geometry geometry;
   std::int64_t flat;  // head of all batch entries
   bool bf16_products;
+  KeyOrder kept;  // of Permutation::arrival
 };
 
 void expect_decisions(const HeadCall& call, const Trace& trace, Ties& orders, Ties& lists);

@@ -36,6 +36,35 @@ struct Tensors {
     for (std::int64_t h = 0; h < s.q_heads; ++h) sinks.push_back(static_cast<float>(bytes.take_near(-6, 6)));
   }
 
+  // Draws what the plan's permutation takes besides; of hostile bytes nearly so.
+  void take_order(Bytes& bytes, const Options& options, const Shape& s) {
+    if (options.permutation == Permutation::learned) {
+      const std::int64_t features = s.head_dim / 2 + s.head_dim;
+      weights.assign(static_cast<std::size_t>(s.kv_heads * (bytes.take_near(features, features) & 0xFF)), 0.0F);
+      if (!bytes.take_rarely(8))
+        for (float& weight : weights) weight = 4 * bytes.take_share(255) - 2;
+      pairs = static_cast<RopePairs>(bytes.take_near(0, 1) & 0xFF);
+    }
+    if (options.permutation != Permutation::arrival || bytes.take_rarely(4)) return;
+    const std::int64_t segments = s.kv_len / options.segment;
+    const std::int64_t tokens = segments * options.segment;
+    known = (bytes.take_near(0, segments) & 0xFF) * options.segment;
+    head_stride = tokens + (bytes.take_near(0, 3) & 0xFF);
+    if (head_stride == 0) return;
+    // Known segments stand backwards, and of hostile bytes now and then as no segment can.
+    order.assign(static_cast<std::size_t>(s.batch * s.kv_heads * head_stride), -1);
+    for (std::int64_t i = 0; i < std::ssize(order); ++i)
+      if (const std::int64_t slot = i % head_stride; slot < known)
+        order[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(slot / options.segment * options.segment +
+                                                                       options.segment - 1 - slot % options.segment);
+    if (bytes.hostile() && !order.empty()) order[bytes.take<std::uint16_t>() % order.size()] += 1;
+  }
+  OrderWeights order_weights() const { return {weights, pairs}; }
+  KeyOrder kept(const Shape& s) {
+    if (order.empty()) return {};
+    return {.data = order.data(), .batch_stride = s.kv_heads * head_stride, .head_stride = head_stride, .known = known};
+  }
+
   bool fit() const { return q.fits && k.fits && v.fits && out.fits; }
   Tensors copy() const {
     Tensors result = *this;
@@ -45,6 +74,10 @@ struct Tensors {
 
   Tensor q, k, v, out;
   std::vector<float> lse, sinks;
+  std::vector<float> weights;
+  RopePairs pairs = RopePairs::halves;
+  std::vector<std::int32_t> order;
+  std::int64_t head_stride = 0, known = 0;
 };
 
 pbsattn_view to_c(const View& v) {
@@ -57,7 +90,7 @@ pbsattn_view to_c(const View& v) {
   return c;
 }
 
-pbsattn_status run_through_c(const pbsattn_plan* plan, const Tensors& t, float* lse, std::size_t misalign,
+pbsattn_status run_through_c(const pbsattn_plan* plan, const Shape& shape, Tensors& t, float* lse, std::size_t misalign,
                              pbsattn_stats* stats) {
   const pbsattn_view q = to_c(t.q.view), k = to_c(t.k.view), v = to_c(t.v.view), out = to_c(t.out.view);
   const std::size_t size = pbsattn_plan_workspace_size(plan);
@@ -73,6 +106,18 @@ pbsattn_status run_through_c(const pbsattn_plan* plan, const Tensors& t, float* 
   run.workspace = workspace.get() + misalign;
   run.workspace_size = size;
   run.stats = stats;
+  auto weights = sized<pbsattn_order_weights>();
+  weights.values = t.weights.data();
+  weights.count = t.weights.size();
+  weights.pairs = static_cast<std::int32_t>(t.pairs);
+  run.order_weights = &weights;
+  const KeyOrder kept = t.kept(shape);
+  auto order = sized<pbsattn_key_order>();
+  order.data = kept.data;
+  order.batch_stride = kept.batch_stride;
+  order.head_stride = kept.head_stride;
+  order.known = kept.known;
+  run.order = &order;
   return pbsattn_plan_run(plan, &run);
 }
 
@@ -89,8 +134,12 @@ ConstView const_view(const Tensor& tensor) {
 Trace run_apart(const Plan& plan, Tensors& t) {
   std::vector<std::byte> workspace(plan.workspace_size());
   Trace trace;
-  plan.run({.q = const_view(t.q), .k = const_view(t.k), .v = const_view(t.v), .sinks = t.sinks},
-           {.out = t.out.view, .lse = t.lse.data()}, workspace, nullptr, &trace);
+  plan.run({.q = const_view(t.q),
+            .k = const_view(t.k),
+            .v = const_view(t.v),
+            .sinks = t.sinks,
+            .order_weights = t.order_weights()},
+           {.out = t.out.view, .lse = t.lse.data(), .order = t.kept(plan.shape())}, workspace, nullptr, &trace);
   return trace;
 }
 
@@ -112,11 +161,15 @@ bool same(double a, double b) {
   return a == b || (std::isnan(a) && std::isnan(b));
 }
 
-void expect_reference(const Call& call, const Plan& plan, const Tensors& ours, const Trace& trace, bool finite) {
+void expect_reference(const Call& call, const Plan& plan, Tensors& ours, const Trace& trace, bool finite) {
   const Options options = plan.options();
   const Geometry geometry{
       .shape = call.shape, .block = options.block, .segment = options.segment, .window = options.window};
-  const Inputs inputs{.q = const_view(ours.q), .k = const_view(ours.k), .v = const_view(ours.v), .sinks = ours.sinks};
+  const Inputs inputs{.q = const_view(ours.q),
+                      .k = const_view(ours.k),
+                      .v = const_view(ours.v),
+                      .sinks = ours.sinks,
+                      .order_weights = ours.order_weights()};
   // A plan's path is that of inputs that are not all bf16.
   const bool all_bf16 = std::ranges::all_of(std::array{inputs.q, inputs.k, inputs.v},
                                             [](const ConstView& view) { return view.dtype == DType::bf16; });
@@ -129,7 +182,7 @@ void expect_reference(const Call& call, const Plan& plan, const Tensors& ours, c
     Options of_head = call.heads[call.heads.size() == 1 ? 0 : static_cast<std::size_t>(flat % call.shape.q_heads)];
     of_head.scale = options.scale;
     if (geometry.windowed()) of_head = options;
-    expect_decisions({inputs, of_head, geometry, flat, bf16}, trace, other_orders, other_lists);
+    expect_decisions({inputs, of_head, geometry, flat, bf16, ours.kept(call.shape)}, trace, other_orders, other_lists);
   }
 
   Tensors theirs = ours.copy();
@@ -162,6 +215,7 @@ void run(const pbsattn_plan* plan, const Call& call, Bytes& bytes) {
     input->fill(contents, bytes);
     ++contents.seed;
   }
+  tensors.take_order(bytes, call.heads.front(), call.shape);
   Tensors apart = tensors.copy();
   Tensor* const inputs[] = {&tensors.q, &tensors.k, &tensors.v};
   const unsigned over = bytes.take<std::uint8_t>() % 16;
@@ -176,8 +230,8 @@ void run(const pbsattn_plan* plan, const Call& call, Bytes& bytes) {
   const std::vector<std::uint8_t> before = *tensors.out.memory;
   const bool wants_lse = bytes.take_rarely(2);
   auto stats = sized<pbsattn_stats>();
-  const pbsattn_status status =
-      run_through_c(plan, tensors, wants_lse ? tensors.lse.data() : nullptr, bytes.take<std::uint8_t>() % 2, &stats);
+  const pbsattn_status status = run_through_c(plan, call.shape, tensors, wants_lse ? tensors.lse.data() : nullptr,
+                                              bytes.take<std::uint8_t>() % 2, &stats);
   ran.count(status == PBSATTN_OK ? 1 : 0);
   overlapping.count(overlaps ? 1 : 0);
   if (status != PBSATTN_OK) {
@@ -195,6 +249,7 @@ void run(const pbsattn_plan* plan, const Call& call, Bytes& bytes) {
   const Trace trace = run_apart(again, apart);
   require(static_cast<std::int64_t>(trace.block.size()) == stats.visited_blocks, "a trace has the blocks counted");
   expect_outputs(tensors.out, apart.out, "a run computes the same bits, whatever lies over what", same);
+  require(tensors.order == apart.order, "a run writes the same order");
   for (std::size_t i = 0; wants_lse && i < tensors.lse.size(); ++i)
     require(same(tensors.lse[i], apart.lse[i]), "log-sum-exps are the same bits");
 

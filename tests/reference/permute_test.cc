@@ -44,6 +44,39 @@ TEST(KeyScores, OneNanSpoilsAll) {
   for (const double score : key_scores(head, geometry(1, 4), 1.0)) EXPECT_TRUE(std::isnan(score));
 }
 
+TEST(LearnedScores, WeighsPairsAndNumbers) {
+  Head head{.q = Matrix(1, 4), .k = Matrix(4, 4), .v = Matrix(4, 4)};
+  head.k.values = {3, 5, 4, 12, 3, 4, 5, 12, 0, 0, 0, 0, 1, 0, 0, -1};
+  const Geometry g{.shape = {.q_len = 1, .kv_len = 4, .head_dim = 4}, .block = 2, .segment = 4};
+  const std::vector<float> pairs{1, 100, 0, 0, 0, 0};
+  // Of the first key (3, 4) and (5, 12) as halves, of the second as neighbours.
+  EXPECT_EQ(learned_scores(head, g, pairs, RopePairs::halves)[0], 5 + 100 * 13);
+  EXPECT_EQ(learned_scores(head, g, pairs, RopePairs::neighbours)[1], 5 + 100 * 13);
+  EXPECT_EQ(learned_scores(head, g, pairs, RopePairs::halves)[3], 1 + 100 * 1);
+  const std::vector<float> numbers{0, 0, 1, 10, 100, -1000};
+  EXPECT_EQ(learned_scores(head, g, numbers, RopePairs::neighbours),
+            (std::vector<double>{3 + 50 + 400 - 12'000, 3 + 40 + 500 - 12'000, 0, 1 + 1000}));
+}
+
+TEST(LearnedScores, OfAnOddWidthTheLastColumnHasNoPair) {
+  Head head{.q = Matrix(1, 3), .k = Matrix(2, 3), .v = Matrix(2, 3)};
+  head.k.values = {3, 4, 7, 0, 0, 1};
+  const Geometry g{.shape = {.q_len = 1, .kv_len = 2, .head_dim = 3}, .block = 2, .segment = 2};
+  EXPECT_EQ(learned_scores(head, g, std::vector<float>{1, 0, 0, 2}, RopePairs::halves),
+            (std::vector<double>{5 + 14, 2}));
+}
+
+TEST(LearnedScores, WeightsOfZeroLeaveEveryKeyInItsPlace) {
+  Head head{.q = Matrix(1, 2), .k = Matrix(4, 2), .v = Matrix(4, 2)};
+  head.k.values = {1, 2, nan, 3, HUGE_VAL, 4, 9, 9};
+  const Geometry g{.shape = {.q_len = 1, .kv_len = 4, .head_dim = 2}, .block = 2, .segment = 4};
+  const auto zero = learned_scores(head, g, std::vector<float>(3, 0.0F), RopePairs::halves);
+  EXPECT_EQ(zero, std::vector<double>(4, 0.0));
+  EXPECT_EQ(order_keys(g, zero), identity(4));
+  EXPECT_EQ(order_keys(g, learned_scores(head, g, std::vector<float>{1, 0, 0}, RopePairs::halves)), (List{3, 0, 1, 2}))
+      << "0 * inf is NaN, which is last";
+}
+
 TEST(OrderKeys, DescendsWithinSegmentsAndKeepsTheTail) {
   const std::vector<double> scores{0.1, 0.2, 0.3, 0.4, 0.9, 0.0, 0.8, 0.7};
   EXPECT_EQ(order_keys(geometry(11, 11), scores), (std::vector<std::int32_t>{3, 2, 1, 0, 4, 6, 7, 5, 8, 9, 10}));

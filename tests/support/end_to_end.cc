@@ -100,6 +100,18 @@ RandomPlan draw(const PlanLimits& limits, BlockScore score, KeepRule keep, int v
     options.two_step_reach = static_cast<int>(later.between(1, 8));
   }
 
+  if (options.permutation == Permutation::last_queries && limits.last_permutation == Permutation::arrival &&
+      later.one_in(2)) {
+    options.permutation = later.one_in(2) ? Permutation::learned : Permutation::arrival;
+    options.order_scope = OrderScope::kv_head;
+    plan.problem.order_weights = options.permutation == Permutation::learned;
+    plan.problem.pairs = later.one_in(2) ? RopePairs::halves : RopePairs::neighbours;
+    if (options.permutation == Permutation::arrival && !later.one_in(4)) {
+      plan.problem.kept_segment = options.segment;
+      plan.problem.known = later.between(0, shape.kv_len / options.segment) * options.segment;
+    }
+  }
+
   plan.heads = {options};
   if (random.one_in(2)) return plan;
   plan.heads.assign(shape.q_heads, options);
@@ -157,7 +169,8 @@ std::vector<RandomPlan> plans_for_cuda() {
                        .blocks = {128},
                        .most_keys = 800,
                        .most_queries = 200,
-                       .last_score = BlockScore::flexible},
+                       .last_score = BlockScore::flexible,
+                       .last_permutation = Permutation::last_queries},
                       2);
 }
 
@@ -188,7 +201,8 @@ void expect_reference_decisions(const RandomPlan& plan, const Backend& backend, 
     const bool same_order = dense || order == head_order(truth.trace, flat, shape.kv_len);
     ++agreement.heads;
     if (!same_order) {
-      const double swap = farthest_swap(geometry, ordering_scores(problem.inputs(), options, geometry, flat), order);
+      const double swap = farthest_swap(
+          geometry, ordering_scores(problem.inputs(), options, geometry, flat, problem.kept_order()), order);
       ++agreement.other_orders;
       agreement.key_tie = std::max(agreement.key_tie, swap);
     }

@@ -89,11 +89,12 @@ void expect_order(const Problem& problem, const Options& options, const Trace& t
       std::sort(sorted.begin() + begin, sorted.begin() + begin + geometry.segment);
     for (std::int64_t slot = 0; slot < problem.shape.kv_len; ++slot)
       ASSERT_EQ(sorted[slot], slot) << "a segment keeps its keys";
-    const auto scores = ordering_scores(problem.inputs(), options, geometry, flat);
+    const auto scores = ordering_scores(problem.inputs(), options, geometry, flat, problem.kept_order());
     if (std::ranges::any_of(scores, [](double s) { return std::isnan(s); })) {
       EXPECT_EQ(order, reference::order_keys(geometry, scores));
     } else {
-      EXPECT_LE(farthest_swap(geometry, scores, order), tolerance.key_score)
+      const bool learned = options.permutation == Permutation::learned;  // in float32 whatever the products
+      EXPECT_LE(farthest_swap(geometry, scores, order), learned ? 1e-5 : tolerance.key_score)
           << "by this share key scores differ that stand in the wrong order";
       expect_ties_by_token(geometry, scores, order);
     }

@@ -27,7 +27,9 @@ Problem::Problem(const ProblemSpec& spec)
       k(spec.k, spec.layout, shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim),
       v(spec.v, spec.layout, shape.batch, shape.kv_heads, shape.kv_len, value_dim(shape)),
       out(spec.out, spec.layout, shape.batch, shape.q_heads, shape.q_len, value_dim(shape)),
-      lse(static_cast<std::size_t>(shape.batch * shape.q_heads * shape.q_len)) {
+      lse(static_cast<std::size_t>(shape.batch * shape.q_heads * shape.q_len)),
+      pairs(spec.pairs),
+      known(spec.known) {
   Normal normal(spec.seed);
   const auto on_grid = [&](double x) { return spec.grid == 0 ? x : std::round(x / spec.grid) * spec.grid; };
   const double width = std::sqrt(static_cast<double>(shape.head_dim));
@@ -58,6 +60,25 @@ Problem::Problem(const ProblemSpec& spec)
     }
   }
   for (std::int64_t h = 0; spec.sinks && h < shape.q_heads; ++h) sinks.push_back(static_cast<float>(2 * normal()));
+  const std::int64_t features = shape.head_dim / 2 + shape.head_dim;
+  for (std::int64_t i = 0; spec.order_weights && i < shape.kv_heads * features; ++i)
+    order_weights.push_back(static_cast<float>(normal()));
+  if (spec.kept_segment == 0) return;
+  const std::int64_t segment = spec.kept_segment;
+  const std::int64_t tokens = shape.kv_len / segment * segment;
+  // Known segments stand backwards, from another token on in each head; what a run writes begins as nonsense.
+  for (std::int64_t head = 0; head < shape.batch * shape.kv_heads; ++head)
+    for (std::int64_t slot = 0; slot < tokens; ++slot)
+      order.push_back(slot >= known
+                          ? -1
+                          : static_cast<std::int32_t>(slot / segment * segment +
+                                                      (2 * segment - 1 - slot % segment + 7 * head) % segment));
+}
+
+KeyOrder Problem::kept_order() const {
+  if (order.empty()) return {};
+  const std::int64_t tokens = std::ssize(order) / (shape.batch * shape.kv_heads);
+  return {.data = order.data(), .batch_stride = shape.kv_heads * tokens, .head_stride = tokens, .known = known};
 }
 
 RunResult result_of(const Plan& plan) {

@@ -19,6 +19,11 @@ struct ProblemSpec {
   // float32, and what is pooled is rounded alike by whoever adds it up.
   double grid = 0;
   bool sinks = false;
+  bool order_weights = false;
+  RopePairs pairs = RopePairs::halves;
+  // Of Permutation::arrival, where the segment isn't 0: room for orders, of which the first tokens' is known.
+  int kept_segment = 0;
+  std::int64_t known = 0;
 };
 
 // Inputs look like attention's: some keys draw most queries, and neighbouring tokens share a topic that
@@ -28,13 +33,20 @@ class Problem {
  public:
   explicit Problem(const ProblemSpec& spec);
 
-  Inputs inputs() const { return {.q = q.view(), .k = k.view(), .v = v.view(), .sinks = sinks}; }
-  Outputs outputs() { return {.out = out.view(), .lse = lse.data()}; }
+  Inputs inputs() const {
+    return {.q = q.view(), .k = k.view(), .v = v.view(), .sinks = sinks, .order_weights = {order_weights, pairs}};
+  }
+  Outputs outputs() { return {.out = out.view(), .lse = lse.data(), .order = kept_order()}; }
+  KeyOrder kept_order() const;
 
   Shape shape;
   Tensor q, k, v, out;
   std::vector<float> lse;
-  std::vector<float> sinks;  // [q_heads] or none
+  std::vector<float> sinks;          // [q_heads] or none
+  std::vector<float> order_weights;  // [kv_heads][head_dim / 2 + head_dim] or none
+  RopePairs pairs;
+  mutable std::vector<std::int32_t> order;  // [batch][kv_heads][tokens of complete segments] or none
+  std::int64_t known;
 };
 
 struct RunOptions {

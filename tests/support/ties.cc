@@ -17,20 +17,47 @@ reference::RowScores favouring(const std::vector<std::int32_t>& list, reference:
   return scores;
 }
 
+// Learned scores as exp(score / a bound of a key's terms), beyond that range infinite ones, and 0 for NaN.
+std::vector<double> raised_scores(const reference::Head& head, const Inputs& inputs, const Geometry& geometry,
+                                  std::int64_t kv_head) {
+  const auto& [values, pairs] = inputs.order_weights;
+  const std::size_t count = values.size() / static_cast<std::size_t>(geometry.shape.kv_heads);
+  const auto weights = values.subspan(static_cast<std::size_t>(kv_head) * count, count);
+  const auto size = [](double x) { return std::isfinite(x) ? std::abs(x) : 0; };
+  double heaviest = 1e-37;
+  for (const float w : weights) heaviest = std::max(heaviest, size(w));
+  double largest = 0;
+  for (std::int64_t n = 0; n < geometry.permuted_len(); ++n) {
+    double sum = 0;  // a pair's length is no more than that of its two columns
+    for (const double x : head.k[n]) sum += 2 * size(x) * heaviest;
+    largest = std::max(largest, sum);
+  }
+  auto scores = reference::learned_scores(head, geometry, weights, pairs);
+  for (double& s : scores)
+    s = std::isnan(s) ? 0 : std::isinf(s) ? (s > 0 ? 1e9 : 1e-9) : std::exp(s / std::max(largest, 1e-37));
+  return scores;
+}
+
 }  // namespace
 
 std::vector<double> ordering_scores(const Inputs& inputs, const Options& options, const Geometry& geometry,
-                                    std::int64_t flat) {
+                                    std::int64_t flat, const KeyOrder& kept) {
   const std::int64_t batch = flat / geometry.shape.q_heads;
   const std::int64_t h = flat % geometry.shape.q_heads;
+  const std::int64_t kv_head = geometry.kv_head(h);
+  if (options.permutation == Permutation::learned)
+    return raised_scores(reference::load_head(inputs, geometry, batch, h), inputs, geometry, kv_head);
   const bool shared = options.order_scope == OrderScope::kv_head;
-  const std::int64_t first = shared ? geometry.kv_head(h) * geometry.group() : h;
+  const std::int64_t first = shared ? kv_head * geometry.group() : h;
   const std::int64_t count = shared ? geometry.group() : 1;
   std::vector<double> mean(geometry.permuted_len(), 0.0);
   for (std::int64_t i = first; i < first + count; ++i) {
     const auto scores = reference::key_scores(reference::load_head(inputs, geometry, batch, i), geometry, options);
     for (std::size_t n = 0; n < mean.size(); ++n) mean[n] += scores[n] / static_cast<double>(count);
   }
+  for (std::int64_t slot = 0; options.permutation == Permutation::arrival && slot < kept.known; ++slot)
+    mean[kept.data[batch * kept.batch_stride + kv_head * kept.head_stride + slot]] =
+        static_cast<double>(geometry.segment - slot % geometry.segment);
   return mean;
 }
 

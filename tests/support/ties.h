@@ -11,9 +11,11 @@
 namespace pbsattn::test {
 
 // Return the key scores that the order of query head `flat` follows, and by what share of the higher one two of them
-// differ, at most, that stand in the wrong order. What float32 can't hold counts as equal.
+// differ, at most, that stand in the wrong order. What float32 can't hold counts as equal. Learned scores are raised to
+// positive numbers whose shares are differences over a bound of the sum of a key's terms; an order that is known
+// (Permutation::arrival) follows numbers far from each other.
 std::vector<double> ordering_scores(const Inputs& inputs, const Options& options, const Geometry& geometry,
-                                    std::int64_t flat);
+                                    std::int64_t flat, const KeyOrder& kept = {});
 double farthest_swap(const Geometry& geometry, const std::vector<double>& scores,
                      const std::vector<std::int32_t>& order);
 

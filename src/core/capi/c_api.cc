@@ -75,6 +75,20 @@ pbsattn::BasicView<Void> read_view(const pbsattn_view* view, const std::string& 
   return {v.data, pbsattn::to_enum<pbsattn::DType>(v.dtype), v.batch_stride, v.head_stride, v.token_stride};
 }
 
+pbsattn::OrderWeights read_order_weights(const pbsattn_order_weights* weights) {
+  if (weights == nullptr) return {};
+  const pbsattn_order_weights w = read_struct(weights, "order_weights");
+  require_zero(w.reserved, "order_weights");
+  if (w.count > 0) require_pointer(w.values, "order_weights.values");
+  return {.values = {w.values, w.count}, .pairs = pbsattn::to_enum<pbsattn::RopePairs>(w.pairs)};
+}
+
+pbsattn::KeyOrder read_key_order(const pbsattn_key_order* order) {
+  if (order == nullptr) return {};
+  const pbsattn_key_order o = read_struct(order, "order");
+  return {.data = o.data, .batch_stride = o.batch_stride, .head_stride = o.head_stride, .known = o.known};
+}
+
 // Translates shape and device, and makes the plan.
 template <class Create>
 pbsattn_status make_plan(const pbsattn_shape* shape, const pbsattn_device* device, pbsattn_plan** plan,
@@ -174,8 +188,10 @@ pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_run* run
     const pbsattn::Inputs inputs{.q = read_view<const void>(r.q, "q"),
                                  .k = read_view<const void>(r.k, "k"),
                                  .v = read_view<const void>(r.v, "v"),
-                                 .sinks = {r.sinks, r.sinks == nullptr ? 0 : q_heads}};
-    const pbsattn::Outputs outputs{.out = read_view<void>(r.out, "out"), .lse = r.lse};
+                                 .sinks = {r.sinks, r.sinks == nullptr ? 0 : q_heads},
+                                 .order_weights = read_order_weights(r.order_weights)};
+    const pbsattn::Outputs outputs{
+        .out = read_view<void>(r.out, "out"), .lse = r.lse, .order = read_key_order(r.order)};
     if (r.workspace_size > 0) require_pointer(r.workspace, "workspace");
     if (r.stats != nullptr) pbsattn::size_of_struct(r.stats, "stats");  // before the work
     pbsattn::Stats stats;

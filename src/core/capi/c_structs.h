@@ -9,4 +9,6 @@ PBSATTN_SIZED_STRUCT(pbsattn_options, two_step_reach, 104);
 PBSATTN_SIZED_STRUCT(pbsattn_device, reserved, 24);
 PBSATTN_SIZED_STRUCT(pbsattn_view, reserved, 48);
 PBSATTN_SIZED_STRUCT(pbsattn_stats, attend_seconds, 48);
-PBSATTN_SIZED_STRUCT(pbsattn_run, sinks, 80);  // NOLINT(bugprone-sizeof-expression): of the pointer is meant
+PBSATTN_SIZED_STRUCT(pbsattn_order_weights, reserved, 32);
+PBSATTN_SIZED_STRUCT(pbsattn_key_order, known, 40);
+PBSATTN_SIZED_STRUCT(pbsattn_run, order, 80);  // NOLINT(bugprone-sizeof-expression): of the pointer is meant

@@ -65,6 +65,16 @@ Region region_of(const V& view, std::int64_t batch, std::int64_t heads, std::int
           .axes = {axis(batch, view.batch_stride), axis(heads, view.head_stride), axis(tokens, view.token_stride)}};
 }
 
+// An order's numbers as elements of rows, one of each KV head.
+View view_of(const KeyOrder& order) {
+  static_assert(sizeof *order.data == sizeof(float));
+  return {.data = order.data,
+          .dtype = DType::f32,
+          .batch_stride = order.batch_stride,
+          .head_stride = order.head_stride,
+          .token_stride = 0};
+}
+
 Region region_of(const void* data, std::int64_t bytes) {
   return {.begin = reinterpret_cast<std::uintptr_t>(data), .row_bytes = std::min(bytes, max_reach)};
 }
@@ -122,6 +132,10 @@ void validate(const Options& options) {
   require_positive(options.two_step_queries, "two_step_queries", 32);
   require_positive(options.two_step_exact, "two_step_exact", 8);
   require_positive(options.two_step_reach, "two_step_reach", 8);
+  require((options.permutation != Permutation::learned && options.permutation != Permutation::arrival) ||
+              options.order_scope == OrderScope::kv_head,
+          "order_scope {} with permutation {}: it has one order per KV head; set order_scope to kv_head",
+          name_of(options.order_scope), name_of(options.permutation));
   if (options.keep == KeepRule::all || options.keep == KeepRule::none) return;
   require(options.score != BlockScore::none,
           "keep rule {} has no score to read; set score to mean_pool or per_query, or keep to all",
@@ -195,8 +209,60 @@ void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
           "lse: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
 }
 
+void validate_order(const Inputs& inputs, const Outputs& outputs, Permutation permutation, const Geometry& g) {
+  const Shape& s = g.shape;
+  const std::int64_t tokens = g.permuted_len();
+  if (permutation == Permutation::learned) {
+    const auto& [values, pairs] = inputs.order_weights;
+    const std::int64_t features = s.head_dim / 2 + s.head_dim;
+    require(
+        static_cast<std::int64_t>(values.size()) == s.kv_heads * features,
+        "order_weights of {} numbers: permutation learned takes {} x {}, for each KV head head_dim / 2 and head_dim; "
+        "give those, or set permutation to last_queries",
+        values.size(), s.kv_heads, features);
+    require(reinterpret_cast<std::uintptr_t>(values.data()) % sizeof(float) == 0,
+            "order_weights: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
+    require(pairs <= RopePairs::neighbours, "order_weights: pairs {}: no such value; 0 is halves, 1 neighbours",
+            static_cast<int>(pairs));
+  }
+  if (permutation != Permutation::arrival) return;
+  const KeyOrder& order = outputs.order;
+  require(order.known >= 0 && order.known <= tokens && order.known % g.segment == 0,
+          "order: known {} tokens: no multiple of the segment of {} up to {}, the tokens of complete segments",
+          order.known, g.segment, tokens);
+  require(order.data != nullptr || order.known == 0,
+          "order: null pointer with {} known tokens; pass the order that earlier calls wrote, or 0 tokens",
+          order.known);
+  if (order.data != nullptr && tokens > 0) validate_view(view_of(order), "order", s.batch, s.kv_heads, 1, tokens, true);
+}
+
+void validate_order_contents(const Inputs& inputs, const Outputs& outputs, const Geometry& g) {
+  for (const float weight : inputs.order_weights.values)
+    require(std::isfinite(weight), "order_weights: {} among them; all are finite numbers, 0 leaves a feature out",
+            weight);
+  const KeyOrder& order = outputs.order;
+  std::vector<bool> seen(order.known == 0 ? 0 : static_cast<std::size_t>(g.segment));
+  for (std::int64_t head = 0; order.known > 0 && head < g.shape.batch * g.shape.kv_heads; ++head) {
+    const std::int32_t* const tokens =
+        order.data + head / g.shape.kv_heads * order.batch_stride + head % g.shape.kv_heads * order.head_stride;
+    for (std::int64_t begin = 0; begin < order.known; begin += g.segment) {
+      seen.assign(seen.size(), false);
+      for (std::int64_t slot = begin; slot < begin + g.segment; ++slot) {
+        const std::int64_t place = tokens[slot] - begin;
+        require(place >= 0 && place < g.segment && !seen[place],
+                "order: token {} at slot {} of batch entry {}, KV head {}: each token of its segment, {} to {}, stands "
+                "there "
+                "once; pass what a run wrote",
+                tokens[slot], slot, head / g.shape.kv_heads, head % g.shape.kv_heads, begin, begin + g.segment - 1);
+        seen[place] = true;
+      }
+    }
+  }
+}
+
 void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<const std::byte> workspace,
-                     const Shape& s) {
+                     const Geometry& geometry) {
+  const Shape& s = geometry.shape;
   struct Named {
     const char* name;
     Region region;
@@ -212,14 +278,24 @@ void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<con
       outputs.lse == nullptr ? 0 : s.batch * s.q_heads * s.q_len * static_cast<std::int64_t>(sizeof(float));
   const auto workspace_bytes =
       static_cast<std::int64_t>(std::min(workspace.size(), static_cast<std::size_t>(max_reach)));
-  const std::array<Named, 7> all{{{"out", out_region},
+  const Region order_region = outputs.order.data == nullptr
+                                  ? Region{}
+                                  : region_of(view_of(outputs.order), s.batch, s.kv_heads, 1, geometry.permuted_len());
+  require(
+      !overlaps_itself(order_region),
+      "order: strides {} and {} of batch and head put orders of {} tokens over each other; give each KV head its own",
+      outputs.order.batch_stride, outputs.order.head_stride, geometry.permuted_len());
+  const auto weight_bytes = static_cast<std::int64_t>(inputs.order_weights.values.size_bytes());
+  const std::array<Named, 9> all{{{"out", out_region},
                                   {"lse", region_of(outputs.lse, lse_bytes)},
+                                  {"order", order_region},
                                   {"workspace", region_of(workspace.data(), workspace_bytes)},
                                   {"q", region_of(inputs.q, s.batch, s.q_heads, s.q_len, s.head_dim)},
                                   {"k", region_of(inputs.k, s.batch, s.kv_heads, s.kv_len, s.head_dim)},
                                   {"v", region_of(inputs.v, s.batch, s.kv_heads, s.kv_len, value_dim(s))},
-                                  {"sinks", region_of(inputs.sinks.data(), std::ssize(std::as_bytes(inputs.sinks)))}}};
-  constexpr std::size_t written = 3;
+                                  {"sinks", region_of(inputs.sinks.data(), std::ssize(std::as_bytes(inputs.sinks)))},
+                                  {"order_weights", region_of(inputs.order_weights.values.data(), weight_bytes)}}};
+  constexpr std::size_t written = 4;
   for (std::size_t i = 0; i < written; ++i)
     for (std::size_t other = i + 1; other < all.size(); ++other)
       require(!overlap(all[i].region, all[other].region),

@@ -1,6 +1,7 @@
 // The rules every backend shares. A limit lives here once.
 #pragma once
 
+#include "core/geometry.h"
 #include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn {
@@ -14,10 +15,14 @@ void validate(const Options& options);
 void validate(const Shape& shape);
 void validate(std::span<const Options> heads, const Shape& shape);  // one of each query head
 void validate(const Inputs& inputs, const Outputs& outputs, const Shape& shape);
-// What a run writes - out, lse and the part of the workspace that the plan uses - must lie apart from the rest, out's
-// rows from each other. Of checked views.
+// What a plan's permutation takes besides keys, by its options: pointers, sizes and strides.
+void validate_order(const Inputs& inputs, const Outputs& outputs, Permutation permutation, const Geometry& geometry);
+// And their contents, where the host can read them: weights are finite, known orders move keys inside their segments.
+void validate_order_contents(const Inputs& inputs, const Outputs& outputs, const Geometry& geometry);
+// What a run writes - out, lse, order and the part of the workspace that the plan uses - must lie apart from the rest,
+// rows of out and of order from each other. Of checked views.
 void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<const std::byte> workspace,
-                     const Shape& shape);
+                     const Geometry& geometry);
 
 std::size_t size_of(DType dtype);
 

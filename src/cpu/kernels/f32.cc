@@ -289,6 +289,26 @@ void round_row(DType dtype, int count, float* row) {
   convert_row(rounded, dtype, count, row);
 }
 
+void learned_scores(const Rows& rows, int count, int head_dim, const float* weights, RopePairs pairs, float* scores) {
+  constexpr hn::CappedTag<float, 4> four;  // half of head_dim, a multiple of 8, is one of this
+  const auto step = static_cast<int>(hn::Lanes(four));
+  const int half = head_dim / 2;
+  HWY_ALIGN float row[max_head_dim];
+  for (int i = 0; i < count; ++i) {
+    convert_row(rows.at(i), rows.dtype, head_dim, row);
+    auto total = hn::Zero(four);
+    for (int d = 0; d < head_dim; d += step)
+      total = hn::MulAdd(hn::LoadU(four, weights + half + d), hn::LoadU(four, row + d), total);
+    for (int pair = 0; pair < half; pair += step) {
+      auto a = hn::LoadU(four, row + pair), b = hn::LoadU(four, row + half + pair);
+      if (pairs == RopePairs::neighbours) hn::LoadInterleaved2(four, row + 2 * pair, a, b);
+      const auto length = hn::Sqrt(hn::MulAdd(a, a, hn::Mul(b, b)));
+      total = hn::MulAdd(hn::LoadU(four, weights + pair), length, total);
+    }
+    scores[i] = hn::GetLane(hn::SumOfLanes(four, total));
+  }
+}
+
 const Kernels* table() {
   static constexpr std::string_view name = HWY_TARGET == HWY_AVX3   ? "avx512_f32"
                                            : HWY_TARGET == HWY_AVX2 ? "avx2_f32"
@@ -307,7 +327,8 @@ const Kernels* table() {
                                    .cap = cap,
                                    .scores = scores,
                                    .sum_rows = sum_rows,
-                                   .round_row = round_row};
+                                   .round_row = round_row,
+                                   .learned_scores = learned_scores};
   return &kernels;
 }
 

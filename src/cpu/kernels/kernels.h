@@ -166,6 +166,9 @@ struct Kernels {
   // sum[:] = the sum of `count` rows; and the rounding of float32 values to a dtype, in place.
   void (*sum_rows)(const Rows& rows, int count, int head_dim, float* sum) = nullptr;
   void (*round_row)(DType dtype, int count, float* row) = nullptr;
+  // scores[row] = the sum of weight * feature of Permutation::learned, for `count` rows.
+  void (*learned_scores)(const Rows& rows, int count, int head_dim, const float* weights, RopePairs pairs,
+                         float* scores) = nullptr;
 
   // Packed blocks hold head_dim and keys padded with zeros to multiples of these (or to the whole block).
   int head_dim_step = 1;

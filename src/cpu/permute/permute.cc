@@ -3,6 +3,7 @@
 //
 // A key's score needs the softmax's maximum and sum over all keys, and they are known only after the last block. So
 // exponentials are kept, each block's measured from its own maximum: storing them is cheaper than a second product.
+// Learned scores need nothing but the segment's keys, and an order that is known (Permutation::arrival) no scores.
 #include "cpu/permute/permute.h"
 
 #include <algorithm>
@@ -18,6 +19,11 @@
 
 namespace pbsattn::cpu {
 namespace {
+
+// Tells whether queries score keys: whether some segment has no order yet.
+bool queries_score_keys(const StageContext& c) {
+  return c.layout.scored_blocks > 0 && c.outputs.order.known < c.geometry().permuted_len();
+}
 
 // Rounds a block's number of keys up as the path packs them.
 int padded(const StageContext& c, int count) {
@@ -75,6 +81,7 @@ void score_block(const StageContext& c, std::int64_t kv_head, std::int64_t block
 void pack_original(const StageContext& c) {
   const Geometry& g = c.geometry();
   const int dim = c.head_dim();
+  const bool scores = queries_score_keys(c);
   parallel_for(c.spec.threads, c.heads.kv_count * g.blocks(), [&](std::int64_t item, int) {
     const std::int64_t head = item / g.blocks();
     const std::int64_t block = item % g.blocks();
@@ -83,7 +90,7 @@ void pack_original(const StageContext& c) {
     const Rows v = c.rows_of(c.inputs.v, c.heads.kv_begin + head, block * g.block);
     std::byte* const keys = c.layout.k + item * c.layout.k_block_bytes;
     c.kernels.pack.keys(k, count, padded(c, count), dim, keys);
-    if (c.layout.permuted && block < c.layout.scored_blocks) score_block(c, head, block, keys);
+    if (scores && block < c.layout.scored_blocks) score_block(c, head, block, keys);
     if (!c.layout.permuted && block < c.layout.permuted_blocks) pool_permuted(c, head, block, k, v);
     pool_own(c, head, block, k, count);
     c.layout.values_finite[item] =
@@ -104,6 +111,14 @@ void finish_scores(const StageContext& c) {
   });
 }
 
+// Returns bits that order as the weights do, the highest first, NaN last and 0 as -0.
+std::uint32_t descending_bits(float weight) {
+  constexpr std::uint32_t sign = std::uint32_t{1} << 31;
+  if (std::isnan(weight)) return ~std::uint32_t{0};
+  const auto bits = std::bit_cast<std::uint32_t>(weight + 0.0F);
+  return (bits & sign) != 0 ? bits : ~bits & ~sign;
+}
+
 // Writes the tokens begin .. begin + weights.size() - 1 in descending weight, of equal ones in their order, NaN last: a
 // radix sort, byte by byte from the lowest, which keeps equal keys in place and has no branch to mispredict.
 void sort_by_weight(std::span<const float> weights, std::int64_t begin, std::uint32_t* keys, std::int32_t* other,
@@ -113,8 +128,7 @@ void sort_by_weight(std::span<const float> weights, std::int64_t begin, std::uin
   const auto byte_of = [](std::uint32_t key, int byte) { return key >> (8 * byte) & 0xFF; };
   std::array<std::array<std::int32_t, 256>, bytes> places{};  // how many keys have a byte, then where the next one goes
   for (std::int32_t i = 0; i < size; ++i) {
-    // Weights are not negative, so their bits order as they do.
-    keys[i] = std::isnan(weights[i]) ? ~std::uint32_t{0} : ~std::bit_cast<std::uint32_t>(weights[i]) - 1;
+    keys[i] = descending_bits(weights[i]);
     order[i] = i;
     for (int byte = 0; byte < bytes; ++byte) ++places[byte][byte_of(keys[i], byte)];
   }
@@ -130,12 +144,11 @@ void sort_by_weight(std::span<const float> weights, std::int64_t begin, std::uin
   for (std::int32_t i = 0; i < size; ++i) order[i] += static_cast<std::int32_t>(begin);
 }
 
-// Orders one segment: its keys in descending score.
-void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t begin, std::byte* scratch) {
+// Writes the scores of a segment's keys by the last queries of the heads that share their order.
+void weigh_by_queries(const StageContext& c, std::int64_t order_head, std::int64_t begin, float* weights) {
   const Geometry& g = c.geometry();
   const std::int64_t heads = c.layout.shared_order ? g.group() : 1;
   const std::int64_t strips = c.layout.scoring_strips;
-  float* const weights = reinterpret_cast<float*>(scratch);
   std::fill_n(weights, g.segment, 0.0F);
   for (std::int64_t head = order_head * heads; head < (order_head + 1) * heads; ++head) {
     for (std::int64_t i = 0; i < g.segment; i += g.block) {
@@ -144,10 +157,43 @@ void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t 
                            c.layout.score_factors + place * strip, weights + i);
     }
   }
-  auto* const keys = reinterpret_cast<std::uint32_t*>(weights + g.segment);
-  auto* const other = reinterpret_cast<std::int32_t*>(keys + g.segment);
+}
+
+// Writes their learned scores, 0 where there is nothing learned.
+void weigh_by_features(const StageContext& c, std::int64_t kv_head, std::int64_t begin, float* weights) {
+  const auto& [values, pairs] = c.inputs.order_weights;
+  const std::size_t count = values.size() / static_cast<std::size_t>(c.geometry().shape.kv_heads);
+  const auto of_head = values.subspan(static_cast<std::size_t>(kv_head) * count, count);
+  if (std::ranges::all_of(of_head, [](float w) { return w == 0.0F; })) {
+    std::fill_n(weights, c.geometry().segment, 0.0F);
+    return;
+  }
+  c.f32_kernels.learned_scores(c.rows_of(c.inputs.k, kv_head, begin), c.geometry().segment, c.head_dim(),
+                               of_head.data(), pairs, weights);
+}
+
+// Orders one segment: its keys in descending score, or as they are known to stand.
+void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t begin, std::byte* scratch) {
+  const Geometry& g = c.geometry();
   std::int32_t* const order = c.layout.order + order_head * g.permuted_len() + begin;
-  sort_by_weight({weights, static_cast<std::size_t>(g.segment)}, begin, keys, other, order);
+  const std::int64_t kv_head = c.heads.kv_begin + order_head;  // where an order is learned, or kept
+  const KeyOrder& kept = c.outputs.order;
+  std::int32_t* const kept_order =
+      kept.data == nullptr ? nullptr
+                           : kept.data + c.heads.batch * kept.batch_stride + kv_head * kept.head_stride + begin;
+  if (begin < kept.known) {
+    std::copy_n(kept_order, g.segment, order);
+  } else {
+    float* const weights = reinterpret_cast<float*>(scratch);
+    if (c.spec.options.permutation == Permutation::learned)
+      weigh_by_features(c, kv_head, begin, weights);
+    else
+      weigh_by_queries(c, order_head, begin, weights);
+    auto* const keys = reinterpret_cast<std::uint32_t*>(weights + g.segment);
+    auto* const other = reinterpret_cast<std::int32_t*>(keys + g.segment);
+    sort_by_weight({weights, static_cast<std::size_t>(g.segment)}, begin, keys, other, order);
+    if (kept_order != nullptr) std::copy_n(order, g.segment, kept_order);
+  }
   if (begin == 0) c.layout.sink_block[order_head] = (std::find(order, order + g.segment, 0) - order) / g.block;
 }
 
@@ -188,11 +234,10 @@ void pool_rows(const StageContext& c, const Rows& rows, int count, int divisor, 
 }
 
 void permute(const StageContext& c) {
-  if (c.layout.permuted) pack_scoring_queries(c);
+  if (queries_score_keys(c)) pack_scoring_queries(c);
   pack_original(c);
-  if (!c.layout.permuted) return;
-  finish_scores(c);
-  order_segments(c);
+  if (queries_score_keys(c)) finish_scores(c);
+  if (c.layout.permuted) order_segments(c);
 }
 
 }  // namespace pbsattn::cpu

@@ -5,8 +5,8 @@
 
 namespace pbsattn::cpu {
 
-// Fills k, v and values_finite; where keys are permuted also order, sink_block, permuted_k and permuted_v; pooled_k,
-// pooled_v and pooled_own where something reads them.
+// Fills k, v and values_finite; where keys are permuted also order, the caller's if it keeps one, sink_block,
+// permuted_k and permuted_v; pooled_k, pooled_v and pooled_own where something reads them.
 void permute(const StageContext& context);
 
 // Returns what a thread needs to order a segment: its keys' weights, ranks and tokens.

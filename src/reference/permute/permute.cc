@@ -39,6 +39,23 @@ std::vector<double> key_scores(const Head& head, const Geometry& geometry, const
   return mean;
 }
 
+std::vector<double> learned_scores(const Head& head, const Geometry& geometry, std::span<const float> weights,
+                                   RopePairs pairs) {
+  std::vector<double> scores(geometry.permuted_len(), 0.0);
+  if (std::ranges::all_of(weights, [](float w) { return w == 0; })) return scores;
+  const std::int64_t half = geometry.shape.head_dim / 2;
+  for (std::size_t n = 0; n < scores.size(); ++n) {
+    const auto key = head.k[n];
+    for (std::int64_t i = 0; i < half; ++i)
+      scores[n] +=
+          static_cast<double>(weights[i]) *
+          (pairs == RopePairs::halves ? std::hypot(key[i], key[i + half]) : std::hypot(key[2 * i], key[2 * i + 1]));
+    for (std::int64_t d = 0; d < geometry.shape.head_dim; ++d)
+      scores[n] += static_cast<double>(weights[half + d]) * key[d];
+  }
+  return scores;
+}
+
 std::vector<std::int32_t> order_keys(const Geometry& geometry, std::span<const double> scores) {
   std::vector<std::int32_t> order(geometry.shape.kv_len);
   std::iota(order.begin(), order.end(), 0);

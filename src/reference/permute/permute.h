@@ -1,5 +1,5 @@
-// Stage one: keys that the last queries attend to most move to the front of their segment, so that they share blocks
-// (paper, section 3.2).
+// Stage one: keys that the last queries attend to most, or that are expected to be attended to, move to the front of
+// their segment, so that they share blocks (paper, section 3.2).
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,13 @@ namespace pbsattn::reference {
 // scoring_queries() queries of softmax(logits of q . k) over those keys, without a causal mask. NaN throughout if one
 // of the scores is NaN or +inf, or if all scores of one query are -inf.
 std::vector<double> key_scores(const Head& head, const Geometry& geometry, const Logits& logits);
+
+// Returns the score of each key of the complete segments under Permutation::learned, [permuted_len()]: the sum of
+// weight
+// * feature over the lengths of the key's pairs of columns and over its numbers; 0 throughout where all weights are 0.
+// `weights` are those of the KV head, [head_dim / 2 + head_dim].
+std::vector<double> learned_scores(const Head& head, const Geometry& geometry, std::span<const float> weights,
+                                   RopePairs pairs);
 
 // Returns the permuted sequence, [kv_len]: slot -> token. Within each complete segment keys stand in descending score,
 // equal ones in token order, NaN last; the incomplete segment keeps its order.

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "pbsattn/options.hpp"
 #include "support/refusal.h"
 
 namespace pbsattn {
@@ -87,6 +88,9 @@ TEST(Validate, Options) {
   expect_bad_options([](Options& o) { o.two_step_reach = 0; }, {"two_step_reach 0", "8"});
   expect_bad_options([](Options& o) { o.score = BlockScore::two_step; },
                      {"two_step", "top_p", "set keep to threshold"});
+  for (const Permutation permutation : {Permutation::learned, Permutation::arrival})
+    expect_bad_options([&](Options& o) { o.permutation = permutation; },
+                       {"order_scope query_head", std::string(name_of(permutation)), "set order_scope to kv_head"});
   expect_bad_options([](Options& o) { o.vertical = -1; }, {"vertical -1"});
   expect_bad_options([](Options& o) { o.slash = -1; }, {"slash -1"});
   expect_bad_options([](Options& o) { o.tau = 1.5F; }, {"tau 1.5", "[0, 1]"});
@@ -102,7 +106,7 @@ TEST(Validate, Options) {
       {"vertical_slash", "last_queries", "none"});
   expect_bad_options([](Options& o) { o.correction = static_cast<Correction>(2); }, {"correction 2"});
   expect_bad_options([](Options& o) { o.keep = static_cast<KeepRule>(9); }, {"keep 9"});
-  expect_bad_options([](Options& o) { o.permutation = static_cast<Permutation>(2); }, {"permutation 2"});
+  expect_bad_options([](Options& o) { o.permutation = static_cast<Permutation>(4); }, {"permutation 4"});
   expect_bad_options([](Options& o) { o.score = static_cast<BlockScore>(200); }, {"score 200"});
   expect_bad_options([](Options& o) { o.rules = static_cast<Rules>(2); }, {"rules 2"});
   expect_bad_options([](Options& o) { o.order_scope = static_cast<OrderScope>(2); }, {"order_scope 2"});
