@@ -201,7 +201,7 @@ struct Options {
   // Tokens that a query sees, itself the last of them: a sliding window, from 1 up. Where the sequence is longer, a
   // plan computes exactly that window: keys stay where they are, and no score, keep rule, correction or block that is
   // always kept counts. The longest sequence's length, 2^30, hides nothing.
-  int window = 1 << 30;
+  int window = 1073741824;
   // Of KeepRule::threshold, from 0 up: the threshold of a row is at most this over the tokens up to its block's end, so
   // that it falls as a prompt goes on, however it is cut into chunks. 128, the block, is the mean share. 0 turns it
   // off.
@@ -288,7 +288,7 @@ struct Inputs {
   ConstView k;  // [batch][kv_heads][kv_len][head_dim]
   ConstView v;  // [batch][kv_heads][kv_len][head_dim_v]
   // [q_heads], or none: a learned logit of each query head (GPT-OSS), which enters every query's softmax as one more
-  // key without a value, and the log-sum-exp. Scores of blocks leave it out.
+  // key without a value, and the log-sum-exp. Scores of blocks leave it out. Finite ones beyond 2.3e38 count as that.
   std::span<const float> sinks = {};
   OrderWeights order_weights = {};  // read where the plan's permutation is learned
 };

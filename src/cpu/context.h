@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <limits>
 
 #include "cpu/workspace.h"
@@ -44,7 +45,10 @@ struct StageContext {
   float scale_left() const { return spec.options.softcap == 0 ? spec.options.scale : 1; }
   // Returns a query head's sink, -inf if it has none.
   float sink(std::int64_t q_head) const {
-    return inputs.sinks.empty() ? -std::numeric_limits<float>::infinity() : inputs.sinks[heads.q_begin + q_head];
+    if (inputs.sinks.empty()) return -std::numeric_limits<float>::infinity();
+    constexpr float largest = 2.3e38F;  // that a factor of log2(e) leaves finite
+    const float sink = inputs.sinks[heads.q_begin + q_head];
+    return std::isfinite(sink) ? std::clamp(sink, -largest, largest) : sink;
   }
   std::byte* scratch(int thread) const { return layout.scratch + thread * layout.scratch_bytes; }
   std::int64_t kv_head(std::int64_t q_head) const {

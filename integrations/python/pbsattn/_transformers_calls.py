@@ -119,6 +119,25 @@ def _reason_to_leave(
         return f"its sinks have shape {tuple(sinks.shape)}; it has {query.shape[1]} query heads"
     if isinstance(scaling, torch.Tensor):
         return "its scale is a tensor"
+    return _lacking(query, value, mask, kwargs)
+
+
+def _lacking(
+    query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | CausalMask | None, kwargs: dict[str, typing.Any]
+) -> str | None:
+    """What the call has that its device's backend hasn't; said before, since a compiled call can't be refused."""
+    width, width_v = query.shape[-1], value.shape[-1]
+    if query.device.type == "cuda":
+        if width_v != width:
+            return f"its values have head_dim {width_v}, its keys {width}; on a GPU they are of one width"
+        if kwargs.get("softcap") is not None:
+            return "its logits are soft-capped, which none are on a GPU"
+        if kwargs.get("s_aux") is not None:
+            return "it has attention sinks, which none has on a GPU"
+        if type(mask) is CausalMask and mask.window is not None:
+            return f"it is a sliding window of {mask.window} tokens, which none is on a GPU"
+    elif query.device.type == "cpu" and width_v != width and (width_v % 8 or width_v > 256):
+        return f"its values have head_dim {width_v}; on a CPU they are of a multiple of 8 up to 256"
     return None
 
 

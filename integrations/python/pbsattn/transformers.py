@@ -100,6 +100,17 @@ def _indices(modules: list[typing.Any]) -> set[int]:
     return {module.layer_idx for module in modules if module.layer_idx is not None}
 
 
+def _never_taken(module: torch.nn.Module, device: torch.device) -> str | None:
+    """Why no call of this module can be taken, as far as the module itself and its device tell."""
+    if device.type == "cpu":
+        return None
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        return "its logits are soft-capped, which none are on a GPU"
+    if getattr(module, "sinks", None) is not None:
+        return "it has attention sinks, which none has on a GPU"
+    return None
+
+
 class Enabled:
     """What enable() returns: a context manager that disables at its end."""
 
@@ -164,6 +175,9 @@ def enable(
     no_interface = f"{name}: has no causal attention that goes through transformers' AttentionInterface"
     if not modules or not model._can_set_attn_implementation():
         raise ValueError(no_interface)
+    reasons = {_never_taken(module, model.device) for module in modules}
+    if None not in reasons:
+        raise ValueError(f"{name}: pbsattn can take none of its layers: {'; '.join(sorted(filter(None, reasons)))}")
     if layers is not None:
         layers, indices = frozenset(layers), _indices(modules)
         if unknown_layers := layers - indices:

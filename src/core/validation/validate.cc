@@ -203,6 +203,8 @@ void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
   require(inputs.sinks.empty() || std::ssize(inputs.sinks) == s.q_heads,
           "sinks of {} heads: q_heads is {}; give the logit of each query head, or none", inputs.sinks.size(),
           s.q_heads);
+  require(inputs.sinks.empty() || inputs.sinks.data() != nullptr,
+          "sinks: null pointer; give the logit of each query head, or none");
   require(reinterpret_cast<std::uintptr_t>(inputs.sinks.data()) % sizeof(float) == 0,
           "sinks: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
   require(reinterpret_cast<std::uintptr_t>(outputs.lse) % sizeof(float) == 0,

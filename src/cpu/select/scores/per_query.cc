@@ -20,8 +20,7 @@ bool add_pooled_shares(const StageContext& c, std::int64_t head, std::int64_t ro
   alignas(cache_line) std::array<float, 2 * strip> max;
   alignas(cache_line) std::array<float, 2 * strip> sum;
   c.f32_kernels.pack.queries(queries, count, dim, scratch.packed);
-  c.f32_kernels.score_keys(pooled_k, scratch.packed, before, dim, c.logits(), max.data(), sum.data(),
-                           scratch.scores);
+  c.f32_kernels.score_keys(pooled_k, scratch.packed, before, dim, c.logits(), max.data(), sum.data(), scratch.scores);
   c.f32_kernels.score_keys(pooled_own, scratch.packed, own, dim, c.logits(), max.data() + strip, sum.data() + strip,
                            own_exps);
   c.f32_kernels.score_factors(max.data(), sum.data(), 2, strip, c.scale_log2(), count);

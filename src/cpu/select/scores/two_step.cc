@@ -115,8 +115,8 @@ class Group {
     alignas(cache_line) std::array<float, strip> max;
     alignas(cache_line) std::array<float, strip> sum;
     const int count = pack_block(c_, head_, b, c_.layout.permuted, scratch_.keys);
-    c_.f32_kernels.score_keys(scratch_.keys, scratch_.packed, count, c_.head_dim(), c_.logits(), max.data(),
-                              sum.data(), scratch_.exps);
+    c_.f32_kernels.score_keys(scratch_.keys, scratch_.packed, count, c_.head_dim(), c_.logits(), max.data(), sum.data(),
+                              scratch_.exps);
     for (int i = 0; i < rows_; ++i)
       for (int lane = begin_[i]; takes(i) && lane < begin_[i + 1]; ++lane) {
         scratch_.scores[b * strip + lane] = max[lane];

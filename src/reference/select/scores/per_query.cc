@@ -11,8 +11,8 @@ std::vector<std::int64_t> sampled_tokens(const Geometry& geometry, std::int64_t 
   return tokens;
 }
 
-std::vector<double> pooled_shares(const Head& head, const Geometry& geometry, const Matrix& causal_k, const Logits& logits,
-                                  std::span<const std::int64_t> tokens) {
+std::vector<double> pooled_shares(const Head& head, const Geometry& geometry, const Matrix& causal_k,
+                                  const Logits& logits, std::span<const std::int64_t> tokens) {
   std::vector<double> mean(causal_k.rows, 0.0);
   std::vector<double> share(causal_k.rows);
   for (const std::int64_t token : tokens) {

@@ -28,8 +28,8 @@ std::vector<std::int64_t> sampled_tokens(const Geometry& geometry, std::int64_t 
 
 // Returns the mean over queries, given by their tokens, of softmax over blocks of query . pooled key as
 // logits.
-std::vector<double> pooled_shares(const Head& head, const Geometry& geometry, const Matrix& causal_k, const Logits& logits,
-                                  std::span<const std::int64_t> tokens);
+std::vector<double> pooled_shares(const Head& head, const Geometry& geometry, const Matrix& causal_k,
+                                  const Logits& logits, std::span<const std::int64_t> tokens);
 
 // Scores by BlockScore::per_query, [diagonal + 1]: the mean over the row's queries of softmax over all causal blocks of
 // query . pooled key as logits; `causal_k` are those pooled keys. NaN becomes 0.
