@@ -104,11 +104,6 @@ std::vector<MethodCase> options() {
   cases.push_back({"threshold_floor", problem, threshold(0.4F, 0.6F, BlockScore::mean_pool)});
   cases.push_back({"threshold_per_query", problem, threshold(0.1F, 0, BlockScore::per_query)});
   cases.push_back({"threshold_per_query_floor", problem, threshold(0.4F, 0.6F, BlockScore::per_query)});
-  cases.push_back({"threshold_tokens", problem, [&] {
-                     Options options = threshold(0.3F, 0, BlockScore::per_query);
-                     options.threshold_tokens = 64;
-                     return options;
-                   }()});
   cases.push_back({"pbs_threshold", problem, method("pbs-threshold")});
   for (const auto score : {BlockScore::mean_pool, BlockScore::per_query}) {
     const auto with_rule = [&](KeepRule keep) {

@@ -5,7 +5,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <limits>
 #include <span>
 
 #include "core/keep_rule.h"
@@ -16,7 +15,6 @@ namespace pbsattn::cuda {
 struct HeadOptions {
   KeepRule keep;  // `all` where the rule's numbers keep every block
   float top_p, threshold, floor_top_p, density, tau;
-  float threshold_tokens;  // infinity where the threshold doesn't follow the tokens
   int top_k, vertical, slash, min_budget;
   int sink_blocks, local_blocks, dense_last_rows;
   bool kept_first;         // what is always kept counts first toward top_p
@@ -35,8 +33,6 @@ inline HeadOptions head_options_of(const Options& options) {
           .floor_top_p = options.floor_top_p,
           .density = options.density,
           .tau = options.tau,
-          .threshold_tokens =
-              options.threshold_tokens == 0.0F ? std::numeric_limits<float>::infinity() : options.threshold_tokens,
           .top_k = options.top_k,
           .vertical = options.vertical,
           .slash = options.slash,

@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/limits.h"
 #include "cuda/select/head_options.h"
 #include "cuda/sm90/lanes.cuh"
 
@@ -182,8 +181,7 @@ __device__ inline Threshold find_threshold(const HeadOptions& options, float* we
       return find_top_p(target, weights, all, all.competing, lane);
     }
     case KeepRule::threshold: {
-      const float tokens = static_cast<float>((diagonal + 1) * block_tokens);
-      const Threshold absolute = at_least(fminf(options.threshold, options.threshold_tokens / tokens) * all.total);
+      const Threshold absolute = at_least(options.threshold * all.total);
       if (options.floor_top_p == 0) return absolute;
       Threshold both = find_top_p(options.floor_top_p * all.total, weights, all, own_begin, lane);
       both.above = min(both.above, absolute.above);

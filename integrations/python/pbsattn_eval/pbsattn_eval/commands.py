@@ -104,6 +104,8 @@ EVERY = (
     "pbs-threshold:permutation=none:threshold=0.0015/0.003/0.006/0.012",
     "pbs-sampled:threshold=0.0015/0.003/0.006/0.012",
     "pbs-sampled:permutation=none:threshold=0.0015/0.003/0.006/0.012",
+    "pbs-two-step:threshold_tokens=64/96/128/192",
+    "two-step:threshold_tokens=64/96/128/192",
     "oracle:top_p=0.7/0.8/0.9/0.95",
     "oracle:keep=threshold:threshold=0.0015/0.003/0.006/0.012",
 )
