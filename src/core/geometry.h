@@ -23,7 +23,7 @@ struct Geometry {
   Shape shape;
   int block = 128;
   int segment = 256;
-  std::int64_t window = std::int64_t{1} << 30;  // tokens that a query sees, itself the last
+  std::int64_t window = Options{}.window;  // tokens that a query sees, itself the last
 
   std::int64_t group() const { return shape.q_heads / shape.kv_heads; }
   std::int64_t kv_head(std::int64_t q_head) const { return q_head / group(); }

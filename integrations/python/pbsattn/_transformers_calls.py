@@ -122,6 +122,13 @@ def _reason_to_leave(
     return _lacking(query, value, mask, kwargs)
 
 
+NOT_ON_A_GPU = {
+    "softcap": "its logits are soft-capped, which none are on a GPU",
+    "s_aux": "it has attention sinks, which none has on a GPU",
+}
+_TAKEN = tuple(NOT_ON_A_GPU)  # that others may not know
+
+
 def _lacking(
     query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | CausalMask | None, kwargs: dict[str, typing.Any]
 ) -> str | None:
@@ -130,18 +137,14 @@ def _lacking(
     if query.device.type == "cuda":
         if width_v != width:
             return f"its values have head_dim {width_v}, its keys {width}; on a GPU they are of one width"
-        if kwargs.get("softcap") is not None:
-            return "its logits are soft-capped, which none are on a GPU"
-        if kwargs.get("s_aux") is not None:
-            return "it has attention sinks, which none has on a GPU"
+        for name, reason in NOT_ON_A_GPU.items():
+            if kwargs.get(name) is not None:
+                return reason
         if type(mask) is CausalMask and mask.window is not None:
             return f"it is a sliding window of {mask.window} tokens, which none is on a GPU"
     elif query.device.type == "cpu" and width_v != width and (width_v % 8 or width_v > 256):
         return f"its values have head_dim {width_v}; on a CPU they are of a multiple of 8 up to 256"
     return None
-
-
-_TAKEN = ("softcap", "s_aux")  # that others may not know
 
 
 def _forward(

@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import _core
 from ._settings import HeadChanges, Layers, Value, read_settings
-from ._transformers_calls import NAME, FallbackWarning, Layer, LayerStats, State, states
+from ._transformers_calls import NAME, NOT_ON_A_GPU, FallbackWarning, Layer, LayerStats, State, states
 from ._transformers_fallback import indexer, own
 
 __all__ = [
@@ -104,11 +104,8 @@ def _never_taken(module: torch.nn.Module, device: torch.device) -> str | None:
     """Why no call of this module can be taken, as far as the module itself and its device tell."""
     if device.type == "cpu":
         return None
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        return "its logits are soft-capped, which none are on a GPU"
-    if getattr(module, "sinks", None) is not None:
-        return "it has attention sinks, which none has on a GPU"
-    return None
+    told = {"softcap": "attn_logit_softcapping", "s_aux": "sinks"}  # by which attributes of a module
+    return next((NOT_ON_A_GPU[name] for name, of in told.items() if getattr(module, of, None) is not None), None)
 
 
 class Enabled:

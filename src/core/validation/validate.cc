@@ -118,6 +118,7 @@ void validate(const Options& options) {
           "expected_density {}: outside [0, 1]; 0 stands for what the paper measured", options.expected_density);
   require(std::isfinite(options.softcap) && options.softcap >= 0.0F,
           "softcap {}: not a finite, positive number; 0 stands for none", options.softcap);
+  static_assert(Options{}.window == max_kv_len, "the default hides none");
   require(options.window >= 1,
           "window {}: not positive; it is a number of tokens, the query's own among them, and {} hides none",
           options.window, max_kv_len);
@@ -252,9 +253,8 @@ void validate_order_contents(const Inputs& inputs, const Outputs& outputs, const
       for (std::int64_t slot = begin; slot < begin + g.segment; ++slot) {
         const std::int64_t place = tokens[slot] - begin;
         require(place >= 0 && place < g.segment && !seen[place],
-                "order: token {} at slot {} of batch entry {}, KV head {}: each token of its segment, {} to {}, stands "
-                "there "
-                "once; pass what a run wrote",
+                "order: token {} at slot {} of batch entry {}, KV head {}: each token of its segment, {} to {}, "
+                "stands there once; pass what a run wrote",
                 tokens[slot], slot, head / g.shape.kv_heads, head % g.shape.kv_heads, begin, begin + g.segment - 1);
         seen[place] = true;
       }
