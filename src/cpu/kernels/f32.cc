@@ -293,7 +293,7 @@ void learned_scores(const Rows& rows, int count, int head_dim, const float* weig
   constexpr hn::CappedTag<float, 4> four;  // half of head_dim, a multiple of 8, is one of this
   const auto step = static_cast<int>(hn::Lanes(four));
   const int half = head_dim / 2;
-  HWY_ALIGN float row[max_head_dim];
+  HWY_ALIGN float row[max_head_dim] = {};
   for (int i = 0; i < count; ++i) {
     convert_row(rows.at(i), rows.dtype, head_dim, row);
     auto total = hn::Zero(four);

@@ -5,9 +5,9 @@ namespace pbsattn::reference {
 
 std::vector<std::int64_t> sampled_tokens(const Geometry& geometry, std::int64_t row, std::int64_t most) {
   const std::int64_t queries = geometry.row_end(row) - geometry.row_begin(row);
-  std::vector<std::int64_t> tokens;
-  for (std::int64_t i = 0; i < sampled_queries(queries, most); ++i)
-    tokens.push_back(geometry.row_begin(row) + sampled_query(queries, i, most));
+  std::vector<std::int64_t> tokens(sampled_queries(queries, most));
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    tokens[i] = geometry.row_begin(row) + sampled_query(queries, static_cast<std::int64_t>(i), most);
   return tokens;
 }
 
