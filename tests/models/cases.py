@@ -222,6 +222,13 @@ VARIANTS = {
         dict(num_hidden_layers=3, cross_attention_layers=[1]),
         lambda batch: {"cross_attention_states": _random(batch, 256, tiny.WIDTH)},
     ),
+    "Phi3ForCausalLM with a window": ("Phi3ForCausalLM", "decoder", dict(sliding_window=64), None),
+    "DeepseekV3ForCausalLM 192/128": (
+        "DeepseekV3ForCausalLM",
+        "decoder",
+        dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, head_dim=64),
+        None,
+    ),
     "LlamaModel not causal": ("LlamaModel", "encoder", dict(is_causal=False), None),
     "Gemma3TextModel bidirectional": ("Gemma3TextModel", "encoder", dict(use_bidirectional_attention=True), None),
 }
@@ -246,6 +253,19 @@ ENCODERS = (
     "DeiTModel",
     "Dinov2Model",
     "ASTModel",
+)
+
+
+# Whose layers carry more than keys and values, all of which pbsattn computes; compared with eager attention, the only one
+# of transformers that computes them all.
+CARRYING = (
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GptOssForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM with a window",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForCausalLM 192/128",
 )
 
 
@@ -291,6 +311,8 @@ FAMILIES = {
     "Gemma2ForCausalLM": "soft-capped logits",
     "GptOssForCausalLM": "attention sinks",
     "DeepseekV3ForCausalLM": "latent attention: values narrower than keys",
+    "DeepseekV3ForCausalLM 192/128": "the same, at its own widths",
+    "Phi3ForCausalLM with a window": "a window that the class has only where it is set",
     "Qwen3NextForCausalLM": "linear and full layers",
     "InklingForCausalLM": "a position bias",
     "MoshiForCausalLM": "a config with a part that has no attention",

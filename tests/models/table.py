@@ -138,12 +138,13 @@ HEAD = """# What becomes of transformers' classes
 Made by `python tests/models --all --table results/models.md`; not to be edited.
 
 A tiny random model of each class, float32, 200 tokens, `pbsattn.transformers.enable(model, top_p=1, min_tokens=64)` against the
-model's own attention before. Runs: *whole*; *padded*, on the left, beside a row without; in *chunks* of 90, 80, 29 and 1 tokens over a cache; over a
+model's own attention before; against its eager one where logits are capped, which SDPA ignores, and where layers carry sinks, windows or values of
+another width (`CARRYING` in `tests/models/cases.py`). Runs: *whole*; *padded*, on the left, beside a row without; in *chunks* of 90, 80, 29 and 1 tokens over a cache; over a
 *static* cache, 150, 49 and 1 tokens; *shared*, where a second model of the same config object must not change while the first is enabled and sparse.
 
 *computed*: by pbsattn. *handed over*: to the model's own attention or SDPA, for the reason in the last column, or because no call was
 long. *refused*: by `enable()`, with that message. *–*: the model itself can't, without pbsattn; the last column tells why. *Worst error* is the largest
 difference of any logit in any run, as a share of the largest logit; above 1e-4 is wrong. *Own noise* is the same of the model's own
 attention in float32 against float64. Every class listed as built, and not refused, changes by at least 1e-3 if its attention is
-wrong on purpose; where that changes nothing, the class doesn't ask transformers for its attention at all (*not reached*).
+wrong on purpose (its logits not capped, or halved); where that changes nothing, the class doesn't ask transformers for its attention at all (*not reached*).
 """.splitlines()  # noqa: E501

@@ -101,6 +101,7 @@ SIZES = {
     "v_head_dim": 32,
     "sliding_window": 64,
     "attention_chunk_size": 64,
+    "attn_logit_softcapping": 0.25,  # of logits that are mostly larger
     "index_topk": 16,
     "index_n_heads": 2,
     "index_head_dim": 32,
@@ -116,6 +117,9 @@ SIZES = {
     "use_cache": True,
     "is_decoder": True,
 }
+
+
+_NONE_STAYS = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "q_lora_rank")
 
 
 def _layers(config):
@@ -155,11 +159,7 @@ def settings(config_class, changes=None):
     default = config_class()
     has = vars(default)
     changes = dict(changes or {})
-    known = {
-        name: value
-        for name, value in SIZES.items()
-        if name in has and not (has[name] is None and name in ("sliding_window", "attention_chunk_size", "q_lora_rank"))
-    }
+    known = {name: value for name, value in SIZES.items() if name in has and not (has[name] is None and name in _NONE_STAYS)}
     if (
         "kv_lora_rank" in has
     ):  # latent attention: as many heads of keys as of queries, and values narrower than keys where they are
@@ -196,6 +196,8 @@ def randomize(model, gain=1.0):
         seen.add(id(weight))
         if id(weight) in embeddings:
             weight.normal_(std=gain)
+        elif name.endswith("sinks"):
+            weight.normal_()
         elif weight.dim() >= 2:
             weight.normal_(std=gain / max(1, weight[0].numel() if weight.dim() != 3 else weight.shape[-1]) ** 0.5)
         elif not weight.any():

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
+import cases
 import pbsattn.transformers as pt
 import tiny
 
@@ -23,17 +24,19 @@ WORKS = "the model itself works"  # what a case prints before pbsattn is enabled
 RUNS = ("whole", "padded", "chunks", "static", "shared")
 
 
-def _flat(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
-    """A wrong attention on purpose: its logits are halved."""
-    if module.config._attn_implementation == "sweep_flat_eager":
+def _wrong(module, query, key, value, attention_mask=None, scaling=None, softcap=None, **kwargs):
+    """A wrong attention on purpose: its logits aren't capped where they should be, and halved elsewhere."""
+    if module.config._attn_implementation == "sweep_wrong_eager":
         attend = sys.modules[type(module).__module__].eager_attention_forward
     else:
         attend = sdpa_attention_forward
-    return attend(module, query, key, value, attention_mask, scaling=(scaling or query.shape[-1] ** -0.5) / 2, **kwargs)
+    if softcap is None:
+        scaling = (scaling or query.shape[-1] ** -0.5) / 2
+    return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-for name, mask in (("sweep_flat", sdpa_mask), ("sweep_flat_eager", eager_mask)):
-    transformers.AttentionInterface.register(name, _flat)
+for name, mask in (("sweep_wrong", sdpa_mask), ("sweep_wrong_eager", eager_mask)):
+    transformers.AttentionInterface.register(name, _wrong)
     transformers.AttentionMaskInterface.register(name, mask)
 
 
@@ -234,7 +237,7 @@ def _compare_shared(model, other, kind, extra):
 def _matters(model, call, expected):
     """How much a wrong attention changes: that this class would show a fault."""
     previous = model.config._attn_implementation
-    model.set_attn_implementation("sweep_flat_eager" if previous == "eager" else "sweep_flat")
+    model.set_attn_implementation("sweep_wrong_eager" if previous == "eager" else "sweep_wrong")
     try:
         return _relative(call(), expected)
     finally:
@@ -258,8 +261,16 @@ def _noise(model, call, expected):
     return None
 
 
+def _is_capped(model):
+    """Whether its logits are soft-capped, which transformers' SDPA ignores."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return any(getattr(config, "attn_logit_softcapping", None) is not None for config in configs)
+
+
 def _sweep(case, made):
     model = tiny.build(case.model_class(), made)
+    if case.name in cases.CARRYING or _is_capped(model):
+        model.set_attn_implementation("eager")
     kind, extra = KINDS[case.kind_of(made)], _typed(model, case.extra())
     runs = kind(model, extra)
     expected, unable = _own(runs.whole)

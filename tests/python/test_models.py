@@ -57,6 +57,14 @@ def test_logits_are_the_models_own(answers, name):
     assert table.faults(answer) == {}, table.line(answer)
 
 
+@pytest.mark.parametrize("name", cases.CARRYING)
+def test_what_layers_carry_is_taken_in_every_layer(answers, name):
+    assert name in cases.FAMILIES
+    answer = answers[name]
+    for run in ("whole", "chunks", "static", "shared"):
+        assert answer["runs"][run].items() >= {"left": 0, "layers": 2}.items(), table.line(answer)
+
+
 def allocate(case):
     return {"bytes": len(bytearray(case))}
 
