@@ -47,8 +47,8 @@ enum ggml_pbsattn_mode {
 struct ggml_pbsattn_config {
   size_t struct_size;
   pbsattn_options*
-      options; /* default "pbs" with bf16 products; `scale`, `softcap` and `window` are ignored: the op brings its own.
-                  NULL: get_config() doesn't fill them, configure() leaves those in force */
+      options; /* default "pbs" with bf16 products; `scale` is ignored, and `softcap` and `window` may not be set: the
+                  op brings its own. NULL: get_config() doesn't fill them, configure() leaves those in force */
   int64_t min_tokens;   /* queries an op needs to be taken; default 512 */
   size_t workspace_cap; /* bytes a plan may use; SIZE_MAX (default): no cap */
   int32_t mode;         /* ggml_pbsattn_mode; default PBSATTN */

@@ -77,6 +77,13 @@ void set_method(std::string_view text, pbsattn_options* options) {
   *options = to_c(changed);
 }
 
+std::optional<std::string> sets_models_own(const pbsattn_options& options) {
+  constexpr std::string_view rule = "the model's own counts; leave it out";
+  if (options.softcap != default_options.softcap) return fmt::format("softcap {}: {}", options.softcap, rule);
+  if (options.window != default_options.window) return fmt::format("window {}: {}", options.window, rule);
+  return std::nullopt;
+}
+
 LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options& base) {
   const json document = parsed(text);
   LayerSettings settings;
@@ -99,6 +106,8 @@ LayerSettings LayerSettings::parse(std::string_view text, const pbsattn_options&
       try {
         pbsattn_options tried = base;
         apply(changes, &tried);
+        if (const auto wrong = sets_models_own(tried); wrong && !sets_models_own(base))
+          throw std::runtime_error(*wrong);
       } catch (const std::runtime_error& error) {
         throw std::runtime_error(fmt::format("{}: {}", of_head, error.what()));
       }

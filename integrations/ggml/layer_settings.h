@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -21,6 +22,9 @@ namespace pbsattn::ggml {
 // Sets the options of a method as text has it, "pbs:top_p=0.95". It replaces all options, but for a precision that it
 // doesn't name. Throws pbsattn::Error.
 void set_method(std::string_view text, pbsattn_options* options);
+
+// Says what is wrong where options set what the model says itself, `softcap` or `window`; else nothing.
+std::optional<std::string> sets_models_own(const pbsattn_options& options);
 
 class LayerSettings {
  public:

@@ -165,11 +165,7 @@ std::optional<std::string> broken_rule(const Config& config) {
         "min_tokens {}: under {}, where llama.cpp's -fa auto would find flash attention on a foreign device and "
         "turn it off; the default is 512",
         config.min_tokens, GGML_PBSATTN_MIN_TOKENS_FLOOR);
-  const Options options = to_cpp(config.options);
-  if (options.softcap != Options{}.softcap)
-    return fmt::format("softcap {}: the model's own counts; leave it out", options.softcap);
-  if (options.window != Options{}.window)
-    return fmt::format("window {}: the model's own counts; leave it out", options.window);
+  if (auto wrong = sets_models_own(config.options)) return wrong;
   // Options are judged where they always are: by planning a small call with them.
   const pbsattn_shape shape{.struct_size = sizeof shape,
                             .batch = 1,

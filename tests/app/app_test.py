@@ -90,6 +90,9 @@ class CommandLine(Case):
             ("pbs:keep=most", ['"most"', "relative, top_k"]),
             ("pbs:score=none", ["no score"]),
             ("pbs:segment=100", ["segment 100"]),
+            ("pbs:softcap=nan", ["softcap nan", "0 stands for none"]),
+            ("pbs:softcap=inf", ["softcap inf"]),
+            ("pbs:softcap=-1", ["softcap -1"]),
             ("pbs:rules=mine", ['"mine"', "reference_code, paper"]),
             ("ggml:top_p=1", ["ggml:top_p=1", "no options"]),
         ):

@@ -92,6 +92,7 @@ TEST(Settings, EveryOptionHasItsVariableAndItsKey) {
     for (const auto& variable : {std::pair{variable_of(name), value}, {"PBSATTN_METHOD", method}})
       EXPECT_TRUE(pbsattn::test::same(to_cpp(read({variable}).settings.config.options), expected))
           << variable.first << "=" << variable.second;
+    if (name == "softcap" || name == "window") return;  // refused there
     for (const auto& [key, text] : {std::pair{name, value}, {"method", method}}) {
       const std::string json = R"({"*": {"*": {")" + key + R"(": ")" + text + R"("}}})";
       EXPECT_TRUE(pbsattn::test::same(to_cpp(LayerSettings::parse(json, base).heads(0, 1, base)[0]), expected)) << json;
@@ -124,6 +125,11 @@ TEST(Settings, BadValuesAreNamedAndTurnThePlugInOff) {
       {{"PBSATTN_KEEP", "most"}, "PBSATTN_KEEP \"most\": not one of all, top_p, threshold"},
       {{"PBSATTN_SINK_BLOCKS", "2.5"}, "PBSATTN_SINK_BLOCKS \"2.5\": not a whole number of blocks"},
       {{"PBSATTN_SCALE", "-1"}, "scale -1: not a finite, non-negative number"},
+      {{"PBSATTN_SOFTCAP", "30"}, "softcap 30: the model's own counts; leave it out"},
+      {{"PBSATTN_SOFTCAP", "-1"}, "softcap -1: the model's own counts"},
+      {{"PBSATTN_SOFTCAP", "nan"}, "softcap nan: the model's own counts"},
+      {{"PBSATTN_WINDOW", "4096"}, "window 4096: the model's own counts; leave it out"},
+      {{"PBSATTN_METHOD", "pbs:softcap=inf"}, "softcap inf: the model's own counts"},
       {{"PBSATTN_TOP_P", "1.5"}, "top_p 1.5: outside (0, 1]"},
       {{"PBSATTN_TOP_P", "much"}, "PBSATTN_TOP_P \"much\": not a number"},
       {{"PBSATTN_TOP_P", "0.9x"}, "PBSATTN_TOP_P \"0.9x\": not a number"},
@@ -203,6 +209,12 @@ TEST(LayerSettings, WhatIsWrongIsNamed) {
   EXPECT_NE(refusal_of(R"({"1": {"*": {"top_k": 2.5}}})").find("not a whole number"), std::string::npos);
   EXPECT_NE(refusal_of(R"({"1": {"*": {"top_k": [1]}}})").find("neither a number nor a name"), std::string::npos);
   EXPECT_NE(refusal_of(R"({"1": {"*": {"method": "pbz"}}})").find("did you mean"), std::string::npos);
+  EXPECT_NE(refusal_of(R"({"1": {"2": {"softcap": 30}}})").find("layer 1, head 2: softcap 30: the model's own counts"),
+            std::string::npos);
+  EXPECT_NE(refusal_of(R"({"1": {"*": {"window": 0}}})").find("layer 1, head *: window 0: the model's own counts"),
+            std::string::npos);
+  EXPECT_NE(refusal_of(R"({"1": {"*": {"method": "pbs:softcap=30"}}})").find("layer 1, head *: softcap 30"),
+            std::string::npos);
   const Outcome outcome = read({{"PBSATTN_SETTINGS", "/nowhere/settings.json"}});
   EXPECT_NE(outcome.error.find("/nowhere/settings.json: can't be read"), std::string::npos) << outcome.error;
   EXPECT_EQ(outcome.settings.config.mode, GGML_PBSATTN_MODE_OFF);

@@ -91,6 +91,8 @@ def test_a_plan_takes_what_layers_carry():
         (dict(sinks=torch.zeros(8)[::2]), "sinks: .*contiguous"),
         (dict(softcap=-1.0), "softcap -1: not a finite, positive number; 0 stands for none"),
         (dict(softcap=float("nan")), "softcap nan"),
+        (dict(softcap=float("inf")), "softcap inf"),
+        (dict(method="pbs:softcap=nan"), "softcap nan"),
         (dict(window=0), "window 0: not positive"),
         (dict(window=-5), "window -5: not positive"),
     ],
@@ -172,6 +174,9 @@ def test_opcheck(device, layout):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     for return_lse in (False, True):
         torch.library.opcheck(OP, (q, k, v), dict(layout=layout, return_lse=return_lse, settings="top_p=0.8"))
+    if device == "cpu":  # a GPU takes neither
+        layer = dict(sinks=torch.randn(4), settings="softcap=2.0,window=100")
+        torch.library.opcheck(OP, (q, k, v[..., :24].contiguous()), dict(layout=layout, return_lse=True, **layer))
 
 
 def test_compiles_without_a_graph_break(device):

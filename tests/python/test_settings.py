@@ -137,6 +137,9 @@ def test_a_file_says_what_a_dict_does(tmp_path):
         ({"*": {"1": {"vertical": 1.5}}}, "layer *, head 1: vertical 1.5: not an int"),
         ({"0": {"9": {"top_p": 0.5}}}, "layer 0, head 9: there are 4 query heads, 0 .. 3"),
         ({"0": {"2": {"top_p": 7}}}, "layer 0, head 2: top_p 7: outside"),
+        ({"0": {"*": {"softcap": float("nan")}}}, "layer 0, softcap nan: not a finite, positive number; 0 stands for none"),
+        ({"0": {"*": {"softcap": float("inf")}}}, "layer 0, softcap inf: not a finite"),
+        ({"0": {"*": {"method": "pbs:softcap=-1"}}}, "layer 0, softcap -1: not a finite"),
         ({"0": {"2": {"segment": 512}}}, "layer 0, segment of head 2 is not head 0's; heads may differ in keep"),
     ],
 )

@@ -32,9 +32,9 @@ void require_enum(Enum value, std::string_view name) {
 
 template <class V>
 void validate_view(const V& view, const char* name, std::int64_t batch, std::int64_t heads, std::int64_t tokens,
-                   std::int64_t head_dim, bool written) {
+                   std::int64_t length, const char* length_name = nullptr) {
   require(view.data != nullptr, "{}: null pointer; pass {} x {} x {} x {} elements", name, batch, heads, tokens,
-          head_dim);
+          length);
   require(view.dtype <= DType::bf16, "dtype {}: no such value; the last one is {}", static_cast<int>(view.dtype),
           static_cast<int>(DType::bf16));
   require(reinterpret_cast<std::uintptr_t>(view.data) % size_of(view.dtype) == 0,
@@ -46,8 +46,8 @@ void validate_view(const V& view, const char* name, std::int64_t batch, std::int
     require(stride <= max_reach / static_cast<std::int64_t>(size_of(view.dtype)) / (extent - 1),
             "{}: {} stride {} reaches beyond any memory over {} of them; strides count elements", name, axis, stride,
             extent);
-    require(!written || stride >= head_dim, "{}: {} stride {} is under head_dim {}, so elements would overlap", name,
-            axis, stride, head_dim);
+    require(length_name == nullptr || stride >= length, "{}: {} stride {} is under {} {}, so elements would overlap",
+            name, axis, stride, length_name, length);
   };
   check(tokens, view.token_stride, "token");
   check(heads, view.head_stride, "head");
@@ -197,10 +197,10 @@ void validate(std::span<const Options> heads, const Shape& shape) {
 }
 
 void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
-  validate_view(inputs.q, "q", s.batch, s.q_heads, s.q_len, s.head_dim, false);
-  validate_view(inputs.k, "k", s.batch, s.kv_heads, s.kv_len, s.head_dim, false);
-  validate_view(inputs.v, "v", s.batch, s.kv_heads, s.kv_len, value_dim(s), false);
-  validate_view(outputs.out, "out", s.batch, s.q_heads, s.q_len, value_dim(s), true);
+  validate_view(inputs.q, "q", s.batch, s.q_heads, s.q_len, s.head_dim);
+  validate_view(inputs.k, "k", s.batch, s.kv_heads, s.kv_len, s.head_dim);
+  validate_view(inputs.v, "v", s.batch, s.kv_heads, s.kv_len, value_dim(s));
+  validate_view(outputs.out, "out", s.batch, s.q_heads, s.q_len, value_dim(s), "head_dim_v");
   require(inputs.sinks.empty() || std::ssize(inputs.sinks) == s.q_heads,
           "sinks of {} heads: q_heads is {}; give the logit of each query head, or none", inputs.sinks.size(),
           s.q_heads);
@@ -236,7 +236,8 @@ void validate_order(const Inputs& inputs, const Outputs& outputs, Permutation pe
   require(order.data != nullptr || order.known == 0,
           "order: null pointer with {} known tokens; pass the order that earlier calls wrote, or 0 tokens",
           order.known);
-  if (order.data != nullptr && tokens > 0) validate_view(view_of(order), "order", s.batch, s.kv_heads, 1, tokens, true);
+  if (order.data != nullptr && tokens > 0)
+    validate_view(view_of(order), "order", s.batch, s.kv_heads, 1, tokens, "its length");
 }
 
 void validate_order_contents(const Inputs& inputs, const Outputs& outputs, const Geometry& g) {
@@ -271,10 +272,11 @@ void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<con
   };
   const View& out = outputs.out;
   const Region out_region = region_of(out, s.batch, s.q_heads, s.q_len, value_dim(s));
-  require(!overlaps_itself(out_region),
-          "out: strides {}, {} and {} of batch, head and token put rows of head_dim {} over each other; pass a tensor "
-          "whose elements have memory of their own",
-          out.batch_stride, out.head_stride, out.token_stride, value_dim(s));
+  require(
+      !overlaps_itself(out_region),
+      "out: strides {}, {} and {} of batch, head and token put rows of head_dim_v {} over each other; pass a tensor "
+      "whose elements have memory of their own",
+      out.batch_stride, out.head_stride, out.token_stride, value_dim(s));
   // Rows that lie apart are so few that this doesn't overflow.
   const std::int64_t lse_bytes =
       outputs.lse == nullptr ? 0 : s.batch * s.q_heads * s.q_len * static_cast<std::int64_t>(sizeof(float));

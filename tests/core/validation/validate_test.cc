@@ -252,10 +252,15 @@ TEST_F(ValidateRun, Alignment) {
 
 TEST_F(ValidateRun, Strides) {
   out_.token_stride = 7;
-  expect_refused(ErrorCode::invalid_argument, {"out: token stride 7", "head_dim 8", "overlap"});
+  expect_refused(ErrorCode::invalid_argument, {"out: token stride 7", "head_dim_v 8", "overlap"});
   out_.token_stride = 8;
   q_.head_stride = -32;
   expect_refused(ErrorCode::invalid_argument, {"q: head stride -32", "negative"});
+  q_.head_stride = 32;
+  shape_.head_dim_v = 16;
+  out_.token_stride = 16;
+  out_.head_stride = 24;  // over the token after
+  expect_refused(ErrorCode::invalid_argument, {"out: strides 64, 24 and 16", "head_dim_v 16", "over each other"});
 }
 
 TEST_F(ValidateRun, DTypes) {
