@@ -25,12 +25,13 @@ std::vector<double> mean_group_scores(const Inputs& inputs, const Geometry& geom
 
 std::vector<double> ordering_scores(const Inputs& inputs, const Head& head, const Options& options,
                                     const Geometry& geometry, std::int64_t batch, std::int64_t kv_head) {
+  const Logits logits(options);
   switch (options.permutation) {
     case Permutation::none: break;
     case Permutation::last_queries:
-      if (options.order_scope == OrderScope::query_head) return key_scores(head, geometry, options);
+      if (options.order_scope == OrderScope::query_head) return key_scores(head, geometry, logits);
       [[fallthrough]];
-    case Permutation::arrival: return mean_group_scores(inputs, geometry, batch, kv_head, options);
+    case Permutation::arrival: return mean_group_scores(inputs, geometry, batch, kv_head, logits);
     case Permutation::learned: {
       const auto& [weights, pairs] = inputs.order_weights;
       const std::size_t count = weights.size() / static_cast<std::size_t>(geometry.shape.kv_heads);
@@ -112,6 +113,7 @@ Trace decide(const Inputs& inputs, const Options& options, const Geometry& geome
 void attend(const Inputs& inputs, const Options& options, const Geometry& geometry, const Trace& trace,
             const Outputs& outputs) {
   const Shape& shape = geometry.shape;
+  const Logits logits(options);
   const View& out = outputs.out;
   for (std::int64_t flat = 0; flat < shape.batch * shape.q_heads; ++flat) {
     const std::int64_t batch = flat / shape.q_heads;
@@ -126,7 +128,7 @@ void attend(const Inputs& inputs, const Options& options, const Geometry& geomet
       const std::int64_t begin = trace.row_start[flat * geometry.rows() + row];
       const std::int64_t end = trace.row_start[flat * geometry.rows() + row + 1];
       const auto list = std::span(trace.block).subspan(begin, end - begin);
-      const QueryResult result = attend_query(head, geometry, options, query, order, list, pooled ? &*pooled : nullptr);
+      const QueryResult result = attend_query(head, geometry, logits, query, order, list, pooled ? &*pooled : nullptr);
       for (std::int64_t d = 0; d < value_dim(shape); ++d)
         store(out.dtype, out.data, batch * out.batch_stride + h * out.head_stride + query * out.token_stride + d,
               result.out[d]);

@@ -39,8 +39,8 @@ Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batc
 
 // Turns a product of a query and a key, or of their means, into a logit.
 struct Logits {
-  Logits(double factor, double cap = 0) : scale(factor), softcap(cap) {}
-  Logits(const Options& options) : Logits(options.scale, options.softcap) {}
+  explicit Logits(double factor, double cap = 0) : scale(factor), softcap(cap) {}
+  explicit Logits(const Options& options) : Logits(options.scale, options.softcap) {}
   double operator()(double product) const;
 
   double scale;

@@ -90,7 +90,7 @@ TEST_P(CudaSelect, ListsAreTheReferences) {
   std::iota(order.begin(), order.end(), 0);
   std::swap(order[0], order[128]);
   for (std::int64_t row = 0; row < g.rows(); ++row) {
-    const auto scores = reference::block_scores(q.matrix[row], k.matrix, g.own_begin(row), 0.125);
+    const auto scores = reference::block_scores(q.matrix[row], k.matrix, g.own_begin(row), reference::Logits(0.125));
     const auto wanted = reference::select_blocks(options, g, row, {scores}, order);
     const auto first = lists.block.begin() + lists.start[row];
     const std::vector<std::int32_t> got(first, first + lists.count[row]);

@@ -28,11 +28,11 @@ Geometry geometry(std::int64_t q_len) {
 }
 
 TEST(AttendQuery, CausalInItsOwnSegment) {
-  const auto first = attend_query(weighted(), geometry(6), 1.0, 0, in_order, List{0});
+  const auto first = attend_query(weighted(), geometry(6), Logits(1.0), 0, in_order, List{0});
   EXPECT_EQ(first.out, (std::vector<double>{1, 1}));
   EXPECT_EQ(first.lse, 0.0);
   // Token 2 sees keys 0, 1, 2: (1*1 + 2*2 + 3*4) / 6.
-  const auto third = attend_query(weighted(), geometry(6), 1.0, 2, in_order, List{0, 1});
+  const auto third = attend_query(weighted(), geometry(6), Logits(1.0), 2, in_order, List{0, 1});
   EXPECT_NEAR(third.out[0], 17.0 / 6, 1e-15);
   EXPECT_NEAR(third.out[1], 1.0, 1e-15);
   EXPECT_NEAR(third.lse, std::log(6), 1e-15);
@@ -41,7 +41,7 @@ TEST(AttendQuery, CausalInItsOwnSegment) {
 TEST(AttendQuery, OnlyListedBlocks) {
   // Token 5 over block 1 (keys 2, 3) and its own block 2 (keys 4, 5):
   // (3*4 + 4*8 + 5*16 + 6*32) / 18.
-  const auto result = attend_query(weighted(), geometry(6), 1.0, 5, in_order, List{1, 2});
+  const auto result = attend_query(weighted(), geometry(6), Logits(1.0), 5, in_order, List{1, 2});
   EXPECT_NEAR(result.out[0], 316.0 / 18, 1e-14);
   EXPECT_NEAR(result.lse, std::log(18), 1e-14);
 }
@@ -49,28 +49,29 @@ TEST(AttendQuery, OnlyListedBlocks) {
 TEST(AttendQuery, EarlierBlocksArePermutedAndTheOwnSegmentIsNot) {
   const List order{3, 1, 0, 2, 4, 5};
   // Token 4 over block 0, which holds keys 3 and 1, and key 4: (4*8 + 2*2 + 5*16) / 11.
-  EXPECT_NEAR(attend_query(weighted(), geometry(6), 1.0, 4, order, List{0, 2}).out[0], 116.0 / 11, 1e-14);
+  EXPECT_NEAR(attend_query(weighted(), geometry(6), Logits(1.0), 4, order, List{0, 2}).out[0], 116.0 / 11, 1e-14);
   // Token 1's own segment is read in its original order, whatever the permutation: (1*1 + 2*2) / 3.
-  EXPECT_NEAR(attend_query(weighted(), geometry(6), 1.0, 1, order, List{0}).out[0], 5.0 / 3, 1e-15);
+  EXPECT_NEAR(attend_query(weighted(), geometry(6), Logits(1.0), 1, order, List{0}).out[0], 5.0 / 3, 1e-15);
 }
 
 TEST(AttendQuery, ChunkQueriesAreTheLastTokens) {
   Head head = weighted();
   head.q = matrix(1, {1, 1});  // tokens 4 and 5
-  EXPECT_NEAR(attend_query(head, geometry(2), 1.0, 0, in_order, List{2}).out[0], 16.0, 1e-14);
-  EXPECT_NEAR(attend_query(head, geometry(2), 1.0, 1, in_order, List{2}).out[0], (5 * 16 + 6 * 32) / 11.0, 1e-14);
+  EXPECT_NEAR(attend_query(head, geometry(2), Logits(1.0), 0, in_order, List{2}).out[0], 16.0, 1e-14);
+  EXPECT_NEAR(attend_query(head, geometry(2), Logits(1.0), 1, in_order, List{2}).out[0], (5 * 16 + 6 * 32) / 11.0,
+              1e-14);
 }
 
 TEST(AttendQuery, ScaleMultipliesScores) {
   Head head = weighted();
   for (double& k : head.k.values) k *= 4;
-  EXPECT_NEAR(attend_query(head, geometry(6), 0.25, 2, in_order, List{0, 1}).out[0], 17.0 / 6, 1e-14);
+  EXPECT_NEAR(attend_query(head, geometry(6), Logits(0.25), 2, in_order, List{0, 1}).out[0], 17.0 / 6, 1e-14);
 }
 
 TEST(AttendQuery, HugeScoresDoNotOverflow) {
   Head head = weighted();
   for (int n = 0; n < 6; ++n) head.k[n][0] += 1e5;
-  const auto result = attend_query(head, geometry(6), 1.0, 2, in_order, List{0, 1});
+  const auto result = attend_query(head, geometry(6), Logits(1.0), 2, in_order, List{0, 1});
   EXPECT_NEAR(result.out[0], 17.0 / 6, 1e-9);
   EXPECT_NEAR(result.lse, 1e5 + std::log(6), 1e-9);
 }
@@ -78,9 +79,10 @@ TEST(AttendQuery, HugeScoresDoNotOverflow) {
 TEST(AttendQuery, MinusInfinityHidesAKeyAndAllOfThemGiveZero) {
   Head head = weighted();
   head.k[1][0] = -infinity;
-  EXPECT_NEAR(attend_query(head, geometry(6), 1.0, 2, in_order, List{0, 1}).out[0], (1 * 1 + 3 * 4) / 4.0, 1e-15);
+  EXPECT_NEAR(attend_query(head, geometry(6), Logits(1.0), 2, in_order, List{0, 1}).out[0], (1 * 1 + 3 * 4) / 4.0,
+              1e-15);
   head.k[0][0] = -infinity;
-  const auto nothing = attend_query(head, geometry(6), 1.0, 1, in_order, List{0});
+  const auto nothing = attend_query(head, geometry(6), Logits(1.0), 1, in_order, List{0});
   EXPECT_EQ(nothing.out, (std::vector<double>{0, 0}));
   EXPECT_EQ(nothing.lse, -infinity);
 }
@@ -89,12 +91,12 @@ TEST(AttendQuery, NanSpoilsThoseWhoSeeIt) {
   Head head = weighted();
   head.k[3][0] = nan;
   head.v[2][0] = infinity;
-  EXPECT_TRUE(std::isnan(attend_query(head, geometry(6), 1.0, 3, in_order, List{0, 1}).out[1]));
-  EXPECT_EQ(attend_query(head, geometry(6), 1.0, 2, in_order, List{0, 1}).out[0], infinity);
-  EXPECT_NEAR(attend_query(head, geometry(6), 1.0, 1, in_order, List{0}).out[0], 5.0 / 3, 1e-15);
-  EXPECT_NEAR(attend_query(head, geometry(6), 1.0, 5, in_order, List{0, 2}).out[0], 277.0 / 14, 1e-14);
+  EXPECT_TRUE(std::isnan(attend_query(head, geometry(6), Logits(1.0), 3, in_order, List{0, 1}).out[1]));
+  EXPECT_EQ(attend_query(head, geometry(6), Logits(1.0), 2, in_order, List{0, 1}).out[0], infinity);
+  EXPECT_NEAR(attend_query(head, geometry(6), Logits(1.0), 1, in_order, List{0}).out[0], 5.0 / 3, 1e-15);
+  EXPECT_NEAR(attend_query(head, geometry(6), Logits(1.0), 5, in_order, List{0, 2}).out[0], 277.0 / 14, 1e-14);
   head.k[1][0] = infinity;
-  EXPECT_TRUE(std::isnan(attend_query(head, geometry(6), 1.0, 1, in_order, List{0}).out[0]));
+  EXPECT_TRUE(std::isnan(attend_query(head, geometry(6), Logits(1.0), 1, in_order, List{0}).out[0]));
 }
 
 TEST(AttendQuery, OfScoresOfMinusInfinityToo) {
@@ -103,7 +105,7 @@ TEST(AttendQuery, OfScoresOfMinusInfinityToo) {
   head.v[1][0] = nan;
   head.v[3][1] = infinity;
   const auto out = [&](std::int64_t query, const List& list, const PooledBlocks* pooled = nullptr) {
-    const auto result = attend_query(head, geometry(6), 1.0, query, in_order, list, pooled);
+    const auto result = attend_query(head, geometry(6), Logits(1.0), query, in_order, list, pooled);
     EXPECT_EQ(result.lse, -infinity);
     return result.out;
   };
@@ -129,13 +131,14 @@ TEST(AttendQuery, LeftOutBlocksAnswerAsTheirMeans) {
   const std::vector<std::int32_t> order{0, 1, 2, 3, 4, 5};
   const PooledBlocks pooled{pool_keys(head, g, order), pool_values(head, g, order)};
   const std::vector<std::int32_t> list{0, 2};
-  const QueryResult result = attend_query(head, g, 1.0, 5, order, list, &pooled);
+  const QueryResult result = attend_query(head, g, Logits(1.0), 5, order, list, &pooled);
   EXPECT_NEAR(result.out[0], (1 + 2 * 3 * 7) / (4 + 2 * 3.0), 1e-7);
   EXPECT_NEAR(result.lse, std::log(10), 1e-7);
   // What is listed isn't counted again, and a mean of its keys alone is exact where they are alike.
-  EXPECT_NEAR(attend_query(head, g, 1.0, 5, order, std::vector<std::int32_t>{0, 1, 2}, &pooled).lse,
-              attend_query(head, g, 1.0, 5, order, std::vector<std::int32_t>{0, 1, 2}).lse, 0);
-  EXPECT_NEAR(attend_query(head, g, 1.0, 3, order, std::vector<std::int32_t>{1}, &pooled).lse, std::log(4), 1e-7);
+  EXPECT_NEAR(attend_query(head, g, Logits(1.0), 5, order, std::vector<std::int32_t>{0, 1, 2}, &pooled).lse,
+              attend_query(head, g, Logits(1.0), 5, order, std::vector<std::int32_t>{0, 1, 2}).lse, 0);
+  EXPECT_NEAR(attend_query(head, g, Logits(1.0), 3, order, std::vector<std::int32_t>{1}, &pooled).lse, std::log(4),
+              1e-7);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ TEST(KeyScores, MeanOfTheLastBlocksSoftmaxOverCompleteSegments) {
   const Head head{.q = column({9, 9, 9, 9, 0, 1}),
                   .k = column({std::log(1), std::log(2), std::log(3), std::log(4), 50, 50}),
                   .v = column({0, 0, 0, 0, 0, 0})};
-  const auto scores = key_scores(head, geometry(6, 6), 1.0);
+  const auto scores = key_scores(head, geometry(6, 6), Logits(1.0));
   ASSERT_EQ(scores.size(), 4);
   EXPECT_NEAR(scores[0], (0.25 + 0.1) / 2, 1e-15);
   EXPECT_NEAR(scores[1], (0.25 + 0.2) / 2, 1e-15);
@@ -29,19 +29,38 @@ TEST(KeyScores, MeanOfTheLastBlocksSoftmaxOverCompleteSegments) {
 TEST(KeyScores, NoCausalMaskAndFewerQueriesThanABlock) {
   // The only query is token 3; a second one, token 2, would still see key 3.
   const Head one{.q = column({1}), .k = column({0, 0, 0, std::log(5)}), .v = column({0, 0, 0, 0})};
-  EXPECT_NEAR(key_scores(one, geometry(1, 4), 1.0)[3], 5.0 / 8, 1e-15);
+  EXPECT_NEAR(key_scores(one, geometry(1, 4), Logits(1.0))[3], 5.0 / 8, 1e-15);
   const Head two{.q = column({1, 0}), .k = one.k, .v = one.v};
-  EXPECT_NEAR(key_scores(two, geometry(2, 4), 1.0)[3], (5.0 / 8 + 0.25) / 2, 1e-15);
+  EXPECT_NEAR(key_scores(two, geometry(2, 4), Logits(1.0))[3], (5.0 / 8 + 0.25) / 2, 1e-15);
 }
 
 TEST(KeyScores, ScaleMultipliesScores) {
   const Head head{.q = column({1}), .k = column({0, 0, 0, std::log(25)}), .v = column({0, 0, 0, 0})};
-  EXPECT_NEAR(key_scores(head, geometry(1, 4), 0.5)[3], 5.0 / 8, 1e-15);
+  EXPECT_NEAR(key_scores(head, geometry(1, 4), Logits(0.5))[3], 5.0 / 8, 1e-15);
+}
+
+TEST(KeyScores, CappedLogits) {
+  // Query 5 weighs the keys 1 : 3 : 9 : 1/3, query 4 weighs them equally.
+  const Head head{
+      .q = column({0, 0, 0, 0, 0, 1}), .k = column({0, to_log3, to_log9, -to_log3, 0, 0}), .v = column({0})};
+  const auto scores = key_scores(head, geometry(6, 6), Logits(1, softcap));
+  const std::vector<double> third{3, 9, 27, 1};  // in thirds
+  ASSERT_EQ(scores.size(), 4);
+  for (std::size_t n = 0; n < 4; ++n) EXPECT_NEAR(scores[n], (0.25 + third[n] / 40) / 2, 1e-15) << n;
+}
+
+TEST(KeyScores, ACapMayChangeTheOrder) {
+  // Query 4 weighs the keys 9 : 9 : 1 : 1; uncapped, key 0 has it all. Query 5 weighs them 3^-1.6 : 1/3 : 1 : 1, since
+  // tanh(log 3) is 0.8; uncapped, about 0.09 : 0.3 : 1 : 1. So key 1 has the highest mean; uncapped, the lowest.
+  const Head head{.q = column({0, 0, 0, 0, 1, -to_log3 / 500}), .k = column({1000, 500, 0, 0, 0, 0}), .v = column({0})};
+  const Geometry g = geometry(6, 6);
+  EXPECT_EQ(order_keys(g, key_scores(head, g, Logits(1, softcap))), (List{1, 0, 2, 3, 4, 5}));
+  EXPECT_EQ(order_keys(g, key_scores(head, g, Logits(1))), (List{0, 2, 3, 1, 4, 5}));
 }
 
 TEST(KeyScores, OneNanSpoilsAll) {
   const Head head{.q = column({1}), .k = column({0, nan, 0, 1}), .v = column({0, 0, 0, 0})};
-  for (const double score : key_scores(head, geometry(1, 4), 1.0)) EXPECT_TRUE(std::isnan(score));
+  for (const double score : key_scores(head, geometry(1, 4), Logits(1.0))) EXPECT_TRUE(std::isnan(score));
 }
 
 TEST(LearnedScores, WeighsPairsAndNumbers) {

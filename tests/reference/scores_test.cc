@@ -5,6 +5,7 @@
 
 #include "core/score_traits.h"
 #include "reference/by_hand.h"
+#include "reference/select/scores/last_queries.h"
 
 namespace pbsattn::reference {
 namespace {
@@ -172,6 +173,64 @@ TEST(NewScores, NanCountsAsZero) {
   }
 }
 
+// ------------------------------------------------------------------------------------------- capped logits
+
+Options capped(BlockScore score) {
+  Options options = options_of(score);
+  options.softcap = static_cast<float>(softcap);
+  return options;
+}
+
+// Makes a head whose row 2 has the queries 1 and `last`, of blocks with mean keys that weigh 3 : 9 : 1 to 1 and
+// 1/3 : 1/9 : 1 to -1. Capped one by one, keys of block 0 would weigh about 5.8 and 1.
+Head capped_means(double last) {
+  return {.q = column({0, 0, 0, 0, 1, last}), .k = column({2 * to_log3, 0, to_log9, to_log9, 0, 0}), .v = column({0})};
+}
+
+TEST(CappedLogits, OfMeans) {
+  expect_near(scores_of(capped(BlockScore::mean_pool), capped_means(1), geometry(6, 6), 2)[0], {3.0 / 12, 9.0 / 12});
+  expect_near(scores_of(capped(BlockScore::mean_pool_causal), capped_means(1), geometry(6, 6), 2)[0],
+              {3.0 / 13, 9.0 / 13, 1.0 / 13});
+  // Query 5 has 3, 1 and 9 ninths.
+  expect_near(scores_of(capped(BlockScore::per_query), capped_means(-1), geometry(6, 6), 2)[0],
+              {3.0 / 13, 5.0 / 13, 5.0 / 13});
+  // Sums of 3 + 1/3, 9 + 1/9 and 1 + 1.
+  expect_near(scores_of(capped(BlockScore::energy), capped_means(-1), geometry(6, 6), 2)[0],
+              {30.0 / 130, 82.0 / 130, 18.0 / 130});
+}
+
+TEST(CappedLogits, OfKeys) {
+  // Keys weigh 3, 1, 9, 1, 1 and 1; the first query doesn't see the last.
+  Head head{.q = column({0, 0, 0, 0, 1, 1}), .k = column({to_log3, 0, to_log9, 0, 0, 0}), .v = column({0})};
+  expect_near(scores_of(capped(BlockScore::exact), head, geometry(6, 6), 2)[0],
+              {(4.0 / 15 + 4.0 / 16) / 2, (10.0 / 15 + 10.0 / 16) / 2, (1.0 / 15 + 2.0 / 16) / 2});
+  // 3, 3, 9, 9, 1 and 1, and their means 3, 9 and 1.
+  head.k = column({to_log3, to_log3, to_log9, to_log9, 0, 0});
+  expect_near(scores_of(capped(BlockScore::sampled), head, geometry(6, 6), 2)[0],
+              {((6.0 / 25 + 6.0 / 26) / 2 + 3.0 / 13) / 2, ((18.0 / 25 + 18.0 / 26) / 2 + 9.0 / 13) / 2,
+               ((1.0 / 25 + 2.0 / 26) / 2 + 1.0 / 13) / 2});
+}
+
+TEST(CappedLogits, OfBothSteps) {
+  // As two_steps, but that the first step gives the blocks 9, 1 and 1; of its keys token 5 gives block 0 9 + 1.
+  Head head = two_steps;
+  head.k[0][0] = 2 * to_log9;
+  Options options = two_step(0.5F);
+  options.softcap = static_cast<float>(softcap);
+  expect_near(scores_of(options, head, geometry(6, 6), 2)[0],
+              {(9.0 / 11 + (2.0 / 5 + 10.0 / 14) / 2) / 2, 1.0 / 11 / 2, (1.0 / 11 + (1.0 / 5 + 2.0 / 14) / 2) / 2});
+}
+
+TEST(CappedLogits, OfColumnsAndDiagonals) {
+  // The last two queries weigh the keys 1 : 3 : 9, and 1 : 3 : 9 : 1.
+  const Head head{.q = column({0, 0, 1, 1}), .k = column({0, to_log3, to_log9, 0}), .v = column({0})};
+  const Masses masses = last_queries_masses(head, geometry(4, 4), Logits(1, softcap), 2);
+  expect_near(masses.column,
+              {(1.0 / 13 + 1.0 / 14) / 2, (3.0 / 13 + 3.0 / 14) / 2, (9.0 / 13 + 9.0 / 14) / 2, 1.0 / 14 / 2});
+  expect_near(masses.diagonal,
+              {(9.0 / 13 + 1.0 / 14) / 2, (3.0 / 13 + 9.0 / 14) / 2, (1.0 / 13 + 3.0 / 14) / 2, 1.0 / 14 / 2});
+}
+
 // ---------------------------------------------------------------------------------------------- dual_band
 
 // Makes a head of four columns: pairs (0, 2), fast, and (1, 3), slow. The fast band has pair 0, the slow one pair 1
@@ -191,6 +250,14 @@ TEST(DualBand, EachBandScoresByItself) {
   const double e = std::exp(4.0);
   expect_near(scores[0], {1 / (2 + e), e / (2 + e), 1 / (2 + e)});
   expect_near(scores[1], {e / (2 + e), 1 / (2 + e), 1 / (2 + e)});
+}
+
+TEST(DualBand, CapsTheProductsOfABand) {
+  Head head = four_columns();
+  for (double& x : head.k.values) x *= to_log3 / 4;  // logits are to_log3 where they were 4: their factors stay
+  const auto scores = scores_of(capped(BlockScore::dual_band), head, geometry(6, 6, 2, 4), 2);
+  expect_near(scores[0], {1.0 / 5, 3.0 / 5, 1.0 / 5});
+  expect_near(scores[1], {3.0 / 5, 1.0 / 5, 1.0 / 5});
 }
 
 TEST(DualBand, ABlockIsKeptThatEitherKeeps) {

@@ -50,37 +50,37 @@ TEST(PoolQuery, RulesDifferOnShortRows) {
 
 TEST(BlockScores, SoftmaxOverBlocksBeforeTheOwnSegment) {
   const Matrix keys = column({std::log(1), std::log(3), 77});
-  const auto scores = block_scores(std::vector<double>{1}, keys, 2, 1.0);
+  const auto scores = block_scores(std::vector<double>{1}, keys, 2, Logits(1.0));
   ASSERT_EQ(scores.size(), 2);
   EXPECT_NEAR(scores[0], 0.25, 1e-15);
   EXPECT_NEAR(scores[1], 0.75, 1e-15);
-  EXPECT_NEAR(block_scores(std::vector<double>{4}, keys, 2, 0.25)[1], 0.75, 1e-15);
-  EXPECT_TRUE(block_scores(std::vector<double>{1}, keys, 0, 1.0).empty());
+  EXPECT_NEAR(block_scores(std::vector<double>{4}, keys, 2, Logits(0.25))[1], 0.75, 1e-15);
+  EXPECT_TRUE(block_scores(std::vector<double>{1}, keys, 0, Logits(1.0)).empty());
 }
 
 TEST(BlockScores, NanCountsAsZero) {
-  EXPECT_EQ(block_scores(std::vector<double>{1}, column({1, nan}), 2, 1.0), (std::vector<double>{0, 0}));
+  EXPECT_EQ(block_scores(std::vector<double>{1}, column({1, nan}), 2, Logits(1.0)), (std::vector<double>{0, 0}));
 }
 
 TEST(PerQueryScores, MeanOfEachQuerysSoftmax) {
   // Row 2 of six tokens: queries 0 and 1, blocks 0 to 2. Shares 1/3 each, and 1/5, 3/5, 1/5.
   const Matrix keys = column({0, std::log(3), 0});
   const Head head{.q = column({9, 9, 9, 9, 0, 1}), .k = column({0}), .v = column({0})};
-  const auto scores = per_query_scores(head, geometry(6, 6), 2, keys, 1.0);
+  const auto scores = per_query_scores(head, geometry(6, 6), 2, keys, Logits(1.0));
   ASSERT_EQ(scores.size(), 3);
   EXPECT_NEAR(scores[0], 4.0 / 15, 1e-15);
   EXPECT_NEAR(scores[1], 7.0 / 15, 1e-15);
   EXPECT_NEAR(scores[2], 4.0 / 15, 1e-15);
   // A chunk of tokens 5 and later: row 0 is query 0 alone, and its mean is over one.
   const Head chunk{.q = column({2}), .k = column({0}), .v = column({0})};
-  EXPECT_NEAR(per_query_scores(chunk, geometry(1, 6), 0, keys, 0.5)[1], 0.6, 1e-15);
+  EXPECT_NEAR(per_query_scores(chunk, geometry(1, 6), 0, keys, Logits(0.5))[1], 0.6, 1e-15);
 }
 
 TEST(PerQueryScores, QueriesThatDisagreeAreNotAveragedAway) {
   // Their mean query is 0 and sees no difference between blocks.
   const Matrix keys = column({-1, 0, 0, 1, 0});
   const Head head{.q = column({0, 0, 0, 0, 0, 0, 0, 0, 40, -40}), .k = column({0}), .v = column({0})};
-  const auto scores = per_query_scores(head, geometry(10, 10), 4, keys, 1.0);
+  const auto scores = per_query_scores(head, geometry(10, 10), 4, keys, Logits(1.0));
   EXPECT_NEAR(scores[0], 0.5, 1e-12);
   EXPECT_NEAR(scores[1], 0.0, 1e-12);
   EXPECT_NEAR(scores[3], 0.5, 1e-12);
@@ -89,18 +89,19 @@ TEST(PerQueryScores, QueriesThatDisagreeAreNotAveragedAway) {
 TEST(ExactScores, TrueMassOfVisibleKeys) {
   // Row 2 of six tokens, segments of two blocks: query 4 sees keys 0 .. 4, query 5 all six.
   Head head{.q = column({9, 9, 9, 9, 0, 1}), .k = column({std::log(2), 0, 0, 0, 0, 0}), .v = column({0})};
-  const auto scores = exact_scores(head, geometry(6, 6), 2, identity(6), 1.0);
+  const auto scores = exact_scores(head, geometry(6, 6), 2, identity(6), Logits(1.0));
   ASSERT_EQ(scores.size(), 3);
   EXPECT_NEAR(scores[0], (2.0 / 5 + 3.0 / 7) / 2, 1e-15);
   EXPECT_NEAR(scores[1], (2.0 / 5 + 2.0 / 7) / 2, 1e-15);
   EXPECT_NEAR(scores[2], (1.0 / 5 + 2.0 / 7) / 2, 1e-15);
   // Keys 0 and 2 change places: the heavy one is in the second block.
-  EXPECT_NEAR(exact_scores(head, geometry(6, 6), 2, List{2, 1, 0, 3, 4, 5}, 1.0)[1], (2.0 / 5 + 3.0 / 7) / 2, 1e-15);
+  EXPECT_NEAR(exact_scores(head, geometry(6, 6), 2, List{2, 1, 0, 3, 4, 5}, Logits(1.0))[1], (2.0 / 5 + 3.0 / 7) / 2,
+              1e-15);
 }
 
 TEST(PerQueryScores, NanCountsAsZero) {
   const Head head{.q = column({0, 0, 0, 0, 1, nan}), .k = column({0}), .v = column({0})};
-  EXPECT_EQ(per_query_scores(head, geometry(6, 6), 2, column({1, 2, 3}), 1.0), (std::vector<double>{0, 0, 0}));
+  EXPECT_EQ(per_query_scores(head, geometry(6, 6), 2, column({1, 2, 3}), Logits(1.0)), (std::vector<double>{0, 0, 0}));
 }
 
 TEST(SelectBlocks, AThresholdMayFallWithTheTokens) {

@@ -94,16 +94,16 @@ std::optional<reference::PooledBlocks> pooled_blocks(const Options& options, con
 
 Values attend_exact(const Problem& problem, const Options& options, const Trace& trace) {
   Values values;
-  for_each_query(
-      problem, options, trace, [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {
-        const auto pooled = pooled_blocks(options, head, geometry, order);
-        for (std::int64_t query = 0; query < problem.shape.q_len; ++query) {
-          const auto result =
-              reference::attend_query(head, geometry, options, query, order, list(query), pooled ? &*pooled : nullptr);
-          values.out.insert(values.out.end(), result.out.begin(), result.out.end());
-          values.lse.push_back(result.lse);
-        }
-      });
+  for_each_query(problem, options, trace,
+                 [&](const Geometry& geometry, const auto& head, const auto& order, auto list) {
+                   const auto pooled = pooled_blocks(options, head, geometry, order);
+                   for (std::int64_t query = 0; query < problem.shape.q_len; ++query) {
+                     const auto result = reference::attend_query(head, geometry, reference::Logits(options), query,
+                                                                 order, list(query), pooled ? &*pooled : nullptr);
+                     values.out.insert(values.out.end(), result.out.begin(), result.out.end());
+                     values.lse.push_back(result.lse);
+                   }
+                 });
   return values;
 }
 

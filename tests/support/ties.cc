@@ -52,7 +52,8 @@ std::vector<double> ordering_scores(const Inputs& inputs, const Options& options
   const std::int64_t count = shared ? geometry.group() : 1;
   std::vector<double> mean(geometry.permuted_len(), 0.0);
   for (std::int64_t i = first; i < first + count; ++i) {
-    const auto scores = reference::key_scores(reference::load_head(inputs, geometry, batch, i), geometry, options);
+    const auto scores =
+        reference::key_scores(reference::load_head(inputs, geometry, batch, i), geometry, reference::Logits(options));
     for (std::size_t n = 0; n < mean.size(); ++n) mean[n] += scores[n] / static_cast<double>(count);
   }
   for (std::int64_t slot = 0; options.permutation == Permutation::arrival && slot < kept.known; ++slot)

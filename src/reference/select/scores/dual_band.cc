@@ -47,7 +47,7 @@ std::vector<Band> calibrate_bands(const Head& head, const Options& options, cons
     // once for what pooling left of their squares.
     const double share = width / static_cast<double>(dim) * root_mean_square(pooled_q, of) / queries *
                          root_mean_square(pooled_own, of) / keys;
-    bands.push_back({of, {options.scale / share, options.softcap}});
+    bands.push_back({of, Logits(options.scale / share, options.softcap)});
   }
   return bands;
 }

@@ -47,7 +47,7 @@ void keep_pooled(const Head& head, const Options& options, const Geometry& geome
   std::vector<Cell> cells;
   for (std::int64_t row = 0; row < geometry.rows(); ++row) {
     const auto scores =
-        block_scores(pool_query(head, options, geometry, row), pooled_own, geometry.diagonal(row) + 1, options);
+        block_scores(pool_query(head, options, geometry, row), pooled_own, geometry.diagonal(row) + 1, Logits(options));
     for (std::int64_t b = 0; b < std::ssize(scores); ++b) cells.push_back({scores[b], row, b});
   }
   std::ranges::stable_sort(cells, [](const Cell& a, const Cell& b) { return a.score > b.score; });
@@ -79,7 +79,7 @@ Pattern flexible_pattern(const Head& head, const Options& options, const Geometr
     return pattern;
   }
 
-  auto masses = last_queries_masses(head, geometry, options, geometry.scoring_queries());
+  auto masses = last_queries_masses(head, geometry, Logits(options), geometry.scoring_queries());
   // Distances in blocks, counted from the longest one, which ends at key 0.
   std::vector<double> by_distance = sums_by_block(std::vector(masses.diagonal.rbegin(), masses.diagonal.rend()), block);
   std::ranges::reverse(by_distance);
@@ -89,7 +89,7 @@ Pattern flexible_pattern(const Head& head, const Options& options, const Geometr
   for (std::int64_t i = 0; i < geometry.scoring_queries(); ++i)
     for (std::int64_t d = 0; d < geometry.shape.head_dim; ++d)
       query[d] += head.q[geometry.shape.q_len - 1 - i][d] / static_cast<double>(geometry.scoring_queries());
-  const auto predicted = block_scores(query, pooled_own, blocks, options);
+  const auto predicted = block_scores(query, pooled_own, blocks, Logits(options));
   const bool no_value = std::ranges::all_of(predicted, [](double s) { return s == 0; });
   const double apart = distance(predicted, by_column);
   const auto tau = static_cast<double>(options.tau);

@@ -38,7 +38,7 @@ Scoring prepare_scores(const Head& head, const Options& options, const Geometry&
 
 RowScores row_scores(const Head& head, const Options& options, const Geometry& geometry, std::int64_t row,
                      std::span<const std::int32_t> order, const Scoring& scoring) {
-  const Logits logits = options;
+  const Logits logits(options);
   const std::int64_t own_begin = geometry.own_begin(row);
   const std::int64_t causal = geometry.diagonal(row) + 1;
   const auto pooled_q = [&] { return pool_query(head, options, geometry, row); };

@@ -8,7 +8,7 @@ namespace pbsattn::reference {
 Pattern vertical_slash_pattern(const Head& head, const Options& options, const Geometry& geometry, double* margin) {
   using namespace minference;
   const auto masses =
-      last_queries_masses(head, geometry, options, std::min<std::int64_t>(last_queries, geometry.shape.q_len));
+      last_queries_masses(head, geometry, Logits(options), std::min<std::int64_t>(last_queries, geometry.shape.q_len));
   const auto columns = heaviest(masses.column, std::max(options.vertical, least_columns), least_columns, margin);
   const auto diagonals = heaviest(masses.diagonal, std::max(options.slash, least_diagonals), near_diagonals, margin);
 
