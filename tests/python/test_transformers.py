@@ -175,94 +175,6 @@ def test_training_falls_back():
         falls_back(model, "training", gradient, gradient())
 
 
-# Models whose layers carry more than keys and values: family, what its config has, and how it computes them itself.
-ALTERNATING = dict(layer_types=["sliding_attention", "full_attention"])
-CARRYING = {
-    "gemma2": ("Gemma2", dict(sliding_window=128, query_pre_attn_scalar=64, attn_logit_softcapping=2.0, **ALTERNATING)),
-    "gemma3": ("gemma3", dict(sliding_window=130)),
-    "gpt_oss": ("GptOss", dict(sliding_window=128, num_local_experts=2, num_experts_per_tok=1, **ALTERNATING)),
-    "mistral": ("mistral", dict(sliding_window=200)),
-    "deepseek": (
-        "DeepseekV3",
-        dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_key_value_heads=4, head_dim=64),
-    ),
-}
-
-
-def build_carrying(family, device):
-    name, changes = CARRYING[family]
-    model = build(name, device, **changes)
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("sinks"):
-            parameter.data.normal_()
-    model.set_attn_implementation("eager")
-    return model
-
-
-def takes_all(model, device):
-    """Whether every layer of the last prefill was computed: on a GPU those that carry nothing alone are."""
-    layers = pt.stats(model)
-    return len(layers) == 2 and (device == "cuda" or all(layer.taken and not layer.left for layer in layers))
-
-
-@pytest.mark.parametrize("family", CARRYING)
-def test_what_layers_carry_is_computed(family, device):
-    model = build_carrying(family, device)
-    ids = prompt(device)
-    expected = model(ids).logits
-    with warnings.catch_warnings():
-        warnings.simplefilter("error" if device == "cpu" else "ignore", pt.FallbackWarning)
-        with enable(model, top_p=1.0):
-            close(model(ids).logits, expected)
-            assert takes_all(model, device)
-            short = ids[:, :110]
-            close(model(short).logits, expected[:, :110])
-            assert takes_all(model, device)
-            cache, logits = None, []
-            for chunk in ids.split([100, 250, 129, 70, 51], dim=1):
-                out = model(chunk, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                logits.append(out.logits)
-            close(torch.cat(logits, 1), expected)
-    assert torch.equal(model(ids).logits, expected)
-
-
-@pytest.mark.parametrize("family", CARRYING)
-def test_what_layers_carry_is_generated_with(family, device):
-    model, ids = build_carrying(family, device), prompt(device, tokens=300)
-    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
-    expected = torch.stack(model.generate(ids, **options).logits)
-    with enable(model, top_p=1.0), warnings.catch_warnings():
-        warnings.simplefilter("error" if device == "cpu" else "ignore", pt.FallbackWarning)
-        close(torch.stack(model.generate(ids, **options).logits), expected)
-
-
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "mistral"])
-def test_what_layers_carry_is_padded_elsewhere(family, device):
-    """What pbsattn leaves of such layers the model computes as before."""
-    model, ids = build_carrying(family, device), prompt(device, batch=2)
-    mask = torch.ones(2, TOKENS, dtype=torch.long, device=device)
-    mask[1, :100] = 0
-
-    def call():
-        return model(ids, attention_mask=mask).logits[mask.bool()]
-
-    expected = call()
-    with enable(model, top_p=1.0), warnings.catch_warnings():
-        warnings.simplefilter("ignore", pt.FallbackWarning)
-        close(call(), expected)
-        assert not any(layer.taken for layer in pt.stats(model))
-
-
-def test_only_the_window_is_computed():
-    """A window is what it is, however few blocks the method would keep, and its density says how little that is."""
-    model, ids = build_carrying("mistral", "cpu"), prompt()
-    expected = model(ids).logits
-    with enable(model, method="streaming"):
-        close(model(ids).logits, expected)
-        assert all(0 < layer.density < 1 for layer in pt.stats(model))
-
-
 def test_what_this_device_refuses_falls_back(device):
     if device == "cpu":
         model = build("llama", head_dim=60)
@@ -340,27 +252,6 @@ def test_two_models_keep_their_settings(device):
     with enable(one, top_p=0.3, stats=True), enable(two, top_p=1.0, stats=True):
         one(ids), two(ids)
         assert pt.stats(one)[0].density < 1.0 == pt.stats(two)[0].density
-
-
-def test_a_compiled_model_has_no_graph_break(device):
-    model = build("llama", device)
-    ids = prompt(device)
-    expected = model(ids).logits
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with enable(model, top_p=1.0):
-        close(compiled(ids).logits, expected)
-        assert [layer.taken for layer in pt.stats(model)] == [1, 1]
-
-
-def test_compiled_chunks_over_a_cache(device):
-    model = build("llama", device)
-    ids = prompt(device)
-    expected = model(ids).logits[:, -1]
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with enable(model, top_p=1.0):
-        first = compiled(ids[:, :400], use_cache=True)
-        close(compiled(ids[:, 400:], past_key_values=first.past_key_values, use_cache=True).logits[:, -1], expected)
-        assert [layer.taken for layer in pt.stats(model)] == [2, 2]
 
 
 def test_threads_share_a_model(device):
