@@ -31,7 +31,10 @@ Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batc
             .q_dtype = inputs.q.dtype,
             .k_dtype = inputs.k.dtype,
             .v_dtype = inputs.v.dtype};
-  if (!inputs.sinks.empty()) head.sink = static_cast<double>(inputs.sinks[q_head]);
+  if (inputs.sinks.empty()) return head;
+  constexpr float largest = 2.3e38F;  // as which larger ones count
+  const float sink = inputs.sinks[q_head];
+  head.sink = std::isfinite(sink) ? std::clamp(sink, -largest, largest) : sink;
   return head;
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <string>
 
@@ -25,6 +26,18 @@ Share overlapping("of those, calls whose output lies over an input", 0.01);
 Ties other_orders("heads whose keys stand in another order than the reference's");
 Ties other_lists("rows that list other blocks than the reference in the same order of keys");
 
+// One like a model's, or now and then one that is no number, or as large as a float can be.
+float take_sink(Bytes& bytes) {
+  using Limits = std::numeric_limits<float>;
+  constexpr std::array ends{Limits::quiet_NaN(), Limits::infinity(), -Limits::infinity(),
+                            Limits::max(),       Limits::lowest(),   1e30F};
+  constexpr std::int64_t largest = 24;  // in quarters
+  const std::int64_t drawn = bytes.take_near(-largest, largest + std::ssize(ends));
+  const std::int64_t end = drawn - largest - 1;
+  if (end >= 0 && end < std::ssize(ends)) return ends[static_cast<std::size_t>(end)];
+  return static_cast<float>(drawn) / 4;
+}
+
 struct Tensors {
   Tensors(Bytes& bytes, const Shape& s)
       : q(bytes, s.batch, s.q_heads, s.q_len, s.head_dim),
@@ -33,7 +46,7 @@ struct Tensors {
         out(bytes, s.batch, s.q_heads, s.q_len, value_dim(s)),
         lse(static_cast<std::size_t>(s.batch * s.q_heads * s.q_len)) {
     if (!bytes.take_rarely(3)) return;
-    for (std::int64_t h = 0; h < s.q_heads; ++h) sinks.push_back(static_cast<float>(bytes.take_near(-6, 6)));
+    for (std::int64_t h = 0; h < s.q_heads; ++h) sinks.push_back(take_sink(bytes));
   }
 
   // Draws what the plan's permutation takes besides; of hostile bytes nearly so.

@@ -124,7 +124,7 @@ TEST(Layers, AWindowIsAllThatItsPlanComputes) {
   EXPECT_EQ(run(heads, problem, {.device = Device::reference()}).options.keep, KeepRule::top_p);
 }
 
-// A sink far above every logit takes all weight, one of -inf none.
+// A sink far above every logit takes all weight, one of -inf none. Finite ones have an end, which backends share.
 TEST(Layers, SinksAtTheirEnds) {
   Problem problem({.shape = {.q_heads = 2, .q_len = 20, .kv_len = 20, .head_dim = 8}});
   run(small_blocks(1), problem, {.device = Device::reference()});
@@ -135,6 +135,13 @@ TEST(Layers, SinksAtTheirEnds) {
   const Values with = outputs_of(problem);
   for (std::size_t i = 0; i < with.lse.size(); ++i) EXPECT_EQ(with.lse[i], i < 20 ? without.lse[i] : 1e6);
   for (std::size_t i = 0; i < with.out.size(); ++i) EXPECT_EQ(with.out[i], i < 160 ? without.out[i] : 0);
+  problem.sinks = {std::numeric_limits<float>::lowest(), std::numeric_limits<float>::max()};
+  for (const Device& device : {Device::reference(), Device::cpu(1)}) {
+    run(pbs(1), problem, {.device = device});
+    const Values ends = outputs_of(problem);
+    for (std::size_t i = 0; i < 20; ++i) EXPECT_NEAR(ends.lse[i], without.lse[i], 1e-5) << i;
+    for (std::size_t i = 20; i < 40; ++i) EXPECT_NEAR(ends.lse[i], 2.3e38, 1e32) << i;
+  }
 }
 
 }  // namespace
