@@ -108,6 +108,20 @@ def test_a_compiled_model_has_no_graph_break(device):
         assert [layer.taken for layer in pt.stats(model)] == [1, 1]
 
 
+def test_a_compiled_model_with_values_of_a_width_that_is_refused(device):
+    """A call of the op in a graph can't be refused any more, so what it has is judged before."""
+    widths = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=20, num_key_value_heads=4)
+    model = build("DeepseekV3", device, first_k_dense_replace=2, **widths)
+    ids = prompt(device)
+    expected = model(ids).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with enable(model, top_p=1.0):
+        close(compiled(ids).logits, expected)
+        layers = pt.stats(model)
+    assert [(layer.taken, layer.left) for layer in layers] == [(0, 1), (0, 1)]
+    assert all("its values have head_dim 20" in layer.reason for layer in layers)
+
+
 def test_compiled_chunks_over_a_cache(device):
     model = build("llama", device)
     ids = prompt(device)
