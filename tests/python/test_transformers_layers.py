@@ -8,7 +8,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
 import pbsattn.transformers as pt  # noqa: E402
-from test_transformers import TOKENS, build, close, enable, inference, prompt  # noqa: E402, F401
+from test_transformers import TOKENS, build, close, enable, falls_back, inference, prompt  # noqa: E402, F401
 
 # Models whose layers carry more than keys and values: family, what its config has, and how it computes them itself.
 ALTERNATING = dict(layer_types=["sliding_attention", "full_attention"])
@@ -60,6 +60,37 @@ def test_what_layers_carry_is_computed(family, device):
                 logits.append(out.logits)
             close(torch.cat(logits, 1), expected)
     assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_windows_density_counts_the_keys_that_the_cache_dropped():
+    """Over chunks it is that of the whole prompt: visited blocks among those that dense attention would compute."""
+    model, ids = build_carrying("mistral", "cpu"), prompt(tokens=1280)
+    with enable(model, top_p=1.0):
+        model(ids)
+        whole = pt.stats(model)[0]
+        assert whole.causal_blocks == 4 * (10 * 11 // 2)
+        cache = None
+        for chunk in ids.split(256, dim=1):
+            cache = model(chunk, past_key_values=cache, use_cache=True).past_key_values
+        assert cache.layers[0].keys.shape[2] == 199, "what a window of 200 needs"
+        chunked = pt.stats(model)[0]
+    assert chunked.taken == 5
+    # From the second chunk on a layer is given 199 keys that the cache kept, and 256: three rows, which see 2, 3 and 4
+    # blocks of those, and the blocks of the 57, 313, 569 and 825 keys before them.
+    assert chunked.causal_blocks == 4 * (1 + 2 + 4 * (2 + 3 + 4) + 3 * (1 + 3 + 5 + 7))
+    assert chunked.visited_blocks == 4 * (1 + 2 + 4 * (2 + 3 + 3))
+
+
+@pytest.mark.parametrize("cap", [0.0, -2.0])
+def test_a_cap_that_is_none_is_left_to_the_model(cap):
+    """Of 0 eager attention makes logits that all are 0; no cap would be another thing."""
+    model, ids = build("Gemma2", **{**CARRYING["gemma2"][1], "attn_logit_softcapping": cap}), prompt()
+    model.set_attn_implementation("eager")
+
+    def call():
+        return model(ids).logits
+
+    falls_back(model, f"its soft-cap is {cap}, not a finite, positive number", call, call())
 
 
 @pytest.mark.parametrize("family", CARRYING)

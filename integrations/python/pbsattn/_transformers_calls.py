@@ -1,6 +1,7 @@
 """Attention calls of transformers models: which of them pbsattn computes, and what it tells of them."""
 
 import dataclasses
+import math
 import typing
 import warnings
 import weakref
@@ -9,6 +10,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from . import _core
 from ._op import attention
 from ._transformers_fallback import HARMLESS, describe, fall_back, own, unknown
 from ._transformers_masks import CausalMask, causal_mask
@@ -119,6 +121,9 @@ def _reason_to_leave(
         return f"its sinks have shape {tuple(sinks.shape)}; it has {query.shape[1]} query heads"
     if isinstance(scaling, torch.Tensor):
         return "its scale is a tensor"
+    softcap = kwargs.get("softcap")
+    if softcap is not None and not 0 < softcap < math.inf:
+        return f"its soft-cap is {softcap}, not a finite, positive number"
     return _lacking(query, value, mask, kwargs)
 
 
@@ -192,7 +197,7 @@ def _pick(
     names = unknown(kwargs)
     if layer is not None and layer.options is not None and query.shape[2] >= layer.state.min_tokens:
         reason = _reason_to_leave(query, key, value, mask, names, dropout, scaling, causal, kwargs)
-        first_chunk = mask.q_offset == 0 if type(mask) is CausalMask else query.shape[2] == key.shape[2]
+        first_chunk = mask.q_offset + mask.dropped == 0 if type(mask) is CausalMask else query.shape[2] == key.shape[2]
         record = layer.of_call(first_chunk)
         if reason is None:
             try:
@@ -237,6 +242,10 @@ def _attend(
     out, stats = attention(q, k, v, layout="bshd", return_stats=True, **options)
     record.visited_blocks += stats.visited_blocks
     record.causal_blocks += stats.causal_blocks
+    if mask is not None and mask.dropped:  # dense attention would compute the keys that the cache has dropped, too
+        block = int(_core.options(settings["method"], block=settings.get("block")).as_dict()["block"])
+        rows = -(-mask.keys // block) - mask.q_offset // block
+        record.causal_blocks += query.shape[0] * query.shape[1] * rows * -(-mask.dropped // block)
     record.seconds += stats.seconds
     record.measured = True
     return out

@@ -12,7 +12,8 @@ from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mas
 class CausalMask:
     """A causal mask [batch, 1, q_length, kv_length]: query i sees keys 0 .. q_offset + i; those from `keys` on lie unused.
 
-    With a window it sees only the last `window` of them.
+    With a window it sees only the last `window` of them, and the cache may have dropped keys before the first, `dropped`
+    of them.
 
     The mask function gives it to a model in place of a tensor, and the model hands it to those layers that it is for. So
     what one forward's mask says holds for these layers alone: nothing is kept beside it that could reach cross attention,
@@ -23,13 +24,21 @@ class CausalMask:
     ndim = 4
 
     def __init__(
-        self, batch_size: int, q_length: int, kv_length: int, q_offset: int, device: torch.device, window: int | None = None
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int,
+        device: torch.device,
+        window: int | None = None,
+        dropped: int = 0,
     ) -> None:
         self.shape = torch.Size((batch_size, 1, q_length, kv_length))
         self.q_offset = q_offset
         self.keys = q_offset + q_length
         self.device = device
         self.window = window
+        self.dropped = dropped
         self._made: torch.Tensor | None = None
 
     def tensor(self) -> torch.Tensor:
@@ -63,7 +72,8 @@ class CausalMask:
         if len(args) != 1 or not isinstance(args[0], (str, int, torch.device)) or kwargs.keys() - {"non_blocking"}:
             return self.tensor().to(*args, **kwargs)
         batch_size, _, q_length, kv_length = self.shape
-        return CausalMask(batch_size, q_length, kv_length, self.q_offset, torch.device(args[0]), self.window)
+        device = torch.device(args[0])
+        return CausalMask(batch_size, q_length, kv_length, self.q_offset, device, self.window, self.dropped)
 
     def __getitem__(self, index: typing.Any) -> "torch.Tensor | CausalMask":
         if (
@@ -199,9 +209,8 @@ def causal_mask(
         # Places are counted from the first key that the cache still has.
         if q_length == kv_length <= window:
             return None
-        return CausalMask(
-            batch_size, q_length, kv_length, q_offset - kv_offset, device, window if window < kv_length else None
-        )
+        hiding = window if window < kv_length else None
+        return CausalMask(batch_size, q_length, kv_length, q_offset - kv_offset, device, hiding, kv_offset)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
