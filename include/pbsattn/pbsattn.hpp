@@ -195,8 +195,8 @@ struct Options {
   // Share of causal blocks that Fallback::when_faster reckons with, in [0, 1]; 0 stands for what the paper measured at
   // the sequence's length: 0.58 at 8K tokens, 0.22 from 128K on.
   float expected_density = 0.0F;
-  // Above 0, a logit is softcap * tanh(q . k * scale / softcap) (Gemma 2), in attention, in the permutation's and the
-  // blocks' scores alike; a product of means, or the mean product of a patch, is capped as one of a query and a key.
+  // 0: none. Else c of logits c * tanh(q . k * scale / c) (Gemma 2), in attention and in the scores of keys and blocks
+  // alike; a product of means, or the mean product of a patch, is capped as one of a query and a key.
   float softcap = 0.0F;
   // Tokens that a query sees, itself the last of them: a sliding window, from 1 up. Where the sequence is longer, a
   // plan computes exactly that window: keys stay where they are, and no score, keep rule, correction or block that is
@@ -298,7 +298,7 @@ struct Outputs {
   float* lse = nullptr;  // [batch][q_heads][q_len] contiguous, natural log-sum-exp of logits; optional
   KeyOrder order = {};   // read and written where the plan's permutation is arrival
 };
-// A query whose every visible score is -inf, and sink, gives output 0 and log-sum-exp -inf. A NaN or +inf in an input
+// A query whose every visible logit is -inf, and sink, gives output 0 and log-sum-exp -inf. A NaN or +inf in an input
 // spoils (as NaN) the outputs that dense attention would spoil, and no others: a value that isn't finite, even with a
 // weight of 0.
 

@@ -47,12 +47,12 @@ double dot(std::span<const double> a, std::span<const double> b) {
   return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
 }
 
-void softmax(std::span<double> scores) {
+void softmax(std::span<double> logits) {
   double max = -std::numeric_limits<double>::infinity();
-  for (const double s : scores) max = std::max(max, s);
+  for (const double x : logits) max = std::max(max, x);
   double sum = 0;
-  for (double& s : scores) sum += s = std::exp(s - max);
-  for (double& s : scores) s /= sum;
+  for (double& x : logits) sum += x = std::exp(x - max);
+  for (double& x : logits) x /= sum;
 }
 
 }  // namespace pbsattn::reference

@@ -49,7 +49,7 @@ struct Logits {
 
 double dot(std::span<const double> a, std::span<const double> b);
 
-// Turns scores into their softmax, in place; NaN throughout if one is NaN or +inf, or all are -inf.
-void softmax(std::span<double> scores);
+// Turns logits into their softmax, in place; NaN throughout if one is NaN or +inf, or all are -inf.
+void softmax(std::span<double> logits);
 
 }  // namespace pbsattn::reference

@@ -29,7 +29,7 @@ std::vector<std::int32_t> visible_tokens(const Geometry& geometry, std::int64_t 
 }
 
 struct Key {
-  double score;
+  double logit;
   double count;  // that it stands for
   std::span<const double> value;
 };
@@ -53,10 +53,10 @@ QueryResult attend_query(const Head& head, const Geometry& geometry, const Logit
 
   QueryResult result{std::vector<double>(head.v.columns, 0.0), -infinity};
   double max = -infinity;
-  for (const Key& key : keys) max = std::max(max, key.score);
-  // Of scores that all are -inf every weight is 0, and still 0 times NaN or infinity is NaN.
-  const bool hidden = std::ranges::all_of(keys, [](const Key& key) { return key.score == -infinity; });
-  const auto weight = [&](const Key& key) { return hidden ? 0.0 : key.count * std::exp(key.score - max); };
+  for (const Key& key : keys) max = std::max(max, key.logit);
+  // Of logits that all are -inf every weight is 0, and still 0 times NaN or infinity is NaN.
+  const bool hidden = std::ranges::all_of(keys, [](const Key& key) { return key.logit == -infinity; });
+  const auto weight = [&](const Key& key) { return hidden ? 0.0 : key.count * std::exp(key.logit - max); };
   double sum = 0;
   for (const Key& key : keys) sum += weight(key);
   for (const Key& key : keys) {

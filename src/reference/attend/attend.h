@@ -15,7 +15,7 @@ struct QueryResult {
 };
 
 // Attends one query to the blocks listed for its row. Exact: weights are not rounded to the input's dtype, and backends
-// that do so are measured against this. Where every score is -inf every weight is 0, of which values that are not
+// that do so are measured against this. Where every logit is -inf every weight is 0, of which values that are not
 // finite make NaN. With pooled blocks (Correction::mean) each block before the own segment that isn't listed counts as
 // `block` more keys that all are its mean key, with its mean value. The head's sink is one more key.
 QueryResult attend_query(const Head& head, const Geometry& geometry, const Logits& logits, std::int64_t query,

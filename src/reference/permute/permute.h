@@ -12,7 +12,7 @@ namespace pbsattn::reference {
 
 // Returns the attention weight of each key of the complete segments, [permuted_len()]: the mean over the last
 // scoring_queries() queries of softmax(logits of q . k) over those keys, without a causal mask. NaN throughout if one
-// of the scores is NaN or +inf, or if all scores of one query are -inf.
+// of the logits is NaN or +inf, or if all logits of one query are -inf.
 std::vector<double> key_scores(const Head& head, const Geometry& geometry, const Logits& logits);
 
 // Returns the score of each key of the complete segments under Permutation::learned, [permuted_len()]: the sum of
