@@ -4,6 +4,7 @@
     tools/venv.py tests     prints the path of its Python: what the tests of the package and evaluations run with
     tools/venv.py lint      the same, with clang-tidy, ruff and mypy beside it
     tools/venv.py docs      the same, with Sphinx
+    tools/venv.py wheels    the same, with auditwheel
 
 It holds what a file of requirements names, down to the SHA-256 of what is downloaded (tools/pin.py writes these); other
 requirements, or another Python, make another one.
@@ -38,6 +39,9 @@ ENVIRONMENTS = {
         ((3, 11), (3, 13)),
     ),
     "docs": Environment(ROOT / "tools/docs_requirements.txt", 300_000_000, "Sphinx (20 MB, once)", ((3, 11), (3, 13))),
+    "wheels": Environment(
+        ROOT / "tools/wheels_requirements.txt", 100_000_000, "auditwheel (7 MB, once)", ((3, 11), (3, 13))
+    ),
     "lint": Environment(
         ROOT / "tools/lint_requirements.txt", 500_000_000, "clang-tidy, ruff and mypy (75 MB, once)", ((3, 11), (3, 13))
     ),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "core/score_traits.h"
 #include "reference/numbers.h"
@@ -46,10 +47,11 @@ std::vector<double> learned_scores(const Head& head, const Geometry& geometry, s
   const std::int64_t half = geometry.shape.head_dim / 2;
   for (std::size_t n = 0; n < scores.size(); ++n) {
     const auto key = head.k[n];
-    for (std::int64_t i = 0; i < half; ++i)
-      scores[n] +=
-          static_cast<double>(weights[i]) *
-          (pairs == RopePairs::halves ? std::hypot(key[i], key[i + half]) : std::hypot(key[2 * i], key[2 * i + 1]));
+    for (std::int64_t i = 0; i < half; ++i) {
+      const auto [a, b] =
+          pairs == RopePairs::halves ? std::pair(key[i], key[i + half]) : std::pair(key[2 * i], key[2 * i + 1]);
+      scores[n] += static_cast<double>(weights[i]) * std::sqrt(a * a + b * b);
+    }
     for (std::int64_t d = 0; d < geometry.shape.head_dim; ++d)
       scores[n] += static_cast<double>(weights[half + d]) * key[d];
   }
