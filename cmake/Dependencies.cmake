@@ -13,8 +13,10 @@ else()
 endif()
 
 if(PBSATTN_LLAMA_SOURCE OR PBSATTN_BUILD_BENCH OR PBSATTN_BUILD_FUZZ)
-  find_package(CLI11 2.1 REQUIRED)           # program, bench: command line
-  find_package(nlohmann_json 3.11 REQUIRED)  # program, bench, plug-in: JSON
+  find_package(CLI11 2.1 REQUIRED)  # program, bench: command line
+endif()
+if(PBSATTN_LLAMA_SOURCE OR PBSATTN_PYTHON OR PBSATTN_BUILD_BENCH OR PBSATTN_BUILD_TESTS OR PBSATTN_BUILD_FUZZ)
+  find_package(nlohmann_json 3.11 REQUIRED)  # program, bench, plug-in, files of learned orders: JSON
 endif()
 if(PBSATTN_BUILD_TESTS)
   find_package(GTest 1.12 REQUIRED)  # tests

@@ -25,8 +25,21 @@ except ImportError as _error:
     raise ImportError(_message, name=_error.name) from None
 
 from ._core import Stats, version as _version
+from ._learned import LearnedOrder, read_learned
 from ._op import Trace, attention, trace
 from ._plan import METHODS, Plan, describe_cpu, options, plan
 
 __version__ = _version()
-__all__ = ["METHODS", "Plan", "Stats", "Trace", "attention", "describe_cpu", "options", "plan", "trace"]
+__all__ = [
+    "METHODS",
+    "LearnedOrder",
+    "Plan",
+    "Stats",
+    "Trace",
+    "attention",
+    "describe_cpu",
+    "options",
+    "plan",
+    "read_learned",
+    "trace",
+]

@@ -14,6 +14,28 @@ def methods() -> list[tuple[str, str]]: ...
 def options(method: str, **overrides: float | int | str | None) -> Options: ...
 def describe_cpu() -> DeviceInfo: ...
 
+learned_method: str  # that a file's settings change, where the caller names none
+largest_learned: int  # bytes
+
+def parse_learned(contents: bytes, name: str) -> LearnedFile: ...
+
+class LearnedFile:
+    """A learned order's file: see pbsattn::learned::File."""
+
+    name: str
+    model: str
+    fitted_on: str
+    settings: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    pairs: str
+    @property
+    def weights(self) -> numpy.ndarray: ...
+    def in_pairs(self, pairs: str) -> LearnedFile: ...
+    def require_model(self, layers: int, query_heads: int, kv_heads: int, head_dim: int) -> None: ...
+
 class DeviceInfo:
     name: str
     processor: str

@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "learned_file.h"
 #include "pbsattn/options.hpp"
 #include "pbsattn/pbsattn.hpp"
 
@@ -185,6 +186,53 @@ auto array_of(std::vector<T>& values) {
   return nb::ndarray<nb::numpy, T, nb::ndim<1>>(values.data(), {values.size()}, nb::handle());
 }
 
+// ---------------------------------------------------------------------------------------- learned orders
+
+pbsattn::learned::File in_pairs(pbsattn::learned::File file, std::string_view pairs) {
+  namespace learned = pbsattn::learned;
+  pbsattn::RopePairs to = pbsattn::RopePairs::halves;
+  if (pairs == learned::name_of(pbsattn::RopePairs::neighbours))
+    to = pbsattn::RopePairs::neighbours;
+  else if (pairs != learned::name_of(to))
+    throw nb::value_error(("pairs \"" + std::string(pairs) + "\": there are \"halves\" and \"neighbours\"").c_str());
+  file.weights = learned::in_pairs(file.weights, file.sizes.head_dim, file.pairs, to);
+  file.pairs = to;
+  return file;
+}
+
+void add_learned(nb::module_& module) {
+  namespace learned = pbsattn::learned;
+  using learned::File;
+  module.attr("learned_method") = std::string(learned::method);
+  module.attr("largest_learned") = learned::largest_file;
+  module.def(
+      "parse_learned",
+      [](const nb::bytes& contents, const std::string& name) {
+        return learned::parse({static_cast<const char*>(contents.data()), contents.size()}, name);
+      },
+      "contents"_a, "name"_a, "What a file of a learned order says; `name` is what messages call it.");
+  nb::class_<File>(module, "LearnedFile", "A learned order's file; see pbsattn::learned::File.")
+      .def_ro("name", &File::name)
+      .def_ro("model", &File::model)
+      .def_ro("fitted_on", &File::fitted_on)
+      .def_ro("settings", &File::settings)
+      .def_prop_ro("layers", [](const File& file) { return file.sizes.layers; })
+      .def_prop_ro("query_heads", [](const File& file) { return file.sizes.query_heads; })
+      .def_prop_ro("kv_heads", [](const File& file) { return file.sizes.kv_heads; })
+      .def_prop_ro("head_dim", [](const File& file) { return file.sizes.head_dim; })
+      .def_prop_ro("pairs", [](const File& file) { return std::string(learned::name_of(file.pairs)); })
+      .def_prop_ro(
+          "weights", [](File& file) { return array_of(file.weights); }, nb::rv_policy::reference_internal)
+      .def("in_pairs", &in_pairs, "pairs"_a)
+      .def(
+          "require_model",
+          [](const File& file, std::int64_t layers, std::int64_t query_heads, std::int64_t kv_heads,
+             std::int64_t head_dim) {
+            learned::require_model(file, {layers, query_heads, kv_heads, head_dim});
+          },
+          "layers"_a, "query_heads"_a, "kv_heads"_a, "head_dim"_a);
+}
+
 void translate(const std::exception_ptr& thrown, void* /*unused*/) {
   try {
     std::rethrow_exception(thrown);
@@ -270,4 +318,6 @@ NB_MODULE(_core, module) {
            "stats"_a)
       .def("trace", &trace, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a,
            "sinks"_a, "A run that waits for its work and tells what it did and decided.");
+
+  add_learned(module);
 }
