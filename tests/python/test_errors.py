@@ -23,7 +23,7 @@ Q, K, V = qkv("cpu", 40)
         (
             ValueError,
             "k on meta but q on cpu",
-            lambda: pbsattn._op._compute(Q, K.to("meta"), V, "pbs", "", "", "bhsd", False, None, False),
+            lambda: pbsattn._op.compute(Q, K.to("meta"), V, "pbs", "", "", "bhsd", False, pbsattn._checks.Carried(), False),
         ),
         (ValueError, "kv_heads 2: must divide q_heads 3", lambda: pbsattn.attention(Q[:, :3], K, V)),
         (ValueError, "not k's", lambda: pbsattn.attention(Q, K, V[:, :, :30])),

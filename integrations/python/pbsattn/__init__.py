@@ -26,8 +26,9 @@ except ImportError as _error:
 
 from ._core import Stats, version as _version
 from ._learned import LearnedOrder, read_learned
-from ._op import Trace, attention, trace
+from ._op import attention
 from ._plan import METHODS, Plan, describe_cpu, options, plan
+from ._trace import Trace, trace
 
 __version__ = _version()
 __all__ = [

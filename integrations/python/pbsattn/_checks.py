@@ -1,9 +1,12 @@
 """What is wrong with the tensors of a call, as the library can't say: it sees addresses and strides."""
 
+import typing
+
 import torch
 
 Shape = tuple[int, ...]  # as torch.Size, or with tokens and heads in their places
 LAYOUTS = ("bhsd", "bshd")
+PAIRS = ("halves", "neighbours")  # pbsattn::RopePairs
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # pbsattn::DType
 
 
@@ -65,34 +68,43 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str)
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty; pass at least one token")
 
 
-def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor, layout: str) -> None:
-    """Raises what is wrong with the sinks of a call."""
-    if sinks is None:
-        return
-    if not isinstance(sinks, torch.Tensor):
-        raise TypeError(f"sinks: a {type(sinks).__name__}; pass a torch.Tensor")
-    q_heads = q.shape[1 if layout == "bhsd" else 2]
-    if sinks.dtype != torch.float32 or sinks.shape != (q_heads,) or not sinks.is_contiguous():
-        raise ValueError(
-            f"sinks: {sinks.dtype} {tuple(sinks.shape)}; pass a contiguous float32 tensor of q's heads, ({q_heads},)"
-        )
-    if sinks.device != q.device:
-        raise ValueError(f"sinks on {sinks.device} but q on {q.device}; move them to one device")
-    refuse_negated(sinks=sinks)
+class Carried(typing.NamedTuple):
+    """What a model's layer gives to a call besides q, k and v."""
+
+    sinks: torch.Tensor | None = None
+    order_weights: torch.Tensor | None = None
+    rope_pairs: str = PAIRS[0]
+
+    def check(self, q: torch.Tensor, k: torch.Tensor, layout: str) -> None:
+        """Raises what is wrong with it."""
+        heads = 1 if layout == "bhsd" else 2
+        if self.sinks is not None:
+            _check_array("sinks", self.sinks, "of q's heads", (q.shape[heads],), q.device)
+        if self.order_weights is not None:
+            shape = (k.shape[heads], k.shape[3] // 2 + k.shape[3])
+            _check_array("order_weights", self.order_weights, "of k's heads and 3 D / 2", shape, q.device)
+        if self.rope_pairs not in PAIRS:
+            raise ValueError(f'rope_pairs {self.rope_pairs!r}: no such pairs; there are "halves" and "neighbours"')
 
 
-def refuse_gradient(who: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None) -> None:
+def _check_array(name: str, array: object, what: str, shape: Shape, device: torch.device) -> None:
+    if not isinstance(array, torch.Tensor):
+        raise TypeError(f"{name}: a {type(array).__name__}; pass a torch.Tensor")
+    if array.dtype != torch.float32 or array.shape != shape or not array.is_contiguous():
+        raise ValueError(f"{name}: {array.dtype} {tuple(array.shape)}; pass a contiguous float32 tensor {what}, {shape}")
+    if array.device != device:
+        raise ValueError(f"{name} on {array.device} but q on {device}; move them to one device")
+    refuse_negated(**{name: array})
+
+
+def refuse_gradient(who: str, *tensors: torch.Tensor | None) -> None:
     """Raises if somebody waits for a gradient by these tensors: by backward() or in forward mode."""
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
-    ):
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise NotImplementedError(
             f"{who} computes no gradient, and an input requires one; call it under torch.no_grad(), or detach the inputs"
         )
     if _dual_level() >= 0 and any(
-        torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
-        for tensor in (q, k, v, sinks)
-        if tensor is not None
+        torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None
     ):
         raise NotImplementedError(f"{who} computes no gradient, and an input has a tangent; pass it without one")
 

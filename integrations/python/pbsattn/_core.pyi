@@ -8,6 +8,8 @@ has_cuda: bool
 _View = tuple[int, int, int, int, int]
 # (address, count) of float32
 _Array = tuple[int, int]
+# the same of the order's weights, and pbsattn::RopePairs
+_Weights = tuple[int, int, int]
 
 def version() -> str: ...
 def methods() -> list[tuple[str, str]]: ...
@@ -100,6 +102,7 @@ class Plan:
         workspace_size: int,
         stream: int,
         sinks: _Array,
+        order_weights: _Weights,
         stats: bool,
     ) -> Stats | None: ...
     def trace(
@@ -113,4 +116,5 @@ class Plan:
         workspace_size: int,
         stream: int,
         sinks: _Array,
+        order_weights: _Weights,
     ) -> tuple[Stats, Trace]: ...

@@ -1,7 +1,6 @@
 """The op pbsattn::attention: registered with PyTorch, so that compilers and graphs see one node."""
 
 import ast
-import dataclasses
 import json
 import threading
 import typing
@@ -9,8 +8,8 @@ import typing
 import torch
 
 from . import _core
-from ._checks import check_inputs, check_sinks, check_tensor, refuse_gradient
-from ._plan import head_options, plan_of, run, run_reference
+from ._checks import PAIRS, Carried, check_tensor, refuse_gradient
+from ._plan import head_options, plan_of, run
 from ._settings import HeadChanges, Value, shown
 
 _library = torch.library.Library("pbsattn", "DEF")
@@ -18,12 +17,13 @@ _library = torch.library.Library("pbsattn", "DEF")
 # as easily as the library's options. `heads` are those of query heads, as JSON.
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str heads='', str layout='bhsd', "
-    "bool return_lse=False, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+    "bool return_lse=False, Tensor? sinks=None, Tensor? order_weights=None, str rope_pairs='halves') "
+    "-> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 
-def _write_settings(options: dict[str, Value]) -> str:
+def write_settings(options: dict[str, Value]) -> str:
     return ",".join([f"{name}={value!r}" for name, value in options.items() if value is not None])
 
 
@@ -40,7 +40,7 @@ def _read_settings(settings: str) -> dict[str, Value]:
     return options
 
 
-def _write_heads(heads: HeadChanges | str | None) -> str:
+def write_heads(heads: HeadChanges | str | None) -> str:
     if heads is None or isinstance(heads, str):
         return heads or ""
     try:
@@ -49,14 +49,14 @@ def _write_heads(heads: HeadChanges | str | None) -> str:
         raise TypeError(f"heads: {error}; pass a dict of dicts of numbers and names") from None
 
 
-def _read_heads(heads: str) -> HeadChanges | None:
+def read_heads(heads: str) -> HeadChanges | None:
     try:
         return json.loads(heads) if heads else None
     except ValueError as error:
         raise ValueError(f"heads: not JSON: {error}") from None
 
 
-def _compute(
+def compute(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -65,7 +65,7 @@ def _compute(
     heads: str,
     layout: str,
     return_lse: bool,
-    sinks: torch.Tensor | None,
+    carried: Carried,
     stats: bool,
     trace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, typing.Any]:
@@ -88,16 +88,16 @@ def _compute(
         torch.get_num_threads() if index < 0 else 0,
     )
     plan = plan_of(
-        key, lambda q_heads: head_options(method, _read_settings(settings), _read_heads(heads), q_heads), q, k, v, layout
+        key, lambda q_heads: head_options(method, _read_settings(settings), read_heads(heads), q_heads), q, k, v, layout
     )
-    check_sinks(sinks, q, layout)
+    carried.check(q, k, layout)
     out = _empty_out(q, v)
     lse = _empty_lse(q, layout) if return_lse else None
     if index < 0:
         workspace = _cpu_workspace(plan.workspace_size)
     else:
         workspace = q.new_empty(-(-plan.workspace_size // q.element_size()))  # bytes, in elements of q
-    ran = run(plan, q, k, v, out, lse, workspace, layout, sinks, stats, trace)
+    ran = run(plan, q, k, v, out, lse, workspace, layout, carried, stats, trace)
     return out, lse, ran
 
 
@@ -137,8 +137,11 @@ def _attention(
     layout: str = "bhsd",
     return_lse: bool = False,
     sinks: torch.Tensor | None = None,
+    order_weights: torch.Tensor | None = None,
+    rope_pairs: str = PAIRS[0],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, sinks, False)
+    carried = Carried(sinks, order_weights, rope_pairs)
+    out, lse, _ = compute(q, k, v, method, settings, heads, layout, return_lse, carried, False)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -163,7 +166,7 @@ def _attention_autograd(
     keyset: typing.Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: typing.Any
 ) -> typing.Any:
     """Refuses what would be cut from the graph in silence; else does what PyTorch does for an op without a gradient."""
-    refuse_gradient("pbsattn::attention", q, k, v, given.get("sinks"))
+    refuse_gradient("pbsattn::attention", q, k, v, given.get("sinks"), given.get("order_weights"))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.pbsattn.attention.default.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, **given)
 
@@ -175,6 +178,8 @@ def _nobody_watches() -> bool:
     """Whether a call is plain eager code, which need not pay 10 microseconds for the way through PyTorch's dispatcher."""
     return not torch.compiler.is_compiling() and _modes() == 0 and _transforms() is None
 
+
+_PLAIN = {type(None), torch.Tensor, torch.nn.Parameter}  # what else a layer gives, in eager code
 
 # Dispatch modes (fake tensors, tracers) and functorch's transforms; where PyTorch doesn't tell, every call is dispatched.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -195,6 +200,8 @@ def attention(
     heads: HeadChanges | str | None = ...,
     layout: str = ...,
     sinks: torch.Tensor | None = ...,
+    order_weights: torch.Tensor | None = ...,
+    rope_pairs: str = ...,
     return_lse: typing.Literal[False] = ...,
     return_stats: typing.Literal[False] = ...,
     **options: Value,
@@ -215,6 +222,8 @@ def attention(
     heads: HeadChanges | str | None = ...,
     layout: str = ...,
     sinks: torch.Tensor | None = ...,
+    order_weights: torch.Tensor | None = ...,
+    rope_pairs: str = ...,
     return_lse: typing.Literal[True],
     return_stats: typing.Literal[False] = ...,
     **options: Value,
@@ -235,6 +244,8 @@ def attention(
     heads: HeadChanges | str | None = ...,
     layout: str = ...,
     sinks: torch.Tensor | None = ...,
+    order_weights: torch.Tensor | None = ...,
+    rope_pairs: str = ...,
     return_lse: typing.Literal[False] = ...,
     return_stats: typing.Literal[True],
     **options: Value,
@@ -255,6 +266,8 @@ def attention(
     heads: HeadChanges | str | None = ...,
     layout: str = ...,
     sinks: torch.Tensor | None = ...,
+    order_weights: torch.Tensor | None = ...,
+    rope_pairs: str = ...,
     return_lse: typing.Literal[True],
     return_stats: typing.Literal[True],
     **options: Value,
@@ -274,6 +287,8 @@ def attention(
     heads: HeadChanges | str | None = None,
     layout: str = "bhsd",
     sinks: torch.Tensor | None = None,
+    order_weights: torch.Tensor | None = None,
+    rope_pairs: str = PAIRS[0],
     return_lse: bool = False,
     return_stats: bool = False,
     **options: Value,
@@ -299,86 +314,47 @@ def attention(
     sinks: float32 [Hq], a learned logit of each query head, which enters every query's softmax as one more key without a
     value (GPT-OSS); not on a GPU.
 
+    order_weights: float32 [Hkv, 3 D / 2] of permutation="learned", order_scope="kv_head": for each KV head those of the
+    lengths of its key's D / 2 pairs, then of its D numbers (docs/learned.md); finite, on q's device. rope_pairs: which
+    columns RoPE turns together, "halves" or "neighbours". Not on a GPU yet; other permutations leave both unread.
+
     Returns out [B, Hq, Sq, Dv], of q's dtype and contiguous; with return_lse also the natural log-sum-exp of each
     query's logits, float32 [B, Hq, Sq]; with return_stats also Stats (density, seconds), for which it waits for the work.
 
     Forward only. Works under torch.compile and, without return_stats, in CUDA graphs.
     Raises TypeError, ValueError, NotImplementedError (this device doesn't take it) or MemoryError.
     """
-    plain = type(q) is type(k) is type(v) is torch.Tensor and (
-        sinks is None or type(sinks) in (torch.Tensor, torch.nn.Parameter)
-    )
+    plain = type(q) is type(k) is type(v) is torch.Tensor and {type(sinks), type(order_weights)} <= _PLAIN
     if not plain:
-        for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", q if sinks is None else sinks)):
-            if not isinstance(tensor, torch.Tensor):
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", sinks), ("order_weights", order_weights)):
+            if not isinstance(tensor, torch.Tensor) and (tensor is not None or name in "qkv"):
                 check_tensor(name, tensor)
-    refuse_gradient("pbsattn.attention", q, k, v, sinks)
+    refuse_gradient("pbsattn.attention", q, k, v, sinks, order_weights)
     if options or not (top_p is threshold is dense_last_rows is scale is None):
-        settings = _write_settings(
+        settings = write_settings(
             dict(top_p=top_p, threshold=threshold, dense_last_rows=dense_last_rows, scale=scale, **options)
         )
     else:
         settings = ""
-    heads = _write_heads(heads)
+    heads = write_heads(heads)
+    carried = Carried(sinks, order_weights, rope_pairs)
     if return_stats:
-        out, lse, stats = _compute(q, k, v, method, settings, heads, layout, return_lse, sinks, True)
+        out, lse, stats = compute(q, k, v, method, settings, heads, layout, return_lse, carried, True)
         return (out, lse, stats) if return_lse else (out, stats)
     if plain and _nobody_watches():
-        out, lse, _ = _compute(q, k, v, method, settings, heads, layout, return_lse, sinks, False)
+        out, lse, _ = compute(q, k, v, method, settings, heads, layout, return_lse, carried, False)
         return (out, lse) if return_lse else out
     out, lse = torch.ops.pbsattn.attention.default(
-        q, k, v, method=method, settings=settings, heads=heads, layout=layout, return_lse=return_lse, sinks=sinks
+        q,
+        k,
+        v,
+        method=method,
+        settings=settings,
+        heads=heads,
+        layout=layout,
+        return_lse=return_lse,
+        sinks=sinks,
+        order_weights=order_weights,
+        rope_pairs=rope_pairs,
     )
     return (out, lse) if return_lse else out
-
-
-@dataclasses.dataclass
-class Trace:
-    """What one call decided. Row r holds the queries of token block first_row + r; tensors are on the CPU."""
-
-    first_row: int
-    order: torch.Tensor  # int32 [B, Hq, Skv]: the token whose key stands at each slot of the permuted sequence
-    kept: torch.Tensor  # bool [B, Hq, rows, key blocks]: what each row attends to; blocks of the row's own segment mean
-    # tokens in their original order, any other slots of the permuted sequence
-    stats: _core.Stats
-
-
-def trace(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    method: str = "pbs",
-    heads: HeadChanges | str | None = None,
-    layout: str = "bhsd",
-    reference: bool = False,
-    sinks: torch.Tensor | None = None,
-    **options: Value,
-) -> tuple[torch.Tensor, Trace]:
-    """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`.
-
-    reference: computed by the definition, naive loops in double precision on one thread, which takes tensors on the CPU
-    alone. Raises what `attention` does.
-    """
-    check_inputs(q, k, v, layout)
-    check_sinks(sinks, q, layout)
-    refuse_gradient("pbsattn.trace", q, k, v, sinks)
-    batch, q_heads = q.shape[0], q.shape[1 if layout == "bhsd" else 2]
-    heads = _write_heads(heads)
-    if reference:
-        out, stats, raw = run_reference(head_options(method, options, _read_heads(heads), q_heads), q, k, v, layout, sinks)
-    else:
-        out, _, (stats, raw) = _compute(
-            q, k, v, method, _write_settings(options), heads, layout, False, sinks, True, trace=True
-        )
-    return out, _trace_of(stats, raw, batch, q_heads)
-
-
-def _trace_of(stats: _core.Stats, raw: _core.Trace, batch: int, heads: int) -> Trace:
-    """The library's trace as tensors."""
-    starts, blocks = torch.from_numpy(raw.row_start), torch.from_numpy(raw.block).long()
-    rows = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
-    kept = torch.zeros(batch * heads * raw.rows, raw.blocks, dtype=torch.bool)
-    kept[rows, blocks] = True
-    order = torch.from_numpy(raw.order).clone().view(batch, heads, -1)
-    return Trace(raw.first_row, order, kept.view(batch, heads, raw.rows, raw.blocks), stats)

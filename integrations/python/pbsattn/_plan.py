@@ -10,9 +10,10 @@ import torch
 from . import _core
 from ._checks import (
     DTYPES,
+    PAIRS,
+    Carried,
     Shape,
     check_inputs,
-    check_sinks,
     check_stride,
     check_tensor,
     refuse_gradient,
@@ -25,9 +26,9 @@ METHODS = dict(_core.methods())
 """Name and summary of every method."""
 
 _View = tuple[int, int, int, int, int]  # address, dtype, and the strides of batch, head and token
-# What a plan's run and trace take: views of q, k, v and the output, log-sum-exp, workspace and its size, stream, sinks'
-# address and number.
-_Addresses = tuple[_View, _View, _View, _View, int, int, int, int, tuple[int, int]]
+# What a plan's run and trace take: views of q, k, v and the output, log-sum-exp, workspace and its size, stream, the address
+# and number of sinks and of the order's weights, with their pairs.
+_Addresses = tuple[_View, _View, _View, _View, int, int, int, int, tuple[int, int], tuple[int, int, int]]
 
 _MOST_PLANS = 512  # kept; a chunked prefill makes one for each chunk
 
@@ -134,14 +135,14 @@ def run(
     lse: torch.Tensor | None,
     workspace: torch.Tensor,
     layout: str,
-    sinks: torch.Tensor | None,
+    carried: Carried,
     stats: bool = False,
     trace: bool = False,
 ) -> typing.Any:
     """Runs a plan on tensors that go with it. Returns Stats or None, with `trace` Stats and Trace."""
     if q.is_neg() or k.is_neg() or v.is_neg():  # as .imag of a conjugate is: memory holds the other sign
         q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-    given = _addresses(q, k, v, out, lse, workspace, layout, sinks)
+    given = _addresses(q, k, v, out, lse, workspace, layout, carried)
     return plan.trace(*given) if trace else plan.run(*given, stats)
 
 
@@ -153,9 +154,10 @@ def _addresses(
     lse: torch.Tensor | None,
     workspace: torch.Tensor,
     layout: str,
-    sinks: torch.Tensor | None,
+    carried: Carried,
 ) -> _Addresses:
     """Tensors as a plan's run and trace take them."""
+    sinks, weights, pairs = carried
     q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
     if q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1:
         for name, stride in (("q", q_stride), ("k", k_stride), ("v", v_stride)):
@@ -171,11 +173,12 @@ def _addresses(
         workspace.nbytes,
         current_stream(index) if index >= 0 else 0,
         (0, 0) if sinks is None else (sinks.data_ptr(), sinks.numel()),
+        (0, 0, 0) if weights is None else (weights.data_ptr(), weights.numel(), PAIRS.index(pairs)),
     )
 
 
 def run_reference(
-    options: list[_core.Options], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, sinks: torch.Tensor | None
+    options: list[_core.Options], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, carried: Carried
 ) -> tuple[torch.Tensor, _core.Stats, _core.Trace]:
     """What the definition gives: output, Stats and Trace. q, k, v are on the CPU; options as head_options() makes them."""
     check_inputs(q, k, v, layout)
@@ -187,7 +190,7 @@ def run_reference(
     plan = _core.Plan(options[0] if len(options) == 1 else options, "reference", 0, 1, sizes)
     out = q.new_empty((*q.shape[:3], head_dim_v))
     workspace = torch.empty(plan.workspace_size, dtype=torch.uint8)
-    stats, raw = run(plan, q, k, v, out, None, workspace, layout, sinks, trace=True)
+    stats, raw = run(plan, q, k, v, out, None, workspace, layout, carried, trace=True)
     return out, stats, raw
 
 
@@ -226,20 +229,23 @@ class Plan:
         layout: str = "bhsd",
         stats: bool = False,
         sinks: torch.Tensor | None = None,
+        order_weights: torch.Tensor | None = None,
+        rope_pairs: str = PAIRS[0],
     ) -> _core.Stats | None:
         """Computes attention of q [B, Hq, Sq, D] over k [B, Hkv, Skv, D] and v [B, Hkv, Skv, Dv] into out [B, Hq, Sq, Dv],
         of q's dtype, without allocating.
 
         workspace: a uint8 tensor of at least workspace_size bytes on the plan's device. lse: a contiguous float32
-        tensor [B, Hq, Sq], or None. sinks: as in `attention`. layout="bshd" reads all four
-        tensors as [B, S, H, D]. On CUDA the work joins the current stream. With stats=True it waits for its work and
-        returns Stats.
+        tensor [B, Hq, Sq], or None. sinks, order_weights, rope_pairs: as in `attention`. layout="bshd" reads
+        all four tensors as [B, S, H, D]. On CUDA the work joins the current stream. With stats=True it waits for its work
+        and returns Stats.
 
         Raises TypeError or ValueError for what is not the plan's, MemoryError for too small a workspace and
         NotImplementedError where an input wants a gradient.
         """
-        self._check("Plan.run", q, k, v, out, workspace, lse, layout, sinks)
-        ran: _core.Stats | None = run(self._core, q, k, v, out, lse, workspace, layout, sinks, stats)
+        carried = Carried(sinks, order_weights, rope_pairs)
+        self._check("Plan.run", q, k, v, out, workspace, lse, layout, carried)
+        ran: _core.Stats | None = run(self._core, q, k, v, out, lse, workspace, layout, carried, stats)
         return ran
 
     def bind(
@@ -253,16 +259,19 @@ class Plan:
         lse: torch.Tensor | None = None,
         layout: str = "bhsd",
         sinks: torch.Tensor | None = None,
+        order_weights: torch.Tensor | None = None,
+        rope_pairs: str = PAIRS[0],
     ) -> Callable[[], None]:
         """Returns a function that does what `run` does with these tensors, as often as it is called, checking nothing again.
 
         It keeps them alive. On CUDA its work joins the stream that is current when it is made. Raises what `run` does.
         """
-        self._check("Plan.bind", q, k, v, out, workspace, lse, layout, sinks)
+        carried = Carried(sinks, order_weights, rope_pairs)
+        self._check("Plan.bind", q, k, v, out, workspace, lse, layout, carried)
         refuse_negated(q=q, k=k, v=v)
-        core, given = self._core, _addresses(q, k, v, out, lse, workspace, layout, sinks)
+        core, given = self._core, _addresses(q, k, v, out, lse, workspace, layout, carried)
 
-        def run_again(_kept: tuple[object, ...] = (q, k, v, out, lse, workspace, sinks)) -> None:
+        def run_again(_kept: tuple[object, ...] = (q, k, v, out, lse, workspace, carried)) -> None:
             core.run(*given, False)
 
         return run_again
@@ -277,11 +286,11 @@ class Plan:
         workspace: torch.Tensor,
         lse: torch.Tensor | None,
         layout: str,
-        sinks: torch.Tensor | None,
+        carried: Carried,
     ) -> None:
         """Raises what is wrong with the tensors of a run."""
         check_inputs(q, k, v, layout)
-        check_sinks(sinks, q, layout)
+        carried.check(q, k, layout)
         check_tensor("out", out)
         check_stride("out", out.stride())
         shape = (*sizes_of(q.shape, layout), *sizes_of(v.shape, layout)[1:])
@@ -305,7 +314,7 @@ class Plan:
             if tensor is not None and tensor.device != self.device:
                 raise ValueError(f"{name} on {tensor.device}: the plan is for {self.device}; move it")
         refuse_negated(out=out, lse=lse)
-        refuse_gradient(who, q, k, v, sinks)
+        refuse_gradient(who, q, k, v, carried.sinks, carried.order_weights)
 
 
 def plan(

@@ -139,6 +139,9 @@ using ViewTuple = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, st
 // (address, count) of float32
 using ArrayPair = std::pair<std::uintptr_t, std::size_t>;
 
+// The same of the order's weights, and pbsattn::RopePairs
+using WeightsTuple = std::tuple<std::uintptr_t, std::size_t, int>;
+
 template <class View>
 View to_view(const ViewTuple& v) {
   return {.data = reinterpret_cast<decltype(View::data)>(std::get<0>(v)),
@@ -150,12 +153,15 @@ View to_view(const ViewTuple& v) {
 
 void run_plan(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
               const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace, std::size_t workspace_size,
-              std::uintptr_t stream, const ArrayPair& sinks, pbsattn::Stats* stats, pbsattn::Trace* trace) {
+              std::uintptr_t stream, const ArrayPair& sinks, const WeightsTuple& weights, pbsattn::Stats* stats,
+              pbsattn::Trace* trace) {
   const nb::gil_scoped_release unlocked;
   plan.run({.q = to_view<pbsattn::ConstView>(q),
             .k = to_view<pbsattn::ConstView>(k),
             .v = to_view<pbsattn::ConstView>(v),
-            .sinks = {reinterpret_cast<const float*>(sinks.first), sinks.second}},
+            .sinks = {reinterpret_cast<const float*>(sinks.first), sinks.second},
+            .order_weights = {.values = {reinterpret_cast<const float*>(std::get<0>(weights)), std::get<1>(weights)},
+                              .pairs = static_cast<pbsattn::RopePairs>(std::get<2>(weights))}},
            {.out = to_view<pbsattn::View>(out), .lse = reinterpret_cast<float*>(lse)},
            {reinterpret_cast<std::byte*>(workspace), workspace_size}, pbsattn::Stream{reinterpret_cast<void*>(stream)},
            stats, trace);
@@ -164,19 +170,22 @@ void run_plan(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k,
 std::optional<pbsattn::Stats> run(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
                                   const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace,
                                   std::size_t workspace_size, std::uintptr_t stream, const ArrayPair& sinks,
-                                  bool want_stats) {
+                                  const WeightsTuple& weights, bool want_stats) {
   std::optional<pbsattn::Stats> stats;
   if (want_stats) stats.emplace();
-  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, want_stats ? &*stats : nullptr, nullptr);
+  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, weights, want_stats ? &*stats : nullptr,
+           nullptr);
   return stats;
 }
 
 std::tuple<pbsattn::Stats, pbsattn::Trace> trace(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k,
                                                  const ViewTuple& v, const ViewTuple& out, std::uintptr_t lse,
                                                  std::uintptr_t workspace, std::size_t workspace_size,
-                                                 std::uintptr_t stream, const ArrayPair& sinks) {
+                                                 std::uintptr_t stream, const ArrayPair& sinks,
+                                                 const WeightsTuple& weights) {
   std::tuple<pbsattn::Stats, pbsattn::Trace> made;
-  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, &std::get<0>(made), &std::get<1>(made));
+  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, weights, &std::get<0>(made),
+           &std::get<1>(made));
   return made;
 }
 
@@ -315,9 +324,9 @@ NB_MODULE(_core, module) {
       .def_prop_ro("path", [](const pbsattn::Plan& plan) { return std::string(plan.path()); })
       .def_prop_ro("options", [](const pbsattn::Plan& plan) { return plan.options(); })
       .def("run", &run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a, "sinks"_a,
-           "stats"_a)
+           "order_weights"_a, "stats"_a)
       .def("trace", &trace, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a,
-           "sinks"_a, "A run that waits for its work and tells what it did and decided.");
+           "sinks"_a, "order_weights"_a, "A run that waits for its work and tells what it did and decided.");
 
   add_learned(module);
 }
