@@ -13,6 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 
 import pbsattn.transformers
 from conftest import TEXT, save_llama
+from learned_files import save_learned
 from pages import PYTHON, ROOT, USER_PAGES, blocks, commands
 
 LESS = {"--lengths": "1024", "--tokens": "1024", "--samples": "1", "--depths": "2"}  # than the pages' commands ask for
@@ -31,6 +32,8 @@ def work(folder, tmp_path_factory):
         (work / name).symlink_to(target)
     for name in ("book.txt", "code.txt"):
         (work / name).write_text(TEXT, encoding="utf-8")
+    sizes = {"layers": 6, "query_heads": 8, "kv_heads": 4, "head_dim": 64}
+    save_learned(work / "model.pbs", sizes=sizes)
     settings = blocks(ROOT / "docs/transformers.md", "json")
     (work / "minference.json").write_text(settings[0].text, encoding="utf-8")
     return work

@@ -26,7 +26,7 @@ class LearnedOrder:
         self.head_dim: int = file.head_dim
         self.pairs: str = file.pairs
         """Which columns of a key RoPE turns together: "halves" (i and i + head_dim / 2) or "neighbours" (2i and 2i + 1)."""
-        self.settings: dict[str, typing.Any] = json.loads(file.settings)
+        self.settings: typing.Any = json.loads(file.settings)
         """Options by layer and query head, as settings files have them."""
         self.weights: torch.Tensor = torch.from_numpy(file.weights).clone().view(self.layers, self.kv_heads, -1)
         """float32 [layers, kv_heads, 3 head_dim / 2]: of the lengths of a key's pairs, then of its numbers."""

@@ -124,10 +124,10 @@ def read_settings(path: str | os.PathLike[str]) -> typing.Any:
 
 
 class Layers:
-    """The same of each layer, from a dict or the path of a JSON file."""
+    """The same of each layer, from a dict, which messages call `name`, or the path of a JSON file."""
 
-    def __init__(self, source: str | os.PathLike[str] | typing.Mapping[str | int, HeadChanges]) -> None:
-        self._file = ""
+    def __init__(self, source: str | os.PathLike[str] | typing.Mapping[str | int, HeadChanges], name: str = "") -> None:
+        self._file = name and f"{name}: "
         if isinstance(source, (str, os.PathLike)):
             self._file = f"{os.fspath(source)}: "
             source = read_settings(source)
@@ -145,12 +145,17 @@ class Layers:
             if layer is not None and layer not in layers:
                 raise ValueError(f"{self._file}layer {layer}: no such layer; there are {min(layers)} .. {max(layers)}")
 
-    def of(self, layer: int, base: dict[str, Value], q_heads: int) -> list[dict[str, Value]]:
-        """A layer's options over `base`, as Heads.over() gives them."""
-        made = [base]
+    def over(self, layer: int, base: list[dict[str, Value]], q_heads: int) -> list[dict[str, Value]]:
+        """A layer's options over `base`, both as Heads.over() has them."""
+        made = base
         for each in (None, layer):
             for heads in self._heads.get(each, ()):
                 made = heads.over(made, q_heads)
+        return made
+
+    def of(self, layer: int, base: dict[str, Value] | list[dict[str, Value]], q_heads: int) -> list[dict[str, Value]]:
+        """The same, checked."""
+        made = self.over(layer, [base] if isinstance(base, dict) else base, q_heads)
         place = f"{self._file}layer {layer}, "
         options = library_options(made, place)
         if len(made) > 1:

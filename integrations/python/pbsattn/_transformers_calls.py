@@ -235,6 +235,9 @@ def _attend(
         options["window"] = mask.window
     if s_aux is not None:
         options["sinks"] = s_aux.float().contiguous()
+    weights = settings.get("order_weights")
+    if weights is not None and weights.device != key.device:  # the model has moved since
+        settings["order_weights"] = options["order_weights"] = weights.to(key.device)
     # Tokens before heads, by strides alone, so that the output comes in the order that the model wants.
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if not (measure or q.device.type == "cpu") or torch.compiler.is_compiling():

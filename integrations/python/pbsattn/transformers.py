@@ -27,9 +27,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import _core
+from ._learned import LearnedOrder, read_learned
 from ._settings import HeadChanges, Layers, Value, read_settings
 from ._transformers_calls import NAME, NOT_ON_A_GPU, FallbackWarning, Layer, LayerStats, State, states
 from ._transformers_fallback import indexer, own
+from ._transformers_learned import rope_pairs, weights_by_module
 
 __all__ = [
     "MIN_TOKENS",
@@ -41,6 +43,7 @@ __all__ = [
     "disable",
     "enable",
     "read_settings",
+    "rope_pairs",
     "stats",
 ]
 
@@ -122,39 +125,62 @@ class Enabled:
 
 
 def _options_by_module(
-    modules: list[typing.Any], settings: Settings, base: dict[str, Value]
+    modules: list[typing.Any],
+    base: dict[str, Value],
+    options: dict[str, Value],
+    settings: Settings | None,
+    learned: LearnedOrder | None,
+    with_settings: bool,
 ) -> dict[typing.Any, dict[str, typing.Any]]:
-    """What `settings` make of attention()'s options, by module."""
-    by_module = {}
-    layers = Layers(settings)
-    layers.check(_indices(modules))
+    """attention()'s options, by module: `base`, then the learned order's settings if they count, `options`, `settings`."""
+    weights = {} if learned is None else weights_by_module(learned, modules)
+    of_file = Layers(learned.settings, learned.name) if learned is not None and with_settings else Layers({})
+    layers = Layers({} if settings is None else settings)
+    by_module: dict[typing.Any, dict[str, typing.Any]] = {}
+    for each in (of_file, layers):
+        each.check(_indices(modules))
+    given = {name: value for name, value in options.items() if value is not None}
     for module in modules:
-        heads = layers.of(module.layer_idx, base, module.config.num_attention_heads)
-        by_module[module] = heads[0] if len(heads) == 1 else dict(heads[0], heads=json.dumps(dict(enumerate(heads))))
+        q_heads = module.config.num_attention_heads
+        heads = [{**head, **given} for head in of_file.over(module.layer_idx, [base], q_heads)]
+        heads = layers.of(module.layer_idx, heads, q_heads)
+        if learned is None:
+            _require_no_weights(heads[0])
+        made = heads[0] if len(heads) == 1 else dict(heads[0], heads=json.dumps(dict(enumerate(heads))))
+        by_module[module] = {**made, **weights.get(module, {})}
     return by_module
+
+
+def _require_no_weights(options: dict[str, typing.Any]) -> None:
+    """Raises for options that need a learned order. Heads of a layer have one permutation."""
+    if _core.options(**options).as_dict()["permutation"] == "learned":
+        raise ValueError('permutation "learned": it goes by weights, which a file has; pass it, learned="model.pbs"')
 
 
 def enable(
     model: PreTrainedModel,
     *,
-    method: str = "pbs",
+    method: str | None = None,
     min_tokens: int | None = None,
     layers: Iterable[int] | None = None,
     settings: Settings | None = None,
+    learned: str | os.PathLike[str] | LearnedOrder | None = None,
     stats: bool = False,
     **options: Value,
 ) -> Enabled:
     """Sends the prefill of a transformers model to pbsattn, until disable() or the end of a `with` block.
 
-    method and options: those of pbsattn.attention (top_p, dense_last_rows, ...).
+    method and options: those of pbsattn.attention (top_p, dense_last_rows, ...); by default "pbs", or what `learned` says.
     settings: options of single layers and query heads over those: the path of a JSON file, or the same as a dict:
     {"*": {"*": {"method": "minference"}, "7": {"vertical": 3500}}, "0": {"*": {"keep": "all"}}} (layer, head, options).
+    learned: the file of a learned order of this model (docs/learned.md), or what pbsattn.read_learned gives: the weights of
+    permutation="learned" in each layer. Where no method is named the file's settings count, under options and settings.
     min_tokens: calls with fewer queries go to SDPA (by default fewer than 512 on the CPU and than 2560 on CUDA); so do
     layers whose index is not in `layers`, if that is given.
     stats: measure density and time on CUDA too, where that waits for every layer; on the CPU they are always measured.
 
-    Raises ValueError if no layer of the model can be taken, if it is sparse by itself, or an option is wrong; RuntimeError
-    if it is enabled already; TypeError for what is not a transformers model.
+    Raises ValueError if no layer of the model can be taken, if it is sparse by itself, or an option is wrong, and for a file
+    of another model; RuntimeError if it is enabled already; TypeError for what is not a transformers model.
     """
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model: a {type(model).__name__}; pass a transformers PreTrainedModel")
@@ -162,7 +188,12 @@ def enable(
     if _layers(model):
         raise RuntimeError(f"{name}: pbsattn is enabled already; disable it first, to change its settings")
     # Checks the options now, not in the middle of a prefill; the reference takes whatever one of the devices takes.
-    _core.Plan(_core.options(method, **options), "reference", 0, 1, (1, 1, 1, 1, 1, 64, 0))
+    base: dict[str, typing.Any] = {"method": method or ("pbs" if learned is None else _core.learned_method)}
+    _core.Plan(_core.options(base["method"], **options), "reference", 0, 1, (1, 1, 1, 1, 1, 64, 0))
+    if learned is None:
+        _require_no_weights({**base, **options})
+    elif not isinstance(learned, LearnedOrder):
+        learned = read_learned(learned)
     if own_choice := indexer(model):
         raise ValueError(
             f"{name}: it is sparse already: its {own_choice} picks the keys that each query sees, and hands them "
@@ -186,8 +217,11 @@ def enable(
         min_tokens = MIN_TOKENS.get(model.device.type, 512)
     if min_tokens < 2:
         raise ValueError(f"min_tokens {min_tokens}: decoding is not for pbsattn; 2 is the least")
-    base: dict[str, Value] = {"method": method, **options}
-    by_module = {} if settings is None else _options_by_module(modules, settings, base)
+    by_module = {}
+    if settings is not None or learned is not None:
+        by_module = _options_by_module(modules, base, options, settings, learned, with_settings=method is None)
+    # What modules without a place of their own in these get, if anything calls them.
+    others = {**base, **options} if learned is None else None
     before = [(config, _implementation_before(config)) for config in _configs(model)]
     state = State(model, before, min_tokens, stats)
     states.add(state)
@@ -202,7 +236,7 @@ def enable(
         if hasattr(module, "config") and not isinstance(module, PreTrainedModel):
             index = getattr(module, "layer_idx", None)
             left = layers is not None and index not in layers
-            module._pbsattn = Layer(state, module_name, index, None if left else by_module.get(module, base))
+            module._pbsattn = Layer(state, module_name, index, None if left else by_module.get(module, others))
             own(module)  # looked up now, not while a graph is compiled
     return Enabled(model)
 
