@@ -104,6 +104,22 @@ std::int32_t AttentionOp::layer() const {
   return code == std::errc() && end == name.data() + name.size() && layer >= 0 ? layer : -1;
 }
 
+std::optional<Rope> AttentionOp::rope() const {
+  static const ggml_op rope_op = op_named("ROPE");
+  constexpr int longest_way = 16;  // of nodes that view, scale or normalise what RoPE turned
+  const ggml_tensor* node = q();
+  for (int i = 0; i < longest_way && node != nullptr && node->op != rope_op; ++i) node = node->src[0];
+  if (node == nullptr || node->op != rope_op) return std::nullopt;
+  const std::int64_t columns = node->op_params[1];
+  switch (node->op_params[2]) {
+    case GGML_ROPE_TYPE_NORMAL: return Rope{RopePairs::neighbours, columns};
+    case GGML_ROPE_TYPE_NEOX:
+    case GGML_ROPE_TYPE_MROPE:
+    case GGML_ROPE_TYPE_IMROPE: return Rope{RopePairs::halves, columns};
+    default: return std::nullopt;
+  }
+}
+
 float AttentionOp::scale() const {
   return params_of(tensor).scale;
 }

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "ggml-pbsattn.h"
 #include "ggml.h"
+#include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn::ggml {
 
@@ -14,6 +16,12 @@ bool computes_nothing(const ggml_tensor* op);  // NONE, VIEW, RESHAPE, PERMUTE, 
 
 // What can be said before the mask has data.
 ggml_pbsattn_reason examine(const ggml_tensor* op, std::int64_t min_tokens);
+
+// How RoPE turned a layer's queries, and with them its keys.
+struct Rope {
+  RopePairs pairs = RopePairs::halves;
+  std::int64_t columns = 0;  // turned; those behind them stay
+};
 
 // An op that `examine` takes. Tensors, with ne[0] first:
 //   q   F32 [head_dim, n_q, q_heads], any token and head strides (llama.cpp: token-major)
@@ -28,7 +36,8 @@ struct AttentionOp {
   const ggml_tensor* mask() const { return tensor->src[3]; }
 
   std::int64_t queries() const { return q()->ne[1]; }
-  std::int32_t layer() const;  // of the cache that k views; -1 if its name doesn't tell
+  std::int32_t layer() const;        // of the cache that k views; -1 if its name doesn't tell
+  std::optional<Rope> rope() const;  // of the node that made q, where there is one
   float scale() const;
   pbsattn_shape shape(std::int64_t kv_len) const;
   static pbsattn_view view(const ggml_tensor* qkv);

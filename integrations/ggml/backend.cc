@@ -151,6 +151,7 @@ void* reg_proc_address(ggml_backend_reg_t, const char* wanted) {
       {"ggml_backend_pbsattn_get_config", address(ggml_backend_pbsattn_get_config)},
       {"ggml_backend_pbsattn_configure", address(ggml_backend_pbsattn_configure)},
       {"ggml_backend_pbsattn_set_layers", address(ggml_backend_pbsattn_set_layers)},
+      {"ggml_backend_pbsattn_set_learned", address(ggml_backend_pbsattn_set_learned)},
       {"ggml_backend_pbsattn_last_error", address(ggml_backend_pbsattn_last_error)},
       {"ggml_backend_pbsattn_reason_name", address(ggml_backend_pbsattn_reason_name)},
       {"ggml_backend_pbsattn_stats_reset", address(ggml_backend_pbsattn_stats_reset)},

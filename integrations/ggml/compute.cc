@@ -9,6 +9,7 @@
 #include <exception>
 #include <limits>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
 #include "log.h"
@@ -151,13 +152,15 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
                                 .reserved = 0},
                      .workspace_cap = config.workspace_cap};
   std::string error;
-  if (settings.layers != nullptr) {
-    try {
-      key.heads = settings.layers->heads(op.layer(), key.shape.q_heads, config.options);
-    } catch (const std::exception& wrong) {
-      complain(wrong.what());
-      return GGML_PBSATTN_PLAN_REFUSED;
-    }
+  std::vector<float> weights;
+  try {
+    const std::int32_t layer = op.layer();
+    if (settings.learned != nullptr) key.heads = settings.learned->heads(layer, key.shape.q_heads, key.heads);
+    if (settings.layers != nullptr) key.heads = settings.layers->heads(layer, key.shape.q_heads, key.heads);
+    weights = order_weights(op, settings, key.shape, key.heads);
+  } catch (const std::exception& wrong) {
+    complain(wrong.what());
+    return GGML_PBSATTN_PLAN_REFUSED;
   }
   for (pbsattn_options& options : key.heads) {  // what is the model's to say; an op with a soft-cap isn't taken
     options.scale = op.scale();
@@ -190,6 +193,12 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
 
   const pbsattn_view q = AttentionOp::view(op.q()), k = AttentionOp::view(op.k()), v = AttentionOp::view(op.v());
   const pbsattn_view output = op.output(out);
+  const pbsattn_order_weights order_weights{
+      .struct_size = sizeof order_weights,
+      .values = weights.data(),
+      .count = weights.size(),
+      .pairs = rope_ && rope_->pairs == RopePairs::neighbours ? PBSATTN_PAIRS_NEIGHBOURS : PBSATTN_PAIRS_HALVES,
+      .reserved = 0};
   pbsattn_stats run_stats{.struct_size = sizeof run_stats};
   const pbsattn_run run{.struct_size = sizeof run,
                         .q = &q,
@@ -200,7 +209,8 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
                         .workspace = workspace_.get(),
                         .workspace_size = workspace_size_,
                         .stream = nullptr,
-                        .stats = &run_stats};
+                        .stats = &run_stats,
+                        .order_weights = weights.empty() ? nullptr : &order_weights};
   if (pbsattn_plan_run(plan, &run) != PBSATTN_OK) {
     complain(pbsattn_last_error());
     return GGML_PBSATTN_RUN_FAILED;
@@ -211,6 +221,19 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
   stats->select_seconds = run_stats.select_seconds;
   stats->attend_seconds = run_stats.attend_seconds;
   return GGML_PBSATTN_TAKEN;
+}
+
+std::vector<float> Computer::order_weights(const AttentionOp& op, const Settings& settings, const pbsattn_shape& shape,
+                                           const std::vector<pbsattn_options>& heads) {
+  if (const auto rope = op.rope()) rope_ = rope;
+  const bool wanted = std::ranges::any_of(
+      heads, [](const pbsattn_options& options) { return options.permutation == PBSATTN_PERMUTATION_LEARNED; });
+  if (settings.learned == nullptr) {
+    if (wanted) throw std::runtime_error("permutation learned: its weights are in a file; name it in PBSATTN_LEARNED");
+    return {};
+  }
+  if (wanted || settings.learned->with_settings()) settings.learned->require_model(op.layer(), shape);
+  return wanted ? settings.learned->weights(op.layer(), rope_) : std::vector<float>();
 }
 
 void Computer::compare(const AttentionOp& op, ggml_pbsattn_layer_stats* stats) const {

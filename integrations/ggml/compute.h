@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <list>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -59,6 +60,9 @@ class Computer {
   // By pbsattn, into dst, or into scratch_ when checking. TAKEN if it did.
   ggml_pbsattn_reason run(const AttentionOp& op, const Settings& settings, ggml_pbsattn_layer_stats* stats);
   void compare(const AttentionOp& op, ggml_pbsattn_layer_stats* stats) const;
+  // The weights that the op's keys are ordered by, where `heads` ask for some. Throws std::runtime_error.
+  std::vector<float> order_weights(const AttentionOp& op, const Settings& settings, const pbsattn_shape& shape,
+                                   const std::vector<pbsattn_options>& heads);
   void complain(const std::string& message) noexcept;  // once for each message
 
   int threads_ = 1;
@@ -70,6 +74,7 @@ class Computer {
   std::size_t workspace_size_ = 0;
   std::vector<float> scratch_;
   GgmlKernel kernel_;
+  std::optional<Rope> rope_;  // of the last layer that has any: models store the keys of all alike
   std::set<std::string> complaints_;
 };
 

@@ -70,6 +70,12 @@ PBSATTN_API bool ggml_backend_pbsattn_configure(const struct ggml_pbsattn_config
  * options that configure() gave. NULL: none. Returns false, changing nothing, where the text is wrong. */
 PBSATTN_API bool ggml_backend_pbsattn_set_layers(const char* json);
 
+/* Puts a file of a learned order (docs/learned.md) in force from the next op on: the weights of permutation "learned"
+ * in each layer and, with `settings`, its options by layer and head, which change those that configure() gave and are
+ * changed by those of set_layers(). NULL: none. Returns false, changing nothing, for what is no such file. Whether it
+ * is of this model is seen when an op comes: others are left to ggml, with a warning that names both numbers. */
+PBSATTN_API bool ggml_backend_pbsattn_set_learned(const char* path, bool settings);
+
 /* Returns the calling thread's last error in one line, "" if there was none. */
 PBSATTN_API const char* ggml_backend_pbsattn_last_error(void);
 

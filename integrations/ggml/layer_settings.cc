@@ -129,6 +129,12 @@ LayerSettings LayerSettings::read(const std::string& path, const pbsattn_options
   }
 }
 
+void LayerSettings::put_under(const Changes& changes) {
+  Changes& of_all = layers_[every][every];
+  const bool replaced = !of_all.empty() && of_all.front().first == "method";
+  if (!replaced) of_all.insert(of_all.begin(), changes.begin(), changes.end());
+}
+
 void LayerSettings::apply(const Changes& changes, pbsattn_options* options) {
   for (const auto& [name, value] : changes) {
     if (name == "method") {
@@ -142,8 +148,8 @@ void LayerSettings::apply(const Changes& changes, pbsattn_options* options) {
 }
 
 std::vector<pbsattn_options> LayerSettings::heads(std::int32_t layer, std::int64_t q_heads,
-                                                  const pbsattn_options& base) const {
-  std::vector<pbsattn_options> result(1, base);
+                                                  const std::vector<pbsattn_options>& base) const {
+  std::vector<pbsattn_options> result = base;
   std::vector<std::int64_t> applying{every};
   if (layer >= 0) applying.push_back(layer);
   for (const std::int64_t index : applying) {

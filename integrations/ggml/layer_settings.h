@@ -33,12 +33,17 @@ class LayerSettings {
   // The same of a file's text.
   static LayerSettings read(const std::string& path, const pbsattn_options& base);
 
-  // Options of each query head of a layer, or one for all where nothing is said of single heads. Throws
-  // std::runtime_error for a head that the layer doesn't have.
-  std::vector<pbsattn_options> heads(std::int32_t layer, std::int64_t q_heads, const pbsattn_options& base) const;
+  using Changes = std::vector<std::pair<std::string, std::string>>;  // names and values, "method" first
+
+  // Puts options under these, for every layer and head.
+  void put_under(const Changes& changes);
+
+  // Options of each query head of a layer over `base`, or one for all where nothing is said of single heads: so are
+  // both. Throws std::runtime_error for a head that the layer doesn't have.
+  std::vector<pbsattn_options> heads(std::int32_t layer, std::int64_t q_heads,
+                                     const std::vector<pbsattn_options>& base) const;
 
  private:
-  using Changes = std::vector<std::pair<std::string, std::string>>;  // names and values, "method" first
   static constexpr std::int64_t every = -1;
 
   static void apply(const Changes& changes, pbsattn_options* options);

@@ -68,12 +68,13 @@ class Reader {
 
   // Sets an option where its variable says so.
   template <class Field>
-  void option(const OptionInfo& info, const Field&, Options* options) {
+  void option(const OptionInfo& info, const Field&, Options* options, LayerSettings::Changes* given) {
     const std::string name = variable_of(info.name);
     const auto value = text(name.c_str());
     if (!value) return;
     try {
       set_option(*options, info.name, *value);
+      given->emplace_back(info.name, *value);
     } catch (const Error&) {
       std::string rule(info.rule);
       if constexpr (std::is_enum_v<Field>)
@@ -201,15 +202,20 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
                                                                              {"ggml", GGML_PBSATTN_MODE_GGML},
                                                                              {"off", GGML_PBSATTN_MODE_OFF}}}))
     config.mode = *mode;
-  if (const auto method = reader.text("PBSATTN_METHOD")) {
-    try {
+  const auto method = reader.text("PBSATTN_METHOD");
+  const auto learned = reader.text("PBSATTN_LEARNED");
+  try {
+    if (method)
       set_method(*method, &config.options);
-    } catch (const Error& wrong) {
-      reader.fail(fmt::format("PBSATTN_METHOD: {}", wrong.what()));
-    }
+    else if (learned)
+      set_method(learned::method, &config.options);
+  } catch (const Error& wrong) {
+    reader.fail(fmt::format("PBSATTN_METHOD: {}", wrong.what()));
   }
   Options options = to_cpp(config.options);
-  visit_option_rows([&](const OptionInfo& info, const auto& field) { reader.option(info, field, &options); }, options);
+  LayerSettings::Changes given;
+  visit_option_rows([&](const OptionInfo& info, const auto& field) { reader.option(info, field, &options, &given); },
+                    options);
   config.options = to_c(options);
   reader.number("PBSATTN_MIN_TOKENS", "a whole number of tokens", &config.min_tokens);
   if (reader.text("PBSATTN_WORKSPACE_CAP_MIB")) {
@@ -221,9 +227,20 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
   reader.flag("PBSATTN_VERBOSE", &settings.verbose);
   if (const auto target = reader.text("PBSATTN_STATS"); target && *target != "0") settings.stats_target = *target;
 
-  if (const auto path = reader.text("PBSATTN_SETTINGS")) {
+  if (learned) {
     try {
-      settings.layers = std::make_shared<LayerSettings>(LayerSettings::read(std::string(*path), config.options));
+      settings.learned = std::make_shared<LearnedLayers>(std::string(*learned), !method, config.options);
+    } catch (const std::exception& wrong) {
+      reader.fail(fmt::format("PBSATTN_LEARNED {}", wrong.what()));
+    }
+  }
+  const auto path = reader.text("PBSATTN_SETTINGS");
+  const bool over_file = learned && !method && !given.empty();  // what variables set goes over the file's settings
+  if (path || over_file) {
+    try {
+      LayerSettings layers = path ? LayerSettings::read(std::string(*path), config.options) : LayerSettings{};
+      if (over_file) layers.put_under(given);
+      settings.layers = std::make_shared<LayerSettings>(std::move(layers));
     } catch (const std::exception& wrong) {
       reader.fail(fmt::format("PBSATTN_SETTINGS {}", wrong.what()));
     }
@@ -289,6 +306,15 @@ bool ggml_backend_pbsattn_set_layers(const char* json) {
     shared.settings.layers =
         json == nullptr ? nullptr
                         : std::make_shared<LayerSettings>(LayerSettings::parse(json, shared.settings.config.options));
+  });
+}
+
+bool ggml_backend_pbsattn_set_learned(const char* path, bool settings) {
+  return explained([&] {
+    State& shared = state();
+    const std::lock_guard lock(shared.mutex);
+    shared.settings.learned =
+        path == nullptr ? nullptr : std::make_shared<LearnedLayers>(path, settings, shared.settings.config.options);
   });
 }
 

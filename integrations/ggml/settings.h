@@ -12,6 +12,7 @@
 
 #include "ggml-pbsattn.h"
 #include "layer_settings.h"
+#include "learned_layers.h"
 
 namespace pbsattn::ggml {
 
@@ -27,9 +28,10 @@ struct Config {
 
 struct Settings {
   Config config;
-  std::shared_ptr<const LayerSettings> layers;  // PBSATTN_SETTINGS, or null
-  std::string stats_target;                     // PBSATTN_STATS: "" for none, "1" for the log, else a file's path
-  bool verbose = false;                         // PBSATTN_VERBOSE: a log line for each op
+  std::shared_ptr<const LearnedLayers> learned;  // PBSATTN_LEARNED, or null
+  std::shared_ptr<const LayerSettings> layers;   // PBSATTN_SETTINGS, or null
+  std::string stats_target;                      // PBSATTN_STATS: "" for none, "1" for the log, else a file's path
+  bool verbose = false;                          // PBSATTN_VERBOSE: a log line for each op
 };
 
 struct Observer {

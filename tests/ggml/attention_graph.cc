@@ -1,5 +1,6 @@
 #include "attention_graph.h"
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -49,6 +50,7 @@ AttentionGraph::AttentionGraph(const Case& c) : case_(c) {
   ggml_set_name(k_cache, c.cache_name.c_str());
   if (c.masked) mask_ = ggml_new_tensor_4d(context_, GGML_TYPE_F16, c.n_kv, c.n_q, 1, c.streams);
   ggml_tensor* sinks = c.sinks ? ggml_new_tensor_1d(context_, GGML_TYPE_F32, c.q_heads) : nullptr;
+  ggml_tensor* positions = ggml_new_tensor_1d(context_, GGML_TYPE_I32, 4 * c.n_q);  // as MROPE has them, for all
   buffer_ = ggml_backend_alloc_ctx_tensors_from_buft(context_, ggml_backend_cpu_buffer_type());
 
   const auto head_view = [&](ggml_tensor* cache, std::int64_t dim) {
@@ -56,7 +58,9 @@ AttentionGraph::AttentionGraph(const Case& c) : case_(c) {
                                       ggml_row_size(cache->type, dim), cache->nb[1], cache->nb[2], 0);
     return ggml_permute(context_, heads, 0, 2, 1, 3);
   };
-  ggml_tensor* q = ggml_permute(context_, ggml_scale(context_, q_storage, 2.0F), 0, 2, 1, 3);
+  ggml_tensor* scaled = ggml_scale(context_, q_storage, 2.0F);
+  if (c.rope_mode >= 0) scaled = rope(scaled, positions);
+  ggml_tensor* q = ggml_permute(context_, scaled, 0, 2, 1, 3);
   op_ = ggml_flash_attn_ext(context_, q, head_view(k_cache, c.head_dim), head_view(v_cache, value_dim), mask_,
                             1.0F / std::sqrt(static_cast<float>(c.head_dim)), c.max_bias, c.soft_cap);
   if (c.n_kv_max != 0) ggml_flash_attn_ext_set_n_kv_max(op_, c.n_kv_max);
@@ -72,9 +76,27 @@ AttentionGraph::AttentionGraph(const Case& c) : case_(c) {
   fill(q_storage, 1);
   fill(k_cache, 2);
   fill(v_cache, 3);
+  std::vector<std::int32_t> places(static_cast<std::size_t>(4 * c.n_q));
+  for (std::size_t i = 0; i < places.size(); ++i)
+    places[i] = static_cast<std::int32_t>(i) % static_cast<std::int32_t>(c.n_q);
+  ggml_backend_tensor_set(positions, places.data(), 0, ggml_nbytes(positions));
   if (sinks != nullptr) fill(sinks, 4);
   if (c.masked)
     set_mask(c.visible ? c.visible : [offset = c.offset](std::int64_t i, std::int64_t j) { return j <= offset + i; });
+}
+
+ggml_tensor* AttentionGraph::rope(ggml_tensor* q, ggml_tensor* positions) const {
+  const int columns = case_.rope_columns == 0 ? static_cast<int>(case_.head_dim) : case_.rope_columns;
+  std::array<int, GGML_MROPE_SECTIONS> sections{columns / 2, 0, 0, 0};
+  ggml_tensor* turned = nullptr;
+  if (case_.rope_mode == GGML_ROPE_TYPE_NORMAL || case_.rope_mode == GGML_ROPE_TYPE_NEOX) {
+    ggml_tensor* first = ggml_view_1d(context_, positions, case_.n_q, 0);
+    turned = ggml_rope_ext(context_, q, first, nullptr, columns, case_.rope_mode, 0, 10000.0F, 1, 0, 1, 32, 1);
+  } else {
+    turned = ggml_rope_multi(context_, q, positions, nullptr, columns, sections.data(), case_.rope_mode, 0, 10000.0F, 1,
+                             0, 1, 32, 1);
+  }
+  return case_.rope_normed ? ggml_rms_norm(context_, turned, 1e-5F) : turned;
 }
 
 AttentionGraph::~AttentionGraph() {

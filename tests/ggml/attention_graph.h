@@ -37,6 +37,9 @@ struct Case {
   int more_source = 0;  // a source of this number that no ggml of today has; 0: none
   int parameter = 0;    // the word of op_params to set, where ggml of today has none; 0: none
   std::string cache_name = "cache_k_l3";
+  int rope_mode = -1;        // RoPE's on queries, as llama.cpp has it before the op; -1: none
+  int rope_columns = 0;      // that it turns; 0: head_dim
+  bool rope_normed = false;  // with a norm between RoPE and the op
 };
 
 // A case's tensors, inputs filled, ready to be computed any number of times.
@@ -59,6 +62,8 @@ class AttentionGraph {
   Result compute(const std::vector<ggml_backend_t>& backends) const;
 
  private:
+  ggml_tensor* rope(ggml_tensor* q, ggml_tensor* positions) const;
+
   Case case_;
   ggml_context* context_ = nullptr;
   ggml_backend_buffer_t buffer_ = nullptr;

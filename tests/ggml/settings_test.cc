@@ -95,7 +95,8 @@ TEST(Settings, EveryOptionHasItsVariableAndItsKey) {
     if (name == "softcap" || name == "window") return;  // refused there
     for (const auto& [key, text] : {std::pair{name, value}, {"method", method}}) {
       const std::string json = R"({"*": {"*": {")" + key + R"(": ")" + text + R"("}}})";
-      EXPECT_TRUE(pbsattn::test::same(to_cpp(LayerSettings::parse(json, base).heads(0, 1, base)[0]), expected)) << json;
+      EXPECT_TRUE(pbsattn::test::same(to_cpp(LayerSettings::parse(json, base).heads(0, 1, {base})[0]), expected))
+          << json;
     }
   });
   EXPECT_EQ(variable_of("dense_last_rows"), "PBSATTN_DENSE_LAST_ROWS");
@@ -166,23 +167,23 @@ TEST(LayerSettings, LayersOverrideEveryLayerAndHeadsEveryHead) {
           "3": {"*": {"top_p": 0.6}, "2": {"sink_blocks": 4}},
           "4": {"*": {"top_k": 5, "method": "minference"}}})",
       base);
-  auto heads = settings.heads(0, 4, base);
+  auto heads = settings.heads(0, 4, {base});
   ASSERT_EQ(heads.size(), 4U);
   EXPECT_EQ(heads[0].top_p, 0.8F);
   EXPECT_EQ(heads[1].top_p, 0.7F);
   EXPECT_EQ(heads[1].keep, PBSATTN_KEEP_ALL);
-  heads = settings.heads(3, 4, base);
+  heads = settings.heads(3, 4, {base});
   EXPECT_EQ(heads[0].top_p, 0.6F);
   EXPECT_EQ(heads[1].top_p, 0.6F);
   EXPECT_EQ(heads[1].keep, PBSATTN_KEEP_ALL) << "what the layer doesn't name stays";
   EXPECT_EQ(heads[2].sink_blocks, 4);
-  heads = settings.heads(4, 4, base);
+  heads = settings.heads(4, 4, {base});
   EXPECT_EQ(heads[0].score, PBSATTN_SCORE_VERTICAL_SLASH) << "a method comes first";
   EXPECT_EQ(heads[0].top_k, 5);
   EXPECT_EQ(heads[0].precision, PBSATTN_PRECISION_BF16);
-  EXPECT_EQ(settings.heads(-1, 2, base)[0].top_p, 0.8F) << "an op that doesn't tell its layer";
-  EXPECT_THROW(static_cast<void>(settings.heads(3, 2, base)), std::runtime_error) << "no head 2";
-  EXPECT_EQ(LayerSettings::parse(R"({"0": {"*": {"top_p": 0.5}}})", base).heads(0, 4, base).size(), 1U)
+  EXPECT_EQ(settings.heads(-1, 2, {base})[0].top_p, 0.8F) << "an op that doesn't tell its layer";
+  EXPECT_THROW(static_cast<void>(settings.heads(3, 2, {base})), std::runtime_error) << "no head 2";
+  EXPECT_EQ(LayerSettings::parse(R"({"0": {"*": {"top_p": 0.5}}})", base).heads(0, 4, {base}).size(), 1U)
       << "one for all";
 }
 
@@ -192,7 +193,7 @@ TEST(LayerSettings, AMethodLeavesThePrecisionThatTheOneBeforeNamed) {
   const auto settings = LayerSettings::parse(
       R"({"*": {"*": {"method": "pbs:precision=f32"}}, "0": {"1": {"method": "full"}, "2": {"method": "full:precision=bf16"}}})",
       base);
-  const auto heads = settings.heads(0, 3, base);
+  const auto heads = settings.heads(0, 3, {base});
   ASSERT_EQ(heads.size(), 3U);
   EXPECT_EQ(heads[1].keep, PBSATTN_KEEP_ALL);
   EXPECT_EQ(heads[1].precision, PBSATTN_PRECISION_F32);
