@@ -11,6 +11,7 @@
 
 #include "errors.h"
 #include "files.h"
+#include "learned_file.h"
 #include "pbsattn/options.hpp"
 
 namespace app {
@@ -31,9 +32,29 @@ bool is_part(std::string_view option) {
   return std::ranges::find(parts, option) != parts.end();
 }
 
+// Puts options under settings by layer and head, for every layer and head. Text of another form is the plug-in's to
+// judge.
+std::string put_under(const std::string& settings, const AttentionFlags::Given& given) {
+  using nlohmann::json;
+  json layers = settings.empty() ? json::object() : json::parse(settings, nullptr, /*allow_exceptions=*/false);
+  if (!layers.is_object() || (layers.contains("*") && !layers["*"].is_object())) return settings;
+  json& of_all = layers["*"]["*"];
+  if (!of_all.is_null() && !of_all.is_object()) return settings;
+  if (of_all.contains("method")) return settings;
+  json options = json::object();
+  for (const auto& [name, value] : given) options[name] = value;
+  if (of_all.is_object()) options.update(of_all);
+  of_all = options;
+  return layers.dump();
+}
+
 }  // namespace
 
 void AttentionFlags::add_to(CLI::App& command) {
+  command.add_option(
+      "--learned", learned_,
+      "the file of a learned order (pbsattn learned shows it): the weights of permutation learned, and what "
+      "the method \"learned\" is");
   const pbsattn::Options defaults;
   pbsattn::visit_option_rows(
       [&](const pbsattn::OptionInfo& info, auto field) {
@@ -60,26 +81,49 @@ void AttentionFlags::add_to(CLI::App& command) {
       defaults);
 }
 
+AttentionFlags::Given AttentionFlags::given(Role role) const {
+  Given result = given_;
+  if (role == Role::compared) std::erase_if(result, [](const auto& option) { return is_part(option.first); });
+  return result;
+}
+
 void AttentionFlags::apply(Role role, pbsattn::Options* options) const {
-  for (const auto& [name, value] : given_)
-    if (role == Role::under_test || !is_part(name)) pbsattn::set_option(*options, name, value);
+  for (const auto& [name, value] : given(role)) pbsattn::set_option(*options, name, value);
+}
+
+std::string AttentionFlags::default_method() const {
+  return learned_.empty() ? "pbs" : std::string(learned_name);
 }
 
 Attention attention_named(const std::string& spec, const AttentionFlags& flags, Role role) {
-  Attention attention{.name = spec, .by_ggml = spec == "ggml", .options = {}, .settings = {}};
+  Attention attention;
+  attention.name = spec;
+  attention.by_ggml = spec == "ggml";
   if (attention.by_ggml) return attention;
   if (spec.starts_with("ggml:")) throw UsageError(fmt::format("{}: ggml's kernel has no options; name it alone", spec));
   const pbsattn::MethodText parts = pbsattn::split_method(spec);
-  pbsattn::Options& options = attention.options = pbsattn::method(parts.name);
+  attention.learned = flags.learned();
+  attention.by_learned = parts.name == learned_name;
+  if (attention.by_learned && attention.learned.empty())
+    throw UsageError(fmt::format("{}: is what the file of a learned order says; name one with --learned", spec));
+  pbsattn::Options& options = attention.options =
+      attention.by_learned ? pbsattn::parse_method(pbsattn::learned::method) : pbsattn::method(parts.name);
   options.precision = pbsattn::Precision::bf16;
   flags.apply(role, &options);
+  AttentionFlags::Given given = flags.given(role);
   for (const auto& [name, value] : parts.options) {
-    if (name == "settings")
+    if (name == "settings") {
       attention.settings = read_settings(std::string(value));
-    else
+    } else {
       pbsattn::set_option(options, name, value);
+      given.emplace_back(name, value);
+    }
   }
   check(options);
+  if (attention.by_learned) attention.settings = put_under(attention.settings, given);
+  if (options.permutation == pbsattn::Permutation::learned && attention.learned.empty())
+    throw UsageError(
+        fmt::format("{}: permutation learned goes by weights, which a file has; name one with --learned", spec));
   return attention;
 }
 

@@ -21,6 +21,8 @@ struct Attention {
   bool by_ggml = false;
   pbsattn::Options options;  // unused by_ggml
   std::string settings;      // JSON of options by layer and head that change these; "" for none
+  std::string learned;       // the file of a learned order; "" for none
+  bool by_learned = false;   // the file's own settings change the options before those above do
 };
 
 // Whether a method is under test, or stands beside it to be compared with.
@@ -31,17 +33,30 @@ enum class Role { under_test, compared };
 // fallback) are for the method under test alone: with them a baseline would be another method.
 class AttentionFlags {
  public:
+  using Given = std::vector<std::pair<std::string, std::string>>;  // names and values
+
   void add_to(CLI::App& command);
+  // Returns what was given for a method in that role.
+  Given given(Role role) const;
   // Sets what was given for a method in that role. Throws pbsattn::Error for a name that an option's values don't have.
   void apply(Role role, pbsattn::Options* options) const;
+  // Returns the file of a learned order, or "".
+  const std::string& learned() const { return learned_; }
+  // Returns the method under test where the command line names none.
+  std::string default_method() const;
 
  private:
-  std::vector<std::pair<std::string_view, std::string>> given_;
+  Given given_;
+  std::string learned_;
 };
+
+// The name of what the file of a learned order says: its settings by layer and head, under the flags.
+inline constexpr std::string_view learned_name = "learned";
 
 // Returns the attention that "ggml" stands for, or a method of the table with the flags for its role applied and then
 // options of its own: "pbs:top_p=0.95:segment=512". "settings=FILE" among them names a file of options by layer and
-// head. Throws for an unknown name (with the nearest) and for a value out of its range.
+// head. With --learned, "learned" is what its file says. Throws for an unknown name (with the nearest) and for a value
+// out of its range.
 Attention attention_named(const std::string& spec, const AttentionFlags& flags, Role role);
 
 // Returns all options by name.

@@ -11,5 +11,6 @@ void add_prefill(CLI::App& program);
 void add_mask(CLI::App& program);
 void add_methods(CLI::App& program);
 void add_devices(CLI::App& program);
+void add_learned(CLI::App& program);
 
 }  // namespace app

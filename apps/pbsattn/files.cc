@@ -96,6 +96,14 @@ std::string read_settings(const std::string& path) {
   return text.str();
 }
 
+pbsattn::learned::File read_learned(const std::string& path) {
+  try {
+    return pbsattn::learned::read(path);
+  } catch (const pbsattn::Error& error) {
+    throw Failure(fmt::format("learned order {}", error.what()));
+  }
+}
+
 void print(std::string_view text) {
   if (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0) return;
   if (errno == EPIPE) throw NobodyReads();

@@ -5,10 +5,15 @@
 #include <string>
 #include <string_view>
 
+#include "learned_file.h"
+
 namespace app {
 
 // A prompt: text in UTF-8, not empty.
 std::string read_prompt(const std::string& path);
+
+// The file of a learned order.
+pbsattn::learned::File read_learned(const std::string& path);
 
 // Settings by layer and head: whatever text there is, for the plug-in to judge.
 std::string read_settings(const std::string& path);

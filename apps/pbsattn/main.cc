@@ -46,6 +46,7 @@ int run(int argc, char** argv) {
   app::add_mask(program);
   app::add_methods(program);
   app::add_devices(program);
+  app::add_learned(program);
   check_command(program, argc, argv);
   try {
     program.parse(argc, argv);

@@ -7,14 +7,20 @@
 #include <cstring>
 #include <filesystem>
 #include <memory>
+#include <optional>
+#include <span>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attention.h"
 #include "commands.h"
+#include "core/options/c_options.h"
 #include "errors.h"
 #include "files.h"
 #include "flags.h"
+#include "layer_settings.h"
 #include "mask_svg.h"
 #include "progress.h"
 #include "session.h"
@@ -88,17 +94,33 @@ void capture_head(Session& session, Capture& capture, const std::vector<llama_to
   }
 }
 
-MaskPanel panel(const std::string& title, const Attention& attention, const Capture& capture, int threads) {
-  const auto plan = pbsattn::Plan::create(attention.options, capture.shape, pbsattn::Device::cpu(threads));
+MaskPanel panel(const std::string& title, const pbsattn::Options& options, const pbsattn::OrderWeights& weights,
+                const Capture& capture, int threads) {
+  const auto plan = pbsattn::Plan::create(options, capture.shape, pbsattn::Device::cpu(threads));
   std::vector<std::byte> workspace(plan.workspace_size());
   std::vector<float> out(static_cast<std::size_t>(capture.shape.q_len * capture.shape.head_dim));
   const pbsattn::View out_view{.data = out.data(), .token_stride = capture.shape.head_dim};
   MaskPanel result{.title = title};
   pbsattn::Stats stats;
-  plan.run({.q = capture.q.view(), .k = capture.k.view(), .v = capture.v.view()}, {.out = out_view}, workspace, &stats,
-           &result.trace);
+  plan.run({.q = capture.q.view(), .k = capture.k.view(), .v = capture.v.view(), .order_weights = weights},
+           {.out = out_view}, workspace, &stats, &result.trace);
   result.density = stats.density();
   return result;
+}
+
+// The options of one head under what the file of a learned order says, and what the command line says over that.
+pbsattn::Options options_of_head(const pbsattn::learned::File& learned, const Attention& attention, int layer, int head,
+                                 int q_heads) {
+  using pbsattn::ggml::LayerSettings;
+  const pbsattn_options base = pbsattn::to_c(attention.options);
+  std::vector<pbsattn_options> heads{base};
+  try {
+    for (const std::string& settings : {learned.settings, attention.settings})
+      heads = LayerSettings::parse(settings, base).heads(layer, q_heads, heads);
+  } catch (const std::runtime_error& error) {
+    throw Failure(fmt::format("learned order {}: settings: {}", learned.name, error.what()));
+  }
+  return pbsattn::to_cpp(heads[heads.size() == 1 ? 0 : static_cast<std::size_t>(head)]);
 }
 
 void require_index(int value, int count, const char* option, const std::string& what) {
@@ -108,17 +130,27 @@ void require_index(int value, int count, const char* option, const std::string& 
 }
 
 void mask(const MaskOptions& options) {
-  const Attention after = attention_named("pbs", options.attention, Role::under_test);
-  Attention before = after;
-  before.options.permutation = pbsattn::Permutation::none;
+  const Attention after = attention_named(options.attention.default_method(), options.attention, Role::under_test);
   const Attention full = attention_named("full", options.attention, Role::compared);
   options.prompt.check_threads();
   const std::string text = read_prompt(options.prompt.prompt_file);
+  std::optional<pbsattn::learned::File> learned;
+  if (after.by_learned) learned = read_learned(after.learned);
   OutputFile file(options.out);
 
   Session session(options.prompt.model, options.prompt.verbose);
   require_index(options.layer, session.info().layers, "--layer", "layers");
   require_index(options.head, session.info().q_heads, "--head", "query heads");
+  pbsattn::Options permuted = after.options;
+  std::vector<float> weights;
+  pbsattn::RopePairs pairs = pbsattn::RopePairs::halves;
+  if (learned) {
+    session.require_own(*learned);
+    permuted = options_of_head(*learned, after, options.layer, options.head, session.info().q_heads);
+    std::tie(weights, pairs) = session.weights_of(*learned, options.layer);
+  }
+  pbsattn::Options unpermuted = permuted;
+  unpermuted.permutation = pbsattn::Permutation::none;
   std::vector<llama_token> prompt = session.tokenize(text);
   if (options.prompt.tokens > 0 && options.prompt.tokens < static_cast<int>(prompt.size())) {
     prompt.resize(static_cast<std::size_t>(options.prompt.tokens));
@@ -134,11 +166,16 @@ void mask(const MaskOptions& options) {
 
   Capture capture{.layer = options.layer, .head = options.head, .shape = {}, .q = {}, .k = {}, .v = {}};
   capture_head(session, capture, prompt, full);
-  const std::string title = fmt::format("{}, layer {}, head {}, {} tokens, top-p {}",
-                                        std::filesystem::path(options.prompt.model).stem().string(), options.layer,
-                                        options.head, length, after.options.top_p);
-  const std::vector<MaskPanel> panels = {panel("Keys where they stand", before, capture, threads),
-                                         panel("Keys permuted inside segments", after, capture, threads)};
+  const std::string title = fmt::format(
+      "{}, layer {}, head {}, {} tokens, {}", std::filesystem::path(options.prompt.model).stem().string(),
+      options.layer, options.head, length, learned ? "a learned order" : fmt::format("top-p {}", permuted.top_p));
+  const std::size_t features = weights.size() / static_cast<std::size_t>(session.info().kv_heads);
+  const int group = session.info().q_heads / session.info().kv_heads;
+  const pbsattn::OrderWeights own{
+      .values = std::span(weights).subspan(static_cast<std::size_t>(options.head / group) * features, features),
+      .pairs = pairs};
+  const std::vector<MaskPanel> panels = {panel("Keys where they stand", unpermuted, own, capture, threads),
+                                         panel("Keys permuted inside segments", permuted, own, capture, threads)};
   file.commit(mask_svg(title, panels));
   print(fmt::format("{}: density {:.3f} before the permutation, {:.3f} after it\n", options.out, panels[0].density,
                     panels[1].density));

@@ -26,8 +26,8 @@ namespace {
 
 struct PrefillOptions {
   PromptFlags prompt;
-  int context = 0;  // 0: what prompt and continuation need
-  std::string method = "pbs";
+  int context = 0;     // 0: what prompt and continuation need
+  std::string method;  // "": the flags' default
   std::string compare = "ggml,full";
   AttentionFlags attention;
   int generate = 32;
@@ -50,16 +50,16 @@ int positions_from(const std::string& text) {
 // The attentions to run, in the order of the table: the ones to compare with, then the method.
 std::vector<Attention> attentions(const PrefillOptions& options) {
   std::vector<Attention> list;
+  const std::string method = options.method.empty() ? options.attention.default_method() : options.method;
   const auto add = [&](const std::string& name) {
     if (std::ranges::find(list, name, &Attention::name) == list.end()) {
-      list.push_back(
-          attention_named(name, options.attention, name == options.method ? Role::under_test : Role::compared));
+      list.push_back(attention_named(name, options.attention, name == method ? Role::under_test : Role::compared));
     }
   };
   if (options.compare != "none") {
     for (const std::string& name : CLI::detail::split(options.compare, ',')) add(name);
   }
-  add(options.method);
+  add(method);
   return list;
 }
 
@@ -181,10 +181,13 @@ void prefill(const PrefillOptions& options) {
   require_between(options.context, 0, most_tokens, "--context", "0 takes what the prompt needs");
   options.prompt.check_threads();
   const std::string text = read_prompt(options.prompt.prompt_file);
+  std::optional<pbsattn::learned::File> learned;
+  if (!options.attention.learned().empty()) learned = read_learned(options.attention.learned());
   std::optional<OutputFile> json_file;
   if (!options.json.empty() && options.json != "-") json_file.emplace(options.json);
 
   Session session(options.prompt.model, options.prompt.verbose);
+  if (learned) session.require_own(*learned);
   const std::vector<llama_token> prompt = prompt_tokens(session, text, options, list.back().options.segment);
   const int length = static_cast<int>(prompt.size());
   const std::vector<int> positions = sample_positions(length, wanted_positions);
@@ -242,7 +245,7 @@ void add_prefill(CLI::App& program) {
   command->add_option("--context", options->context, "tokens the KV cache holds; 0: as many as needed")
       ->capture_default_str();
   command->add_option("--method", options->method, "the method under test; `pbsattn methods` lists them")
-      ->capture_default_str();
+      ->default_str("pbs, or with --learned what its file says");
   command
       ->add_option(
           "--compare", options->compare,

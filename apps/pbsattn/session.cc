@@ -8,11 +8,13 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <charconv>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <limits>
 #include <set>
+#include <string_view>
 #include <utility>
 
 #include "core/options/c_options.h"
@@ -87,7 +89,9 @@ void configure_plugin(const Attention& attention) {
   }
   config.min_tokens = GGML_PBSATTN_MIN_TOKENS_FLOOR;
   const char* const settings = attention.settings.empty() ? nullptr : attention.settings.c_str();
-  if (!ggml_backend_pbsattn_configure(&config) || !ggml_backend_pbsattn_set_layers(settings))
+  const char* const learned = attention.learned.empty() ? nullptr : attention.learned.c_str();
+  if (!ggml_backend_pbsattn_configure(&config) || !ggml_backend_pbsattn_set_learned(learned, attention.by_learned) ||
+      !ggml_backend_pbsattn_set_layers(settings))
     throw Failure(fmt::format("{}: {}", attention.name, ggml_backend_pbsattn_last_error()));
 }
 
@@ -124,8 +128,44 @@ Session::Session(const std::string& model_path, bool verbose) {
            .layers = llama_model_n_layer(model_.get()),
            .q_heads = llama_model_n_head(model_.get()),
            .kv_heads = llama_model_n_head_kv(model_.get()),
+           .head_dim = number("attention.key_length",
+                              llama_model_n_embd(model_.get()) / std::max(llama_model_n_head(model_.get()), 1)),
            .context = llama_model_n_ctx_train(model_.get()),
            .vocabulary = llama_vocab_n_tokens(vocab_)};
+}
+
+int Session::number(const std::string& key, int otherwise) const {
+  std::array<char, 64> text{};
+  const auto value = [&](const std::string& name) {
+    return llama_model_meta_val_str(model_.get(), name.c_str(), text.data(), text.size()) >= 0 ? text.data() : "";
+  };
+  const std::string name = value("general.architecture") + ("." + key);
+  const std::string_view digits = value(name);
+  int result = otherwise;
+  std::from_chars(digits.data(), digits.data() + digits.size(), result);
+  return result;
+}
+
+void Session::require_own(const pbsattn::learned::File& file) const {
+  try {
+    pbsattn::learned::require_model(file, {info_.layers, info_.q_heads, info_.kv_heads, info_.head_dim});
+  } catch (const pbsattn::Error& error) {
+    throw Failure(fmt::format("learned order {}", error.what()));
+  }
+}
+
+std::pair<std::vector<float>, pbsattn::RopePairs> Session::weights_of(const pbsattn::learned::File& file,
+                                                                      int layer) const {
+  using pbsattn::RopePairs;
+  const llama_rope_type type = llama_model_rope_type(model_.get());
+  const RopePairs pairs = type == LLAMA_ROPE_TYPE_NORM ? RopePairs::neighbours : RopePairs::halves;
+  const bool whole = number("rope.dimension_count", info_.head_dim) == info_.head_dim;
+  if (type == LLAMA_ROPE_TYPE_NONE || (pairs != file.pairs && !whole))
+    throw Failure(
+        fmt::format("learned order {}: its pairs are {}, and those of model {} can't be told or differ in a part "
+                    "of the columns alone; draw it without --learned",
+                    file.name, pbsattn::learned::name_of(file.pairs), info_.path));
+  return {pbsattn::learned::in_pairs(file.of_layer(layer), file.sizes.head_dim, file.pairs, pairs), pairs};
 }
 
 std::vector<llama_token> Session::tokenize(const std::string& text) const {
@@ -157,8 +197,10 @@ void Session::open(const ContextSize& size) {
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
   params.abort_callback = [](void* self) { return static_cast<Session*>(self)->layers_done() || interrupted(); };
   params.abort_callback_data = this;
-  configure_plugin(
-      {.name = "ggml", .by_ggml = true, .options = {}, .settings = {}});  // which ops are routed is decided in here
+  Attention ggml;  // which ops are routed is decided in here
+  ggml.name = "ggml";
+  ggml.by_ggml = true;
+  configure_plugin(ggml);
   context_.reset(llama_init_from_model(model_.get(), params));
   if (context_ == nullptr) {
     throw Failure(fmt::format("context of {} tokens: llama.cpp can't make it{}; pass a smaller --tokens or --context",

@@ -7,10 +7,12 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
 #include "ggml-pbsattn.h"
+#include "learned_file.h"
 
 namespace app {
 
@@ -20,6 +22,7 @@ struct ModelInfo {
   int layers = 0;
   int q_heads = 0;
   int kv_heads = 0;
+  int head_dim = 0;
   int context = 0;  // tokens it was trained on
   int vocabulary = 0;
 };
@@ -40,6 +43,11 @@ class Session {
   Session(const std::string& model_path, bool verbose);
 
   const ModelInfo& info() const noexcept { return info_; }
+  // Throws Failure where the file of a learned order isn't this model's.
+  void require_own(const pbsattn::learned::File& file) const;
+  // Returns the weights of one layer for keys as this model has them, and their pairs. Throws Failure where there are
+  // none.
+  std::pair<std::vector<float>, pbsattn::RopePairs> weights_of(const pbsattn::learned::File& file, int layer) const;
   std::vector<llama_token> tokenize(const std::string& text) const;
   std::string text_of(std::span<const llama_token> tokens) const;
 
@@ -64,6 +72,8 @@ class Session {
   };
 
   bool layers_done() const;
+  // A number of the model's file, "attention.key_length", or `otherwise` where it has none.
+  int number(const std::string& key, int otherwise) const;
   void decode(std::span<const llama_token> tokens, int first_position, std::span<const int> outputs);
 
   std::unique_ptr<llama_model, Free> model_;

@@ -1,8 +1,10 @@
 """What app_test.py's tests share: the program, which is the first argument, its calls and what it refuses."""
 
+import json
 import os
 import pathlib
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -38,6 +40,17 @@ class Case(unittest.TestCase):
         path = self.folder / name
         path.write_bytes(content)
         return path
+
+    def learned(self, layers=2, query_heads=4, kv_heads=2, head_dim=8, settings="{}"):
+        """The file of a learned order. The first KV head of its first layer has weights of 0."""
+        features = head_dim * 3 // 2
+        weights = [0.0] * features + [0.5] * (kv_heads - 1) * features + [-2.0] * (layers - 1) * kv_heads * features
+        sizes = {"layers": layers, "query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        metadata = {"format": "pbsattn-learned-1", "pairs": "halves", "model": "tiny\nnet", "fitted_on": "noise"}
+        metadata |= {name: str(size) for name, size in sizes.items()} | {"settings": settings}
+        tensor = {"dtype": "F32", "shape": [layers, kv_heads, features], "data_offsets": [0, 4 * len(weights)]}
+        header = json.dumps({"__metadata__": metadata, "order_weights": tensor}).encode()
+        return self.file("tiny.pbs", struct.pack("<Q", len(header)) + header + struct.pack(f"<{len(weights)}f", *weights))
 
     def refused(self, status, *arguments, says=()):
         """One line on stderr with every word of `says`, nothing on stdout, that status, no file left behind."""

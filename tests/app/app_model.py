@@ -62,6 +62,29 @@ class Prefill(Case):
         self.assertLess(2 * runs["ggml"]["kl_mean"], runs["pbs"]["kl_mean"])
         self.assertGreater(runs["ggml"]["top1_mean"], 0.5)
 
+    def test_a_learned_order(self):
+        file = self.learned(30, 9, 3, 64, settings='{"4": {"*": {"keep": "all"}}}')
+        result = pbsattn(
+            *PREFILL,
+            *"--tokens 800 --generate 0 --compare none --positions 1 --threshold 0.2 --json --learned".split(),
+            file,
+        )
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        (run,) = json.loads(result.stdout)["runs"]
+        self.assertEqual((run["name"], run["options"]["permutation"]), ("learned", "learned"))
+        densities = [layer["density"] for layer in run["layers"]]
+        self.assertEqual([layer for layer, density in enumerate(densities) if density == 1], [4])
+        picture = self.folder / "mask.svg"
+        result = pbsattn(*MASK, *"--tokens 800 --layer 2 --head 4 --threshold 0.2 --learned".split(), file, "--out", picture)
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertIn("a learned order", picture.read_text())
+        for sizes, says in (
+            ((24, 9, 3, 64), "with 24 layers, the model has 30"),
+            ((30, 9, 9, 64), "with 9 KV heads, the model has 3"),
+            ((30, 9, 3, 128), "with 128 numbers in a head, the model has 64"),
+        ):
+            self.refused_prefill(1, "--tokens", 300, "--learned", self.learned(*sizes), says=["tiny.pbs", says])
+
     def test_json_on_the_standard_output_and_one_run(self):
         result = pbsattn(*PREFILL, *"--tokens 300 --generate 0 --compare none --method ggml --positions all --json".split())
         self.assertEqual((result.returncode, result.stderr), (0, ""))

@@ -33,8 +33,27 @@ class Tables(Case):
         self.assertIn(cpu["bf16_path"], cpu["paths"])
         self.assertIn(cpu["f32_path"], pbsattn("devices").stdout)
 
+    def test_learned(self):
+        path = self.learned(settings='{"1": {"*": {"permutation": "none"}}}')
+        text = pbsattn("learned", path).stdout
+        for line in (
+            "model      tiny?net",
+            "fitted on  noise",
+            "sizes      2 layers, 4 query heads, 2 KV heads, head_dim 8",
+        ):
+            self.assertIn(line + "\n", text)
+        self.assertRegex(text, r"\n +0 +1 of 2 +0\.5\n +1 +2 of 2 +2\n")
+        read = json.loads(pbsattn("learned", path, "--json").stdout)
+        self.assertEqual((read["model"], read["pairs"], read["head_dim"]), ("tiny\nnet", "halves", 8))
+        self.assertEqual(read["settings"], {"1": {"*": {"permutation": "none"}}})
+        self.assertEqual(read["weights"][1], {"layer": 1, "ordered_kv_heads": 2, "largest_weight": 2})
+        self.refused(2, "learned", says=["file is required"])
+        self.refused(1, "learned", self.folder, says=[str(self.folder), "can't be read"])
+        path.write_bytes(path.read_bytes()[:-1])
+        self.refused(1, "learned", path, says=[str(path), "truncated"])
+
     def test_help(self):
-        for arguments in (["--help"], ["prefill", "--help"], ["mask", "--help"], ["--version"]):
+        for arguments in (["--help"], ["prefill", "--help"], ["mask", "--help"], ["learned", "--help"], ["--version"]):
             result = pbsattn(*arguments)
             self.assertEqual((result.returncode, result.stderr), (0, ""), arguments)
 
@@ -98,6 +117,15 @@ class CommandLine(Case):
         ):
             self.usage("--compare", spec, says=says)
             self.usage("--method", spec, says=says)
+
+    def test_learned_orders_come_from_files(self):
+        self.usage("--method", "learned", says=["learned: ", "--learned"])
+        for flag in ("--compare", "--method"):
+            self.usage(flag, "pbs:permutation=learned:order_scope=kv_head", says=["permutation learned", "--learned"])
+        for command in (("prefill",), ("mask", "--out", self.folder / "mask.svg")):
+            given = (*command, "--model", "none.gguf", "--prompt-file", self.file("text.txt", b"some words"), "--learned")
+            self.refused(1, *given, "none.pbs", says=["none.pbs", "can't be read"])
+            self.refused(1, *given, self.learned(), says=["none.gguf"])
 
     def test_parts_are_the_methods_under_test(self):
         text = self.file("text.txt", b"some words")

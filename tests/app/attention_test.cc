@@ -4,6 +4,8 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -90,6 +92,54 @@ TEST(AttentionFlags, PartsAreTheMethodsUnderTestAlone) {
   const auto of_tested = parsed(flags, "auto");
   ASSERT_TRUE(of_tested.has_value());
   EXPECT_TRUE(pbsattn::test::same(*of_tested, tested));
+}
+
+// What a command line with a learned order's file makes of a name.
+Attention with_file(std::vector<std::string> arguments, const std::string& spec, Role role = Role::under_test) {
+  CLI::App command;
+  AttentionFlags flags;
+  flags.add_to(command);
+  arguments.insert(arguments.begin(), {"--learned", "model.pbs"});
+  std::ranges::reverse(arguments);
+  command.parse(arguments);
+  EXPECT_EQ(flags.default_method(), "learned");
+  return attention_named(spec, flags, role);
+}
+
+TEST(AttentionFlags, LearnedIsWhatTheFileSaysUnderTheCommandLine) {
+  using nlohmann::json;
+  const Attention plain = with_file({}, "learned");
+  EXPECT_TRUE(plain.by_learned);
+  EXPECT_EQ(plain.learned, "model.pbs");
+  EXPECT_EQ(plain.options.permutation, pbsattn::Permutation::learned);
+  EXPECT_EQ(plain.options.precision, pbsattn::Precision::bf16);
+  EXPECT_EQ(json::parse(plain.settings), json::parse(R"({"*": {"*": {}}})"));
+  const Attention changed = with_file({"--dense-last-rows", "5", "--top-p=0.5"}, "learned:top_p=0.25");
+  EXPECT_EQ(changed.options.dense_last_rows, 5);
+  EXPECT_EQ(changed.options.top_p, 0.25F);
+  EXPECT_EQ(json::parse(changed.settings), json::parse(R"({"*": {"*": {"dense_last_rows": "5", "top_p": "0.25"}}})"));
+  const Attention other = with_file({}, "two-step:permutation=learned:order_scope=kv_head");
+  EXPECT_FALSE(other.by_learned);
+  EXPECT_EQ(other.learned, "model.pbs");
+  EXPECT_EQ(other.settings, "");
+  EXPECT_TRUE(with_file({}, "ggml").learned.empty());
+}
+
+TEST(AttentionFlags, SettingsOfTheCommandLineStandOverItsFlags) {
+  using nlohmann::json;
+  const auto file = std::filesystem::path(testing::TempDir()) / "pbsattn-attention-test.json";
+  const auto settings_of = [&](const std::string& text) {
+    std::ofstream(file) << text;
+    return with_file({"--top-p", "0.5", "--dense-last-rows", "1"}, "learned:settings=" + file.string()).settings;
+  };
+  EXPECT_EQ(json::parse(settings_of(R"({"3": {"*": {"keep": "all"}}})")),
+            json::parse(R"({"3": {"*": {"keep": "all"}}, "*": {"*": {"top_p": "0.5", "dense_last_rows": "1"}}})"));
+  EXPECT_EQ(json::parse(settings_of(R"({"*": {"*": {"top_p": 0.7}, "2": {"top_k": 3}}})")),
+            json::parse(R"({"*": {"*": {"top_p": 0.7, "dense_last_rows": "1"}, "2": {"top_k": 3}}})"));
+  const std::string replacing = R"({"*":{"*":{"method":"pbs"}}})";
+  EXPECT_EQ(settings_of(replacing), replacing);
+  for (const std::string wrong : {"{", "[]", R"({"*": 3})", R"({"*": {"*": 3}})"}) EXPECT_EQ(settings_of(wrong), wrong);
+  std::filesystem::remove(file);
 }
 
 TEST(AttentionFlags, JsonHasEveryOption) {

@@ -58,6 +58,25 @@ def test_keys_of_a_model_move_by_the_files_weights(path, monkeypatch):
         assert not _agree(order, k, weights[1 - layer])
 
 
+def test_one_file_gives_llama_cpps_keys_the_same_order(path, monkeypatch):
+    """A model's keys, and the same as its GGUF file has them: llama.cpp's converter writes a head's two halves by turns."""
+    weights = save_learned(path)
+    model, calls = build("llama"), Calls(monkeypatch)
+    with torch.no_grad(), enable(model, learned=path, threshold=0.2, threshold_tokens=0):
+        model(prompt())
+    converted = pbsattn.read_learned(path).in_pairs("neighbours")
+    for layer, (q, k, v, options) in enumerate(calls.given):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k_gguf = (t.unflatten(-1, (2, 32)).swapaxes(-2, -1).flatten(-2) for t in (q, k))
+        given = {name: value for name, value in options.items() if name not in ("return_stats", "layout")}
+        given |= {"order_weights": converted.weights[layer], "rope_pairs": "neighbours"}
+        _, trace = pbsattn.trace(q, k_gguf, v, **given)
+        assert _agree(trace.order[:, ::2].long(), k, weights[layer])
+        given |= {"order_weights": weights[layer], "rope_pairs": "halves"}
+        _, unconverted = pbsattn.trace(q, k_gguf, v, **given)
+        assert not _agree(unconverted.order[:, ::2].long(), k, weights[layer])
+
+
 def _agree(order, k, weights, segment=256):
     """Whether keys stand in the order of their weights, but for scores that rounding makes equal."""
     half = k.shape[-1] // 2
