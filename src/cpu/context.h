@@ -63,6 +63,17 @@ struct StageContext {
   const std::int32_t* order(std::int64_t q_head, std::int64_t block) const {
     return layout.order + order_head(q_head) * geometry().permuted_len() + block * geometry().block;
   }
+  // Returns a block of a query head's packed keys and values, as they were moved or where they were.
+  PackedBlock packed_block(std::int64_t q_head, std::int64_t block, bool moved) const {
+    const bool copied = moved && !kernels.gathers;
+    const std::int64_t first = kv_head(q_head) * geometry().blocks();
+    const std::int64_t place = copied  ? order_head(q_head) * layout.permuted_blocks + block
+                               : moved ? first
+                                       : first + block;
+    return {(copied ? layout.permuted_k : layout.k) + place * layout.k_block_bytes,
+            (copied ? layout.permuted_v : layout.v) + place * layout.v_block_bytes,
+            moved && !copied ? order(q_head, block) : nullptr};
+  }
   // Returns the block that holds token 0.
   std::int64_t sink_block(std::int64_t q_head) const {
     return layout.permuted ? layout.sink_block[order_head(q_head)] : 0;

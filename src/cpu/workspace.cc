@@ -71,7 +71,7 @@ Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent exte
       ceil_div(std::min(extent.q_heads, g.group()) * kernels.rows_together() * blocks * 4, alignment) * alignment;
   const std::int64_t attend = lists_bytes + row_scratch_bytes(g, kernels, corrected ? permuted_blocks : 0);
   const std::int64_t pooled_rows = up_to_tile(permuted_blocks);
-  const std::int64_t select = select_scratch_bytes(spec, permuted_blocks);
+  const std::int64_t select = select_scratch_bytes(spec, permuted_blocks, strip_bytes);
   const std::int64_t sort = permuted ? order_scratch_bytes(g) : 0;
   scratch_bytes = ceil_div(std::max({attend, select, sort}), alignment) * alignment;
 

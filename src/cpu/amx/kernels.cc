@@ -76,25 +76,35 @@ bool pack_values_of(const Rows& rows, int count, int padded, int head_dim, void*
   return true;
 }
 
-void score_keys(const void* keys, const void* queries, int count, int head_dim, const Logits& logits, float* max_out,
-                float* sum_out, void* exps) {
+// Computes S of whole groups of keys, [key][strip].
+void multiply_keys(const void* keys, const void* queries, int count, int head_dim, float* scores) {
   [[maybe_unused]] const TileScope scope;
   const int pairs = tile_pairs(head_dim);
   constexpr int row = strip * static_cast<int>(sizeof(float));
-  alignas(64) float scores[max_block * strip];
   for (int key = 0; key < count; key += group_keys)
     multiply_group(static_cast<const std::byte*>(keys) + key * pairs * tile_row_bytes,
                    static_cast<const std::byte*>(queries), pairs, reinterpret_cast<std::byte*>(scores + key * strip),
                    tile_rows * row, tile_row_bytes, row);
+}
+
+// Returns the highest of `count` scores, a multiple of 4, -inf where all are NaN.
+F32 highest(const float* column, int count) {
+  F32 max[4] = {f32_at(column), f32_at(column + strip), f32_at(column + 2 * strip),
+                f32_at(column + 3 * strip)};  // four chains: a maximum takes several cycles
+  for (int key = 4; key < count; key += 4)
+    for (int i = 0; i < 4; ++i) max[i] = larger(f32_at(column + (key + i) * strip), max[i]);
+  max[0] = larger(larger(max[0], max[1]), larger(max[2], max[3]));
+  return larger(max[0], splat(-__builtin_inff()));
+}
+
+void score_keys(const void* keys, const void* queries, int count, int head_dim, const Logits& logits, float* max_out,
+                float* sum_out, void* exps) {
+  alignas(64) float scores[max_block * strip];
+  multiply_keys(keys, queries, count, head_dim, scores);
   auto* const rounded = static_cast<std::uint16_t*>(exps);
   for (int lane = 0; lane < strip; lane += lanes) {
-    F32 max[4] = {f32_at(scores + lane), f32_at(scores + strip + lane), f32_at(scores + 2 * strip + lane),
-                  f32_at(scores + 3 * strip + lane)};  // four chains: a maximum takes several cycles
-    for (int key = 4; key < count; key += 4)
-      for (int i = 0; i < 4; ++i) max[i] = larger(f32_at(scores + (key + i) * strip + lane), max[i]);
-    max[0] = larger(larger(max[0], max[1]), larger(max[2], max[3]));
-    max[0] = larger(max[0], splat(-__builtin_inff()));  // where there were NaN alone
-    const F32 origin = zero_if_minus_infinity(max[0]);
+    const F32 max = highest(scores + lane, count);
+    const F32 origin = zero_if_minus_infinity(max);
     F32 sum[2] = {};
     for (int key = 0; key < count; key += 2) {
       for (int i = 0; i < 2; ++i) {
@@ -103,7 +113,30 @@ void score_keys(const void* keys, const void* queries, int count, int head_dim, 
         store_u16(rounded + (key + i) * strip + lane, lanes, to_bf16(e));
       }
     }
-    f32_at(max_out + lane) = max[0];
+    f32_at(max_out + lane) = max;
+    f32_at(sum_out + lane) = sum[0] + sum[1];
+  }
+}
+
+void sum_exps(const PackedBlock& block, const void* queries, int count, int head_dim, const Logits& logits,
+              const std::int32_t* seen, float* max_out, float* sum_out) {
+  alignas(64) float scores[max_block * strip];
+  multiply_keys(block.keys, queries, count, head_dim, scores);
+  const int rows = ceil_div(count, row_tile) * row_tile;
+  for (int lane = 0; lane < strip; lane += lanes) {
+    I32 keys = I32{} + count;
+    if (seen != nullptr) std::memcpy(&keys, seen + lane, sizeof keys);
+    for (int key = seen == nullptr ? count : 0; key < rows; ++key) {
+      F32& score = f32_at(scores + key * strip + lane);
+      score = key < keys ? score : splat(-__builtin_inff());
+    }
+    const F32 max = highest(scores + lane, rows);
+    const F32 origin = zero_if_minus_infinity(max);
+    F32 sum[2] = {};
+    for (int key = 0; key < rows; key += 2)
+      for (int i = 0; i < 2; ++i)
+        sum[i] += exp2_cubic((f32_at(scores + (key + i) * strip + lane) - origin) * logits.scale_log2, 0);
+    f32_at(max_out + lane) = max;
     f32_at(sum_out + lane) = sum[0] + sum[1];
   }
 }
@@ -179,6 +212,7 @@ const pbsattn::cpu::Kernels* pbsattn::cpu::amx_bf16_kernels() {
                                    .pack = {amx::pack_keys_of, amx::pack_values_of, amx::pack_queries},
                                    .attend_block = nullptr,
                                    .score_keys = amx::score_keys,
+                                   .sum_exps = amx::sum_exps,
                                    .weigh_keys = amx::weigh_keys,
                                    .head_dim_step = 32,
                                    .key_step = amx::unit_keys,

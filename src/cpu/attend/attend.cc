@@ -102,15 +102,8 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
   }
 
   const std::int64_t own_begin = g.own_begin(row);
-  const auto packed_at = [&](std::int64_t block) -> PackedBlock {
-    const bool moved = block < own_begin && c.layout.permuted;
-    const bool copied = moved && !c.kernels.gathers;
-    const std::int64_t place = copied  ? c.order_head(head) * c.layout.permuted_blocks + block
-                               : moved ? kv_head * g.blocks()
-                                       : kv_head * g.blocks() + block;
-    return {(copied ? c.layout.permuted_k : c.layout.k) + place * c.layout.k_block_bytes,
-            (copied ? c.layout.permuted_v : c.layout.v) + place * c.layout.v_block_bytes,
-            moved && !copied ? c.order(head, block) : nullptr};
+  const auto packed_at = [&](std::int64_t block) {
+    return c.packed_block(head, block, block < own_begin && c.layout.permuted);
   };
   const auto visit = [&](std::int64_t block, std::int64_t next) {
     const int keys = c.block_keys(block);

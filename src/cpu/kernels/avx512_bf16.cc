@@ -336,6 +336,41 @@ void score_keys(const void* keys, const void* queries, int count, int head_dim, 
   }
 }
 
+void sum_exps(const PackedBlock& block, const void* queries, int count, int head_dim, const Logits& logits,
+              const std::int32_t* seen, float* max_out, float* sum_out) {
+  alignas(64) float s[max_block * strip];
+  scores(block.keys, queries, count, head_dim, s);
+  if (logits.softcap != 0) logits.cap(s, count * strip, logits);
+  const __m512 scale = _mm512_set1_ps(logits.scale_log2);
+  for (int lane = 0; lane < strip; lane += lanes) {
+    float* const column = s + lane;
+    if (seen != nullptr) {
+      const __m512i keys = _mm512_loadu_si512(seen + lane);
+      for (int key = 0; key < count; ++key) {
+        const __mmask16 visible = _mm512_cmplt_epi32_mask(_mm512_set1_epi32(key), keys);
+        _mm512_store_ps(column + key * strip,
+                        _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), visible, _mm512_load_ps(column + key * strip)));
+      }
+    }
+    __m512 max[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)};  // two chains: a step takes several cycles
+    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    int key = 0;
+    for (; key + 1 < count; key += 2)
+      for (int i = 0; i < 2; ++i) max[i] = _mm512_max_ps(_mm512_load_ps(column + (key + i) * strip), max[i]);
+    if (key < count) max[0] = _mm512_max_ps(_mm512_load_ps(column + key * strip), max[0]);
+    max[0] = _mm512_max_ps(max[0], max[1]);
+    const __m512 origin = max_or_zero(max[0]);
+    const auto exp_of = [&](int i) {
+      return exp2_for_bf16(exponent(_mm512_load_ps(column + i * strip), origin, scale));
+    };
+    for (key = 0; key + 1 < count; key += 2)
+      for (int i = 0; i < 2; ++i) sum[i] = _mm512_add_ps(sum[i], exp_of(key + i));
+    if (key < count) sum[0] = _mm512_add_ps(sum[0], exp_of(key));
+    _mm512_store_ps(max_out + lane, max[0]);
+    _mm512_store_ps(sum_out + lane, _mm512_add_ps(sum[0], sum[1]));
+  }
+}
+
 void weigh_keys(const void* exps, int strips, int count, const float* factors, float* weights) {
   for (int key = 0; key < count; ++key) {
     __m512 total = _mm512_setzero_ps();
@@ -359,6 +394,7 @@ constexpr Kernels kernels{.name = "avx512_bf16",
                           .pack = {pack_keys, pack_values, pack_queries},
                           .attend_block = attend_block,
                           .score_keys = score_keys,
+                          .sum_exps = sum_exps,
                           .weigh_keys = weigh_keys};
 
 }  // namespace

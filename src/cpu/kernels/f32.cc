@@ -234,6 +234,37 @@ void score_keys(const void* keys, const void* queries, int count, int head_dim, 
   softmax_step(static_cast<float*>(exps), count, logits.scale_log2, max, sum, factor);
 }
 
+void hide_from(const std::int32_t* seen, int first, int count, float* scores) {
+  const hn::RebindToSigned<F> i32;
+  for (int lane = 0; lane < strip; lane += lanes) {
+    const auto keys = hn::LoadU(i32, seen + lane);
+    for (int key = 0; key < count; ++key) {
+      float* const s = scores + key * strip + lane;
+      const auto visible = hn::RebindMask(f32, hn::Lt(hn::Set(i32, first + key), keys));
+      hn::Store(hn::IfThenElse(visible, hn::Load(f32, s), hn::Set(f32, minus_infinity)), f32, s);
+    }
+  }
+}
+
+void sum_exps(const PackedBlock& block, const void* queries, int count, int head_dim, const Logits& logits,
+              const std::int32_t* seen, float* max, float* sum) {
+  HWY_ALIGN float weights[stretch * strip];
+  HWY_ALIGN float factor[strip];
+  const float* rows[stretch];
+  NoFetcher none;
+  std::fill_n(max, strip, minus_infinity);
+  std::fill_n(sum, strip, 0.0F);
+  for (int first = 0; first < count; first += stretch) {
+    const int keys = std::min(stretch, count - first);
+    const int padded = (keys + row_tile - 1) / row_tile * row_tile;
+    for (int i = 0; i < padded; ++i) rows[i] = row_of(block.keys, block.index, first + i, head_dim);
+    score_rows(rows, padded, head_dim, static_cast<const float*>(queries), weights, none);
+    if (logits.softcap != 0) cap(weights, padded * strip, logits);
+    if (seen != nullptr) hide_from(seen, first, keys, weights);
+    softmax_step(weights, keys, logits.scale_log2, max, sum, factor);
+  }
+}
+
 void weigh_keys(const void* exps, int strips, int count, const float* factors, float* weights) {
   for (int key = 0; key < count; ++key) {
     Vec total = hn::Zero(f32);
@@ -321,6 +352,7 @@ const Kernels* table() {
                                    .pack = {pack_keys, pack_values, pack_queries},
                                    .attend_block = attend_block,
                                    .score_keys = score_keys,
+                                   .sum_exps = sum_exps,
                                    .weigh_keys = weigh_keys,
                                    .finish = finish,
                                    .score_factors = score_factors,

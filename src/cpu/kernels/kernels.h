@@ -145,6 +145,10 @@ struct Kernels {
   // maximum; and the sum of the query's exps.
   void (*score_keys)(const void* keys, const void* queries, int count, int head_dim, const Logits& logits, float* max,
                      float* sum, void* exps);
+  // Writes each query's maximum and sum alone, of the first seen[query] keys, or of all where seen is null. Key i is
+  // where attend_block finds it; keys up to a multiple of row_tile are packed.
+  void (*sum_exps)(const PackedBlock& block, const void* queries, int count, int head_dim, const Logits& logits,
+                   const std::int32_t* seen, float* max, float* sum);
   // weights[key] += sum over queries of exps[key][query] * factors[query], over `strips` strips whose exps and
   // factors follow each other. A factor of 0 leaves its query out.
   void (*weigh_keys)(const void* exps, int strips, int count, const float* factors, float* weights);

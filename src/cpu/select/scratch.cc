@@ -7,11 +7,14 @@
 
 namespace pbsattn::cpu {
 
-SelectScratch::SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted_blocks, std::byte* memory) {
+SelectScratch::SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted_blocks, std::int64_t strip_bytes,
+                             std::byte* memory) {
   const Geometry& g = spec.geometry;
   const Options& options = spec.options;
   const std::int64_t dim = g.shape.head_dim;
+  const bool two_step = options.score == BlockScore::two_step;
   const bool light = options.score <= BlockScore::per_query;
+  const bool plain = !light && !two_step;  // loops around keys that are packed for them
   const bool pattern = is_pattern(options.score);
   // Blocks before a row's own segment and those of it fill tiles of their own.
   const std::int64_t blocks = options.score == BlockScore::mean_pool ? permuted_blocks : g.blocks();
@@ -25,18 +28,18 @@ SelectScratch::SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted
   take(pooled_q, strip * dim);
   take(packed, strip * dim);
   take(sorted, blocks);
-  const bool two_step = options.score == BlockScore::two_step;
   take(weights, light ? blocks : two_step ? most_two_step_rows * blocks : 2 * blocks);
   take(sums, light ? 0 : scored);
-  take(keys, light ? 0 : std::max(g.block, patch_tokens * row_tile) * dim);
-  take(exps, light ? 0 : std::max(g.block, row_tile) * strip);
-  take(patches, light ? 0 : std::max(patch_tokens * dim * strip, pattern ? scored : 0));
+  take(keys, !plain ? 0 : std::max(g.block, patch_tokens * row_tile) * dim);
+  take(exps, !plain ? 0 : std::max(g.block, row_tile) * strip);
+  take(patches, !plain ? 0 : std::max(patch_tokens * dim * strip, pattern ? scored : 0));
   take(index, light ? 0 : strip);
   take(columns, pattern ? g.shape.kv_len : 0);
   take(diagonals, pattern ? g.shape.kv_len : 0);
   take(ranked, pattern ? g.shape.kv_len + 1 : 0);
   take(bins, options.score == BlockScore::flexible ? cell_bins : 0);
   take(readers, two_step ? blocks : 0);
+  take(exact, two_step ? strip_bytes : 0);
 }
 
 }  // namespace pbsattn::cpu

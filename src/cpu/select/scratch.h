@@ -23,7 +23,8 @@ inline constexpr int most_two_step_rows = 4;  // that BlockScore::two_step score
 
 struct SelectScratch {
   // Without memory it counts bytes.
-  SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted_blocks, std::byte* memory);
+  SelectScratch(const detail::PlanSpec& spec, std::int64_t permuted_blocks, std::int64_t strip_bytes,
+                std::byte* memory);
 
   float* scores;        // [blocks up to a row_tile][strip]
   float* pooled_q;      // [strip][head_dim]
@@ -37,11 +38,13 @@ struct SelectScratch {
   float* patches;       // [patch_tokens][head_dim][strip] queries
   std::int32_t* index;  // [strip]
   // Of patterns:
-  float* columns;          // [kv_len]
-  float* diagonals;        // [kv_len]
-  std::int32_t* ranked;    // [kv_len + 1]
-  CellBin* bins;           // [cell_bins], of flexible
-  std::uint32_t* readers;  // [blocks], of two_step: bit i: row i reads the block's keys
+  float* columns;        // [kv_len]
+  float* diagonals;      // [kv_len]
+  std::int32_t* ranked;  // [kv_len + 1]
+  CellBin* bins;         // [cell_bins], of flexible
+  // Of two_step:
+  std::uint32_t* readers;  // [blocks], bit i: row i reads the block's keys
+  std::byte* exact;        // [strip_bytes] queries as the path packs them
   std::int64_t size = 0;   // bytes
 };
 

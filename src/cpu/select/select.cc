@@ -70,8 +70,9 @@ void select_strip(const StageContext& c, std::int64_t head, std::int64_t first_r
 
 }  // namespace
 
-std::int64_t select_scratch_bytes(const detail::PlanSpec& spec, std::int64_t permuted_blocks) {
-  return SelectScratch(spec, permuted_blocks, nullptr).size;
+std::int64_t select_scratch_bytes(const detail::PlanSpec& spec, std::int64_t permuted_blocks,
+                                  std::int64_t strip_bytes) {
+  return SelectScratch(spec, permuted_blocks, strip_bytes, nullptr).size;
 }
 
 void select(const StageContext& c) {
@@ -79,7 +80,7 @@ void select(const StageContext& c) {
   const std::int64_t rows = g.rows();
   const BlockScore score = c.spec.options.score;
   const auto scratch_of = [&](int thread) {
-    return SelectScratch(c.spec, c.layout.permuted_blocks, c.scratch(thread));
+    return SelectScratch(c.spec, c.layout.permuted_blocks, c.layout.strip_bytes, c.scratch(thread));
   };
   std::fill_n(c.layout.mask, c.heads.q_count * rows * c.layout.mask_words, 0);
   if (c.layout.scored && (is_pattern(score) || score == BlockScore::dual_band))

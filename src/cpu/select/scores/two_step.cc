@@ -1,5 +1,6 @@
 // BlockScore::two_step (reference/select/scores/two_step.cc defines it). Rows that follow one another read much the
-// same blocks, so in the second step a few of them share a strip.
+// same blocks, so in the second step a few of them share a strip, which the path's own products take over the blocks
+// that attention will read too.
 #include "cpu/select/scores/two_step.h"
 
 #include <algorithm>
@@ -9,7 +10,6 @@
 
 #include "core/keep_rule.h"
 #include "core/score_traits.h"
-#include "cpu/select/scores/mass.h"
 #include "cpu/select/scores/scores.h"
 
 namespace pbsattn::cpu {
@@ -64,12 +64,11 @@ class Group {
     Rows queries = c_.q_rows(head_, 0);
     queries.index = scratch_.index;
     c_.f32_kernels.pack.queries(queries, begin_[rows_], c_.head_dim(), scratch_.packed);
+    c_.kernels.pack.queries(queries, begin_[rows_], c_.head_dim(), scratch_.exact);
     const std::int64_t end = g_.diagonal(first_row_ + rows_ - 1) + 1;
     put_means(end);
-    for (std::int64_t b = 0; b < end; ++b) {
-      put_keys(b);
-      put_own_keys(b);
-    }
+    for (std::int64_t b = 0; b < g_.own_begin(first_row_ + rows_ - 1); ++b) put_keys(b);
+    for (std::int64_t b = g_.own_begin(first_row_); b < end; ++b) put_own_keys(b);
     c_.f32_kernels.score_factors(scratch_.scores, scratch_.sums, end, strip, c_.scale_log2(), begin_[rows_]);
     for (int i = 0; i < rows_; ++i) {
       float* const weights = two_step_weights(c_, i, scratch_);
@@ -82,15 +81,6 @@ class Group {
 
  private:
   bool reads(int i, std::int64_t b) const { return (scratch_.readers[b] >> i & 1U) != 0; }
-  bool is_own(int i, std::int64_t b) const {
-    return b >= g_.own_begin(first_row_ + i) && b <= g_.diagonal(first_row_ + i);
-  }
-  template <class Has>
-  bool any_row(Has&& has) const {
-    for (int i = 0; i < rows_; ++i)
-      if (has(i)) return true;
-    return false;
-  }
 
   // Puts each block before a row's own segment as keys that all are its mean, and nothing after it.
   void put_means(std::int64_t end) {
@@ -99,53 +89,48 @@ class Group {
                           scratch_.scores);
     c_.cap(scratch_.scores, up_to_tile(before) * strip);
     const auto keys = static_cast<float>(g_.block);
+    for (std::int64_t i = 0; i < before * strip; ++i)
+      scratch_.sums[i] = std::isnan(scratch_.scores[i]) ? scratch_.scores[i] : keys;
     for (int i = 0; i < rows_; ++i)
-      for (std::int64_t b = 0; b < end; ++b)
-        for (int lane = begin_[i]; lane < begin_[i + 1]; ++lane) {
-          float& score = scratch_.scores[b * strip + lane];
-          if (b >= g_.own_begin(first_row_ + i)) score = -std::numeric_limits<float>::infinity();
-          scratch_.sums[b * strip + lane] = b >= g_.own_begin(first_row_ + i) ? 0.0F : std::isnan(score) ? score : keys;
-        }
+      for (std::int64_t b = g_.own_begin(first_row_ + i); b < end; ++b) {
+        std::fill(scratch_.scores + b * strip + begin_[i], scratch_.scores + b * strip + begin_[i + 1],
+                  -std::numeric_limits<float>::infinity());
+        std::fill(scratch_.sums + b * strip + begin_[i], scratch_.sums + b * strip + begin_[i + 1], 0.0F);
+      }
   }
 
   // Puts a block's keys, as they were moved, in the place of its mean where rows read them.
   void put_keys(std::int64_t b) {
-    const auto takes = [&](int i) { return reads(i, b) && b < g_.own_begin(first_row_ + i); };
-    if (!any_row(takes)) return;
-    alignas(cache_line) std::array<float, strip> max;
-    alignas(cache_line) std::array<float, strip> sum;
-    const int count = pack_block(c_, head_, b, c_.layout.permuted, scratch_.keys);
-    c_.f32_kernels.score_keys(scratch_.keys, scratch_.packed, count, c_.head_dim(), c_.logits(), max.data(), sum.data(),
-                              scratch_.exps);
-    for (int i = 0; i < rows_; ++i)
-      for (int lane = begin_[i]; takes(i) && lane < begin_[i + 1]; ++lane) {
-        scratch_.scores[b * strip + lane] = max[lane];
-        scratch_.sums[b * strip + lane] = sum[lane];
-      }
+    put_sums(b, c_.layout.permuted, nullptr, [&](int i) { return reads(i, b) && b < g_.own_begin(first_row_ + i); });
   }
 
   // Puts a block's keys where they were, up to each query, for rows whose own segment it lies in.
   void put_own_keys(std::int64_t b) {
-    if (!any_row([&](int i) { return is_own(i, b); })) return;
-    const int count = pack_block(c_, head_, b, false, scratch_.keys);
-    c_.f32_kernels.scores(scratch_.keys, scratch_.packed, count, c_.head_dim(), scratch_.exps);
-    c_.cap(scratch_.exps, up_to_tile(count) * strip);
-    for (int i = 0; i < rows_; ++i)
-      for (int lane = begin_[i]; is_own(i, b) && lane < begin_[i + 1]; ++lane) {
-        const std::int64_t seen = scratch_.index[lane] + g_.q_offset() - b * g_.block + 1;
-        put_lane(b, lane, static_cast<int>(std::min<std::int64_t>(seen, count)));
-      }
+    alignas(cache_line) std::array<std::int32_t, strip> seen{};
+    for (int lane = 0; lane < begin_[rows_]; ++lane)
+      seen[lane] = static_cast<std::int32_t>(
+          std::clamp<std::int64_t>(scratch_.index[lane] + g_.q_offset() - b * g_.block + 1, 0, c_.block_keys(b)));
+    put_sums(b, false, seen.data(),
+             [&](int i) { return b >= g_.own_begin(first_row_ + i) && b <= g_.diagonal(first_row_ + i); });
   }
 
-  void put_lane(std::int64_t b, int lane, int keys) {
-    const auto score = [&](int key) { return scratch_.exps[key * strip + lane]; };
-    float max = -std::numeric_limits<float>::infinity();
-    for (int key = 0; key < keys; ++key) max = std::max(max, score(key));
-    const float origin = std::isinf(max) && max < 0 ? 0.0F : max;
-    float sum = 0;
-    for (int key = 0; key < keys; ++key) sum += std::exp2((score(key) - origin) * c_.scale_log2());
-    scratch_.scores[b * strip + lane] = max;
-    scratch_.sums[b * strip + lane] = sum;
+  // Puts the keys of a block that the strip's queries see in the place of what stands for it, for the rows that take
+  // them.
+  template <class Takes>
+  void put_sums(std::int64_t b, bool moved, const std::int32_t* seen, Takes&& takes) {
+    bool any = false;
+    for (int i = 0; i < rows_; ++i) any = any || takes(i);
+    if (!any) return;
+    alignas(cache_line) std::array<float, strip> max;
+    alignas(cache_line) std::array<float, strip> sum;
+    c_.kernels.sum_exps(c_.packed_block(head_, b, moved), scratch_.exact, c_.block_keys(b), c_.head_dim(), c_.logits(),
+                        seen, max.data(), sum.data());
+    for (int i = 0; i < rows_; ++i) {
+      if (!takes(i)) continue;
+      const auto count = static_cast<std::size_t>(begin_[i + 1] - begin_[i]);
+      std::copy_n(max.data() + begin_[i], count, scratch_.scores + b * strip + begin_[i]);
+      std::copy_n(sum.data() + begin_[i], count, scratch_.sums + b * strip + begin_[i]);
+    }
   }
 
   const StageContext& c_;
