@@ -118,15 +118,38 @@ void score_keys(const void* keys, const void* queries, int count, int head_dim, 
   }
 }
 
-void sum_exps(const PackedBlock& block, const void* queries, int count, int head_dim, const Logits& logits,
-              const std::int32_t* seen, float* max_out, float* sum_out) {
+// Computes S for half a strip.
+void multiply_half(const std::byte* keys, const std::byte* queries, int count, int head_dim, float* scores) {
+  [[maybe_unused]] const TileScope scope;
+  const int pairs = tile_pairs(head_dim);
+  constexpr int row = strip * static_cast<int>(sizeof(float));
+  for (int key = 0; key < count; key += group_keys, scores += group_keys * strip) {
+    tile_zero<0>();
+    tile_zero<1>();
+    for (int pair = 0; pair < pairs; ++pair, keys += 2 * tile_bytes) {
+      tile_load<4>(keys);
+      tile_load<5>(keys + tile_bytes);
+      tile_load<6>(queries + pair * 2 * tile_bytes);
+      tile_product<0, 4, 6>();
+      tile_product<1, 5, 6>();
+    }
+    tile_store<0>(scores, row);
+    tile_store<1>(scores + tile_rows * strip, row);
+  }
+}
+
+void sum_exps(const SumArgs& args, float* max_out, float* sum_out) {
   alignas(64) float scores[max_block * strip];
-  multiply_keys(block.keys, queries, count, head_dim, scores);
-  const int rows = ceil_div(count, row_tile) * row_tile;
-  for (int lane = 0; lane < strip; lane += lanes) {
-    I32 keys = I32{} + count;
-    if (seen != nullptr) std::memcpy(&keys, seen + lane, sizeof keys);
-    for (int key = seen == nullptr ? count : 0; key < rows; ++key) {
+  if (args.by_half())
+    multiply_half(args.block.keys, static_cast<const std::byte*>(args.queries) + args.first / lanes * tile_bytes,
+                  args.count, args.head_dim, scores + args.first);
+  else
+    multiply_keys(args.block.keys, args.queries, args.count, args.head_dim, scores);
+  const int rows = ceil_div(args.count, row_tile) * row_tile;
+  for (int lane = args.first; lane < args.last; lane += lanes) {
+    I32 keys = I32{} + args.count;
+    if (args.seen != nullptr) std::memcpy(&keys, args.seen + lane, sizeof keys);
+    for (int key = args.seen == nullptr ? args.count : 0; key < rows; ++key) {
       F32& score = f32_at(scores + key * strip + lane);
       score = key < keys ? score : splat(-__builtin_inff());
     }
@@ -135,7 +158,7 @@ void sum_exps(const PackedBlock& block, const void* queries, int count, int head
     F32 sum[2] = {};
     for (int key = 0; key < rows; key += 2)
       for (int i = 0; i < 2; ++i)
-        sum[i] += exp2_cubic((f32_at(scores + (key + i) * strip + lane) - origin) * logits.scale_log2, 0);
+        sum[i] += exp2_cubic((f32_at(scores + (key + i) * strip + lane) - origin) * args.logits.scale_log2, 0);
     f32_at(max_out + lane) = max;
     f32_at(sum_out + lane) = sum[0] + sum[1];
   }

@@ -336,17 +336,43 @@ void score_keys(const void* keys, const void* queries, int count, int head_dim, 
   }
 }
 
-void sum_exps(const PackedBlock& block, const void* queries, int count, int head_dim, const Logits& logits,
-              const std::int32_t* seen, float* max_out, float* sum_out) {
+// Scores keys by the 16 queries from `lane` on. Even and odd pairs go to accumulators of their own: with half as many,
+// a dot product would wait for the one before it.
+void score_half(const Pair* __restrict keys, const Pair* __restrict queries, int count, int pairs, float* out) {
+  for (int first = 0; first < count;
+       first += row_tile, keys += std::int64_t{row_tile} * pairs, out += row_tile * strip) {
+    __m512 acc[row_tile][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < row_tile; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+    for (int k = 0; k < pairs; k += 2) {  // head_dim is a multiple of 8
+      const __m512bh b0 = as_pairs(_mm512_load_si512(queries + k * strip));
+      const __m512bh b1 = as_pairs(_mm512_load_si512(queries + (k + 1) * strip));
+#pragma GCC unroll 8
+      for (int i = 0; i < row_tile; ++i) {
+        const Pair* const key = keys + i * pairs + k;
+        acc[i][0] = _mm512_dpbf16_ps(acc[i][0], as_pairs(_mm512_set1_epi32(static_cast<int>(key[0]))), b0);
+        acc[i][1] = _mm512_dpbf16_ps(acc[i][1], as_pairs(_mm512_set1_epi32(static_cast<int>(key[1]))), b1);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < row_tile; ++i) _mm512_store_ps(out + i * strip, _mm512_add_ps(acc[i][0], acc[i][1]));
+  }
+}
+
+void sum_exps(const SumArgs& args, float* max_out, float* sum_out) {
   alignas(64) float s[max_block * strip];
-  scores(block.keys, queries, count, head_dim, s);
-  if (logits.softcap != 0) logits.cap(s, count * strip, logits);
-  const __m512 scale = _mm512_set1_ps(logits.scale_log2);
-  for (int lane = 0; lane < strip; lane += lanes) {
+  if (args.by_half())
+    score_half(reinterpret_cast<const Pair*>(args.block.keys), static_cast<const Pair*>(args.queries) + args.first,
+               args.count, args.head_dim / 2, s + args.first);
+  else
+    scores(args.block.keys, args.queries, args.count, args.head_dim, s);
+  if (args.logits.softcap != 0) args.logits.cap(s, std::int64_t{args.count} * strip, args.logits);
+  const __m512 scale = _mm512_set1_ps(args.logits.scale_log2);
+  for (int lane = args.first; lane < args.last; lane += lanes) {
     float* const column = s + lane;
-    if (seen != nullptr) {
-      const __m512i keys = _mm512_loadu_si512(seen + lane);
-      for (int key = 0; key < count; ++key) {
+    if (args.seen != nullptr) {
+      const __m512i keys = _mm512_loadu_si512(args.seen + lane);
+      for (int key = 0; key < args.count; ++key) {
         const __mmask16 visible = _mm512_cmplt_epi32_mask(_mm512_set1_epi32(key), keys);
         _mm512_store_ps(column + key * strip,
                         _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), visible, _mm512_load_ps(column + key * strip)));
@@ -354,18 +380,18 @@ void sum_exps(const PackedBlock& block, const void* queries, int count, int head
     }
     __m512 max[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)};  // two chains: a step takes several cycles
     __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    int key = 0;
-    for (; key + 1 < count; key += 2)
+    const int even = args.count / 2 * 2;
+    for (int key = 0; key < even; key += 2)
       for (int i = 0; i < 2; ++i) max[i] = _mm512_max_ps(_mm512_load_ps(column + (key + i) * strip), max[i]);
-    if (key < count) max[0] = _mm512_max_ps(_mm512_load_ps(column + key * strip), max[0]);
+    if (even < args.count) max[0] = _mm512_max_ps(_mm512_load_ps(column + even * strip), max[0]);
     max[0] = _mm512_max_ps(max[0], max[1]);
     const __m512 origin = max_or_zero(max[0]);
-    const auto exp_of = [&](int i) {
-      return exp2_for_bf16(exponent(_mm512_load_ps(column + i * strip), origin, scale));
+    const auto exp_of = [&](int key) {
+      return exp2_for_bf16(exponent(_mm512_load_ps(column + key * strip), origin, scale));
     };
-    for (key = 0; key + 1 < count; key += 2)
+    for (int key = 0; key < even; key += 2)
       for (int i = 0; i < 2; ++i) sum[i] = _mm512_add_ps(sum[i], exp_of(key + i));
-    if (key < count) sum[0] = _mm512_add_ps(sum[0], exp_of(key));
+    if (even < args.count) sum[0] = _mm512_add_ps(sum[0], exp_of(even));
     _mm512_store_ps(max_out + lane, max[0]);
     _mm512_store_ps(sum_out + lane, _mm512_add_ps(sum[0], sum[1]));
   }

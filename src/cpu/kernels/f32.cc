@@ -92,16 +92,16 @@ struct NoFetcher {
 };
 
 // Writes scores[i][:] for `count` rows, a multiple of row_tile.
-template <class Fetch>
+template <class Fetch, int vectors = tile_vectors>
 HWY_INLINE void score_rows(const float* const* rows, int count, int head_dim, const float* queries, float* scores,
-                           Fetch& fetcher) {
+                           Fetch& fetcher, Lanes<vectors> part = {}) {
   int i = 0;
   for (; (count - i) % tile_rows != 0; i += tile_rest) {
-    score_tile<tile_rest>(rows + i, head_dim, queries, scores + i * strip);
+    score_tile<tile_rest>(rows + i, head_dim, queries, scores + i * strip, part);
     fetcher.step();
   }
   for (; i < count; i += tile_rows) {
-    score_tile<tile_rows>(rows + i, head_dim, queries, scores + i * strip);
+    score_tile<tile_rows>(rows + i, head_dim, queries, scores + i * strip, part);
     fetcher.step();
   }
 }
@@ -145,6 +145,19 @@ void hide_unseen(const BlockArgs& args, int first, int count, float* scores) {
     for (int lane = 0; lane < strip; lane += lanes) {
       float* const s = scores + key * strip + lane;
       const auto visible = sees(args, first + key, lane);
+      hn::Store(hn::IfThenElse(visible, hn::Load(f32, s), hn::Set(f32, minus_infinity)), f32, s);
+    }
+  }
+}
+
+// Hides from each query the keys after the first seen[query].
+void hide_unseen(const std::int32_t* seen, int first, int count, float* scores) {
+  const hn::RebindToSigned<F> i32;
+  for (int lane = 0; lane < strip; lane += lanes) {
+    const auto keys = hn::LoadU(i32, seen + lane);
+    for (int key = 0; key < count; ++key) {
+      float* const s = scores + key * strip + lane;
+      const auto visible = hn::RebindMask(f32, hn::Lt(hn::Set(i32, first + key), keys));
       hn::Store(hn::IfThenElse(visible, hn::Load(f32, s), hn::Set(f32, minus_infinity)), f32, s);
     }
   }
@@ -234,35 +247,30 @@ void score_keys(const void* keys, const void* queries, int count, int head_dim, 
   softmax_step(static_cast<float*>(exps), count, logits.scale_log2, max, sum, factor);
 }
 
-void hide_from(const std::int32_t* seen, int first, int count, float* scores) {
-  const hn::RebindToSigned<F> i32;
-  for (int lane = 0; lane < strip; lane += lanes) {
-    const auto keys = hn::LoadU(i32, seen + lane);
-    for (int key = 0; key < count; ++key) {
-      float* const s = scores + key * strip + lane;
-      const auto visible = hn::RebindMask(f32, hn::Lt(hn::Set(i32, first + key), keys));
-      hn::Store(hn::IfThenElse(visible, hn::Load(f32, s), hn::Set(f32, minus_infinity)), f32, s);
-    }
-  }
-}
-
-void sum_exps(const PackedBlock& block, const void* queries, int count, int head_dim, const Logits& logits,
-              const std::int32_t* seen, float* max, float* sum) {
+template <int vectors>
+void sum_exps_of(const SumArgs& args, Lanes<vectors> part, float* max, float* sum) {
   HWY_ALIGN float weights[stretch * strip];
   HWY_ALIGN float factor[strip];
   const float* rows[stretch];
   NoFetcher none;
   std::fill_n(max, strip, minus_infinity);
   std::fill_n(sum, strip, 0.0F);
-  for (int first = 0; first < count; first += stretch) {
-    const int keys = std::min(stretch, count - first);
+  for (int first = 0; first < args.count; first += stretch) {
+    const int keys = std::min(stretch, args.count - first);
     const int padded = (keys + row_tile - 1) / row_tile * row_tile;
-    for (int i = 0; i < padded; ++i) rows[i] = row_of(block.keys, block.index, first + i, head_dim);
-    score_rows(rows, padded, head_dim, static_cast<const float*>(queries), weights, none);
-    if (logits.softcap != 0) cap(weights, padded * strip, logits);
-    if (seen != nullptr) hide_from(seen, first, keys, weights);
-    softmax_step(weights, keys, logits.scale_log2, max, sum, factor);
+    for (int i = 0; i < padded; ++i) rows[i] = row_of(args.block.keys, args.block.index, first + i, args.head_dim);
+    score_rows(rows, padded, args.head_dim, static_cast<const float*>(args.queries), weights, none, part);
+    if (args.logits.softcap != 0) cap(weights, padded * strip, args.logits);
+    if (args.seen != nullptr) hide_unseen(args.seen, first, keys, weights);
+    softmax_step(weights, keys, args.logits.scale_log2, max, sum, factor, part);
   }
+}
+
+void sum_exps(const SumArgs& args, float* max, float* sum) {
+  if (args.by_half())
+    sum_exps_of(args, Lanes<half_vectors>{args.first, args.last}, max, sum);
+  else
+    sum_exps_of(args, Lanes<tile_vectors>{}, max, sum);
 }
 
 void weigh_keys(const void* exps, int strips, int count, const float* factors, float* weights) {

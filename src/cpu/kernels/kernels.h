@@ -19,7 +19,8 @@
 
 namespace pbsattn::cpu {
 
-inline constexpr int strip = 32;          // queries of a strip
+inline constexpr int strip = 32;  // queries of a strip
+inline constexpr int half_strip = strip / 2;
 inline constexpr int row_tile = 8;        // rows of K or columns of V in one register tile
 inline constexpr int max_head_dim = 256;  // bounds the kernels' stack buffers
 inline constexpr int max_block = 256;
@@ -79,6 +80,20 @@ struct BlockArgs {
   // second-level cache meanwhile.
   PackedBlock next;
   int next_begin, next_end;
+};
+
+// One key block whose exponentials are summed for some queries of a strip.
+struct SumArgs {
+  PackedBlock block;    // of keys alone
+  const void* queries;  // packed strip
+  int count;            // keys; zero rows follow up to a multiple of row_tile
+  int head_dim;
+  Logits logits;
+  int first, last;           // lanes of the queries: multiples of half_strip
+  const std::int32_t* seen;  // [strip]: a query sees that many keys; null: all
+
+  // Capping takes whole strips, so there is no half to save there.
+  bool by_half() const { return last - first < strip && logits.softcap == 0; }
 };
 
 constexpr int most_rows = 4;  // that follow one another and are done together by a path that takes whole rows
@@ -145,10 +160,8 @@ struct Kernels {
   // maximum; and the sum of the query's exps.
   void (*score_keys)(const void* keys, const void* queries, int count, int head_dim, const Logits& logits, float* max,
                      float* sum, void* exps);
-  // Writes each query's maximum and sum alone, of the first seen[query] keys, or of all where seen is null. Key i is
-  // where attend_block finds it; keys up to a multiple of row_tile are packed.
-  void (*sum_exps)(const PackedBlock& block, const void* queries, int count, int head_dim, const Logits& logits,
-                   const std::int32_t* seen, float* max, float* sum);
+  // Writes the maximum and the sum alone, of the queries in some lanes and of the keys that they see.
+  void (*sum_exps)(const SumArgs& args, float* max, float* sum);
   // weights[key] += sum over queries of exps[key][query] * factors[query], over `strips` strips whose exps and
   // factors follow each other. A factor of 0 leaves its query out.
   void (*weigh_keys)(const void* exps, int strips, int count, const float* factors, float* weights);

@@ -36,35 +36,43 @@ constexpr int tile_vectors = 2;
 static_assert(strip_vectors % tile_vectors == 0);
 static_assert(row_tile % 8 == 0);
 
+// Some queries of a strip, and the vectors of a tile that takes them.
+template <int vectors>
+struct Lanes {
+  static constexpr int step = vectors * lanes;
+  int first = 0, last = strip;
+};
+constexpr int half_vectors = std::min(tile_vectors, half_strip / lanes);
+
 // Writes out[i][:] = rows[i][:] . queries[:][:] for `count` rows of head_dim elements; queries is [head_dim][strip].
-template <int count>
+template <int count, int vectors = tile_vectors>
 HWY_INLINE void score_tile(const float* const* rows, int head_dim, const float* HWY_RESTRICT queries,
-                           float* HWY_RESTRICT out) {
+                           float* HWY_RESTRICT out, Lanes<vectors> part = {}) {
   const float* HWY_RESTRICT row[count];
   HWY_UNROLL(8)
   for (int i = 0; i < count; ++i) row[i] = rows[i];
-  for (int lane = 0; lane < strip; lane += tile_vectors * lanes) {
-    Vec total[count][tile_vectors];
+  for (int lane = part.first; lane < part.last; lane += part.step) {
+    Vec total[count][vectors];
     HWY_UNROLL(8)
     for (int i = 0; i < count; ++i) {
       HWY_UNROLL(2)
-      for (int j = 0; j < tile_vectors; ++j) total[i][j] = hn::Zero(f32);
+      for (int j = 0; j < vectors; ++j) total[i][j] = hn::Zero(f32);
     }
     for (int d = 0; d < head_dim; ++d) {
-      Vec query[tile_vectors];
+      Vec query[vectors];
       HWY_UNROLL(2)
-      for (int j = 0; j < tile_vectors; ++j) query[j] = hn::Load(f32, queries + d * strip + lane + j * lanes);
+      for (int j = 0; j < vectors; ++j) query[j] = hn::Load(f32, queries + d * strip + lane + j * lanes);
       HWY_UNROLL(8)
       for (int i = 0; i < count; ++i) {
         const Vec key = hn::Set(f32, row[i][d]);
         HWY_UNROLL(2)
-        for (int j = 0; j < tile_vectors; ++j) total[i][j] = hn::MulAdd(key, query[j], total[i][j]);
+        for (int j = 0; j < vectors; ++j) total[i][j] = hn::MulAdd(key, query[j], total[i][j]);
       }
     }
     HWY_UNROLL(8)
     for (int i = 0; i < count; ++i) {
       HWY_UNROLL(2)
-      for (int j = 0; j < tile_vectors; ++j) hn::Store(total[i][j], f32, out + i * strip + lane + j * lanes);
+      for (int j = 0; j < vectors; ++j) hn::Store(total[i][j], f32, out + i * strip + lane + j * lanes);
     }
   }
 }
@@ -145,25 +153,25 @@ HWY_INLINE hn::Mask<F> sees(const BlockArgs& args, std::int64_t key, int lane) {
 
 // Turns scores[count][strip] into weights measured from `max`, in place, after raising max to their maximum;
 // sum becomes factor * sum + the weights' sums, where factor, which is stored, carries sum to the new max.
+template <int vectors = tile_vectors>
 HWY_INLINE void softmax_step(float* HWY_RESTRICT scores, int count, float scale_log2, float* HWY_RESTRICT max,
-                             float* HWY_RESTRICT sum, float* HWY_RESTRICT factor) {
-  constexpr int step = tile_vectors * lanes;
+                             float* HWY_RESTRICT sum, float* HWY_RESTRICT factor, Lanes<vectors> part = {}) {
   const Vec scale = hn::Set(f32, scale_log2);
-  for (int lane = 0; lane < strip; lane += step) {
+  for (int lane = part.first; lane < part.last; lane += part.step) {
     float* HWY_RESTRICT s = scores + lane;
-    Vec old[tile_vectors], origin[tile_vectors], total[tile_vectors], top[2][tile_vectors];
+    Vec old[vectors], origin[vectors], total[vectors], top[2][vectors];
     HWY_UNROLL(2)
-    for (int j = 0; j < tile_vectors; ++j) old[j] = top[0][j] = top[1][j] = hn::Load(f32, max + lane + j * lanes);
+    for (int j = 0; j < vectors; ++j) old[j] = top[0][j] = top[1][j] = hn::Load(f32, max + lane + j * lanes);
     for (int key = 0; key < count; key += 2) {  // two chains a vector: a maximum takes several cycles
       const int other = std::min(key + 1, count - 1);
       HWY_UNROLL(2)
-      for (int j = 0; j < tile_vectors; ++j) {
+      for (int j = 0; j < vectors; ++j) {
         top[0][j] = hn::Max(hn::Load(f32, s + key * strip + j * lanes), top[0][j]);
         top[1][j] = hn::Max(hn::Load(f32, s + other * strip + j * lanes), top[1][j]);
       }
     }
     HWY_UNROLL(2)
-    for (int j = 0; j < tile_vectors; ++j) {
+    for (int j = 0; j < vectors; ++j) {
       top[0][j] = hn::Max(top[0][j], top[1][j]);
       origin[j] = max_or_zero(top[0][j]);
       const Vec carry = weight_of(old[j], origin[j], scale);
@@ -172,7 +180,7 @@ HWY_INLINE void softmax_step(float* HWY_RESTRICT scores, int count, float scale_
     }
     for (int key = 0; key < count; ++key) {
       HWY_UNROLL(2)
-      for (int j = 0; j < tile_vectors; ++j) {
+      for (int j = 0; j < vectors; ++j) {
         float* const place = s + key * strip + j * lanes;
         const Vec weight = weight_of(hn::Load(f32, place), origin[j], scale);
         total[j] = hn::Add(total[j], weight);
@@ -180,7 +188,7 @@ HWY_INLINE void softmax_step(float* HWY_RESTRICT scores, int count, float scale_
       }
     }
     HWY_UNROLL(2)
-    for (int j = 0; j < tile_vectors; ++j) {
+    for (int j = 0; j < vectors; ++j) {
       hn::Store(top[0][j], f32, max + lane + j * lanes);
       hn::Store(total[j], f32, sum + lane + j * lanes);
     }

@@ -118,13 +118,25 @@ class Group {
   // them.
   template <class Takes>
   void put_sums(std::int64_t b, bool moved, const std::int32_t* seen, Takes&& takes) {
-    bool any = false;
-    for (int i = 0; i < rows_; ++i) any = any || takes(i);
-    if (!any) return;
+    int first = strip;
+    int last = 0;
+    for (int i = 0; i < rows_; ++i) {
+      if (!takes(i) || begin_[i] == begin_[i + 1]) continue;
+      first = std::min(first, begin_[i] / half_strip * half_strip);
+      last = (begin_[i + 1] + half_strip - 1) / half_strip * half_strip;
+    }
+    if (first >= last) return;
     alignas(cache_line) std::array<float, strip> max;
     alignas(cache_line) std::array<float, strip> sum;
-    c_.kernels.sum_exps(c_.packed_block(head_, b, moved), scratch_.exact, c_.block_keys(b), c_.head_dim(), c_.logits(),
-                        seen, max.data(), sum.data());
+    c_.kernels.sum_exps({.block = c_.packed_block(head_, b, moved),
+                         .queries = scratch_.exact,
+                         .count = c_.block_keys(b),
+                         .head_dim = c_.head_dim(),
+                         .logits = c_.logits(),
+                         .first = first,
+                         .last = last,
+                         .seen = seen},
+                        max.data(), sum.data());
     for (int i = 0; i < rows_; ++i) {
       if (!takes(i)) continue;
       const auto count = static_cast<std::size_t>(begin_[i + 1] - begin_[i]);
