@@ -3,7 +3,8 @@
 //
 // A key's score needs the softmax's maximum and sum over all keys, and they are known only after the last block. So
 // exponentials are kept, each block's measured from its own maximum: storing them is cheaper than a second product.
-// Learned scores need nothing but the segment's keys, and an order that is known (Permutation::arrival) no scores.
+// Learned scores need nothing but the segment's keys, and an order that is known (Permutation::arrival) no scores:
+// there a segment is moved as soon as it is packed.
 #include "cpu/permute/permute.h"
 
 #include <algorithm>
@@ -77,25 +78,21 @@ void score_block(const StageContext& c, std::int64_t kv_head, std::int64_t block
   }
 }
 
-// Packs every block in its original order. What else is made of a block's keys is made while they are in cache.
-void pack_original(const StageContext& c) {
+// Packs a block in its original order. What else is made of its keys is made while they are in cache.
+void pack_original(const StageContext& c, std::int64_t head, std::int64_t block, bool scores) {
   const Geometry& g = c.geometry();
   const int dim = c.head_dim();
-  const bool scores = queries_score_keys(c);
-  parallel_for(c.spec.threads, c.heads.kv_count * g.blocks(), [&](std::int64_t item, int) {
-    const std::int64_t head = item / g.blocks();
-    const std::int64_t block = item % g.blocks();
-    const int count = c.block_keys(block);
-    const Rows k = c.rows_of(c.inputs.k, c.heads.kv_begin + head, block * g.block);
-    const Rows v = c.rows_of(c.inputs.v, c.heads.kv_begin + head, block * g.block);
-    std::byte* const keys = c.layout.k + item * c.layout.k_block_bytes;
-    c.kernels.pack.keys(k, count, padded(c, count), dim, keys);
-    if (scores && block < c.layout.scored_blocks) score_block(c, head, block, keys);
-    if (!c.layout.permuted && block < c.layout.permuted_blocks) pool_permuted(c, head, block, k, v);
-    pool_own(c, head, block, k, count);
-    c.layout.values_finite[item] =
-        c.kernels.pack.values(v, count, padded(c, count), c.head_dim_v(), c.layout.v + item * c.layout.v_block_bytes);
-  });
+  const int count = c.block_keys(block);
+  const std::int64_t place = head * g.blocks() + block;
+  const Rows k = c.rows_of(c.inputs.k, c.heads.kv_begin + head, block * g.block);
+  const Rows v = c.rows_of(c.inputs.v, c.heads.kv_begin + head, block * g.block);
+  std::byte* const keys = c.layout.k + place * c.layout.k_block_bytes;
+  c.kernels.pack.keys(k, count, padded(c, count), dim, keys);
+  if (scores && block < c.layout.scored_blocks) score_block(c, head, block, keys);
+  if (!c.layout.permuted && block < c.layout.permuted_blocks) pool_permuted(c, head, block, k, v);
+  pool_own(c, head, block, k, count);
+  c.layout.values_finite[place] =
+      c.kernels.pack.values(v, count, padded(c, count), c.head_dim_v(), c.layout.v + place * c.layout.v_block_bytes);
 }
 
 // Turns each block's maxima into factors of its exponentials.
@@ -197,27 +194,22 @@ void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t 
   if (begin == 0) c.layout.sink_block[order_head] = (std::find(order, order + g.segment, 0) - order) / g.block;
 }
 
-// Orders the keys of each segment, and packs and pools its blocks in that order.
-void order_segments(const StageContext& c) {
+// Orders the keys of a segment, and packs and pools its blocks in that order.
+void move_segment(const StageContext& c, std::int64_t order_head, std::int64_t begin, std::byte* scratch) {
   const Geometry& g = c.geometry();
-  const std::int64_t orders = c.layout.shared_order ? c.heads.kv_count : c.heads.q_count;
-  parallel_for(c.spec.threads, orders * g.complete_segments(), [&](std::int64_t item, int thread) {
-    const std::int64_t head = item % orders;  // heads of a group read the same tokens while they are in cache
-    const std::int64_t begin = item / orders * g.segment;
-    order_segment(c, head, begin, c.scratch(thread));
-    const std::int64_t kv_head = c.heads.kv_begin + (c.layout.shared_order ? head : c.kv_head(head));
-    const std::int64_t end = std::min((begin + g.segment) / g.block, c.layout.permuted_blocks);
-    for (std::int64_t block = begin / g.block; block < end; ++block) {
-      Rows k = c.rows_of(c.inputs.k, kv_head, 0);
-      Rows v = c.rows_of(c.inputs.v, kv_head, 0);
-      k.index = v.index = c.layout.order + head * g.permuted_len() + block * g.block;
-      pool_permuted(c, head, block, k, v);
-      if (c.kernels.gathers) continue;
-      const std::int64_t place = head * c.layout.permuted_blocks + block;
-      c.kernels.pack.keys(k, g.block, g.block, c.head_dim(), c.layout.permuted_k + place * c.layout.k_block_bytes);
-      c.kernels.pack.values(v, g.block, g.block, c.head_dim_v(), c.layout.permuted_v + place * c.layout.v_block_bytes);
-    }
-  });
+  order_segment(c, order_head, begin, scratch);
+  const std::int64_t kv_head = c.heads.kv_begin + (c.layout.shared_order ? order_head : c.kv_head(order_head));
+  const std::int64_t end = std::min((begin + g.segment) / g.block, c.layout.permuted_blocks);
+  for (std::int64_t block = begin / g.block; block < end; ++block) {
+    Rows k = c.rows_of(c.inputs.k, kv_head, 0);
+    Rows v = c.rows_of(c.inputs.v, kv_head, 0);
+    k.index = v.index = c.layout.order + order_head * g.permuted_len() + block * g.block;
+    pool_permuted(c, order_head, block, k, v);
+    if (c.kernels.gathers) continue;
+    const std::int64_t place = order_head * c.layout.permuted_blocks + block;
+    c.kernels.pack.keys(k, g.block, g.block, c.head_dim(), c.layout.permuted_k + place * c.layout.k_block_bytes);
+    c.kernels.pack.values(v, g.block, g.block, c.head_dim_v(), c.layout.permuted_v + place * c.layout.v_block_bytes);
+  }
 }
 
 }  // namespace
@@ -234,10 +226,25 @@ void pool_rows(const StageContext& c, const Rows& rows, int count, int divisor, 
 }
 
 void permute(const StageContext& c) {
-  if (queries_score_keys(c)) pack_scoring_queries(c);
-  pack_original(c);
-  if (queries_score_keys(c)) finish_scores(c);
-  if (c.layout.permuted) order_segments(c);
+  const Geometry& g = c.geometry();
+  const bool scores = queries_score_keys(c);
+  if (scores) pack_scoring_queries(c);
+  const std::int64_t segments = ceil_div(g.shape.kv_len, g.segment);
+  parallel_for(c.spec.threads, c.heads.kv_count * segments, [&](std::int64_t item, int thread) {
+    const std::int64_t head = item / segments;
+    const std::int64_t begin = item % segments * g.segment;
+    const std::int64_t end = std::min((begin + g.segment) / g.block, g.blocks());
+    for (std::int64_t block = begin / g.block; block < end; ++block) pack_original(c, head, block, scores);
+    // Such orders are one for each KV head.
+    if (c.layout.permuted && !scores && begin < g.permuted_len()) move_segment(c, head, begin, c.scratch(thread));
+  });
+  if (!scores) return;
+  finish_scores(c);
+  const std::int64_t orders = c.layout.shared_order ? c.heads.kv_count : c.heads.q_count;
+  parallel_for(c.spec.threads, orders * g.complete_segments(), [&](std::int64_t item, int thread) {
+    // Heads of a group read the same tokens while they are in cache.
+    move_segment(c, item % orders, item / orders * g.segment, c.scratch(thread));
+  });
 }
 
 }  // namespace pbsattn::cpu
