@@ -30,15 +30,35 @@ Problem::Problem(pbsattn::Shape problem_shape, unsigned seed) : shape(problem_sh
   for (auto& x : v) x = to_f16(normal(generator));
 }
 
+void Problem::concentrate(float strength, unsigned seed) {
+  constexpr float lean = 4;
+  constexpr std::int64_t segment = 256;
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal;
+  const auto dim = static_cast<std::size_t>(shape.head_dim);
+  for (std::size_t i = 0; i < q.size(); i += dim) q[i] += lean;
+  std::vector<float> of_segment(static_cast<std::size_t>(shape.kv_heads));
+  std::size_t i = 0;
+  for (std::int64_t token = 0; token < shape.kv_len; ++token)
+    for (float& along : of_segment) {
+      if (token % segment == 0) along = normal(generator);
+      k[i] = to_f16(strength * (along + normal(generator)));
+      i += dim;
+    }
+  order_weights.assign(static_cast<std::size_t>(shape.kv_heads) * 3 * dim / 2, 0.0F);
+  for (std::size_t j = dim / 2; j < order_weights.size(); j += 3 * dim / 2) order_weights[j] = 1;  // the keys' column
+}
+
 pbsattn::Inputs Problem::inputs() const {
   using pbsattn::DType;
   const std::int64_t d = shape.head_dim;
   const auto view = [&](const void* data, DType dtype, std::int64_t heads, std::int64_t tokens) {
     return pbsattn::ConstView{data, dtype, tokens * heads * d, d, heads * d};
   };
-  return {view(q.data(), DType::f32, shape.q_heads, shape.q_len),
-          view(k.data(), DType::f16, shape.kv_heads, shape.kv_len),
-          view(v.data(), DType::f16, shape.kv_heads, shape.kv_len)};
+  return {.q = view(q.data(), DType::f32, shape.q_heads, shape.q_len),
+          .k = view(k.data(), DType::f16, shape.kv_heads, shape.kv_len),
+          .v = view(v.data(), DType::f16, shape.kv_heads, shape.kv_len),
+          .order_weights = {.values = order_weights}};
 }
 
 Runner::Runner(const Problem& problem, const pbsattn::Options& options, const pbsattn::Device& device)

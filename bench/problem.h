@@ -12,11 +12,17 @@ namespace bench {
 struct Problem {
   Problem(pbsattn::Shape problem_shape, unsigned seed);
 
+  // Makes some segments matter more than others, and in each some keys, as in real heads: queries lean along one
+  // column, keys lie along it as far as their segment's draw and their own say, times `strength`. A learned order goes
+  // by it.
+  void concentrate(float strength, unsigned seed);
+
   pbsattn::Inputs inputs() const;
 
   pbsattn::Shape shape;
-  std::vector<float> q;             // [token][q_heads][head_dim]
-  std::vector<std::uint16_t> k, v;  // [token][kv_heads][head_dim], float16 bits
+  std::vector<float> q;              // [token][q_heads][head_dim]
+  std::vector<std::uint16_t> k, v;   // [token][kv_heads][head_dim], float16 bits
+  std::vector<float> order_weights;  // [kv_heads][3 * head_dim / 2]
 };
 
 // A plan with its workspace and output, ready to run on a problem again and again.
