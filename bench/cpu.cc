@@ -188,10 +188,10 @@ void sparse(const SuiteOptions& options, Report& report, const std::string& path
 
 // Methods whose stages before attention are measured.
 struct Choosing {
-  std::string name;  // in records
-  std::string text;
+  const char* name;  // in records
+  const char* text;
 };
-const Choosing choosing[] = {
+constexpr Choosing choosing[] = {
     {"pbs", "pbs"},
     {"two-step", "two-step"},
     {"two-step, learned order", "two-step:permutation=learned:order_scope=kv_head"},
