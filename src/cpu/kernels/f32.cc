@@ -140,29 +140,6 @@ void cap(float* products, std::int64_t count, const Logits& logits) {
   }
 }
 
-void hide_unseen(const BlockArgs& args, int first, int count, float* scores) {
-  for (int key = 0; key < count; ++key) {
-    for (int lane = 0; lane < strip; lane += lanes) {
-      float* const s = scores + key * strip + lane;
-      const auto visible = sees(args, first + key, lane);
-      hn::Store(hn::IfThenElse(visible, hn::Load(f32, s), hn::Set(f32, minus_infinity)), f32, s);
-    }
-  }
-}
-
-// Hides from each query the keys after the first seen[query].
-void hide_unseen(const std::int32_t* seen, int first, int count, float* scores) {
-  const hn::RebindToSigned<F> i32;
-  for (int lane = 0; lane < strip; lane += lanes) {
-    const auto keys = hn::LoadU(i32, seen + lane);
-    for (int key = 0; key < count; ++key) {
-      float* const s = scores + key * strip + lane;
-      const auto visible = hn::RebindMask(f32, hn::Lt(hn::Set(i32, first + key), keys));
-      hn::Store(hn::IfThenElse(visible, hn::Load(f32, s), hn::Set(f32, minus_infinity)), f32, s);
-    }
-  }
-}
-
 // Adds P V to O^T over visible pairs only, for blocks whose masked values would spoil the sum.
 void accumulate_visible(const BlockArgs& args, const float* const* values, int first, int count, const float* weights,
                         float* out) {

@@ -151,6 +151,30 @@ HWY_INLINE hn::Mask<F> sees(const BlockArgs& args, std::int64_t key, int lane) {
   return hn::And(hn::Ge(query, clamped(key - args.diagonal)), hn::Lt(query, clamped(key - args.edge)));
 }
 
+// Hides from each query of a strip the keys that it doesn't see.
+HWY_INLINE void hide_unseen(const BlockArgs& args, int first, int count, float* scores) {
+  for (int key = 0; key < count; ++key) {
+    for (int lane = 0; lane < strip; lane += lanes) {
+      float* const s = scores + key * strip + lane;
+      const auto visible = sees(args, first + key, lane);
+      hn::Store(hn::IfThenElse(visible, hn::Load(f32, s), hn::Set(f32, minus_infinity)), f32, s);
+    }
+  }
+}
+
+// Hides those after the first seen[query].
+HWY_INLINE void hide_unseen(const std::int32_t* seen, int first, int count, float* scores) {
+  const hn::RebindToSigned<F> i32;
+  for (int lane = 0; lane < strip; lane += lanes) {
+    const auto keys = hn::LoadU(i32, seen + lane);
+    for (int key = 0; key < count; ++key) {
+      float* const s = scores + key * strip + lane;
+      const auto visible = hn::RebindMask(f32, hn::Lt(hn::Set(i32, first + key), keys));
+      hn::Store(hn::IfThenElse(visible, hn::Load(f32, s), hn::Set(f32, minus_infinity)), f32, s);
+    }
+  }
+}
+
 // Turns scores[count][strip] into weights measured from `max`, in place, after raising max to their maximum;
 // sum becomes factor * sum + the weights' sums, where factor, which is stored, carries sum to the new max.
 template <int vectors = tile_vectors>
