@@ -90,21 +90,22 @@ def _is_standard_output(path: pathlib.Path) -> bool:
         return False
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file that appears whole or not at all. A symbolic link stays, and what it names is written; a pipe or a
-    device, which can't be replaced, is written to as it is."""
+def write_whole(path: str | os.PathLike[str], text: str | bytes) -> None:
+    """Writes a file, text in UTF-8, that appears whole or not at all. A symbolic link stays, and what it names is written;
+    a pipe or a device, which can't be replaced, is written to as it is."""
     path = pathlib.Path(path)
+    data = text.encode() if isinstance(text, str) else text
     # Asked of the path as it is: /dev/stdout of a pipe leads to no file.
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     path = pathlib.Path(os.path.realpath(path))
     if _is_standard_output(path):
         raise OSError(f"{path}: is standard output, which the table goes to; name another file")
     partial = pathlib.Path(f"{path}.partial-{os.getpid()}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
