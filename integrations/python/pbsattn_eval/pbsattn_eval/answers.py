@@ -10,8 +10,8 @@ class Score:
 
     at: list[int]  # which of them, ascending: all, or evenly spaced ones
     nll: list[float]  # of each
-    kl: list[float]  # KL(full || run) in nats, where each was predicted
-    same: list[float]  # 1 where the most likely token is full attention's, else 0
+    kl: list[float] | None  # KL(full || run) in nats, where each was predicted
+    same: list[float] | None  # 1 where the most likely token is full attention's, else 0
     density: float
     layers: list[float]
     seconds: float

@@ -21,7 +21,7 @@ SDPA = {
 
 
 # What a spec may say beside a method's options: how pbsattn.transformers.enable() takes the method.
-_OF_ENABLE = {"min_tokens": int, "settings": str}
+_OF_ENABLE = {"min_tokens": int, "settings": str, "learned": str}
 
 
 @dataclasses.dataclass

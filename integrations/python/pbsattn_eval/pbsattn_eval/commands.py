@@ -2,16 +2,13 @@
 and pages of such tables."""
 
 import argparse
-import datetime
 import json
 import pathlib
-import platform
-import shlex
 import sys
 
 from pbsattn import program
 
-from . import budgets, folder, kind, page, summary
+from . import budgets, folder, kind, page, runs, summary
 
 
 def _say(message):
@@ -110,8 +107,6 @@ EVERY = (
     "oracle:keep=threshold:threshold=0.0015/0.003/0.006/0.012",
 )
 
-_SHARED = {"kind", "model", "methods", "out", "engine", "program", "device", "dtype", "yarn", "json", "page", "commit"}
-
 
 def expand(text):
     """Method specs of a list, NAME=A/B/C taken apart; full first."""
@@ -136,26 +131,6 @@ def _is_number(text):
     return True
 
 
-def _header(given, the_kind, attentions, argv):
-    from . import engines
-    from .bench import records
-
-    path = pathlib.Path(given.model)
-    own = {name: the_kind.identity(name, value) for name, value in sorted(vars(given).items()) if name not in _SHARED}
-    return {
-        "kind": given.kind,
-        "command": shlex.join(["python", "-m", "pbsattn_eval", *argv]),
-        "commit": given.commit or records.commit(),
-        "date": datetime.date.today().isoformat(),
-        "model": {"name": path.name, "bytes": path.stat().st_size if path.is_file() else None},
-        "engine": given.engine,
-        "options": {"dtype": given.dtype, "yarn": given.yarn, **own},
-        "methods": {each.name: engines.options_of(each) for each in attentions},
-        "versions": {**engines.versions(), "python": platform.python_version()},
-        "device": engines.device_name(given.device),
-    }
-
-
 def _run(given, argv):
     from . import engines  # PyTorch comes in here
 
@@ -166,14 +141,14 @@ def _run(given, argv):
     attentions = [engines.Attention.parse(spec) for spec in expand(given.methods)]
     the_kind.check(given)
     out = given.out or pathlib.Path("eval-runs", f"{given.kind}-{pathlib.Path(given.model).stem}")
-    header = _header(given, the_kind, attentions, argv)
+    header = runs.header(given, the_kind, attentions, argv)
     with folder.RunFolder(out, header) as run:
         if run.done:
             _say(f"{out}: goes on; {len(run.done)} record(s) are there")
         try:
             engine = engines.make(given, _say)
             items = the_kind.items(given, engine)
-            _measure(run, given.kind, the_kind, engine, items, attentions)
+            runs.measure(run, given.kind, the_kind, engine, items, attentions)
         except KeyboardInterrupt as interrupt:
             _say(f"\npbsattn_eval: interrupted; {len(run.done)} record(s) are kept in {out}: run the same command to go on")
             return program.status_of(interrupt)
@@ -182,41 +157,6 @@ def _run(given, argv):
         if extra := set(run.done) - wanted:
             raise ValueError(f"{out}: holds {len(extra)} record(s) that this run has no items for; pass another --out")
     return _finish(pathlib.Path(out), folder.read_header(out), the_kind, records, given.json, given.page)
-
-
-def _measure(run, name, the_kind, engine, items, attentions):
-    import tqdm
-
-    total = len(items) * len(attentions)
-    with tqdm.tqdm(total=total, initial=len(run.done), unit="", file=sys.stderr, dynamic_ncols=True) as bar:
-        for item in items:
-            left = [each for each in attentions if (item.id, each.name) not in run.done]
-            if not left:
-                continue
-            bar.set_description_str(item.id)
-            state, failure = None, None
-            try:
-                state = the_kind.prepare(engine, item, left)
-            except kind.Unsupported as reason:
-                failure = str(reason)
-            for attention in left:
-                bar.set_postfix_str(attention.name)
-                record = {
-                    "kind": name,
-                    "item": item.id,
-                    "group": item.group,
-                    "method": attention.name,
-                    "params": item.params,
-                }
-                if failure is None:
-                    try:
-                        record.update(the_kind.measure(engine, item, attention, state))
-                    except (kind.Unsupported, NotImplementedError) as reason:
-                        record["error"] = str(reason)
-                else:
-                    record["error"] = failure
-                run.add(record)
-                bar.update()
 
 
 def _finish(out, header, the_kind, records, to_json, to_page=None):

@@ -10,7 +10,7 @@ import numpy as np
 SETTINGS = {
     "top_p": ("top_p",),
     "coverage": ("top_p",),
-    "threshold": ("threshold",),
+    "threshold": ("threshold", "threshold_tokens"),
     "relative": ("threshold",),
     "top_k": ("top_k",),
     "density": ("density",),

@@ -1,6 +1,8 @@
 """What runs the models. An engine turns text into tokens, scores a text, and answers a prompt, under an attention."""
 
 import dataclasses
+import hashlib
+import pathlib
 import time
 import warnings
 
@@ -24,6 +26,8 @@ def options_of(attention):
     settings = dict(attention.settings)
     if "settings" in settings:
         settings["settings"] = pbsattn.transformers.read_settings(settings["settings"])
+    if "learned" in settings:
+        settings["learned"] = hashlib.sha256(pathlib.Path(settings["learned"]).read_bytes()).hexdigest()[:16]
     return {**settings, **pbsattn.options(attention.method)}
 
 
@@ -123,10 +127,20 @@ class Engine(Texts):
     def layers(self):
         return self.model.config.num_hidden_layers
 
+    @property
+    def rope_pairs(self):
+        """Which columns of a key RoPE turns together: see pbsattn.transformers.rope_pairs."""
+        return pbsattn.transformers.rope_pairs(next(each for each in self.model.modules() if hasattr(each, "layer_idx")))
+
     def capture(self, ids, layers):
         """Queries, keys, values and scale of some layers' attention: see models.capture."""
         self.stretch(len(ids))
         return models.capture(self.model, self.tensor([ids]), layers)
+
+    def each_layer(self, ids, visit):
+        """Calls visit() with each layer's queries, keys, values and scale: see models.each_layer."""
+        self.stretch(len(ids))
+        models.each_layer(self.model, self.tensor([ids]), visit)
 
     def logits(self, hidden):
         """Of each position of `hidden`, [positions, vocabulary], float32."""
@@ -162,18 +176,23 @@ class Engine(Texts):
 
         It keeps full attention's last hidden states, of which its logits are made again where they are needed.
         """
-        targets = self.tensor(ids[-judged:])
-        predict = slice(-judged - 1, -1)
         full = self.prefill(ids, self.FULL)
-        reference = full.hidden[predict].clone()
+        reference = full.hidden[-judged - 1 : -1].clone()
 
         def score(attention):
             run = full if attention == self.FULL else self.prefill(ids, attention)
-            parts = self.losses(run.hidden[predict], targets, reference)
-            nll, kl, same = (part.tolist() for part in parts)
-            return Score(list(range(judged)), nll, kl, same, run.density, run.layers, run.seconds)
+            return self._score(ids, judged, run, reference)
 
         return score
+
+    def score(self, ids, judged, attention) -> Score:
+        """The likelihood alone of a document's last `judged` tokens."""
+        return self._score(ids, judged, self.prefill(ids, attention))
+
+    def _score(self, ids, judged, run, reference=None):
+        parts = self.losses(run.hidden[-judged - 1 : -1], self.tensor(ids[-judged:]), reference)
+        kl, same = (None if part is None else part.tolist() for part in parts[1:])
+        return Score(list(range(judged)), parts[0].tolist(), kl, same, run.density, run.layers, run.seconds)
 
     @torch.no_grad()
     def answers(self, ids, attentions, max_new_tokens) -> dict:

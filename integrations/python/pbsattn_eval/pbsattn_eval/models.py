@@ -91,21 +91,31 @@ def tokens(tokenizer, text, count, device):
 
 
 @torch.no_grad()
-def capture(model, ids, layers):
-    """Queries, keys, values [1, heads, tokens, head_dim] and scale of some layers' attention to a prompt, [1, tokens]:
-    {layer: (q, k, v, scale)}."""
-    captured = {}
+def each_layer(model, ids, visit):
+    """Runs a prompt, [1, tokens], through a model, and calls visit(layer, q, k, v, scale) with the queries, keys and values
+    [1, heads, tokens, head_dim] of each layer's attention when it comes to it: no two layers' are held at a time."""
     sdpa = transformers.AttentionInterface._global_mapping["sdpa"]
 
-    def keep(module, query, key, value, *args, scaling=None, **kwargs):
-        if module.layer_idx in layers:
-            captured[module.layer_idx] = (query, key, value, scaling or query.shape[-1] ** -0.5)
+    def show(module, query, key, value, *args, scaling=None, **kwargs):
+        visit(module.layer_idx, query, key, value, scaling or query.shape[-1] ** -0.5)
         return sdpa(module, query, key, value, *args, scaling=scaling, **kwargs)
 
-    transformers.AttentionInterface.register("sdpa", keep)
+    transformers.AttentionInterface.register("sdpa", show)
     try:
         model.set_attn_implementation("sdpa")
         model.model(ids, use_cache=False)
     finally:
         transformers.AttentionInterface.register("sdpa", sdpa)
+
+
+def capture(model, ids, layers):
+    """Queries, keys, values [1, heads, tokens, head_dim] and scale of some layers' attention to a prompt, [1, tokens]:
+    {layer: (q, k, v, scale)}."""
+    captured = {}
+
+    def keep(layer, *its):
+        if layer in layers:
+            captured[layer] = its
+
+    each_layer(model, ids, keep)
     return captured

@@ -32,14 +32,14 @@ def read_text(path):
         raise ValueError(f"text {path}: not UTF-8 at byte {error.start}; convert it") from None
 
 
-def document(engine, path, tokens):
-    """The first tokens of a text. ValueError if it has fewer."""
+def document(engine, path, tokens, option="--lengths"):
+    """The first tokens of a text. ValueError if it has fewer, which names the option that says how many."""
     text = read_text(path)
     ids = engine.encode(text[: 8 * tokens])  # characters: more than any text needs, and tokenizing a long one takes its time
     if len(ids) < tokens:
         ids = engine.encode(text)
     if len(ids) < tokens:
-        raise ValueError(f"text {path}: {len(ids)} tokens, {tokens} needed; pass a longer text or smaller --lengths")
+        raise ValueError(f"text {path}: {len(ids)} tokens, {tokens} needed; pass a longer text or smaller {option}")
     return ids[:tokens]
 
 
@@ -80,7 +80,7 @@ def _means(at, values):
 
 
 class Kind(kind.KindBase):
-    metrics = (
+    metrics: tuple[kind.Metric, ...] = (
         kind.Metric("nll", "nats"),
         kind.Metric("kl", "nats", change=False),
         kind.Metric("top1", "", "{:.3f}", change=False),
@@ -128,8 +128,12 @@ class Kind(kind.KindBase):
         return engine.scorer(item.data, item.params["judged"], attentions)
 
     def measure(self, engine, item, attention, state):
-        score = state(attention)
-        blocks = {"nll": _means(score.at, score.nll), "kl": _means(score.at, score.kl), "top1": _means(score.at, score.same)}
+        return self.record(state(attention))
+
+    @staticmethod
+    def record(score):
+        parts = {"nll": score.nll, "kl": score.kl, "top1": score.same}
+        blocks = {name: _means(score.at, values) for name, values in parts.items() if values is not None}
         return {
             "metrics": {name: sum(means) / len(means) for name, means in blocks.items()},
             "units": blocks,

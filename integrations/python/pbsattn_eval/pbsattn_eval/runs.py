@@ -1,0 +1,69 @@
+"""What every run of methods on items has: what it was asked for, and the loop over what is left to measure."""
+
+import datetime
+import pathlib
+import platform
+import shlex
+import sys
+
+from . import kind
+
+# Options that say how and where, and not what: run.json has them elsewhere or not at all.
+_SHARED = {"kind", "model", "methods", "out", "engine", "program", "device", "dtype", "yarn", "json", "page", "commit", "to"}
+
+
+def header(given, the_kind, attentions, argv):
+    """run.json of a run."""
+    from . import engines
+    from .bench import records
+
+    path = pathlib.Path(given.model)
+    own = {name: the_kind.identity(name, value) for name, value in sorted(vars(given).items()) if name not in _SHARED}
+    return {
+        "kind": given.kind,
+        "command": shlex.join(["python", "-m", "pbsattn_eval", *argv]),
+        "commit": given.commit or records.commit(),
+        "date": datetime.date.today().isoformat(),
+        "model": {"name": path.name, "bytes": path.stat().st_size if path.is_file() else None},
+        "engine": given.engine,
+        "options": {"dtype": given.dtype, "yarn": given.yarn, **own},
+        "methods": {each.name: engines.options_of(each) for each in attentions},
+        "versions": {**engines.versions(), "python": platform.python_version()},
+        "device": engines.device_name(given.device),
+    }
+
+
+def measure(run, name, the_kind, engine, items, attentions):
+    """Measures each item under each attention, but for the records that the run has."""
+    import tqdm
+
+    total = len(items) * len(attentions)
+    with tqdm.tqdm(total=total, initial=len(run.done), unit="", file=sys.stderr, dynamic_ncols=True) as bar:
+        for item in items:
+            left = [each for each in attentions if (item.id, each.name) not in run.done]
+            if not left:
+                continue
+            bar.set_description_str(item.id)
+            state, failure = None, None
+            try:
+                state = the_kind.prepare(engine, item, left)
+            except kind.Unsupported as reason:
+                failure = str(reason)
+            for attention in left:
+                bar.set_postfix_str(attention.name)
+                record = {
+                    "kind": name,
+                    "item": item.id,
+                    "group": item.group,
+                    "method": attention.name,
+                    "params": item.params,
+                }
+                if failure is None:
+                    try:
+                        record.update(the_kind.measure(engine, item, attention, state))
+                    except (kind.Unsupported, NotImplementedError) as reason:
+                        record["error"] = str(reason)
+                else:
+                    record["error"] = failure
+                run.add(record)
+                bar.update()
