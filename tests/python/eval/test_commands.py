@@ -41,7 +41,7 @@ def test_versions_go_together(tmp_path):
 def test_alone_it_lists_its_commands():
     ran = python("-m", "pbsattn_eval")
     assert ran.returncode == 0
-    for command in ("ppl", "recall", "needle", "ruler", "tasks", "budgets", "table", "page", "report", "bench"):
+    for command in ("ppl", "recall", "needle", "ruler", "tasks", "budgets", "learn", "table", "page", "report", "bench"):
         assert f"\n    {command} " in ran.stdout
     for command in ("ppl", "report", "bench"):
         told = python("-m", "pbsattn_eval", command, "--help")

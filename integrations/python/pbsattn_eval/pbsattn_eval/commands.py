@@ -9,6 +9,7 @@ import sys
 from pbsattn import program
 
 from . import budgets, folder, kind, page, runs, summary
+from .learn import arguments as learn
 
 
 def _say(message):
@@ -31,6 +32,11 @@ def _parser():
     )
     _add_model(search)
     budgets.add_arguments(search)
+    order = commands.add_parser(
+        "learn", help=learn.HELP, description=learn.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_model(order)
+    learn.add_arguments(order)
     again = commands.add_parser("table", help="print the table of a run's folder again")
     again.add_argument("folder")
     again.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
@@ -209,6 +215,10 @@ def main(argv=None):
         return page.write(given.folder, given.to)
     if given.kind == "budgets":
         return budgets.run(given, _say)
+    if given.kind == "learn":
+        from .learn import command
+
+        return command.run(given, argv, _say)
     if given.kind == "report":
         from . import report
 

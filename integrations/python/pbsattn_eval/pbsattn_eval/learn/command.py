@@ -1,0 +1,108 @@
+"""The command learn: fits an order of keys, finds the heads that it pays for, judges it by likelihood, and writes the file.
+
+Each text is cut into three parts of --tokens. Each step's results of each text are a file in the run's folder, so that a run
+that was stopped goes on with what is missing.
+"""
+
+import itertools
+import json
+import pathlib
+
+import torch
+
+import pbsattn
+from pbsattn import program
+
+from .. import folder, runs
+from ..kinds import ppl
+from . import file, judge, order, steps
+
+
+def run(given, argv, say):
+    """Runs the command: returns its exit status; raises ValueError for what makes no sense, before a model is loaded."""
+    from .. import engines
+
+    thresholds = _thresholds(given)
+    the_kind = judge.Judged()
+    given.kind = "ppl"  # what the folder's records are of: `table` and `report` read them
+    given.engine, given.judge, given.lengths = engines.Engine.name, "half", str(given.tokens)
+    engines.fill_in(given)
+    the_kind.check(given)
+    out = pathlib.Path(given.out or pathlib.Path("eval-runs", f"learn-{pathlib.Path(given.model).stem}"))
+    orders = {name: [judge.attention(name, threshold) for threshold in thresholds] for name in judge.ORDERS}
+    header = runs.header(given, the_kind, [judge.FULL, *itertools.chain(*orders.values())], argv)
+    with folder.RunFolder(out, header) as records:
+        try:
+            engine = engines.make(given, say)
+            items = the_kind.items(given, engine)
+            fitted = steps.Fitted(engine, the_kind.parts, out, thresholds)
+            moved = _moved(fitted)
+            if moved[judge.PAYING] in (0, moved[judge.LEARNED]):  # it is one of the others
+                del orders[judge.PAYING]
+            for name, weights in ((judge.LEARNED, fitted.weights), (judge.PAYING, fitted.paying)):
+                for each in orders.get(name, ()):
+                    each.settings["learned"] = str(_write(out / f"{name.replace(' ', '-')}.pbs", given, fitted, weights, {}))
+            attentions = [judge.FULL, *itertools.chain(*orders.values())]
+            runs.measure(records, given.kind, the_kind, engine, items, attentions)
+        except KeyboardInterrupt as interrupt:
+            say(f"\npbsattn_eval: interrupted; what is finished is kept in {out}: run the same command to go on")
+            return program.status_of(interrupt)
+        wanted = [records.done[item.id, each.name] for item in items for each in attentions]
+    names, missing = judge.measured(wanted, {name: [each.name for each in of_order] for name, of_order in orders.items()})
+    judgements, densities = judge.compare(wanted, names)
+    return _finish(given, header, out, fitted, moved, judgements, densities, missing)
+
+
+def _thresholds(given):
+    """Shares of a row's attention, ascending."""
+    if given.tokens < 8 * order.SEGMENT:
+        raise ValueError(f"--tokens {given.tokens}: too few to fit on; {8 * order.SEGMENT} is the least")
+    if given.thresholds is None:
+        options = pbsattn.options(judge.METHOD)
+        own = min(options["threshold"], options["threshold_tokens"] / given.tokens)
+        return [own, 2 * own]
+    try:
+        shares = sorted({float(each) for each in given.thresholds.split(",")})
+    except ValueError:
+        raise ValueError(f"--thresholds {given.thresholds}: not numbers with commas between") from None
+    if len(shares) < 2 or shares[0] <= 0 or shares[-1] > 1:
+        raise ValueError(f"--thresholds {given.thresholds}: pass two shares or more, above 0 and up to 1")
+    return shares
+
+
+def _moved(fitted):
+    """KV heads whose keys each order moves."""
+    every = fitted.weights.shape[0] * fitted.weights.shape[1]
+    paying = int(fitted.paying.any(-1).sum())
+    return {name: {judge.NONE: 0, judge.PAYING: paying}.get(name, every) for name in judge.ORDERS}
+
+
+def settings_of(taken, weights):
+    """A file's settings for the order taken, by layer, over two-step scores of the learned order, which are understood."""
+    if taken in (judge.LEARNED, judge.PAYING):
+        still = [str(layer) for layer, of_heads in enumerate(weights) if not of_heads.any()]
+        return {layer: {"*": judge.ORDERS[judge.NONE]} for layer in still}
+    return {"*": {"*": judge.ORDERS[taken]}}
+
+
+def _write(path, given, fitted, weights, settings):
+    texts = [ppl.text_identity(text) for text in given.text]
+    fitted_on = ", ".join(f"{given.tokens} tokens of {each['name']} (sha256 {each['sha256']})" for each in texts)
+    file.write(path, fitted.sizes, fitted.pairs, weights, settings, pathlib.Path(given.model).name, fitted_on)
+    return path
+
+
+def _finish(given, header, out, fitted, moved, judgements, densities, missing):
+    """Writes the file and the rows, and prints the table."""
+    taken = judge.choose(judgements)
+    weights = {judge.LEARNED: fitted.weights, judge.PAYING: fitted.paying}.get(taken, torch.zeros_like(fitted.weights))
+    _write(given.to, given, fitted, weights, settings_of(taken, weights))
+    rows = json.dumps(judge.rows(judgements, densities, header), indent=1) + "\n"
+    program.write_whole(out / "orders.json", rows)
+    if given.json and given.json != "-":
+        program.write_whole(given.json, rows)
+    if given.json == "-":
+        print(rows.rstrip())
+    else:
+        print("\n".join([judge.table(judgements, densities, moved, taken), *missing, "", f"{given.to}: {taken}"]))
+    return 0

@@ -1,0 +1,162 @@
+"""Which order a model takes: the loss of held-back texts under each, at equal density."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from .. import curves, kind, summary
+from ..attentions import Attention
+from ..kinds import ppl
+from ..tables import aligned
+
+FULL = Attention.parse(summary.BASELINE)
+METHOD = "two-step"  # whose blocks are judged
+NONE, LEARNED, PAYING = "none", "learned", "learned where it pays"
+# What each order changes of two-step scores.
+_LEARNED = {"permutation": "learned", "order_scope": "kv_head"}
+ORDERS = {
+    NONE: {"permutation": "none"},
+    "last_queries": {"permutation": "last_queries", "order_scope": "query_head"},
+    "arrival": {"permutation": "arrival", "order_scope": "kv_head"},
+    LEARNED: _LEARNED,
+    PAYING: _LEARNED,
+}
+# Where orders are compared, on the way (logarithmic) from the least density that all reach to the greatest.
+PLACES = (0.25, 0.75)
+
+
+def attention(order, threshold):
+    """Two-step scores on keys in an order, keeping blocks of at least this share of a row's attention."""
+    changes = "".join(f":{name}={value}" for name, value in ORDERS[order].items())
+    method = f"{METHOD}{changes}:threshold={threshold:.6g}:threshold_tokens=0"
+    return Attention(f"{order}:threshold={threshold:.6g}", method)
+
+
+class Judged(ppl.Kind):
+    """Likelihood of the last of a text's three parts, alone: divergences take a quarter more time."""
+
+    PARTS = 3
+    metrics = ppl.Kind.metrics[:1]
+
+    def items(self, given, engine):
+        """Also sets `parts`, {name: (first part, second part)} of every text."""
+        made = []
+        self.parts = {}
+        for label, path, tokens in ppl.documents(given):
+            ids = ppl.document(
+                engine, path, self.PARTS * tokens, f"--tokens, of which it has to have {self.PARTS} times as many"
+            )
+            *self.parts[path.stem], judged = (ids[at : at + tokens] for at in range(0, self.PARTS * tokens, tokens))
+            params = dict(text=path.stem, tokens=tokens, judged=self._judged(given, tokens), first=len(ids) - tokens)
+            made.append(kind.Item(f"{path.stem}-{tokens}", label, params, judged))
+        return made
+
+    def prepare(self, engine, item, attentions):
+        return None
+
+    def measure(self, engine, item, attention, state):
+        return self.record(engine.score(item.data, item.params["judged"], attention))
+
+
+@dataclasses.dataclass
+class Judgement:
+    """An order against none, over held-back texts."""
+
+    order: str
+    change: float  # of the loss at equal density
+    error: float  # standard error of it
+    by_text: dict  # {group: (change, standard error)}
+
+    @property
+    def pays(self):
+        """Whether it is better than none by more than a standard error, and on no text worse by more than one."""
+        return self.change < -self.error and all(change <= error for change, error in self.by_text.values())
+
+
+def measured(records, names):
+    """Of orders those that every record is there for, and a line for each of the others that says why not. Raises ValueError
+    where none isn't there, or nothing else is."""
+    reasons = {record["method"]: record["error"] for record in records if "error" in record}
+    failed = {order: reasons[name] for order, of_order in names.items() for name in of_order if name in reasons}
+    if NONE in failed:
+        raise ValueError(f"order {NONE}: can't be measured: {failed[NONE]}")
+    kept = {order: of_order for order, of_order in names.items() if order not in failed}
+    lines = [f"{order}: not judged: {reason}" for order, reason in failed.items()]
+    if len(kept) == 1:
+        raise ValueError("; ".join(lines))
+    return kept, lines
+
+
+def compare(records, names):
+    """A Judgement of each order but none, and the mean densities at which they are compared.
+
+    names: {order: [name of the method at each threshold]}. Pairs are blocks of tokens. Raises ValueError where the densities
+    of orders don't meet.
+    """
+    items = {}
+    for record in records:
+        items.setdefault(record["item"], {})[record["method"]] = record
+    differences = {order: {} for order in names if order != NONE}
+    densities = []
+    for item, by_method in items.items():
+        points = {order: [by_method[name] for name in of_order] for order, of_order in names.items()}
+        ranges = [[point["density"] for point in of_order] for of_order in points.values()]
+        low, high = max(map(min, ranges)), min(map(max, ranges))
+        if low > high:
+            raise ValueError(f"{item}: orders have no density in common; pass --thresholds further apart")
+        at = [low * (high / low) ** place for place in PLACES]
+        densities.append(at)
+        group = next(iter(by_method.values()))["group"]
+        losses = {order: _losses(of_order, at) for order, of_order in points.items()}
+        for order in differences:
+            differences[order].setdefault(group, []).append(losses[order] - losses[NONE])
+    made = []
+    for order, by_group in differences.items():
+        parts = {group: np.concatenate(each) for group, each in by_group.items()}
+        change, error = _mean(np.concatenate(list(parts.values())))
+        made.append(Judgement(order, change, error, {group: _mean(each) for group, each in parts.items()}))
+    return made, np.mean(densities, 0).tolist()
+
+
+def _losses(points, at):
+    """Of each block of tokens, the mean over densities, interpolated between settings."""
+    densities = [point["density"] for point in points]
+    places = [curves.at(densities, density) for density in at]
+    return np.mean([place.of([curves.units(point, "nll") for point in points]) for place in places], 0)
+
+
+def _mean(values):
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
+
+
+def choose(judgements):
+    """The order taken: of those that pay the one that lowers the loss most, else none."""
+    paying = [each for each in judgements if each.pays]
+    return min(paying, key=lambda each: each.change).order if paying else NONE
+
+
+def table(judgements, densities, heads, taken):
+    """The judgements for people. heads: {order: the KV heads whose keys it moves}."""
+    groups = list(judgements[0].by_text)
+    lines = [["order", "KV heads", *groups, *(["all"] if len(groups) > 1 else []), ""]]
+    lines.append([NONE, str(heads[NONE]), *[""] * (len(lines[0]) - 3), "taken" if taken == NONE else ""])
+    for each in judgements:
+        cells = [each.by_text[group] for group in groups] + ([(each.change, each.error)] if len(groups) > 1 else [])
+        shown = [f"{change:+.4f} ±{error:.4f}" for change, error in cells]
+        lines.append([each.order, str(heads[each.order]), *shown, "taken" if each.order == taken else ""])
+    between = " and ".join(f"{density:.3f}" for density in densities)
+    return f"change of nll (± standard error) against no order, at density {between}:\n" + aligned(lines, left=lines[0][:1])
+
+
+def rows(judgements, densities, header):
+    """The judgements in the form of every benchmark of this project."""
+    metric = kind.Metric("nll at equal density", "nats")
+    made = [
+        summary.Row(
+            group, each.order, metric.name, change, 0, change, None, None, error, float(np.mean(densities)), None, 0, 0
+        )
+        for each in judgements
+        for group, (change, error) in [*each.by_text.items(), ("all", (each.change, each.error))]
+    ]
+    return [{**row, "peer": NONE, "peer_value": 0.0} for row in summary.as_json(made, header)]

@@ -1,0 +1,194 @@
+"""python -m pbsattn_eval learn, on a small random model: from texts to a file that the runtime reads."""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import signal
+
+import pytest
+import torch
+
+import pbsattn
+from conftest import RECORD_KEYS, TEXT, python
+
+pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
+
+from pbsattn_eval import commands
+from pbsattn_eval.learn import command, file, judge, order
+
+TOKENS = 2048
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two texts of three parts each."""
+    path = tmp_path_factory.mktemp("texts")
+    drawn = random.Random(0)
+    for name in ("one", "two"):
+        (path / f"{name}.txt").write_text(" ".join(drawn.choices(TEXT.split(), k=3 * TOKENS + 20)))
+    return path
+
+
+def arguments(folder, texts, out, *more):
+    given = [
+        "--model",
+        str(folder),
+        "--to",
+        str(out / "made.pbs"),
+        "--out",
+        str(out / "run"),
+        "--device",
+        "cpu",
+        "--yarn",
+        "1",
+    ]
+    of_texts = [word for name in ("one", "two") for word in ("--text", str(texts / f"{name}.txt"))]
+    return ["learn", *given, *of_texts, "--tokens", str(TOKENS), "--thresholds", "0.03125,0.25", "--commit", "c", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, texts, tmp_path_factory):
+    """A finished run's folder and file, in one folder."""
+    out = tmp_path_factory.mktemp("learned")
+    assert commands.main(arguments(folder, texts, out, "--json", str(out / "rows.json"))) == 0
+    return out
+
+
+def test_the_file_is_what_the_runtime_reads(finished):
+    read = pbsattn.read_learned(finished / "made.pbs")
+    assert (read.layers, read.query_heads, read.kv_heads, read.head_dim, read.pairs) == (2, 2, 1, 64, "halves")
+    assert read.fitted_on.startswith(f"{TOKENS} tokens of one.txt (sha256 ") and "two.txt" in read.fitted_on
+    metadata, weights = file.read(finished / "made.pbs")
+    assert metadata["model"] == read.model and torch.equal(weights, read.weights)
+    learned = pbsattn.read_learned(finished / "run" / "learned.pbs")
+    assert learned.weights.shape == (2, 1, 96) and learned.weights.any(-1).all() and learned.settings == {}
+
+
+def test_the_table_says_what_was_taken(folder, texts, finished, capsys):
+    assert commands.main(arguments(folder, texts, finished)) == 0  # everything is there already
+    printed = capsys.readouterr().out
+    rows = json.loads((finished / "rows.json").read_text())
+    assert all(RECORD_KEYS <= set(row) for row in rows)
+    assert rows == json.loads((finished / "run" / "orders.json").read_text())
+    for name in ("none", "last_queries", "arrival", "learned"):
+        [line] = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
+        assert (name == "none") != any(row["case"] == name for row in rows)
+        if line.endswith("taken"):
+            read = pbsattn.read_learned(finished / "made.pbs")
+            assert printed.rstrip().endswith(f"made.pbs: {name}")
+            assert read.settings == command.settings_of(name, read.weights) and read.weights.any() == (name == "learned")
+    assert commands.main(["table", str(finished / "run")]) == 0
+    assert "learned:threshold=0.03125" in capsys.readouterr().out
+
+
+def test_settings_name_what_was_taken():
+    weights = torch.ones(3, 2, 6)
+    assert command.settings_of("learned", weights) == {}
+    weights[1] = 0
+    weights[2, 0] = 0
+    assert command.settings_of(judge.PAYING, weights) == {"1": {"*": {"permutation": "none"}}}
+    for name in ("none", "last_queries", "arrival"):
+        made = command.settings_of(name, weights * 0)
+        assert made["*"]["*"]["permutation"] == name
+        options = pbsattn.options("two-step:permutation=learned:order_scope=kv_head", **made["*"]["*"])
+        assert options["permutation"] == name
+
+
+KILLED = """
+import os, runpy, signal
+
+from pbsattn_eval.learn import order
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+order.costs = killed
+runpy.run_module("pbsattn_eval", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_file(folder, texts, finished, tmp_path, monkeypatch):
+    ran = python("-c", KILLED, *arguments(folder, texts, tmp_path))
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"fit-one.safetensors", "fit-two.safetensors", "run.json"} <= left and not (tmp_path / "made.pbs").exists()
+    assert not any("partial" in name or name.startswith("heads") for name in left)
+
+    def not_again(*_):
+        raise AssertionError("what is finished is fitted again")
+
+    monkeypatch.setattr(order, "equations", not_again)
+    assert commands.main(arguments(folder, texts, tmp_path)) == 0
+    for name in ("made.pbs", "run/learned.pbs"):
+        (metadata, weights), whole = file.read(tmp_path / name), file.read(finished / name)
+        assert metadata == whole[0] and torch.equal(weights, whole[1])
+
+
+def test_heads_that_pay_are_an_order_of_their_own(folder, texts, finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    monkeypatch.setattr(order, "paying", lambda gains: torch.tensor([[False], [True]]))
+    assert commands.main(arguments(folder, texts, tmp_path)) == 0
+    assert f"\n{judge.PAYING}         1 " in capsys.readouterr().out
+    read = pbsattn.read_learned(tmp_path / "run" / "learned-where-it-pays.pbs")
+    assert not read.weights[0].any() and torch.equal(read.weights[1], file.read(finished / "run" / "learned.pbs")[1][1])
+    losses = {}
+    for line in (tmp_path / "run" / "items.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        losses.setdefault(record["method"], record["metrics"]["nll"])
+    assert len({losses[f"{name}:threshold=0.25"] for name in ("none", judge.PAYING, "learned")}) == 3
+
+
+def test_a_file_is_an_attention_of_every_kind(folder, texts, finished, tmp_path):
+    """Named with its file, it computes what it did when it was judged, and run.json says which file it was."""
+    learned = finished / "run" / "learned.pbs"
+    method = f"two-step:permutation=learned:order_scope=kv_head:threshold=0.25:threshold_tokens=0:learned={learned}"
+    given = ["--model", str(folder), "--text", str(texts / "one.txt"), "--lengths", str(TOKENS), "--yarn", "1"]
+    assert commands.main(["ppl", *given, "--methods", method, "--out", str(tmp_path), "--device", "cpu"]) == 0
+    digest = json.loads((tmp_path / "run.json").read_text())["methods"][method]["learned"]
+    assert digest == hashlib.sha256(learned.read_bytes()).hexdigest()[:16]
+    full, sparse = (json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines())
+    assert full["density"] == 1 and sparse["density"] < 0.9
+
+
+@pytest.mark.parametrize("tokens, expected", [(8192, [0.008, 0.016]), (32768, [1 / 256, 1 / 128])])
+def test_thresholds_are_the_methods_own(tokens, expected):
+    assert command._thresholds(argparse.Namespace(tokens=tokens, thresholds=None)) == pytest.approx(expected)
+
+
+def test_ctrl_c_keeps_what_is_finished(folder, texts, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(order, "equations", interrupted)
+    assert commands.run_main(arguments(folder, texts, tmp_path)) == 130
+    assert "interrupted; what is finished is kept in" in capsys.readouterr().err
+    assert not (tmp_path / "made.pbs").exists() and not list((tmp_path / "run").glob("*.safetensors*"))
+
+
+def test_bad_input(folder, texts, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text(TEXT)
+    words = len(TEXT.split())
+    for more, message in (
+        (
+            ["--text", str(short)],
+            f"text {short}: {words} tokens, {3 * TOKENS} needed; pass a longer text or smaller --tokens",
+        ),
+        (["--text", str(tmp_path / "none.txt")], "no such file"),
+        (["--tokens", "2047"], "--tokens 2047: too few to fit on; 2048 is the least"),
+        (["--thresholds", "0.1"], "--thresholds 0.1: pass two shares or more"),
+        (["--thresholds", "0.1,x"], "--thresholds 0.1,x: not numbers"),
+        (["--thresholds", "0,0.1"], "--thresholds 0,0.1: pass two shares or more, above 0"),
+        (["--thresholds", "0.1,2"], "--thresholds 0.1,2: pass two shares or more, above 0 and up to 1"),
+    ):
+        assert commands.run_main(arguments(folder, texts, tmp_path, *more)) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / "made.pbs").exists()
+
+
+def test_help_teaches():
+    ran = python("-m", "pbsattn_eval", "learn", "--help")
+    assert ran.returncode == 0 and ran.stderr == ""
+    for words in ("the first part   to fit", "the third part   to judge", "--tokens N", "goes on where it was"):
+        assert words in ran.stdout
