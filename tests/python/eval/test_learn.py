@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import pathlib
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pbsattn_eval import commands
 from pbsattn_eval.learn import command, file, judge, order
 
 TOKENS = 2048
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,12 @@ def test_the_file_is_what_the_runtime_reads(finished):
     assert metadata["model"] == read.model and torch.equal(weights, read.weights)
     learned = pbsattn.read_learned(finished / "run" / "learned.pbs")
     assert learned.weights.shape == (2, 1, 96) and learned.weights.any(-1).all() and learned.settings == {}
+
+
+def test_the_file_of_the_demo_model_is_read():
+    read = pbsattn.read_learned(ROOT / "integrations/learned/models/smollm2-135m.pbs")
+    read.require_model(layers=30, query_heads=9, kv_heads=3, head_dim=64)
+    assert "manual-600000.txt" in read.fitted_on and "code-600000.txt" in read.fitted_on
 
 
 def test_the_table_says_what_was_taken(folder, texts, finished, capsys):
