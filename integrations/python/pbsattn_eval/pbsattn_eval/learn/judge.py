@@ -159,4 +159,4 @@ def rows(judgements, densities, header):
         for each in judgements
         for group, (change, error) in [*each.by_text.items(), ("all", (each.change, each.error))]
     ]
-    return [{**row, "peer": NONE, "peer_value": 0.0} for row in summary.as_json(made, header)]
+    return [{**row, "suite": "learn", "peer": NONE, "peer_value": 0.0} for row in summary.as_json(made, header)]
