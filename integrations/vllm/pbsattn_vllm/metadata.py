@@ -1,0 +1,107 @@
+"""Cuts a batch into the rows that pbsattn computes and the runs of others, once a step for a group of layers."""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable
+
+import torch
+
+from .rows import Row, Run, runs_between, take
+from .taking import left_or_taken, reserve, settings, tell
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What `build` adds to vLLM's metadata of a batch with rows for pbsattn, as its attribute `pbsattn`."""
+
+    rows: list[Row]
+    runs: list[tuple[Run, typing.Any]]  # with vLLM's metadata of each
+    block_table: torch.Tensor  # [rows of the batch, pages] int32
+    dense: Callable[[int], typing.Any]  # vLLM's metadata of one row, for a layer that can't compute it
+
+
+def slice_batch(c: typing.Any, run: Run) -> typing.Any:
+    """vLLM's common metadata of some rows that stand one after another, as if they were the batch."""
+    rows, tokens = slice(run.first, run.last), slice(run.begin, run.end)
+
+    def cut(tensor: typing.Any, where: slice = rows) -> typing.Any:
+        return None if tensor is None else tensor[where]
+
+    starts = c.query_start_loc_cpu[run.first : run.last + 1] - run.begin
+    lens = c.seq_lens_cpu_upper_bound[rows]
+    return c.replace(
+        query_start_loc=c.query_start_loc[run.first : run.last + 1] - run.begin,
+        query_start_loc_cpu=starts,
+        seq_lens=c.seq_lens[rows],
+        seq_lens_cpu_upper_bound=lens,
+        num_reqs=run.last - run.first,
+        num_actual_tokens=run.end - run.begin,
+        max_query_len=int(starts.diff().max()),
+        max_seq_len=int(lens.max()),
+        block_table_tensor=c.block_table_tensor[rows],
+        slot_mapping=c.slot_mapping[tokens],
+        is_prefilling=cut(c.is_prefilling),
+        positions=cut(c.positions, tokens),
+        _seq_lens_cpu=cut(c._seq_lens_cpu),
+        _num_computed_tokens_cpu=cut(c._num_computed_tokens_cpu),
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+
+
+class RowsBuilder:
+    """A mixin before vLLM's FlashAttentionMetadataBuilder."""
+
+    supports_update_block_table = False  # runs hold slices of the block table
+
+    def __init__(
+        self, kv_cache_spec: typing.Any, layer_names: list[str], vllm_config: typing.Any, device: typing.Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        of_name = vllm_config.compilation_config.static_forward_context
+        layers = {name: left_or_taken(of_name[name]) for name in layer_names}
+        taken = [layer for layer in layers.values() if not isinstance(layer, str)]
+        for layer in taken:
+            reserve(layer, vllm_config, device)
+        self._any, self._all = bool(taken), len(taken) == len(layers)
+        # A query may see no more than a layer's window, which pbsattn computes only where nothing lies outside of it.
+        self._longest = min((layer.facts.window for layer in taken if layer.facts.window is not None), default=None)
+        tell(layers, vllm_config)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: typing.Any, fast_build: bool = False) -> typing.Any:
+        c, build = common_attn_metadata, super().build  # type: ignore[misc]
+        rows = self._rows(c)
+        if not rows:
+            return build(common_prefix_len, c, fast_build)
+        # With full CUDA graphs vLLM's schedules, which fast_build leaves out, are all in one buffer: the batch's own is the
+        # only one there may be, and only layers that are left read it.
+        metadata = build(0, c, fast_build or self._all)
+        starts = c.query_start_loc_cpu.tolist()[: c.num_reqs + 1]
+        runs = [(run, build(0, slice_batch(c, run), True)) for run in runs_between(starts, rows)]
+
+        @functools.cache
+        def dense(index: int) -> typing.Any:
+            return build(0, slice_batch(c, Run(index, index + 1, starts[index], starts[index + 1])), True)
+
+        metadata.pbsattn = Split(rows, runs, c.block_table_tensor, dense)
+        return metadata
+
+    def _rows(self, c: typing.Any) -> list[Row]:
+        if (
+            not self._any
+            or c.max_query_len < settings().min_tokens
+            or c.causal is not True
+            or c.seq_lens_cpu_upper_bound is None
+            or c.is_prefilling is None
+            or c.mm_req_doc_ranges
+            or c.rswa_prefix_lens is not None
+        ):
+            return []
+        return take(
+            c.query_start_loc_cpu.tolist()[: c.num_reqs + 1],
+            c.seq_lens_cpu_upper_bound.tolist()[: c.num_reqs],
+            c.is_prefilling.tolist()[: c.num_reqs],
+            settings().min_tokens,
+            self._longest,
+        )

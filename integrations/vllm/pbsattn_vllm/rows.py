@@ -1,0 +1,72 @@
+"""Which rows of a batch are pbsattn's: from lists on the host, without vLLM.
+
+A batch is the tokens of its rows one after another; row i has tokens starts[i] .. starts[i + 1] and attends to its request's
+first lens[i] tokens, of which its own are the last. Decodes may stand anywhere, rows may be empty, and tokens after the last
+row are padding.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a batch."""
+
+    index: int
+    begin: int  # its tokens in the batch
+    end: int
+    kv_len: int  # tokens that its last query sees
+
+    @property
+    def tokens(self) -> int:
+        """The row's own tokens, its queries."""
+        return self.end - self.begin
+
+    @property
+    def has_context(self) -> bool:
+        """Whether it sees tokens of earlier chunks, or of the prefix cache, that are in pages alone."""
+        return self.kv_len > self.tokens
+
+
+class Run(typing.NamedTuple):
+    """Rows first .. last - 1, which stand one after another and are not pbsattn's, and their tokens in the batch."""
+
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
+def take(
+    starts: Sequence[int], lens: Sequence[int], prefilling: Sequence[bool], min_tokens: int, longest: int | None = None
+) -> list[Row]:
+    """The rows that pbsattn computes: prefills of min_tokens or more, over `longest` tokens at most where that is given.
+
+    A row whose lens is less than its own tokens isn't taken, nor any where the lists are not of one batch.
+    """
+    rows = len(starts) - 1
+    if not (rows == len(lens) == len(prefilling)):
+        return []
+    taken = []
+    for i in range(rows):
+        row = Row(i, starts[i], starts[i + 1], lens[i])
+        if (
+            prefilling[i]
+            and row.tokens >= max(min_tokens, 1)
+            and row.kv_len >= row.tokens
+            and (longest is None or row.kv_len <= longest)
+        ):
+            taken.append(row)
+    return taken
+
+
+def runs_between(starts: Sequence[int], taken: Sequence[Row]) -> list[Run]:
+    """The rows that are not taken, as runs of such as stand together; runs without a token are left out."""
+    runs, first = [], 0
+    for end in [*(row.index for row in taken), len(starts) - 1]:
+        if starts[first] < starts[end]:
+            runs.append(Run(first, end, starts[first], starts[end]))
+        first = end + 1
+    return runs

@@ -1,0 +1,150 @@
+"""What vLLM's layers are to the rules, what is reserved for them, and what is told at start."""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Mapping
+
+import torch
+
+import pbsattn
+
+from . import __version__, log
+from .layers import Facts, Layer, Refused, gathered_bytes, layer_of, most_memory
+from .memory import buffer
+from .settings import REFUSE, Settings, read
+from .stats import recorder
+
+
+@functools.cache
+def settings() -> Settings:
+    """The settings of this process, which `register` checked."""
+    return read()
+
+
+def most_tokens(config: typing.Any) -> tuple[int, int]:
+    """The most tokens that a row, and that its sequence, can have."""
+    sequence = config.model_config.max_model_len
+    return min(config.scheduler_config.max_num_batched_tokens, sequence), sequence
+
+
+def facts_of(layer: typing.Any, config: typing.Any) -> Facts:
+    """The facts of a layer of vLLM's, of the engine's configuration under which it was made."""
+    import vllm.envs
+    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.model_executor.layers.attention import Attention
+
+    impl, parallel, model = layer.impl, config.parallel_config, config.model_config
+    speculative = config.speculative_config
+    facts = Facts(
+        name=layer.layer_name,
+        kind="Attention" if type(layer) is Attention else type(layer).__name__,
+        attn_type=str(getattr(layer.attn_type, "value", layer.attn_type)),
+        q_heads=layer.num_heads,
+        kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_size,
+        head_dim_v=layer.head_size_v,
+        scale=impl.scale,
+        dtype=str(layer.dtype).removeprefix("torch."),
+        cache_dtype=str(layer.kv_cache_torch_dtype).removeprefix("torch."),
+        window=layer.sliding_window,
+        alibi=impl.alibi_slopes is not None,
+        softcap=bool(impl.logits_soft_cap),
+        sinks=layer.has_sink or impl.sinks is not None,
+        shares_cache=layer.kv_sharing_target_layer_name is not None,
+        bidirectional_ranges=layer.use_mm_prefix,
+        model_layers=model.get_total_num_hidden_layers(),
+        context_parallel=parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        micro_batches=parallel.use_ubatching,
+        batch_invariant=bool(vllm.envs.VLLM_BATCH_INVARIANT),
+        rank=get_tensor_model_parallel_rank(),
+        ranks=parallel.tensor_parallel_size,
+        device=torch.device(config.device_config.device).type,
+    )
+    draft = speculative is not None and (
+        model is speculative.draft_model_config or (facts.index is not None and facts.index >= facts.model_layers)
+    )
+    return dataclasses.replace(facts, draft=draft)
+
+
+def left_or_taken(layer: typing.Any) -> Layer | str:
+    """A layer of vLLM's as pbsattn takes it, or why it is left; found once. Raises Refused where settings say so."""
+    found = getattr(layer.impl, "pbsattn_layer", None)
+    if found is None:
+        config = getattr(layer.impl, "pbsattn_config", None)
+        if config is None:
+            return f"its attention is {type(layer.impl).__name__}'s"
+        found = layer_of(facts_of(layer, config), settings(), *most_tokens(config))
+        layer.impl.pbsattn_layer = found
+        if isinstance(found, Layer):
+            recorder.last_layer = max(recorder.last_layer, found.index)
+    return found
+
+
+def plan_beside(gathered: int, layer: Layer, tokens: int, kv_len: int) -> pbsattn.Plan:
+    """The plan of a row whose gathered pages take so many bytes of the buffer. Raises what `Layer.plan` does."""
+    left = buffer.left(gathered)
+    if left < 1:
+        raise MemoryError(f"its gathered pages alone take {gathered} bytes, and {buffer.size} are reserved")
+    return layer.plan(tokens, kv_len, left)
+
+
+def reserve(layer: Layer, config: typing.Any, device: torch.device) -> None:
+    """Reserves what the greatest row takes, up to the cap; warns where that isn't enough for it. Raises Refused."""
+    tokens, kv_len = most_tokens(config)
+    element = config.model_config.dtype.itemsize
+    try:
+        buffer.reserve(min(settings().memory, most_memory(layer, tokens, kv_len, element)), device)
+        plan_beside(gathered_bytes(layer.facts, kv_len, element), layer, tokens, kv_len)
+    except MemoryError as error:
+        told = f"rows of {tokens} tokens over {kv_len}: {error}; raise PBSATTN_WORKSPACE_CAP_MIB"
+        if settings().unsupported == REFUSE:
+            raise Refused(f"pbsattn: {told}") from None
+        warn_once("memory", f"{told}. Such rows go to FlashAttention")
+
+
+warned: set[str] = set()
+
+
+def warn_once(kind: str, told: str) -> None:
+    """Logs a warning, the first of its kind."""
+    if kind not in warned:
+        warned.add(kind)
+        log.warning("pbsattn: %s", told)
+
+
+def tell(layers: Mapping[str, Layer | str], config: typing.Any) -> None:
+    """Logs which layers of a KV cache group are taken and how, and which are left and why; the first of the ranks does."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    if get_tensor_model_parallel_rank() != 0:
+        return
+    import vllm
+
+    taken = [layer for layer in layers.values() if isinstance(layer, Layer)]
+    left: dict[str, list[str]] = {}
+    for name, reason in layers.items():
+        if isinstance(reason, str):
+            left.setdefault(reason, []).append(name)
+    if taken:
+        log.info(
+            "pbsattn %s, vLLM %s: takes %d of %d layers (%d .. %d) by %s, in prefills of %d tokens or more; %d MiB reserved",
+            __version__,
+            vllm.__version__,
+            len(taken),
+            len(layers),
+            taken[0].index,
+            taken[-1].index,
+            settings().method + (" and settings by layer" if settings().changes else ""),
+            settings().min_tokens,
+            buffer.size >> 20,
+        )
+        most = most_tokens(config)[0]
+        if most < settings().min_tokens:
+            log.warning(
+                "pbsattn: takes nothing: max_num_batched_tokens lets a chunk have %d tokens, and PBSATTN_MIN_TOKENS is %d",
+                most,
+                settings().min_tokens,
+            )
+    for reason, names in left.items():
+        log.warning("pbsattn: leaves %d layers to FlashAttention (%s ...): %s", len(names), names[0], reason)

@@ -1,0 +1,40 @@
+"""What the plug-in of vLLM logs of rows that it computed."""
+
+import logging
+import types
+
+from pbsattn_vllm.rows import Row
+from pbsattn_vllm.stats import Recorder
+
+A, B = Row(0, 0, 300, 300), Row(1, 300, 500, 900)
+
+
+def stats(visited, seconds=0.002):
+    return types.SimpleNamespace(visited_blocks=visited, causal_blocks=100, seconds=seconds)
+
+
+def test_rows_are_told_when_the_last_layer_has_them(caplog):
+    recorder = Recorder()
+    recorder.last_layer = 2
+    with caplog.at_level(logging.INFO, "vllm.pbsattn"):
+        for layer in (0, 2):
+            assert caplog.messages == []
+            recorder.add(A, layer, stats(20))
+            recorder.add(B, layer, stats(40 + layer))
+    start = "pbsattn: row of 200 tokens over 900: density 0.410, 4.0 ms of attention; "
+    assert caplog.messages[1] == f"{start}layer density ms: 0 0.400 2.00, 2 0.420 2.00"
+    assert "row of 300 tokens over 300: density 0.200" in caplog.messages[0] and len(caplog.messages) == 2
+
+
+def test_rows_that_the_last_layer_left_are_forgotten(caplog):
+    recorder = Recorder()
+    recorder.last_layer = 1
+    with caplog.at_level(logging.INFO, "vllm.pbsattn"):
+        for row in (A, B, A):
+            recorder.add(row, 0, stats(90))
+            if row is A:
+                recorder.add(row, 1, stats(10))
+        recorder.add(B, 0, stats(20))
+        recorder.add(B, 1, stats(20))
+    assert ["density 0.500" in line for line in caplog.messages] == [True, True, False]
+    assert "density 0.200" in caplog.messages[2]
