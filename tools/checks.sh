@@ -121,7 +121,7 @@ fuzz() {
 
 # ------------------------------------------------------------------------------------- too long for CI
 
-check_parts=(address thread plugin plugin-thread python fuzz models paths tests repeats)
+check_parts=(address thread plugin plugin-thread python fuzz models vllm paths tests repeats)
 
 # check [--fuzz-seconds N] [PART...]: one part is run as it is; of several, each by itself, with a log, and a table at the end.
 check() {
@@ -169,6 +169,7 @@ check_part() {
       ;;
     fuzz) fuzz "${PBSATTN_FUZZ_SECONDS:-600}" ;;
     models) on_tests_python tests/models --all ;;
+    vllm) check_vllm ;;
     paths) check_paths ;;
     tests) for _ in 1 2 3; do run_tests; done ;;
     repeats)
@@ -177,6 +178,19 @@ check_part() {
       ctest --preset release -R '^(ggml_model_test|app_test)$' --repeat until-fail:20
       ;;
   esac
+}
+
+# vLLM's engine on the CPU, with the plug-in as it is installed.
+check_vllm() {
+  local python
+  setup
+  if ! python=$(tools/venv.py vllm); then
+    step "vLLM for the CPU can't be had here: the plug-in in its engine is not tested"
+    return
+  fi
+  install_python "$(tools/venv.py tests)" build/python/site --no-build-isolation -C cmake.define.PBSATTN_CUDA=OFF
+  PYTHONPATH=$PWD/build/python/site "$python" -m pytest -q --show-capture=no tests/vllm --junitxml build/python/vllm.xml
+  tools/skips.py build/python/vllm.xml
 }
 
 check_paths() {

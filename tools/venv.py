@@ -5,6 +5,7 @@
     tools/venv.py lint      the same, with clang-tidy, ruff and mypy beside it
     tools/venv.py docs      the same, with Sphinx
     tools/venv.py wheels    the same, with auditwheel
+    tools/venv.py vllm      the same, with vLLM for the CPU, over the environment `tests`
 
 It holds what a file of requirements names, down to the SHA-256 of what is downloaded (tools/pin.py writes these); other
 requirements, or another Python, make another one.
@@ -29,6 +30,7 @@ class Environment:
     size: int  # bytes needed: what is installed, and the downloads while pip unpacks them
     what: str  # for people
     pythons: tuple  # the first and last version that all the packages are for
+    over: str = ""  # another environment, whose packages are seen in this one
 
 
 ENVIRONMENTS = {
@@ -45,10 +47,13 @@ ENVIRONMENTS = {
     "lint": Environment(
         ROOT / "tools/lint_requirements.txt", 500_000_000, "clang-tidy, ruff and mypy (75 MB, once)", ((3, 11), (3, 13))
     ),
+    "vllm": Environment(
+        ROOT / "tests/vllm/requirements.txt", 1_500_000_000, "vLLM for the CPU (250 MB, once)", ((3, 11), (3, 13)), "tests"
+    ),
 }
 
 
-def make(folder, environment):
+def make(folder, environment, below=None):
     require_space(environment.size)
     say(f"{folder}: getting {environment.what}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -82,6 +87,9 @@ def make(folder, environment):
                 f'{" ".join(command[:4])} ...: failed, it said "{error_line(done.stderr or done.stdout)}"; '
                 f"check the network and the Python ({versions(environment)}), and run it again"
             )
+    if below:
+        site = pathlib.Path("lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
+        (folder / site / "below.pth").write_text(f"{below / site}\n")
     (folder / "complete").touch()
 
 
@@ -90,21 +98,27 @@ def versions(environment):
     return f"{first} to {last}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("environment", choices=list(ENVIRONMENTS))
-    environment = ENVIRONMENTS[parser.parse_args().environment]
+def made(name):
+    """The folder of an environment, made where it isn't there yet."""
+    environment = ENVIRONMENTS[name]
     if not environment.pythons[0] <= sys.version_info[:2] <= environment.pythons[1]:
         raise Failure(
             f"python3 is {sys.version.split()[0]}: the pinned packages are for {versions(environment)}; "
             "put such a python3 first in PATH"
         )
-    digest = hashlib.sha256(environment.requirements.read_bytes() + sys.version.encode()).hexdigest()[:10]
-    folder = cache_dir() / f"venv-{digest}"
+    below = made(environment.over) if environment.over else None
+    decides = environment.requirements.read_bytes() + sys.version.encode() + str(below or "").encode()
+    folder = cache_dir() / f"venv-{hashlib.sha256(decides).hexdigest()[:10]}"
     with locked("venv"):
         if not (folder / "complete").exists():
-            make(folder, environment)
-    print(folder / "bin/python")
+            make(folder, environment, below)
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("environment", choices=list(ENVIRONMENTS))
+    print(made(parser.parse_args().environment) / "bin/python")
     return 0
 
 

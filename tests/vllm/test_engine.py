@@ -1,0 +1,134 @@
+"""The plug-in in vLLM's engine: with every block kept, its tokens are those of vLLM's own attention."""
+
+import re
+
+import pytest
+
+from conftest import REQUESTS, run
+
+ALL_BLOCKS = {"PBSATTN_METHOD": "pbs:top_p=1"}
+TIE = 1e-3  # of log-probabilities; far above what the order of sums makes of them
+
+
+def compare(ran, dense, sets):
+    for name in sets:
+        for got, wanted in zip(ran.answers[name], dense.answers[name]):
+            assert got.tokens == wanted.tokens, name
+            assert got.best == pytest.approx(wanted.best, abs=TIE / 4)
+
+
+def rows_of(ran, name, layer=0):
+    return [(row.tokens, row.kv_len) for row in ran.rows[name][layer]]
+
+
+def test_requests_are_no_near_ties(dense):
+    """Else the tests below would hang on rounding: pick other requests then."""
+    near = {
+        (name, i): min(best - second for best, second in zip(answer.best, answer.second))
+        for name, answers in dense.answers.items()
+        for i, answer in enumerate(answers)
+        if answer is not None
+    }
+    assert {which: gap for which, gap in near.items() if gap <= TIE} == {}
+    assert all(len(set(answer.tokens)) > 1 for answers in dense.answers.values() for answer in answers if answer)
+
+
+PAGES = {"pages16": (16, "NHD"), "pages64_HND": (64, "HND"), "pages128": (128, "NHD")}
+
+
+@pytest.fixture(scope="session", params=PAGES.values(), ids=PAGES)
+def ran(request, models):
+    block_size, layout = request.param
+    ran = run(models["llama"], block_size, variables={**ALL_BLOCKS, "PBSATTN_STATS": "1"}, layout=layout)
+    assert ran.layouts == {layout}
+    return ran
+
+
+def test_tokens_are_those_of_vllms_attention(ran, dense):
+    compare(ran, dense, REQUESTS)
+
+
+def test_rows(ran, dense):
+    assert rows_of(ran, "chunks") == [(256, 256), (256, 512), (256, 768)]
+    assert rows_of(ran, "whole") == [(200, 200)]
+    (first, *others) = rows_of(ran, "prefix")
+    assert first[1] - first[0] == 640 and sum(tokens for tokens, _ in [first, *others]) == 250
+    assert rows_of(ran, "mixed") and ran.mixed_calls
+    for name, rows in ran.rows.items():
+        assert set(rows) == {0, 1, 2} and rows[0] == rows[1] == rows[2], name
+    assert ran.preemptions["preempted"] and dense.preemptions["preempted"]
+
+
+def test_aborted(ran, dense):
+    assert ran.answers["aborted"][0] is None and dense.answers["aborted"][0] is None
+    for got, wanted in zip(ran.answers["aborted"][1:], dense.answers["aborted"][1:]):
+        assert got.tokens == wanted.tokens
+
+
+def test_what_is_told(ran):
+    started = [line for line in ran.log if "takes 3 of 3 layers" in line]
+    assert len(started) == 1 and "pbs:top_p=1" in started[0] and "64 tokens or more" in started[0]
+    assert "pbsattn: row of 256 tokens over 768: density 1.000" in "\n".join(ran.log)
+    assert not [line for line in ran.log if "goes to FlashAttention" in line]
+
+
+def test_sparse_attention_is_another(models, dense):
+    """That the comparison above can fail."""
+    ran = run(models["llama"], variables={"PBSATTN_METHOD": "pbs:keep=density:density=0"}, aborting=False)
+    differ = [
+        abs(got - wanted) for name in REQUESTS for a, b in zip(ran.answers[name], dense.answers[name])
+        for got, wanted in zip(a.best, b.best)
+    ]  # fmt: skip
+    assert max(differ) > 100 * TIE
+
+
+def test_layers_and_memory(models, dense):
+    """One layer is left by the user, and the memory holds no gathered pages of long rows, which go to FlashAttention."""
+    variables = {**ALL_BLOCKS, "PBSATTN_LAYERS": "0,2", "PBSATTN_WORKSPACE_CAP_MIB": "1"}
+    ran = run(models["llama"], variables=variables)
+    compare(ran, dense, REQUESTS)
+    assert set(ran.rows["chunks"]) == {0, 2}
+    assert (256, 256) in rows_of(ran, "chunks") and (256, 768) not in rows_of(ran, "chunks")
+    log = "\n".join(ran.log)
+    assert "takes 2 of 3 layers" in log and "leaves 1 layers to FlashAttention (model.layers.1." in log
+    assert len(re.findall(r"a row of 256 tokens over \d+ goes to FlashAttention: .* bytes", log)) == 1
+    assert "rows of 256 tokens over 1024: its gathered pages alone take 1048576 bytes" in log
+    assert "raise PBSATTN_WORKSPACE_CAP_MIB" in log
+
+
+def test_a_window(models):
+    """Rows over more than the window are FlashAttention's, the others pbsattn's."""
+    sets = {name: REQUESTS[name] for name in ("chunks", "whole", "mixed")}
+    dense = run(models["mistral"], sets=sets, aborting=False)
+    ran = run(models["mistral"], sets=sets, variables=ALL_BLOCKS, aborting=False)
+    compare(ran, dense, sets)
+    assert rows_of(ran, "chunks") == [(256, 256)] and rows_of(ran, "whole") == [(200, 200)]
+
+
+def test_settings_of_another_model(models, dense, tmp_path):
+    """Every layer is left, or the engine doesn't start."""
+    path = tmp_path / "settings.json"
+    path.write_text('{"7": {"*": {"keep": "all"}}}')
+    variables = {**ALL_BLOCKS, "PBSATTN_SETTINGS": str(path)}
+    sets = {"whole": REQUESTS["whole"]}
+    ran = run(models["llama"], sets=sets, variables=variables, aborting=False)
+    compare(ran, dense, sets)
+    assert ran.rows == {"whole": {}} and any("settings of layer 7: the model has 3" in line for line in ran.log)
+    with pytest.raises(ValueError, match="settings of layer 7"):
+        run(models["llama"], sets=sets, variables={**variables, "PBSATTN_UNSUPPORTED": "refuse"}, aborting=False)
+
+
+def test_ranks_take_settings_by_global_head(models, dense, tmp_path):
+    """Two processes with two heads each make what one does, where a head of the second one sees less than it would."""
+    path = tmp_path / "settings.json"
+    path.write_text('{"1": {"3": {"keep": "none"}}}')
+    sets, variables = {"chunks": REQUESTS["chunks"]}, {**ALL_BLOCKS, "PBSATTN_SETTINGS": str(path)}
+    one, two = (run(models["llama"], sets=sets, variables=variables, aborting=False, ranks=ranks) for ranks in (1, 2))
+    compare(two, one, sets)
+    (a,), (b,) = one.answers["chunks"], dense.answers["chunks"]
+    assert max(abs(x - y) for x, y in zip(a.best, b.best)) > 10 * TIE
+
+
+def test_chunks_below_min_tokens_are_told(models):
+    ran = run(models["llama"], sets={}, variables={"PBSATTN_MIN_TOKENS": "2560"}, aborting=False)
+    assert any("takes nothing" in line for line in ran.log)
