@@ -73,7 +73,8 @@ PBSATTN_API bool ggml_backend_pbsattn_set_layers(const char* json);
 /* Puts a file of a learned order (docs/learned.md) in force from the next op on: the weights of permutation "learned"
  * in each layer and, with `settings`, its options by layer and head, which change those that configure() gave and are
  * changed by those of set_layers(). NULL: none. Returns false, changing nothing, for what is no such file. Whether it
- * is of this model is seen when an op comes: others are left to ggml, with a warning that names both numbers. */
+ * is of this model is seen when an op comes: others are left to ggml, with a warning that names both numbers. Which
+ * method takes the weights is configure()'s to say: one with permutation "learned" and order_scope "kv_head". */
 PBSATTN_API bool ggml_backend_pbsattn_set_learned(const char* path, bool settings);
 
 /* Returns the calling thread's last error in one line, "" if there was none. */

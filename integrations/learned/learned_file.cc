@@ -51,6 +51,13 @@ class Reader {
     if (!holds) refuse(text, std::forward<Args>(args)...);
   }
 
+  // Refuses JSON that nests deeper than any file's: copies and texts of it are made by recursion.
+  void require_flat(int depth, const char* what) const {
+    constexpr int deepest = 16;
+    require(depth <= deepest, "{}: JSON nested over {} deep, which no learned order's is; {}", what, deepest,
+            other_file);
+  }
+
   json parse_header() {
     require(contents_.size() <= largest_file, "over {} MiB, which no learned order has; {}", largest_file >> 20,
             other_file);
@@ -67,6 +74,7 @@ class Reader {
     std::set<std::pair<int, std::string>> keys;
     std::string twice;
     const auto remember = [&](int depth, json::parse_event_t event, const json& value) {
+      require_flat(depth, "header");
       if (event == json::parse_event_t::object_end) keys.erase(keys.lower_bound({depth + 1, ""}), keys.end());
       if (event == json::parse_event_t::key && !keys.emplace(depth, value.get<std::string>()).second)
         twice = value.get<std::string>();
@@ -112,7 +120,11 @@ class Reader {
     file->model = text("model");
     file->fitted_on = text("fitted_on");
     file->settings = text("settings");
-    const json settings = json::parse(file->settings, nullptr, /*allow_exceptions=*/false);
+    const auto flat = [&](int depth, json::parse_event_t /*event*/, const json& /*value*/) {
+      require_flat(depth, "settings");
+      return true;
+    };
+    const json settings = json::parse(file->settings, flat, /*allow_exceptions=*/false);
     require(settings.is_object(), "settings \"{}\": no JSON object of settings by layer and head; {}",
             shown(file->settings), other_file);
   }

@@ -104,6 +104,9 @@ TEST(LearnedFile, HeadersAreJsonOfKnownMembers) {
   expect(refusal(with_length("{\"__metadata__\": {\"format\": 1}}", "")),
          "__metadata__ \"format\": there is no such text");
   expect(refusal(std::string(largest_file + 1, ' ')), "over 64 MiB");
+  const std::string nested(200'000, '[');
+  expect(refusal(with_length(R"({"order_weights": {"dtype": )" + nested, "")), "header: JSON nested over 16 deep");
+  expect(refusal_with("settings", R"({"0": )" + nested), "settings: JSON nested over 16 deep");
 }
 
 TEST(LearnedFile, MetadataIsOfThisFormat) {

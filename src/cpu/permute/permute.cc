@@ -229,14 +229,16 @@ void permute(const StageContext& c) {
   const Geometry& g = c.geometry();
   const bool scores = queries_score_keys(c);
   if (scores) pack_scoring_queries(c);
-  const std::int64_t segments = ceil_div(g.shape.kv_len, g.segment);
-  parallel_for(c.spec.threads, c.heads.kv_count * segments, [&](std::int64_t item, int thread) {
-    const std::int64_t head = item / segments;
-    const std::int64_t begin = item % segments * g.segment;
-    const std::int64_t end = std::min((begin + g.segment) / g.block, g.blocks());
+  // Where no query scores keys, a segment is moved as soon as it is packed: such orders are one for each KV head.
+  const bool moves = c.layout.permuted && !scores;
+  const std::int64_t length = moves ? g.segment : g.block;
+  const std::int64_t parts = ceil_div(g.shape.kv_len, length);
+  parallel_for(c.spec.threads, c.heads.kv_count * parts, [&](std::int64_t item, int thread) {
+    const std::int64_t head = item / parts;
+    const std::int64_t begin = item % parts * length;
+    const std::int64_t end = std::min((begin + length) / g.block, g.blocks());
     for (std::int64_t block = begin / g.block; block < end; ++block) pack_original(c, head, block, scores);
-    // Such orders are one for each KV head.
-    if (c.layout.permuted && !scores && begin < g.permuted_len()) move_segment(c, head, begin, c.scratch(thread));
+    if (moves && begin < g.permuted_len()) move_segment(c, head, begin, c.scratch(thread));
   });
   if (!scores) return;
   finish_scores(c);
