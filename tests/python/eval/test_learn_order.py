@@ -229,17 +229,18 @@ NOTHING = {"a": 0.0, "b": 0.0}
         ({"a": -0.02, "b": -0.02}, {"a": -0.01, "b": -0.01}, "learned"),
         ({"a": -0.02, "b": -0.02}, {"a": -0.03, "b": -0.03}, "last_queries"),
         ({"a": -0.1, "b": 0.02}, {"a": 0.0, "b": 0.0}, "none"),  # better on average, worse on a text
-        ({"a": -0.0005, "b": -0.0005}, {"a": 0.01, "b": 0.01}, "none"),  # less than a standard error
+        ({"a": -0.0027, "b": -0.0027}, {"a": 0.01, "b": 0.01}, "none"),  # less than two standard errors
     ],
 )
 def test_an_order_is_taken_where_it_pays(learned, last, taken):
-    judgements, densities = judge.compare(*records({judge.NONE: NOTHING, "last_queries": last, "learned": learned}))
-    assert densities == [pytest.approx(0.2 * 2**0.25), pytest.approx(0.2 * 2**0.75)]
+    judgements = judge.compare(*records({judge.NONE: NOTHING, "last_queries": last, "learned": learned}))
     by_name = {each.order: each for each in judgements}
-    assert by_name["learned"].by_text["a"][0] == pytest.approx(learned["a"], abs=1e-6)
-    assert by_name["learned"].change == pytest.approx(sum(learned.values()) / 2, abs=1e-6)
+    assert by_name["learned"].by_text["a"].mean == pytest.approx(learned["a"], abs=1e-6)
+    whole = by_name["learned"].whole
+    assert whole.mean == pytest.approx(sum(learned.values()) / 2, abs=1e-6) and (whole.blocks, whole.texts) == (32, 2)
+    assert whole.densities == (pytest.approx(0.2 * 2**0.25), pytest.approx(0.2 * 2**0.75))
     assert judge.choose(judgements) == taken
-    table = judge.table(judgements, densities, dict.fromkeys(["none", "last_queries", "learned"], 3), taken).splitlines()
+    table = judge.table(judgements, dict.fromkeys(["none", "last_queries", "learned"], 3), taken).splitlines()
     assert [line.split()[0] for line in table if line.endswith("taken")] == [taken]
 
 
@@ -250,8 +251,22 @@ def test_orders_are_compared_at_equal_density():
         if record["method"].startswith("learned"):
             record["density"] *= 0.5**0.5
             record["units"]["nll"] = [value + 0.025 for value in record["units"]["nll"]]
-    [judgement], _ = judge.compare(made, names)
-    assert judgement.change == pytest.approx(0.0, abs=1e-6)
+    [judgement] = judge.compare(made, names)
+    assert judgement.whole.mean == pytest.approx(0.0, abs=1e-6)
+
+
+def test_each_texts_row_has_its_own_blocks_and_densities():
+    made, names = records({judge.NONE: NOTHING, "learned": NOTHING})
+    for record in made:
+        if record["item"] == "b":
+            record["density"] *= 2
+            record["units"]["nll"] = record["units"]["nll"][:5]
+    header = dict(kind="ppl", device="d", commit="c", date="today", model={"name": "m"})
+    rows = {row["params"]["group"]: row for row in judge.rows(judge.compare(made, names), header)}
+    a, b, both = (rows[name]["params"]["density"] for name in ("a", "b", "all"))
+    assert 0.2 < a < 0.4 and b == pytest.approx(2 * a) and both == pytest.approx(1.5 * a)
+    assert [rows[name]["runs"] for name in ("a", "b", "all")] == [16, 5, 21]
+    assert [rows[name]["params"]["items"] for name in ("a", "b", "all")] == [1, 1, 2]
 
 
 def test_orders_without_a_density_in_common_are_refused():
@@ -268,7 +283,7 @@ def test_orders_that_a_device_lacks_are_left_out():
     assert made[-1]["method"] == "arrival:1"
     kept, lines = judge.measured(made, names)
     assert list(kept) == [judge.NONE, "learned"] and lines == ["arrival: not judged: the device lacks it"]
-    assert [each.order for each in judge.compare(made, kept)[0]] == ["learned"]
+    assert [each.order for each in judge.compare(made, kept)] == ["learned"]
     with pytest.raises(ValueError, match="arrival: not judged: the device lacks it"):
         judge.measured(made, {order: names[order] for order in (judge.NONE, "arrival")})
     made[0]["error"] = "the device lacks it"

@@ -9,12 +9,12 @@ known when it is written.
 Each text has to have three times --tokens tokens, of which it takes
   the first part   to fit: in each layer and KV head, a linear model of a key's features (the lengths of its RoPE pairs,
                    and its numbers) that predicts the attention which the key will get
-  the second part  to find the heads that it pays for: the fewest that have four fifths of what all heads gain, in
-                   attention that lies in blocks left out, and in blocks kept
+  the second part  to find the heads that it pays for: the fewest that have four fifths of what those heads gain
+                   that gain more than a standard error, in attention that lies in blocks left out, and in blocks kept
   the third part   to judge: the loss under two-step scores, at equal density, with keys in no order, in that of the last
                    queries (by query head, and by KV head as `arrival` has it), in the learned one, and in the learned one
                    where it pays
-What lowers the loss by more than a standard error against no order, and raises it on no text by more than one, goes into
+What lowers the loss by more than two standard errors against no order, and raises it on no text by more than one, goes into
 the file; else the file says that keys stay where they are. Fit at the length that you serve, on texts of the kind that you
 serve; ./dev learn takes Python's language reference and its library's source where no --text is given.
 

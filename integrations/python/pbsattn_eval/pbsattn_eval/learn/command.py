@@ -49,8 +49,8 @@ def run(given, argv, say):
             return program.status_of(interrupt)
         wanted = [records.done[item.id, each.name] for item in items for each in attentions]
     names, missing = judge.measured(wanted, {name: [each.name for each in of_order] for name, of_order in orders.items()})
-    judgements, densities = judge.compare(wanted, names)
-    return _finish(given, header, out, fitted, moved, judgements, densities, missing)
+    judgements = judge.compare(wanted, names)
+    return _finish(given, header, out, fitted, moved, judgements, missing)
 
 
 def _thresholds(given):
@@ -92,17 +92,17 @@ def _write(path, given, fitted, weights, settings):
     return path
 
 
-def _finish(given, header, out, fitted, moved, judgements, densities, missing):
+def _finish(given, header, out, fitted, moved, judgements, missing):
     """Writes the file and the rows, and prints the table."""
     taken = judge.choose(judgements)
     weights = {judge.LEARNED: fitted.weights, judge.PAYING: fitted.paying}.get(taken, torch.zeros_like(fitted.weights))
     _write(given.to, given, fitted, weights, settings_of(taken, weights))
-    rows = json.dumps(judge.rows(judgements, densities, header), indent=1) + "\n"
+    rows = json.dumps(judge.rows(judgements, header), indent=1) + "\n"
     program.write_whole(out / "orders.json", rows)
     if given.json and given.json != "-":
         program.write_whole(given.json, rows)
     if given.json == "-":
         print(rows.rstrip())
     else:
-        print("\n".join([judge.table(judgements, densities, moved, taken), *missing, "", f"{given.to}: {taken}"]))
+        print("\n".join([judge.table(judgements, moved, taken), *missing, "", f"{given.to}: {taken}"]))
     return 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import chain
 
 import numpy as np
 
@@ -59,19 +60,29 @@ class Judged(ppl.Kind):
         return self.record(engine.score(item.data, item.params["judged"], attention))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Of the loss at equal density, over some held-back texts."""
+
+    mean: float
+    error: float  # standard error of it, as though blocks were independent
+    blocks: int  # that the mean is over
+    texts: int
+    densities: tuple  # at which it was compared, the mean over texts
+
+
+@dataclasses.dataclass(frozen=True)
 class Judgement:
     """An order against none, over held-back texts."""
 
     order: str
-    change: float  # of the loss at equal density
-    error: float  # standard error of it
-    by_text: dict  # {group: (change, standard error)}
+    whole: Change  # over all texts
+    by_text: dict  # {group: Change}
 
     @property
     def pays(self):
-        """Whether it is better than none by more than a standard error, and on no text worse by more than one."""
-        return self.change < -self.error and all(change <= error for change, error in self.by_text.values())
+        """Whether it is better than none by more than two standard errors, and on no text worse by more than one."""
+        return self.whole.mean < -2 * self.whole.error and all(each.mean <= each.error for each in self.by_text.values())
 
 
 def measured(records, names):
@@ -89,7 +100,7 @@ def measured(records, names):
 
 
 def compare(records, names):
-    """A Judgement of each order but none, and the mean densities at which they are compared.
+    """A Judgement of each order but none.
 
     names: {order: [name of the method at each threshold]}. Pairs are blocks of tokens. Raises ValueError where the densities
     of orders don't meet.
@@ -98,7 +109,7 @@ def compare(records, names):
     for record in records:
         items.setdefault(record["item"], {})[record["method"]] = record
     differences = {order: {} for order in names if order != NONE}
-    densities = []
+    densities = {}
     for item, by_method in items.items():
         points = {order: [by_method[name] for name in of_order] for order, of_order in names.items()}
         ranges = [[point["density"] for point in of_order] for of_order in points.values()]
@@ -106,17 +117,16 @@ def compare(records, names):
         if low > high:
             raise ValueError(f"{item}: orders have no density in common; pass --thresholds further apart")
         at = [low * (high / low) ** place for place in PLACES]
-        densities.append(at)
         group = next(iter(by_method.values()))["group"]
+        densities.setdefault(group, []).append(at)
         losses = {order: _losses(of_order, at) for order, of_order in points.items()}
         for order in differences:
             differences[order].setdefault(group, []).append(losses[order] - losses[NONE])
     made = []
     for order, by_group in differences.items():
-        parts = {group: np.concatenate(each) for group, each in by_group.items()}
-        change, error = _mean(np.concatenate(list(parts.values())))
-        made.append(Judgement(order, change, error, {group: _mean(each) for group, each in parts.items()}))
-    return made, np.mean(densities, 0).tolist()
+        by_text = {group: _change(each, densities[group]) for group, each in by_group.items()}
+        made.append(Judgement(order, _change(*(list(chain(*each.values())) for each in (by_group, densities))), by_text))
+    return made
 
 
 def _losses(points, at):
@@ -126,37 +136,52 @@ def _losses(points, at):
     return np.mean([place.of([curves.units(point, "nll") for point in points]) for place in places], 0)
 
 
-def _mean(values):
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
+def _change(differences, densities):
+    """Of texts: the differences of each one's blocks, and the densities that they are at."""
+    blocks = np.concatenate(differences)
+    error = float(blocks.std(ddof=1) / math.sqrt(len(blocks))) if len(blocks) > 1 else math.inf
+    return Change(float(blocks.mean()), error, len(blocks), len(densities), tuple(np.mean(densities, 0).tolist()))
 
 
 def choose(judgements):
     """The order taken: of those that pay the one that lowers the loss most, else none."""
     paying = [each for each in judgements if each.pays]
-    return min(paying, key=lambda each: each.change).order if paying else NONE
+    return min(paying, key=lambda each: each.whole.mean).order if paying else NONE
 
 
-def table(judgements, densities, heads, taken):
+def table(judgements, heads, taken):
     """The judgements for people. heads: {order: the KV heads whose keys it moves}."""
     groups = list(judgements[0].by_text)
     lines = [["order", "KV heads", *groups, *(["all"] if len(groups) > 1 else []), ""]]
     lines.append([NONE, str(heads[NONE]), *[""] * (len(lines[0]) - 3), "taken" if taken == NONE else ""])
     for each in judgements:
-        cells = [each.by_text[group] for group in groups] + ([(each.change, each.error)] if len(groups) > 1 else [])
-        shown = [f"{change:+.4f} ±{error:.4f}" for change, error in cells]
+        cells = [each.by_text[group] for group in groups] + ([each.whole] if len(groups) > 1 else [])
+        shown = [f"{cell.mean:+.4f} ±{cell.error:.4f}" for cell in cells]
         lines.append([each.order, str(heads[each.order]), *shown, "taken" if each.order == taken else ""])
-    between = " and ".join(f"{density:.3f}" for density in densities)
+    between = " and ".join(f"{density:.3f}" for density in judgements[0].whole.densities)
     return f"change of nll (± standard error) against no order, at density {between}:\n" + aligned(lines, left=lines[0][:1])
 
 
-def rows(judgements, densities, header):
+def rows(judgements, header):
     """The judgements in the form of every benchmark of this project."""
     metric = kind.Metric("nll at equal density", "nats")
     made = [
         summary.Row(
-            group, each.order, metric.name, change, 0, change, None, None, error, float(np.mean(densities)), None, 0, 0
+            group=group,
+            method=each.order,
+            metric=metric.name,
+            mean=change.mean,
+            units=change.blocks,
+            change=change.mean,
+            low=None,
+            high=None,
+            standard_error=change.error,
+            density=float(np.mean(change.densities)),
+            seconds=None,
+            items=change.texts,
+            errors=0,
         )
         for each in judgements
-        for group, (change, error) in [*each.by_text.items(), ("all", (each.change, each.error))]
+        for group, change in [*each.by_text.items(), ("all", each.whole)]
     ]
     return [{**row, "suite": "learn", "peer": NONE, "peer_value": 0.0} for row in summary.as_json(made, header)]

@@ -10,7 +10,7 @@ SEGMENT = 256
 BLOCK = 128
 RIDGE = 1e-3  # of the mean diagonal
 _QUERIES = 8  # of a block, evenly spaced, the last among them: whose attention is looked at
-MOST = 0.8  # of what heads gain by an order: the share of those that get it where it pays
+MOST = 0.8  # of what heads gain that gain more than a standard error: the share of those that get it where it pays
 _LEAST = 1e-9  # attention under which keys are alike
 
 
@@ -93,13 +93,6 @@ def upper(scores):
     chosen = torch.zeros_like(by_segment, dtype=torch.bool)
     chosen.scatter_(-1, place[..., :BLOCK], True)
     return chosen.flatten(-2)
-
-
-def last_queries(q, k, scale):
-    """Scores of the order by the last queries, [query heads, tokens of complete segments]: docs/methods.md."""
-    tokens = k.shape[1] // SEGMENT * SEGMENT
-    keys = k[:, :tokens].float().repeat_interleave(q.shape[0] // k.shape[0], 0)
-    return (q[:, -BLOCK:].float() @ keys.mT).mul_(scale).softmax(-1).mean(1)
 
 
 def costs(q, k, scale, orders, thresholds):
