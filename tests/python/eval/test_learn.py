@@ -190,9 +190,29 @@ def test_bad_input(folder, texts, tmp_path, capsys):
         (["--thresholds", "0.1,x"], "--thresholds 0.1,x: not numbers"),
         (["--thresholds", "0,0.1"], "--thresholds 0,0.1: pass two shares or more, above 0"),
         (["--thresholds", "0.1,2"], "--thresholds 0.1,2: pass two shares or more, above 0 and up to 1"),
+        (["--thresholds", "nan,0.1,0.2"], "--thresholds nan,0.1,0.2: pass two shares or more, above 0 and up to 1"),
+        (["--thresholds", "0.1,0.2,0.10000001"], "two are the same in six digits"),
+        (["--device", "cuda"], "--device cuda: learned orders aren't computed there yet; pass cpu"),
+        (["--to", str(tmp_path / "none" / "made.pbs")], "made.pbs: its folder isn't there"),
+        (["--json", str(tmp_path / "none" / "rows.json")], "rows.json: its folder isn't there"),
     ):
         assert commands.run_main(arguments(folder, texts, tmp_path, *more)) == 1
-        assert message in capsys.readouterr().err and not (tmp_path / "made.pbs").exists()
+        err = capsys.readouterr().err
+        assert message in err and not (tmp_path / "made.pbs").exists()
+        assert "loading" not in err or "--tokens" in message
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_it_runs_on_the_cpu_unless_told(folder, texts, finished, monkeypatch, capsys, cuda):
+    """Whatever the machine has: what is finished on the CPU is taken for its own. What isn't in the rows is told beside."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    given = arguments(folder, texts, finished, "--json", "-")
+    at = given.index("--device")
+    del given[at : at + 2]
+    assert commands.main(given) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads((finished / "rows.json").read_text())
+    assert any(said.err.rstrip().endswith(f"made.pbs: {name}") for name in judge.ORDERS)
 
 
 def test_help_teaches():

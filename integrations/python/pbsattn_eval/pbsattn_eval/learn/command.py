@@ -23,6 +23,10 @@ def run(given, argv, say):
     from .. import engines
 
     thresholds = _thresholds(given)
+    _check_paths(given)
+    given.device = given.device or "cpu"
+    if given.device != "cpu":
+        raise ValueError(f"--device {given.device}: learned orders aren't computed there yet; pass cpu")
     the_kind = judge.Judged()
     given.kind = "ppl"  # what the folder's records are of: `table` and `report` read them
     given.engine, given.judge, given.lengths = engines.Engine.name, "half", str(given.tokens)
@@ -50,7 +54,7 @@ def run(given, argv, say):
         wanted = [records.done[item.id, each.name] for item in items for each in attentions]
     names, missing = judge.measured(wanted, {name: [each.name for each in of_order] for name, of_order in orders.items()})
     judgements = judge.compare(wanted, names)
-    return _finish(given, header, out, fitted, moved, judgements, missing)
+    return _finish(given, say, header, out, fitted, moved, judgements, missing)
 
 
 def _thresholds(given):
@@ -62,12 +66,20 @@ def _thresholds(given):
         own = min(options["threshold"], options["threshold_tokens"] / given.tokens)
         return [own, 2 * own]
     try:
-        shares = sorted({float(each) for each in given.thresholds.split(",")})
+        shares = sorted(float(each) for each in given.thresholds.split(","))
     except ValueError:
         raise ValueError(f"--thresholds {given.thresholds}: not numbers with commas between") from None
-    if len(shares) < 2 or shares[0] <= 0 or shares[-1] > 1:
+    if len(shares) < 2 or not all(0 < each <= 1 for each in shares):
         raise ValueError(f"--thresholds {given.thresholds}: pass two shares or more, above 0 and up to 1")
+    if len({judge.share(each) for each in shares}) < len(shares):
+        raise ValueError(f"--thresholds {given.thresholds}: two are the same in six digits; pass others")
     return shares
+
+
+def _check_paths(given):
+    for option, path in (("--to", given.to), ("--json", given.json)):
+        if path and path != "-" and not pathlib.Path(path).parent.is_dir():
+            raise ValueError(f"{option} {path}: its folder isn't there; make it, or name a file elsewhere")
 
 
 def _moved(fitted):
@@ -92,7 +104,7 @@ def _write(path, given, fitted, weights, settings):
     return path
 
 
-def _finish(given, header, out, fitted, moved, judgements, missing):
+def _finish(given, say, header, out, fitted, moved, judgements, missing):
     """Writes the file and the rows, and prints the table."""
     taken = judge.choose(judgements)
     weights = {judge.LEARNED: fitted.weights, judge.PAYING: fitted.paying}.get(taken, torch.zeros_like(fitted.weights))
@@ -103,6 +115,7 @@ def _finish(given, header, out, fitted, moved, judgements, missing):
         program.write_whole(given.json, rows)
     if given.json == "-":
         print(rows.rstrip())
+        say("\n".join([*missing, f"{given.to}: {taken}"]))
     else:
         print("\n".join([judge.table(judgements, moved, taken), *missing, "", f"{given.to}: {taken}"]))
     return 0

@@ -27,11 +27,16 @@ ORDERS = {
 PLACES = (0.25, 0.75)
 
 
+def share(threshold):
+    """A threshold as methods are told it, and named by it."""
+    return f"{threshold:.6g}"
+
+
 def attention(order, threshold):
     """Two-step scores on keys in an order, keeping blocks of at least this share of a row's attention."""
     changes = "".join(f":{name}={value}" for name, value in ORDERS[order].items())
-    method = f"{METHOD}{changes}:threshold={threshold:.6g}:threshold_tokens=0"
-    return Attention(f"{order}:threshold={threshold:.6g}", method)
+    method = f"{METHOD}{changes}:threshold={share(threshold)}:threshold_tokens=0"
+    return Attention(f"{order}:threshold={share(threshold)}", method)
 
 
 class Judged(ppl.Kind):
