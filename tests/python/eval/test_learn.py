@@ -1,6 +1,7 @@
 """python -m pbsattn_eval learn, on a small random model: from texts to a file that the runtime reads."""
 
 import argparse
+import copy
 import hashlib
 import json
 import pathlib
@@ -132,6 +133,42 @@ def test_a_killed_run_goes_on_to_the_same_file(folder, texts, finished, tmp_path
     for name in ("made.pbs", "run/learned.pbs"):
         (metadata, weights), whole = file.read(tmp_path / name), file.read(finished / name)
         assert metadata == whole[0] and torch.equal(weights, whole[1])
+
+
+def test_failures_and_losses_of_other_weights_are_measured_again(folder, texts, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    items = tmp_path / "run" / "items.jsonl"
+    whole = {(record["item"], record["method"]): record for record in map(json.loads, items.read_text().splitlines())}
+    spoilt = copy.deepcopy(whole)
+    failed, other = ("one-2048", "none:threshold=0.03125"), ("two-2048", "learned:threshold=0.25")
+    spoilt[failed] = {name: spoilt[failed][name] for name in ("kind", "item", "group", "method", "params")} | {"error": "e"}
+    spoilt[other]["weights"] = "0" * 64
+    items.write_text("".join(json.dumps(record) + "\n" for record in spoilt.values()))
+    measured = []
+    measure = judge.Judged.measure
+
+    def noted(self, engine, item, attention, state):
+        measured.append((item.id, attention.name))
+        return measure(self, engine, item, attention, state)
+
+    monkeypatch.setattr(judge.Judged, "measure", noted)
+    assert commands.main(arguments(folder, texts, tmp_path)) == 0
+    assert measured == [failed, other]
+    again = list(map(json.loads, items.read_text().splitlines()))
+    assert len(again) == len(whole)
+    for record in again:
+        expected = whole[record["item"], record["method"]]
+        assert record["units"]["nll"] == pytest.approx(expected["units"]["nll"], abs=1e-4)
+    sha256 = hashlib.sha256(file.read(finished / "run" / "learned.pbs")[1].numpy().tobytes()).hexdigest()
+    assert [whole[key].get("weights") for key in (other, failed)] == [sha256, None]
+
+
+def test_a_run_of_another_fit_is_not_gone_on_with(folder, texts, finished, monkeypatch, capsys):
+    monkeypatch.setattr(order, "VERSION", 0)
+    assert commands.run_main(arguments(folder, texts, finished)) == 1
+    assert f"belongs to another run: fit is {json.loads((finished / 'run' / 'run.json').read_text())['fit']} there" in (
+        capsys.readouterr().err
+    )
 
 
 def test_heads_that_pay_are_an_order_of_their_own(folder, texts, finished, tmp_path, monkeypatch, capsys):

@@ -97,6 +97,17 @@ class RunFolder:
             ) from None
         self.done[record["item"], record["method"]] = record
 
+    def drop(self, unwanted):
+        """Drops the records that unwanted(record) is true of, so that they are measured again."""
+        kept = {key: record for key, record in self.done.items() if not unwanted(record)}
+        if len(kept) == len(self.done):
+            return
+        items = self.path / "items.jsonl"
+        write_whole(items, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept.values()))
+        os.close(self._items)
+        self._items = os.open(items, os.O_WRONLY | os.O_APPEND)
+        self.done = kept
+
 
 def _differences(wanted, found, where=""):
     for key in {*wanted, *found}:

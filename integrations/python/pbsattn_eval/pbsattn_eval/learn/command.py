@@ -4,6 +4,7 @@ Each text is cut into three parts of --tokens. Each step's results of each text 
 that was stopped goes on with what is missing.
 """
 
+import hashlib
 import itertools
 import json
 import pathlib
@@ -34,7 +35,7 @@ def run(given, argv, say):
     the_kind.check(given)
     out = pathlib.Path(given.out or pathlib.Path("eval-runs", f"learn-{pathlib.Path(given.model).stem}"))
     orders = {name: [judge.attention(name, threshold) for threshold in thresholds] for name in judge.ORDERS}
-    header = runs.header(given, the_kind, [judge.FULL, *itertools.chain(*orders.values())], argv)
+    header = runs.header(given, the_kind, [judge.FULL, *itertools.chain(*orders.values())], argv) | {"fit": order.VERSION}
     with folder.RunFolder(out, header) as records:
         try:
             engine = engines.make(given, say)
@@ -46,6 +47,8 @@ def run(given, argv, say):
             for name, weights in ((judge.LEARNED, fitted.weights), (judge.PAYING, fitted.paying)):
                 for each in orders.get(name, ()):
                     each.settings["learned"] = str(_write(out / f"{name.replace(' ', '-')}.pbs", given, fitted, weights, {}))
+                    the_kind.weights[each.name] = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
+            records.drop(the_kind.outdated)
             attentions = [judge.FULL, *itertools.chain(*orders.values())]
             runs.measure(records, given.kind, the_kind, engine, items, attentions)
         except KeyboardInterrupt as interrupt:

@@ -45,6 +45,13 @@ class Judged(ppl.Kind):
     PARTS = 3
     metrics = ppl.Kind.metrics[:1]
 
+    def __init__(self):
+        self.weights = {}  # {name of an attention with a learned order: sha256 of its weights}
+
+    def outdated(self, record):
+        """Whether a run that goes on measures a record again: it failed, or its order had other weights."""
+        return "error" in record or record.get("weights") != self.weights.get(record["method"])
+
     def items(self, given, engine):
         """Also sets `parts`, {name: (first part, second part)} of every text."""
         made = []
@@ -62,7 +69,8 @@ class Judged(ppl.Kind):
         return None
 
     def measure(self, engine, item, attention, state):
-        return self.record(engine.score(item.data, item.params["judged"], attention))
+        made = self.record(engine.score(item.data, item.params["judged"], attention))
+        return made | ({"weights": self.weights[attention.name]} if attention.name in self.weights else {})
 
 
 @dataclasses.dataclass(frozen=True)

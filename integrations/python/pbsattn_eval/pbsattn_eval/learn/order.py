@@ -6,6 +6,7 @@ All of a layer's: queries q [query heads, tokens, D], keys k [KV heads, tokens, 
 
 import torch
 
+VERSION = 1  # of the fit and of what is judged: one more whenever equal texts can come to other numbers
 SEGMENT = 256
 BLOCK = 128
 RIDGE = 1e-3  # of the mean diagonal
