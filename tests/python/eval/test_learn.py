@@ -17,7 +17,7 @@ from conftest import RECORD_KEYS, TEXT, python
 
 pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-from pbsattn_eval import commands
+from pbsattn_eval import commands, runs
 from pbsattn_eval.learn import command, file, judge, order
 
 TOKENS = 2048
@@ -169,6 +169,28 @@ def test_a_run_of_another_fit_is_not_gone_on_with(folder, texts, finished, monke
     assert f"belongs to another run: fit is {json.loads((finished / 'run' / 'run.json').read_text())['fit']} there" in (
         capsys.readouterr().err
     )
+
+
+def test_a_run_of_another_model_of_the_same_name_is_not_gone_on_with(folder, texts, finished, tmp_path, capsys):
+    other = shutil.copytree(folder, tmp_path / folder.name)
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    assert commands.run_main(arguments(other, texts, finished)) == 1
+    assert "belongs to another run: model.sha256 is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", [0, (8 << 20) - 1, (20 << 20) - 1, (40 << 20) - 1])
+def test_a_models_identity_is_its_header_and_samples_of_its_data(tmp_path, at):
+    path = tmp_path / "model.gguf"
+    with open(path, "wb") as made:
+        made.truncate(40 << 20)
+    before = runs._model(path)
+    assert before == runs._model(path) and before["bytes"] == 40 << 20
+    with open(path, "r+b") as made:
+        made.seek(at)
+        made.write(b"x")
+    assert runs._model(path)["sha256"] != before["sha256"]
 
 
 def test_heads_that_pay_are_an_order_of_their_own(folder, texts, finished, tmp_path, monkeypatch, capsys):

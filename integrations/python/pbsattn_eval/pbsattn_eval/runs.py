@@ -1,6 +1,7 @@
 """What every run of methods on items has: what it was asked for, and the loop over what is left to measure."""
 
 import datetime
+import hashlib
 import pathlib
 import platform
 import shlex
@@ -12,19 +13,41 @@ from . import kind
 _SHARED = {"kind", "model", "methods", "out", "engine", "program", "device", "dtype", "yarn", "json", "page", "commit", "to"}
 
 
+_HEAD = 8 << 20  # bytes at the beginning of a model's file: headers, with a GGUF's vocabulary
+_PIECES, _PIECE = 8, 1 << 20  # of its data, evenly spread up to the end
+
+
+def _model(path):
+    """Returns a model as run.json holds it: name, bytes of a GGUF file, and a hash of its configuration, of headers and of
+    samples of the data, which fine-tuning or another quantisation changes everywhere."""
+    files = [path]
+    if path.is_dir():
+        files = [path / "config.json", path / "tokenizer.json", *sorted(path.glob("*.safetensors"))]
+    digest = hashlib.sha256()
+    for each in files:
+        if each.is_file():
+            size = each.stat().st_size
+            digest.update(f"{each.name if each != path else ''} {size}\n".encode())
+            with open(each, "rb") as file:
+                digest.update(file.read(_HEAD))
+                for piece in range(1, _PIECES + 1):
+                    file.seek(max(size * piece // _PIECES - _PIECE, 0))
+                    digest.update(file.read(_PIECE))
+    return {"name": path.name, "bytes": path.stat().st_size if path.is_file() else None, "sha256": digest.hexdigest()[:16]}
+
+
 def header(given, the_kind, attentions, argv):
     """run.json of a run."""
     from . import engines
     from .bench import records
 
-    path = pathlib.Path(given.model)
     own = {name: the_kind.identity(name, value) for name, value in sorted(vars(given).items()) if name not in _SHARED}
     return {
         "kind": given.kind,
         "command": shlex.join(["python", "-m", "pbsattn_eval", *argv]),
         "commit": given.commit or records.commit(),
         "date": datetime.date.today().isoformat(),
-        "model": {"name": path.name, "bytes": path.stat().st_size if path.is_file() else None},
+        "model": _model(pathlib.Path(given.model)),
         "engine": given.engine,
         "options": {"dtype": given.dtype, "yarn": given.yarn, **own},
         "methods": {each.name: engines.options_of(each) for each in attentions},

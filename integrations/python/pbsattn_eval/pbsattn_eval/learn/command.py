@@ -80,6 +80,7 @@ def _thresholds(given):
 
 
 def _check_paths(given):
+    """Refuses files to write whose folder isn't there, before hours are spent."""
     for option, path in (("--to", given.to), ("--json", given.json)):
         if path and path != "-" and not pathlib.Path(path).parent.is_dir():
             raise ValueError(f"{option} {path}: its folder isn't there; make it, or name a file elsewhere")

@@ -28,7 +28,7 @@ PLACES = (0.25, 0.75)
 
 
 def share(threshold):
-    """A threshold as methods are told it, and named by it."""
+    """Returns a threshold as methods are told it, and named by it."""
     return f"{threshold:.6g}"
 
 
@@ -49,7 +49,7 @@ class Judged(ppl.Kind):
         self.weights = {}  # {name of an attention with a learned order: sha256 of its weights}
 
     def outdated(self, record):
-        """Whether a run that goes on measures a record again: it failed, or its order had other weights."""
+        """Returns whether a run that goes on measures a record again: it failed, or its order had other weights."""
         return "error" in record or record.get("weights") != self.weights.get(record["method"])
 
     def items(self, given, engine):
@@ -150,7 +150,7 @@ def _losses(points, at):
 
 
 def _change(differences, densities):
-    """Of texts: the differences of each one's blocks, and the densities that they are at."""
+    """Returns the Change of texts: of each the differences of its blocks, and the densities that they are at."""
     blocks = np.concatenate(differences)
     error = float(blocks.std(ddof=1) / math.sqrt(len(blocks))) if len(blocks) > 1 else math.inf
     return Change(float(blocks.mean()), error, len(blocks), len(densities), tuple(np.mean(densities, 0).tolist()))
