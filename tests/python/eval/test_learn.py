@@ -6,6 +6,7 @@ import hashlib
 import json
 import pathlib
 import random
+import re
 import shutil
 import signal
 
@@ -17,7 +18,7 @@ from conftest import RECORD_KEYS, TEXT, python
 
 pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
-from pbsattn_eval import commands, runs
+from pbsattn_eval import commands, engines, models, runs
 from pbsattn_eval.learn import command, file, judge, order
 
 TOKENS = 2048
@@ -272,6 +273,40 @@ def test_it_runs_on_the_cpu_unless_told(folder, texts, finished, monkeypatch, ca
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((finished / "rows.json").read_text())
     assert any(said.err.rstrip().endswith(f"made.pbs: {name}") for name in judge.ORDERS)
+
+
+@pytest.mark.parametrize(
+    "name, more, message",
+    [
+        ("Mistral", {"sliding_window": 1024}, "layer 0 has a sliding window of 1024 tokens"),
+        ("Gemma2", {"attn_logit_softcapping": 9.0, "sliding_window": 4096}, "layer 0 has soft-capped logits (softcap 9.0)"),
+        ("Mistral", {"sliding_window": TOKENS}, None),
+    ],
+)
+def test_attention_that_the_fit_does_not_know_is_refused(name, more, message):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")
+    sizes = dict(vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    model = transformers.AutoModelForCausalLM.from_config(config(**sizes, **heads, **more)).eval()
+    engine, seen = engines.Engine(model, None), []
+
+    def run():
+        engine.each_layer([1] * TOKENS, lambda layer, *_: seen.append(layer))
+
+    if message is None:
+        run()
+        assert seen == [0]
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run()
+    assert not seen
+
+
+def test_sinks_are_refused_too():
+    assert models._beyond_causal(TOKENS, {"s_aux": torch.zeros(2)}) == "sinks (s_aux)"
+    assert models._beyond_causal(TOKENS, {"s_aux": None, "softcap": None, "sliding_window": None}) is None
 
 
 def test_help_teaches():

@@ -138,9 +138,10 @@ class Engine(Texts):
         return models.capture(self.model, self.tensor([ids]), layers)
 
     def each_layer(self, ids, visit):
-        """Calls visit() with each layer's queries, keys, values and scale: see models.each_layer."""
+        """Calls visit() with each layer's queries, keys, values and scale: see models.each_layer. Raises ValueError where a
+        layer isn't a causal softmax alone."""
         self.stretch(len(ids))
-        models.each_layer(self.model, self.tensor([ids]), visit)
+        models.each_layer(self.model, self.tensor([ids]), visit, causal=True)
 
     def logits(self, hidden):
         """Of each position of `hidden`, [positions, vocabulary], float32."""

@@ -90,13 +90,28 @@ def tokens(tokenizer, text, count, device):
     return ids.to(device)
 
 
+def _beyond_causal(tokens, kwargs):
+    """Returns what a call of attention has beyond a causal softmax over so many tokens, in words; None for nothing."""
+    window = kwargs.get("sliding_window")
+    if window is not None and window < tokens:
+        return f"a sliding window of {window} tokens"
+    if kwargs.get("softcap") is not None:
+        return f"soft-capped logits (softcap {kwargs['softcap']})"
+    return "sinks (s_aux)" if kwargs.get("s_aux") is not None else None
+
+
 @torch.no_grad()
-def each_layer(model, ids, visit):
+def each_layer(model, ids, visit, causal=False):
     """Runs a prompt, [1, tokens], through a model, and calls visit(layer, q, k, v, scale) with the queries, keys and values
-    [1, heads, tokens, head_dim] of each layer's attention when it comes to it: no two layers' are held at a time."""
+    [1, heads, tokens, head_dim] of each layer's attention when it comes to it: no two layers' are held at a time. causal:
+    raises ValueError where a layer isn't a causal softmax alone."""
     sdpa = transformers.AttentionInterface._global_mapping["sdpa"]
 
     def show(module, query, key, value, *args, scaling=None, **kwargs):
+        if causal and (beyond := _beyond_causal(query.shape[2], kwargs)):
+            raise ValueError(
+                f"model: layer {module.layer_idx} has {beyond}, which is left out of account here; take a model without"
+            )
         visit(module.layer_idx, query, key, value, scaling or query.shape[-1] ** -0.5)
         return sdpa(module, query, key, value, *args, scaling=scaling, **kwargs)
 
