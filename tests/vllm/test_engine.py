@@ -98,7 +98,7 @@ def test_layers_and_memory(models, dense):
 
 def test_a_window(models):
     """Rows over more than the window are FlashAttention's, the others pbsattn's."""
-    sets = {name: REQUESTS[name] for name in ("chunks", "whole", "mixed")}
+    sets = {name: REQUESTS[name] for name in ("chunks", "whole", "mixed")}  # the first batch is a row that is taken
     dense = run(models["mistral"], sets=sets, aborting=False)
     ran = run(models["mistral"], sets=sets, variables=ALL_BLOCKS, aborting=False)
     compare(ran, dense, sets)

@@ -2,6 +2,7 @@
 stands on, run on the CPU. They check what they are called with, and count."""
 
 import typing
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,16 @@ calls = Calls()
 
 
 def get_scheduler_metadata(
-    *, batch_size: int, max_seqlen_q: int, cache_seqlens: torch.Tensor, cu_seqlens_q: torch.Tensor, **_: typing.Any
+    *,
+    batch_size: int,
+    max_seqlen_q: int,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    window_size: Sequence[int] | None,
+    **_: typing.Any,
 ) -> torch.Tensor:
-    """A schedule is good for the batch that it was made of alone; this one is that batch."""
-    return torch.cat([torch.tensor([batch_size, max_seqlen_q]), cu_seqlens_q, cache_seqlens])
+    """A schedule is good for the batch and the window that it was made of alone; this one is those."""
+    return torch.cat([torch.tensor([batch_size, max_seqlen_q, *(window_size or (-1, -1))]), cu_seqlens_q, cache_seqlens])
 
 
 def flash_attn_varlen_func(
@@ -51,9 +58,13 @@ def flash_attn_varlen_func(
     assert len(starts) == len(lens) + 1 == block_table.shape[0] + 1
     if scheduler_metadata is not None:
         made_of = get_scheduler_metadata(
-            batch_size=len(lens), max_seqlen_q=max_seqlen_q, cache_seqlens=seqused_k, cu_seqlens_q=cu_seqlens_q
+            batch_size=len(lens),
+            max_seqlen_q=max_seqlen_q,
+            cache_seqlens=seqused_k,
+            cu_seqlens_q=cu_seqlens_q,
+            window_size=window_size,
         )
-        assert torch.equal(scheduler_metadata, made_of), "a schedule of another batch"
+        assert torch.equal(scheduler_metadata, made_of), "a schedule of another batch or window"
     for i, kv_len in enumerate(lens):
         tokens = starts[i + 1] - starts[i]
         assert tokens <= max_seqlen_q and kv_len <= max_seqlen_k and tokens <= kv_len

@@ -54,6 +54,7 @@ class RowsBuilder:
     """A mixin before vLLM's FlashAttentionMetadataBuilder."""
 
     supports_update_block_table = False  # runs hold slices of the block table
+    aot_sliding_window: tuple[int, int] | None  # vLLM's; None before the first build
 
     def __init__(
         self, kv_cache_spec: typing.Any, layer_names: list[str], vllm_config: typing.Any, device: typing.Any
@@ -75,8 +76,9 @@ class RowsBuilder:
         if not rows:
             return build(common_prefix_len, c, fast_build)
         # With full CUDA graphs vLLM's schedules, which fast_build leaves out, are all in one buffer: the batch's own is the
-        # only one there may be, and only layers that are left read it.
-        metadata = build(0, c, fast_build or self._all)
+        # only one there may be, and only layers that are left read it. The first build finds the window that all later
+        # schedules are made for, unless it is a fast one.
+        metadata = build(0, c, fast_build or (self._all and self.aot_sliding_window is not None))
         starts = c.query_start_loc_cpu.tolist()[: c.num_reqs + 1]
         runs = [(run, build(0, slice_batch(c, run), True)) for run in runs_between(starts, rows)]
 
