@@ -63,10 +63,12 @@ def test_a_row_that_sees_less_than_itself_is_left():
 
 
 @pytest.mark.parametrize("lens", [[300], [300, 1, 1]])
-def test_lists_of_another_batch_are_left(lens):
+def test_lists_of_another_batch_are_told(lens):
     """As the batches of parts of rows are, that some of vLLM's builders make."""
-    assert take([0, 300, 301], lens, [True, False], 100) == []
-    assert take([0, 300, 301], [300, 1], [True] * len(lens), 100) == []
+    with pytest.raises(ValueError, match=f"2 rows has {len(lens)} lengths, and says of 2"):
+        take([0, 300, 301], lens, [True, False], 100)
+    with pytest.raises(ValueError, match=f"2 rows has 2 lengths, and says of {len(lens)}"):
+        take([0, 300, 301], [300, 1], [True] * len(lens), 100)
 
 
 def test_no_token_is_computed_twice_and_none_left_out():

@@ -68,7 +68,7 @@ WRONG = {
     "PBSATTN_TOP_P": [("x", "not a number"), ("2", "outside")],
     "PBSATTN_SOFTCAP": [("30", "brings its own softcap")],
     "PBSATTN_MIN_TOKENS": [("1", "from 2 up"), ("-5", "from 2 up"), ("3.5", "from 2 up"), ("many", "from 2 up")],
-    "PBSATTN_LAYERS": [("0-", "indices"), ("a", "indices"), ("1-2-3", "indices")],
+    "PBSATTN_LAYERS": [("0-", "indices"), ("a", "indices"), ("1-2-3", "indices"), ("5-3", "indices")],
     "PBSATTN_WORKSPACE_CAP_MIB": [("0", "from 1 up")],
     "PBSATTN_UNSUPPORTED": [("stop", "leave")],
     "PBSATTN_OVER_FLASH_ATTN": [("yes", "neither 0 nor 1")],
@@ -191,8 +191,9 @@ def test_layers_that_are_left(field, value, told):
     assert told in reason_to_leave(facts)
     assert told in layer_of(facts, Settings(), 8, 8)
     if field != "draft":
-        with pytest.raises(Refused, match=r"layer model\..*UNSUPPORTED"):
+        with pytest.raises(Refused, match=r"layer model\..*PBSATTN_LAYERS.*UNSUPPORTED"):
             layer_of(facts, Settings(unsupported=REFUSE), 8, 8)
+    assert "not among" in layer_of(facts, Settings(layers=frozenset({2}), unsupported=REFUSE), 8, 8)
 
 
 def test_every_rule_has_a_case():
@@ -249,3 +250,34 @@ def test_versions_that_were_not(version):
 
 def test_versions_go_together():
     assert pbsattn_vllm.__version__ == pbsattn.__version__
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "refuses"),
+    [
+        (None, None, False),
+        ("refuse", None, True),
+        ("stop", '{"unsupported": "refuse"}', False),
+        ("leave", '{"unsupported": "refuse"}', False),
+        ("refuse", '{"unsupported": "leave"}', True),
+        (None, '{"unsupported": "refuse", "metod": 3}', True),
+        (None, '{"unsupported": "refuse", "settings": "/no/such.json"}', True),
+        (None, '{"unsupported": "leave"}', False),
+        (None, '{"unsupported"', False),
+        (None, "[" * 100_000, False),
+        (None, "[1]", False),
+        (None, b"\xff", False),
+    ],
+)
+def test_what_refuses_whatever_else_is_wrong(tmp_path, monkeypatch, variable, text, refuses):
+    if variable:
+        monkeypatch.setenv("PBSATTN_UNSUPPORTED", variable)
+    if text:
+        (tmp_path / "c.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        monkeypatch.setenv("PBSATTN_CONFIG", str(tmp_path / "c.json"))
+    assert pbsattn_vllm.refuses() is refuses
+
+
+def test_a_file_that_is_not_there_refuses_nothing(monkeypatch):
+    monkeypatch.setenv("PBSATTN_CONFIG", "/no/such.json")
+    assert pbsattn_vllm.refuses() is False

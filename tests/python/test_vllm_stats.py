@@ -26,7 +26,7 @@ def test_rows_are_told_when_the_last_layer_has_them(caplog):
     assert "row of 300 tokens over 300: density 0.200" in caplog.messages[0] and len(caplog.messages) == 2
 
 
-def test_rows_that_the_last_layer_left_are_forgotten(caplog):
+def test_rows_that_the_last_layer_left_are_told_in_the_next_step(caplog):
     recorder = Recorder()
     recorder.last_layer = 1
     with caplog.at_level(logging.INFO, "vllm.pbsattn"):
@@ -36,5 +36,11 @@ def test_rows_that_the_last_layer_left_are_forgotten(caplog):
                 recorder.add(row, 1, stats(10))
         recorder.add(B, 0, stats(20))
         recorder.add(B, 1, stats(20))
-    assert ["density 0.500" in line for line in caplog.messages] == [True, True, False]
-    assert "density 0.200" in caplog.messages[2]
+        assert len(caplog.messages) == 4
+        for _ in range(2):  # the same row at the first layer alone
+            assert len(caplog.messages) == 4
+            recorder.add(A, 0, stats(30))
+        recorder.add(A, 1, stats(40))
+    density = [line.split("density ")[1].split(",")[0] for line in caplog.messages]
+    assert density == ["0.500", "0.500", "0.900", "0.200", "0.300", "0.350"]
+    assert caplog.messages[2].startswith("pbsattn: row of 200 tokens") and caplog.messages[2].endswith(": 0 0.900 2.00")

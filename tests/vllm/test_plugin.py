@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import sys
+import types
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import workspace
 
+import pbsattn
 import pbsattn_vllm
 from conftest import logged
-from pbsattn_vllm import backend, left
+from pbsattn_vllm import backend, left, settings, taking
+from pbsattn_vllm.impl import RowsImpl
+from pbsattn_vllm.layers import Facts, Layer
 from pbsattn_vllm.memory import Buffer
-from pbsattn_vllm.metadata import slice_batch
-from pbsattn_vllm.rows import runs_between, take
+from pbsattn_vllm.metadata import Split, slice_batch
+from pbsattn_vllm.rows import Row, runs_between, take
 
 CUSTOM, FLASH = AttentionBackendEnum.CUSTOM, AttentionBackendEnum.FLASH_ATTN
 
@@ -87,6 +91,37 @@ def test_without_the_runtime(registered, monkeypatch):
     assert custom is left.LeftAlone and "import of pbsattn" in line
 
 
+def test_with_another_runtime(registered, monkeypatch):
+    monkeypatch.setattr(pbsattn, "__version__", "0.1.0")
+    custom, _, (line,) = registered()
+    assert custom is left.LeftAlone and "pbsattn 0.1.0, pbsattn-vllm" in line
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RecursionError, TypeError, AttributeError, RuntimeError])
+def test_no_error_stops_vllm_but_one_that_was_asked_for(registered, monkeypatch, tmp_path, error):
+    def read():
+        raise error("what is wrong")
+
+    monkeypatch.setattr(settings, "read", read)
+    custom, _, (line,) = registered()
+    assert custom is left.LeftAlone and line == "pbsattn: what is wrong; every layer is left to FlashAttention"
+    (tmp_path / "c.json").write_text('{"unsupported": "refuse"}')
+    monkeypatch.setenv("PBSATTN_CONFIG", str(tmp_path / "c.json"))
+    with pytest.raises(ValueError, match="pbsattn: what is wrong"):
+        registered()
+
+
+def test_a_vllm_without_its_registry(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", None)
+    log = []
+    with logged(log):
+        pbsattn_vllm.register()
+    assert len(log) == 1 and log[0].endswith("there is no backend CUSTOM")
+    monkeypatch.setenv("PBSATTN_UNSUPPORTED", "refuse")
+    with pytest.raises(ValueError, match="pbsattn: import of vllm"):
+        pbsattn_vllm.register()
+
+
 def test_graphs_hold_no_batch_with_a_prefill():
     assert backend.Builder._cudagraph_support == AttentionCGSupport.UNIFORM_BATCH
     assert not backend.Builder.supports_update_block_table
@@ -145,3 +180,136 @@ def test_runs_are_batches_of_their_own():
     assert last.query_start_loc.tolist() == [0, 400] and last.slot_mapping.tolist() == list(range(307, 707))
     assert torch.equal(last.block_table_tensor, common.block_table_tensor[4:5]) and last.is_prefilling.tolist() == [True]
     assert common.num_reqs == 5 and common.query_start_loc.tolist() == starts.tolist()
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the plug-in logs, as in a process of its own with PBSATTN_MIN_TOKENS=2."""
+    log = []
+    taking.settings.cache_clear()
+    monkeypatch.setenv("PBSATTN_MIN_TOKENS", "2")
+    monkeypatch.setattr(taking, "warned", set())
+    with logged(log):
+        yield log
+    taking.settings.cache_clear()
+
+
+def rows_of_builder(tokens, drafts, lens=None):
+    """The rows that a builder takes of a batch of prefills."""
+    builder = object.__new__(backend.Builder)
+    builder._any, builder._longest = True, None
+    builder._least = taking.least_tokens(types.SimpleNamespace(num_speculative_tokens=drafts))
+    starts = torch.tensor([0, *tokens]).cumsum(0).int()
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(tokens),
+        seq_lens_cpu_upper_bound=torch.tensor(lens or tokens),
+        num_reqs=len(tokens),
+        num_actual_tokens=sum(tokens),
+        max_query_len=max(tokens),
+        max_seq_len=max(tokens),
+        block_table_tensor=torch.zeros(len(tokens), 1).int(),
+        slot_mapping=torch.arange(sum(tokens)),
+        is_prefilling=torch.tensor([True] * len(tokens)),
+    )
+    return [row.index for row in builder._rows(common)]
+
+
+def test_no_row_is_taken_in_a_batch_that_may_replay_a_graph(told):
+    """Of prefills as long as a step of decodes with their drafts."""
+    assert rows_of_builder([4, 4], drafts=3) == [] and rows_of_builder([4, 5], drafts=3) == [1]
+    assert rows_of_builder([2, 2], drafts=0) == [0, 1]
+
+
+def test_a_batch_with_lists_of_another_is_told_once(told):
+    for _ in range(2):
+        assert rows_of_builder([4, 4], drafts=0, lens=[4]) == []
+    assert len(told) == 1 and "2 rows has 1 lengths" in told[0]
+
+
+class Dense:
+    """Stands where FlashAttention's layer does, and notes what it computes."""
+
+    def forward(self, layer, query, key, value, kv_cache, metadata, output, *_):
+        self.computed = [*getattr(self, "computed", []), (metadata, len(query))]
+        return output
+
+
+class Rows(RowsImpl, Dense):
+    """The plug-in's layer without one of vLLM's."""
+
+
+def forward_of(index):
+    """A layer, and a function that computes a batch of one row of 8 tokens by it."""
+    name = f"model.layers.{index}.attn"
+    impl = object.__new__(Rows)
+    impl.pbsattn_layer = Layer(index, Facts(name, "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32"), "[{}]")
+    split = Split([Row(0, 0, 8, 8)], [], torch.zeros(1, 1), lambda row: f"row {row}")
+    tensors = [torch.zeros(8, 1, 64) for _ in range(4)]
+    metadata = types.SimpleNamespace(pbsattn=split)
+    return impl, lambda: impl.forward(types.SimpleNamespace(impl=impl), *tensors[:3], None, metadata, tensors[3])
+
+
+def test_a_row_without_memory_is_told_once_a_layer(told, monkeypatch):
+    sizes = iter(range(100))
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError(f"{next(sizes)} bytes")
+
+    monkeypatch.setattr(RowsImpl, "_row", staticmethod(out_of_memory))
+    for index in range(2):
+        impl, forward = forward_of(index)
+        for _ in range(2):
+            forward()
+        assert impl.computed == [("row 0", 8)] * 2
+    assert [line.split(":")[1] for line in told] == [" model.layers.0.attn", " model.layers.1.attn"]
+
+
+def test_other_errors_of_a_row_are_not_hidden(told, monkeypatch):
+    def wrong(*_):
+        raise ValueError("a tensor of another shape")
+
+    monkeypatch.setattr(RowsImpl, "_row", staticmethod(wrong))
+    impl, forward = forward_of(0)
+    with pytest.raises(ValueError, match="another shape"):
+        forward()
+    assert not hasattr(impl, "computed")
+
+
+NAMES = ["model.layers.0.attn", "model.layers.1.attn", "mtp.layers.0.attn", "draft.layers.1.attn", "model.layers.2.attn"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "draft"),
+    [
+        ("model.layers.0.attn", False, False),
+        ("model.layers.1.attn", False, True),
+        ("draft.layers.1.attn", False, True),
+        ("mtp.layers.0.attn", False, True),
+        ("model.layers.2.attn", False, False),
+        ("model.layers.2.attn", True, True),
+        ("model.layers.3.attn", False, True),
+    ],
+)
+def test_layers_of_drafts(name, own, draft):
+    """Of a model of three layers; own: the draft model's configuration is the layer's."""
+    model = object()
+    speculative = types.SimpleNamespace(draft_model_config=model if own else object())
+    config = types.SimpleNamespace(model_config=model, speculative_config=speculative)
+    facts = Facts(name, "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32", model_layers=3)
+    assert taking.is_draft(facts, config, NAMES) is draft
+    config.speculative_config = None
+    assert taking.is_draft(facts, config, NAMES) is False
+
+
+@pytest.mark.parametrize(
+    ("batched", "scheduled", "threshold", "most"),
+    [(256, None, 0, 256), (256, 200, 0, 200), (256, None, 40, 40), (256, 200, 300, 200), (4096, None, 0, 1024)],
+)
+def test_most_tokens_of_a_chunk(batched, scheduled, threshold, most):
+    scheduler = types.SimpleNamespace(
+        max_num_batched_tokens=batched, max_num_scheduled_tokens=scheduled, long_prefill_token_threshold=threshold
+    )
+    config = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=1024), scheduler_config=scheduler)
+    assert taking.most_tokens(config) == (most, 1024)

@@ -10,6 +10,7 @@ import logging
 __version__ = "0.2.0"  # of the pbsattn that it goes with
 
 TESTED = ("0.26.0",)  # versions of vLLM
+LEAVE, REFUSE = "leave", "refuse"  # what is left to FlashAttention where pbsattn can't be used, or vLLM's start refused
 log = logging.getLogger("vllm.pbsattn")  # below vLLM's own logger, whose handlers and level it has
 
 
@@ -26,34 +27,58 @@ def untested(version: str) -> str | None:
     return f"vLLM {version}: not tested with pbsattn-vllm {__version__}, which was with {', '.join(TESTED)}"
 
 
+def refuses() -> bool:
+    """Whether vLLM is not to start where pbsattn can't be used: told without the runtime, and whatever else is wrong."""
+    import json
+    import os
+
+    if given := os.environ.get("PBSATTN_UNSUPPORTED"):
+        return given == REFUSE
+    try:
+        with open(os.environ["PBSATTN_CONFIG"], encoding="utf-8") as file:
+            return json.load(file).get("unsupported") == REFUSE
+    except (AttributeError, KeyError, OSError, RecursionError, ValueError):  # of which `settings.read` tells
+        return False
+
+
 def register() -> None:
     """Registers the backend CUSTOM, and over FLASH_ATTN where PBSATTN_OVER_FLASH_ATTN says so; any number of times.
 
-    Without the runtime, with settings that are wrong, or a vLLM that wasn't tested, it warns and leaves every layer to
-    vLLM's FlashAttention; under PBSATTN_UNSUPPORTED=refuse it raises ValueError instead, which stops vLLM.
+    Without the runtime or with another version's, with settings that are wrong, or a vLLM that wasn't tested, it warns and
+    leaves every layer to vLLM's FlashAttention; under PBSATTN_UNSUPPORTED=refuse it raises ValueError, which stops vLLM.
+    No other error gets out: what a plug-in raises stops every process of vLLM's, also where nobody asked for the plug-in.
     """
-    import os
-
-    import vllm
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    refuse = os.environ.get("PBSATTN_UNSUPPORTED") == "refuse"
-    over = False
     try:
-        from . import settings
+        over = _over_flash_attn()
+        backend = "pbsattn_vllm.backend.Backend"
+    except Exception as error:
+        if refuses():
+            raise ValueError(f"pbsattn: {error}") from error
+        log.warning("pbsattn: %s; every layer is left to FlashAttention", str(error) or type(error).__name__)
+        over, backend = False, "pbsattn_vllm.left.LeftAlone"
+    try:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-        read = settings.read()
-        refuse = read.unsupported == settings.REFUSE
-        over = read.over_flash_attn
-        reason = untested(vllm.__version__)
-    except (ImportError, OSError, ValueError) as error:
-        reason = str(error)
-    if reason and refuse:
-        raise ValueError(f"pbsattn: {reason}")
-    if reason:
-        log.warning("pbsattn: %s; every layer is left to FlashAttention", reason)
-        register_backend(AttentionBackendEnum.CUSTOM, "pbsattn_vllm.left.LeftAlone")
-        return
-    register_backend(AttentionBackendEnum.CUSTOM, "pbsattn_vllm.backend.Backend")
-    if over:
-        register_backend(AttentionBackendEnum.FLASH_ATTN, "pbsattn_vllm.backend.OverFlashAttention")
+        register_backend(AttentionBackendEnum.CUSTOM, backend)
+        if over:
+            register_backend(AttentionBackendEnum.FLASH_ATTN, "pbsattn_vllm.backend.OverFlashAttention")
+    except Exception as error:
+        if refuses():
+            raise ValueError(f"pbsattn: {error}") from error
+        log.warning("pbsattn: %s; there is no backend CUSTOM", str(error) or type(error).__name__)
+
+
+def _over_flash_attn() -> bool:
+    """Whether to stand over FLASH_ATTN too. Raises what tells why pbsattn can't be used."""
+    import vllm
+
+    import pbsattn
+
+    from . import settings
+
+    over = settings.read().over_flash_attn
+    if pbsattn.__version__ != __version__:
+        raise ValueError(f"pbsattn {pbsattn.__version__}, pbsattn-vllm {__version__}: install both from one source tree")
+    if reason := untested(vllm.__version__):
+        raise ValueError(reason)
+    return over

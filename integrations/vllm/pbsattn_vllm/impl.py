@@ -1,5 +1,6 @@
 """Attention of a layer: the rows that pbsattn takes by pbsattn, the others by vLLM's FlashAttention, each row once."""
 
+import re
 import typing
 
 import torch
@@ -54,10 +55,11 @@ class RowsImpl:
         for row in split.rows:
             try:
                 self._row(taken, row, query, key, value, kv_cache, split.block_table, output)
-            # A row's plan is asked for before anything of it is computed.
-            except (MemoryError, NotImplementedError, ValueError, torch.OutOfMemoryError) as error:
-                which = f"a row of {row.tokens} tokens over {row.kv_len} goes to FlashAttention"
-                warn_once(type(error).__name__, f"{which}: {error}. Others will without a word")
+            # FlashAttention writes the whole row, whatever of it was written before.
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                told = f"{taken.facts.name}: a row of {row.tokens} tokens over {row.kv_len} goes to FlashAttention: {error}"
+                kind = f"{taken.facts.name}: {re.sub('[0-9]+', 'N', str(error))}"
+                warn_once(kind, f"{told}. Others will without a word")
                 dense(row.begin, row.end, split.dense(row.index))
         return output
 

@@ -7,7 +7,7 @@ import re
 
 import pbsattn
 
-from .settings import Settings
+from .settings import REFUSE, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Facts:
     sinks: bool = False
     shares_cache: bool = False
     bidirectional_ranges: bool = False  # of images in a prompt
-    draft: bool = False  # of a draft model
+    draft: bool = False  # of a draft model, or maybe
     model_layers: int = 0
     context_parallel: bool = False  # DCP or PCP
     micro_batches: bool = False  # DBO
@@ -42,8 +42,13 @@ class Facts:
     @property
     def index(self) -> int | None:
         """The layer's index in the model, where its name has one number."""
-        numbers = re.findall(r"(?:^|\.)([0-9]+)(?=\.|$)", self.name)
-        return int(numbers[0]) if len(numbers) == 1 else None
+        return index_of(self.name)
+
+
+def index_of(name: str) -> int | None:
+    """The index that a layer's name tells, where it has one number."""
+    numbers = re.findall(r"(?:^|\.)([0-9]+)(?=\.|$)", name)
+    return int(numbers[0]) if len(numbers) == 1 else None
 
 
 def reason_to_leave(facts: Facts) -> str | None:
@@ -58,7 +63,7 @@ def reason_to_leave(facts: Facts) -> str | None:
         f"its KV cache is {facts.cache_dtype}, the model {facts.dtype}": facts.cache_dtype != facts.dtype,
         "it shares another layer's KV cache": facts.shares_cache,
         "images see themselves in both directions": facts.bidirectional_ranges,
-        "it is a draft model's": facts.draft,
+        "it is a draft model's, or can't be told from one": facts.draft,
         "its name has no layer's index": facts.index is None,
         "context is parallel (DCP or PCP)": facts.context_parallel,
         "micro-batches overlap (DBO)": facts.micro_batches,
@@ -107,6 +112,9 @@ def _plan(
     )
 
 
+_PAGE_SLACK = 1024  # tokens: a row's last page is gathered whole
+
+
 class Refused(ValueError):
     """A layer that can't be taken, and the user asked not to start then."""
 
@@ -117,31 +125,30 @@ def layer_of(facts: Facts, settings: Settings, tokens: int, kv_len: int) -> Laye
     Raises Refused where the settings refuse what can't be taken. Layers that the user named none of are left without that.
     """
     index = facts.index
-    reason = reason_to_leave(facts)
     try:
         settings.check_model(facts.model_layers, facts.q_heads * facts.ranks)
-        if reason is None and index is not None:
-            if settings.layers is not None and index not in settings.layers:
-                return "it is not among the layers that the settings name"
+        if settings.layers is not None and index not in settings.layers:
+            return "it is not among the layers that the settings name"
+        reason = reason_to_leave(facts)
+        if reason is None:
+            assert index is not None  # else there is a reason
             heads = settings.head_options(index, facts.rank * facts.q_heads, facts.q_heads)
             layer = Layer(index, facts, json.dumps(heads))
             layer.plan(tokens, kv_len, None)  # which refuses what the device lacks
             return layer
     except (NotImplementedError, TypeError, ValueError) as error:
         reason = str(error)
-    if settings.unsupported == "refuse" and not facts.draft:
+    if settings.unsupported == REFUSE and not facts.draft:
         raise Refused(
-            f"pbsattn: layer {facts.name}: {reason}; leave PBSATTN_UNSUPPORTED unset to leave it to FlashAttention"
+            f"pbsattn: layer {facts.name}: {reason}; to leave it to FlashAttention name the others in PBSATTN_LAYERS, "
+            "or leave PBSATTN_UNSUPPORTED unset"
         )
-    return reason or "unknown"
+    return reason
 
 
 def most_memory(layer: Layer, tokens: int, kv_len: int, element: int) -> int:
     """Bytes for the greatest row, if no cap bounds them: gathered pages, and the workspace of all heads at once."""
     return gathered_bytes(layer.facts, kv_len + _PAGE_SLACK, element) + layer.plan(tokens, kv_len, None).workspace_size
-
-
-_PAGE_SLACK = 1024  # tokens: a row's last page is gathered whole
 
 
 def gathered_bytes(facts: Facts, tokens: int, element: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .rows import Row, Run, runs_between, take
-from .taking import left_or_taken, reserve, settings, tell
+from .taking import least_tokens, left_or_taken, reserve, tell, warn_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,7 @@ class RowsBuilder:
         for layer in taken:
             reserve(layer, vllm_config, device)
         self._any, self._all = bool(taken), len(taken) == len(layers)
+        self._least = least_tokens(vllm_config)
         # A query may see no more than a layer's window, which pbsattn computes only where nothing lies outside of it.
         self._longest = min((layer.facts.window for layer in taken if layer.facts.window is not None), default=None)
         tell(layers, vllm_config)
@@ -92,7 +93,7 @@ class RowsBuilder:
     def _rows(self, c: typing.Any) -> list[Row]:
         if (
             not self._any
-            or c.max_query_len < settings().min_tokens
+            or c.max_query_len < self._least
             or c.causal is not True
             or c.seq_lens_cpu_upper_bound is None
             or c.is_prefilling is None
@@ -100,10 +101,14 @@ class RowsBuilder:
             or c.rswa_prefix_lens is not None
         ):
             return []
-        return take(
-            c.query_start_loc_cpu.tolist()[: c.num_reqs + 1],
-            c.seq_lens_cpu_upper_bound.tolist()[: c.num_reqs],
-            c.is_prefilling.tolist()[: c.num_reqs],
-            settings().min_tokens,
-            self._longest,
-        )
+        try:
+            return take(
+                c.query_start_loc_cpu.tolist()[: c.num_reqs + 1],
+                c.seq_lens_cpu_upper_bound.tolist()[: c.num_reqs],
+                c.is_prefilling.tolist()[: c.num_reqs],
+                self._least,
+                self._longest,
+            )
+        except ValueError as error:
+            warn_once("lists", f"{error}. Such batches go to FlashAttention")
+            return []

@@ -44,17 +44,17 @@ def take(
 ) -> list[Row]:
     """The rows that pbsattn computes: prefills of min_tokens or more, over `longest` tokens at most where that is given.
 
-    A row whose lens is less than its own tokens isn't taken, nor any where the lists are not of one batch.
+    A row whose lens is less than its own tokens isn't taken. Raises ValueError where the lists are not of one batch.
     """
     rows = len(starts) - 1
     if not (rows == len(lens) == len(prefilling)):
-        return []
+        raise ValueError(f"a batch of {rows} rows has {len(lens)} lengths, and says of {len(prefilling)} if they prefill")
     taken = []
     for i in range(rows):
         row = Row(i, starts[i], starts[i + 1], lens[i])
         if (
             prefilling[i]
-            and row.tokens >= max(min_tokens, 1)
+            and row.tokens >= min_tokens
             and row.kv_len >= row.tokens
             and (longest is None or row.kv_len <= longest)
         ):

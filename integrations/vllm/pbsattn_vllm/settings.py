@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 import pbsattn
 
+from . import LEAVE, REFUSE
+
 Value = float | int | str
 Change = tuple[int | None, int | None, dict[str, Value]]  # layer, query head (None is every one), options
 
 EVERY = "*"
 PREFIX = "PBSATTN_"
-LEAVE, REFUSE = "leave", "refuse"
 MODELS_OWN = ("scale", "softcap", "window")  # options that a model's layers bring
 BROUGHT = ("learned", "arrival")  # permutations whose order or weights a caller brings
 _FLAGS = {"1": True, "0": False, "true": True, "false": False}
@@ -91,7 +92,8 @@ def _layers(value: object) -> frozenset[int]:
     found: set[int] = set()
     for part in parts:
         bounds = str(part).strip().split("-")
-        if isinstance(part, bool) or len(bounds) > 2 or not all(re.fullmatch(r"[0-9]{1,6}", each) for each in bounds):
+        numbers = not isinstance(part, bool) and all(re.fullmatch(r"[0-9]{1,6}", each) for each in bounds)
+        if not numbers or len(bounds) > 2 or int(bounds[0]) > int(bounds[-1]):
             raise ValueError(f'"{_shown(value)}": not indices of layers, as "0-3,7"')
         found.update(range(int(bounds[0]), int(bounds[-1]) + 1))
     return frozenset(found)

@@ -1,4 +1,5 @@
-"""Density and time of the rows that pbsattn computed, by layer, logged when the last layer has computed a row."""
+"""Density and time of the rows that pbsattn computed, by layer, logged when the last layer has computed a row,
+or in the next step where it left the row to FlashAttention."""
 
 import dataclasses
 import typing
@@ -27,8 +28,12 @@ class Recorder:
 
     def add(self, row: Row, layer: int, stats: typing.Any) -> None:
         """Adds what a layer did with a row: stats as Plan.run gives them. In each step layers come in ascending order."""
-        if layer < self._layer:
-            self._open.clear()  # of an earlier step: rows that the last layer left to FlashAttention
+        records = self._open.get(row, [])
+        if layer < self._layer or (records and layer <= records[-1].layer):
+            # Another step: what is open are rows that the last layer left to FlashAttention.
+            for left, of_left in self._open.items():
+                self.show(left, of_left)
+            self._open.clear()
         self._layer = layer
         records = self._open.setdefault(row, [])
         records.append(Record(layer, stats.visited_blocks, stats.causal_blocks, stats.seconds))
@@ -36,7 +41,7 @@ class Recorder:
             self.show(row, self._open.pop(row))
 
     def show(self, row: Row, records: list[Record]) -> None:
-        """Logs a row that all layers computed."""
+        """Logs a row, of the layers that computed it."""
         visited, causal = (sum(getattr(each, name) for each in records) for name in ("visited_blocks", "causal_blocks"))
         log.info(
             "pbsattn: row of %d tokens over %d: density %.3f, %.1f ms of attention; layer density ms: %s",

@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 import pbsattn
 
 from . import __version__, log
-from .layers import Facts, Layer, Refused, gathered_bytes, layer_of, most_memory
+from .layers import Facts, Layer, Refused, gathered_bytes, index_of, layer_of, most_memory
 from .memory import buffer
 from .settings import REFUSE, Settings, read
 from .stats import recorder
+
+MTP = re.compile(r"(^|\.)mtp(\.|$)")  # in names of layers that predict tokens ahead
 
 
 @functools.cache
@@ -24,8 +27,17 @@ def settings() -> Settings:
 
 def most_tokens(config: typing.Any) -> tuple[int, int]:
     """The most tokens that a row, and that its sequence, can have."""
-    sequence = config.model_config.max_model_len
-    return min(config.scheduler_config.max_num_batched_tokens, sequence), sequence
+    sequence, scheduler = config.model_config.max_model_len, config.scheduler_config
+    bounds = (scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens, scheduler.long_prefill_token_threshold)
+    return min(sequence, *(bound for bound in bounds if bound)), sequence
+
+
+def least_tokens(config: typing.Any) -> int:
+    """The least tokens of a row that is taken: more than a verified draft has.
+
+    vLLM replays the CUDA graph of a step of decodes for every batch whose rows are as long as those, prefills or not.
+    """
+    return max(settings().min_tokens, 2 + config.num_speculative_tokens)
 
 
 def facts_of(layer: typing.Any, config: typing.Any) -> Facts:
@@ -35,7 +47,6 @@ def facts_of(layer: typing.Any, config: typing.Any) -> Facts:
     from vllm.model_executor.layers.attention import Attention
 
     impl, parallel, model = layer.impl, config.parallel_config, config.model_config
-    speculative = config.speculative_config
     facts = Facts(
         name=layer.layer_name,
         kind="Attention" if type(layer) is Attention else type(layer).__name__,
@@ -61,10 +72,23 @@ def facts_of(layer: typing.Any, config: typing.Any) -> Facts:
         ranks=parallel.tensor_parallel_size,
         device=torch.device(config.device_config.device).type,
     )
-    draft = speculative is not None and (
-        model is speculative.draft_model_config or (facts.index is not None and facts.index >= facts.model_layers)
-    )
-    return dataclasses.replace(facts, draft=draft)
+    of_name = config.compilation_config.static_forward_context
+    attention = [name for name, each in of_name.items() if isinstance(each, Attention)]
+    return dataclasses.replace(facts, draft=is_draft(facts, config, attention))
+
+
+def is_draft(facts: Facts, config: typing.Any, attention: Sequence[str]) -> bool:
+    """Whether a layer is a draft model's, or can't be told from one; attention: names of all layers with attention.
+
+    vLLM makes the layers of some drafts under the target's configuration, and numbers those of some from 0.
+    """
+    speculative, index = config.speculative_config, facts.index
+    if speculative is None:
+        return False
+    if config.model_config is speculative.draft_model_config or MTP.search(facts.name):
+        return True
+    same = sum(index_of(name) == index for name in attention if not MTP.search(name))
+    return index is not None and (index >= facts.model_layers or same > 1)
 
 
 def left_or_taken(layer: typing.Any) -> Layer | str:
@@ -136,15 +160,16 @@ def tell(layers: Mapping[str, Layer | str], config: typing.Any) -> None:
             taken[0].index,
             taken[-1].index,
             settings().method + (" and settings by layer" if settings().changes else ""),
-            settings().min_tokens,
+            least_tokens(config),
             buffer.size >> 20,
         )
-        most = most_tokens(config)[0]
-        if most < settings().min_tokens:
+        most, least = most_tokens(config)[0], least_tokens(config)
+        if most < least:
             log.warning(
-                "pbsattn: takes nothing: max_num_batched_tokens lets a chunk have %d tokens, and PBSATTN_MIN_TOKENS is %d",
+                "pbsattn: takes nothing: vLLM's scheduler lets a chunk have %d tokens (max_num_batched_tokens, "
+                "long_prefill_token_threshold), and a row needs %d (PBSATTN_MIN_TOKENS)",
                 most,
-                settings().min_tokens,
+                least,
             )
     for reason, names in left.items():
         log.warning("pbsattn: leaves %d layers to FlashAttention (%s ...): %s", len(names), names[0], reason)
