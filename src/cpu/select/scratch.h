@@ -33,10 +33,11 @@ struct SelectScratch {
   float* weights;       // [2][blocks]; of two_step [most_two_step_rows][blocks]
   // Of scores other than mean_pool and per_query:
   float* sums;          // [blocks up to a row_tile][strip]
-  float* keys;          // [block, at least patch_tokens * row_tile][head_dim]
-  float* exps;          // [block, at least row_tile][strip]
-  float* patches;       // [patch_tokens][head_dim][strip] queries
   std::int32_t* index;  // [strip]
+  // Of those but two_step, which reads keys as the path packs them:
+  float* keys;     // [block, at least patch_tokens * row_tile][head_dim]
+  float* exps;     // [block, at least row_tile][strip]
+  float* patches;  // [patch_tokens][head_dim][strip] queries
   // Of patterns:
   float* columns;        // [kv_len]
   float* diagonals;      // [kv_len]

@@ -87,6 +87,11 @@ def by_density(records, methods, metric):
     return made
 
 
+def standard_error(values):
+    """Of the mean of an array's values, as though they were independent; None of fewer than two."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
 def _change(items, specs, metric, wanted):
     differences = []
     for by_method in items:
@@ -97,7 +102,7 @@ def _change(items, specs, metric, wanted):
         full = np.asarray(units(by_method["full"], metric), float)
         differences.append(place.of([units(point, metric) for point in points]) - full)
     values = np.concatenate(differences)
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return float(values.mean()), standard_error(values) or 0.0
 
 
 def units(record, metric):

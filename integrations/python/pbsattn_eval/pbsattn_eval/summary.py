@@ -39,7 +39,7 @@ def interval(differences, seed=0):
     picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     means = values[picks].mean(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high), float(values.std(ddof=1) / np.sqrt(len(values)))
+    return float(low), float(high), curves.standard_error(values)
 
 
 def _mean(records, name):

@@ -152,7 +152,7 @@ def _losses(points, at):
 def _change(differences, densities):
     """Returns the Change of texts: of each the differences of its blocks, and the densities that they are at."""
     blocks = np.concatenate(differences)
-    error = float(blocks.std(ddof=1) / math.sqrt(len(blocks))) if len(blocks) > 1 else math.inf
+    error = curves.standard_error(blocks) if len(blocks) > 1 else math.inf
     return Change(float(blocks.mean()), error, len(blocks), len(densities), tuple(np.mean(densities, 0).tolist()))
 
 
