@@ -93,10 +93,6 @@ void check_limits(const detail::PlanSpec& spec) {
                        name_of(options.score)));
   if (spec.options.precision == Precision::f32)
     refuse("precision f32: the CUDA backend multiplies f16 and bf16 as they come; use automatic, or Device::cpu()");
-  for (const Options& of_head : spec.option_sets())
-    if (of_head.threshold_tokens != 0.0F)
-      refuse(fmt::format("threshold_tokens {}: the CUDA backend takes 0; use threshold, or Device::cpu()",
-                         of_head.threshold_tokens));
   if (options.softcap != 0.0F)
     refuse(fmt::format("softcap {}: the CUDA backend takes 0; use that, or Device::cpu()", options.softcap));
   if (g.windowed())

@@ -104,6 +104,13 @@ std::vector<MethodCase> options() {
   cases.push_back({"threshold_floor", problem, threshold(0.4F, 0.6F, BlockScore::mean_pool)});
   cases.push_back({"threshold_per_query", problem, threshold(0.1F, 0, BlockScore::per_query)});
   cases.push_back({"threshold_per_query_floor", problem, threshold(0.4F, 0.6F, BlockScore::per_query)});
+  // Under the threshold for all rows, for some, and for none.
+  for (const int tokens : {16, 64, 512})
+    cases.push_back({"threshold_tokens" + std::to_string(tokens), problem, [&] {
+                       Options options = threshold(0.12F, 0, BlockScore::per_query);
+                       options.threshold_tokens = static_cast<float>(tokens);
+                       return options;
+                     }()});
   cases.push_back({"pbs_threshold", problem, method("pbs-threshold")});
   for (const auto score : {BlockScore::mean_pool, BlockScore::per_query}) {
     const auto with_rule = [&](KeepRule keep) {

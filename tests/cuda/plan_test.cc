@@ -59,9 +59,6 @@ TEST(CudaPlan, RefusesWhatItCannotDo) {
   options.precision = Precision::f32;
   EXPECT_NE(create(options, small).find("precision f32"), std::string::npos);
   EXPECT_NE(create(method("two-step"), small).find("score two_step"), std::string::npos);
-  options = method("pbs-threshold");
-  options.threshold_tokens = 128;
-  EXPECT_NE(create(options, small).find("threshold_tokens 128"), std::string::npos);
   options = pbs(0.7F);
   options.softcap = 30;
   EXPECT_NE(create(options, small).find("softcap 30"), std::string::npos);

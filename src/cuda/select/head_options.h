@@ -5,16 +5,19 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <limits>
 #include <span>
 
 #include "core/keep_rule.h"
 #include "core/score_traits.h"
+#include "cuda/limits.h"
 
 namespace pbsattn::cuda {
 
 struct HeadOptions {
   KeepRule keep;  // `all` where the rule's numbers keep every block
   float top_p, threshold, floor_top_p, density, tau;
+  float threshold_tokens;  // infinite where they limit nothing
   int top_k, vertical, slash, min_budget;
   int sink_blocks, local_blocks, dense_last_rows;
   bool kept_first;         // what is always kept counts first toward top_p
@@ -23,6 +26,10 @@ struct HeadOptions {
 #ifdef __CUDACC__
   __device__ bool counts() const {
     return keep == KeepRule::top_k || keep == KeepRule::density;
+  }
+  // Returns the threshold of the row on a diagonal: core/keep_rule.h's row_threshold().
+  __device__ float row_threshold(int diagonal) const {
+    return fminf(threshold, threshold_tokens / (static_cast<float>(diagonal + 1) * block_tokens));
   }
 #endif
 };
@@ -33,6 +40,8 @@ inline HeadOptions head_options_of(const Options& options) {
           .floor_top_p = options.floor_top_p,
           .density = options.density,
           .tau = options.tau,
+          .threshold_tokens =
+              options.threshold_tokens == 0.0F ? std::numeric_limits<float>::infinity() : options.threshold_tokens,
           .top_k = options.top_k,
           .vertical = options.vertical,
           .slash = options.slash,

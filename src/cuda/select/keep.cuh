@@ -181,7 +181,7 @@ __device__ inline Threshold find_threshold(const HeadOptions& options, float* we
       return find_top_p(target, weights, all, all.competing, lane);
     }
     case KeepRule::threshold: {
-      const Threshold absolute = at_least(options.threshold * all.total);
+      const Threshold absolute = at_least(options.row_threshold(diagonal) * all.total);
       if (options.floor_top_p == 0) return absolute;
       Threshold both = find_top_p(options.floor_top_p * all.total, weights, all, own_begin, lane);
       both.above = min(both.above, absolute.above);
