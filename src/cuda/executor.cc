@@ -109,9 +109,15 @@ class CudaExecutor final : public detail::Executor {
   void enqueue(const Call& call, const Layout& layout, const Extent& extent, std::int64_t batch, std::int64_t kv_head,
                std::int64_t q_head) const {
     const Geometry g = Layout::geometry_of(spec.geometry, extent);
-    const Inputs inputs{.q = advanced(call.inputs.q, batch, q_head),
-                        .k = advanced(call.inputs.k, batch, kv_head),
-                        .v = advanced(call.inputs.v, batch, kv_head)};
+    const OrderWeights& weights = call.inputs.order_weights;
+    const std::size_t features = weights.values.size() / static_cast<std::size_t>(spec.geometry.shape.kv_heads);
+    const Inputs inputs{
+        .q = advanced(call.inputs.q, batch, q_head),
+        .k = advanced(call.inputs.k, batch, kv_head),
+        .v = advanced(call.inputs.v, batch, kv_head),
+        .order_weights = {weights.values.subspan(features * static_cast<std::size_t>(kv_head)), weights.pairs}};
+    KeyOrder kept = call.outputs.order;
+    if (kept.data != nullptr) kept.data += batch * kept.batch_stride + kv_head * kept.head_stride;
     const auto mark = [&] {
       if (call.timeline != nullptr) call.timeline->mark();
     };
@@ -120,7 +126,9 @@ class CudaExecutor final : public detail::Executor {
       const PermuteArgs permutation{.geometry = g,
                                     .divide_by_count = divides_by_count(spec.options),
                                     .scale = spec.options.scale,
+                                    .permutation = spec.options.permutation,
                                     .inputs = inputs,
+                                    .kept = kept,
                                     .permuted = layout.permuted,
                                     .pooled = layout.pooled,
                                     .scratch = layout.permute_scratch};

@@ -85,9 +85,6 @@ void check_limits(const detail::PlanSpec& spec) {
     refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
                        max_segment));
   const Options& options = spec.options;
-  if (options.permutation > Permutation::last_queries)  // the last one that it has
-    refuse(fmt::format("permutation {}: the CUDA backend doesn't have it; use last_queries, or Device::cpu()",
-                       name_of(options.permutation)));
   if (options.score > BlockScore::flexible)  // the last one that it has
     refuse(fmt::format("score {}: the CUDA backend doesn't have it; use sampled, or Device::cpu()",
                        name_of(options.score)));
@@ -118,6 +115,9 @@ void check_buffers(const detail::PlanSpec& spec, const Inputs& inputs, const Out
   check_view(outputs.out, "out", s, s.q_heads, s.q_len, dtype, spec.device_index);
   if (!inputs.sinks.empty()) refuse("sinks: the CUDA backend takes none; leave them out, or use Device::cpu()");
   if (outputs.lse != nullptr) check_memory(outputs.lse, "lse", spec.device_index);
+  if (!inputs.order_weights.values.empty())
+    check_memory(inputs.order_weights.values.data(), "order_weights", spec.device_index);
+  if (outputs.order.data != nullptr) check_memory(outputs.order.data, "order", spec.device_index);
   check_memory(workspace, "workspace", spec.device_index);
 }
 

@@ -46,7 +46,8 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   score_scratch_bytes = score_scratch_size(options.score, g, common_dense_rows(spec.option_sets()));
   take(score_scratch, static_cast<std::int64_t>(score_scratch_bytes));
   if (!permutes) return;
-  take(permute_scratch, static_cast<std::int64_t>(permute_scratch_size(g)));
+  if (options.permutation != Permutation::learned)
+    take(permute_scratch, static_cast<std::int64_t>(permute_scratch_size(g)));
   take(permuted.order, order_heads * g.permuted_len());
   take_elements(permuted.k, order_heads * g.permuted_len());
   take_elements(permuted.v, order_heads * g.permuted_len());
@@ -71,6 +72,7 @@ std::size_t workspace_bytes(const detail::PlanSpec& spec, bool sparse, const Ext
 
 bool is_sparse(const detail::PlanSpec& spec) {
   const Geometry& g = spec.geometry;
+  if (spec.options.permutation == Permutation::arrival && g.complete_segments() > 0) return true;
   return std::ranges::any_of(spec.option_sets(), [&](const Options& options) {
     const std::int64_t last_row = g.rows() - 1 - options.dense_last_rows;
     return !keeps_every_block(options) && last_row >= 0 && g.own_begin(last_row) > 0;

@@ -37,7 +37,7 @@ struct Layout {
   std::size_t score_scratch_bytes = 0;
 };
 
-// Tells whether some row has a block that may be left out.
+// Tells whether some row has a block that may be left out, or the caller may keep an order that a run makes.
 bool is_sparse(const detail::PlanSpec& spec);
 
 // Returns the largest pass that the cap allows. Throws out_of_memory if one head is too large.

@@ -54,6 +54,8 @@ DeviceProblem::DeviceProblem(const Problem& problem)
       v_(problem.v.bytes().size()),
       out_(problem.out.bytes().size()),
       lse_(problem.lse.size() * sizeof(float)),
+      order_weights_(problem.order_weights.size() * sizeof(float)),
+      order_(problem.order.size() * sizeof(std::int32_t)),
       inputs_{.q = moved(problem.q.view(), problem.q, q_),
               .k = moved(problem.k.view(), problem.k, k_),
               .v = moved(problem.v.view(), problem.v, v_)} {
@@ -65,6 +67,11 @@ DeviceProblem::DeviceProblem(const Problem& problem)
                   .token_stride = out.token_stride};
   outputs_.out = moved(outputs_.out, problem.out, out_);
   outputs_.lse = reinterpret_cast<float*>(lse_.data());
+  outputs_.order = problem.kept_order();
+  if (!problem.order.empty()) outputs_.order.data = reinterpret_cast<std::int32_t*>(order_.data());
+  inputs_.order_weights = {{reinterpret_cast<const float*>(order_weights_.data()), problem.order_weights.size()},
+                           problem.pairs};
+  order_.upload(problem.order.data());
   upload_inputs(problem);
   out_.upload(problem.out.bytes().data());  // with the poison between its rows
 }
@@ -72,14 +79,17 @@ void DeviceProblem::upload_inputs(const Problem& problem) {
   q_.upload(problem.q.bytes().data());
   k_.upload(problem.k.bytes().data());
   v_.upload(problem.v.bytes().data());
+  order_weights_.upload(problem.order_weights.data());
 }
 void DeviceProblem::download_outputs(Problem& problem) const {
   const std::byte* first = problem.out.bytes().data();
   out_.download(const_cast<std::byte*>(first));  // the tensor is not const, only its bytes() is
   lse_.download(problem.lse.data());
+  order_.download(problem.order.data());
   EXPECT_TRUE(problem.out.padding_intact());
   EXPECT_TRUE(out_.guards_intact());
   EXPECT_TRUE(lse_.guards_intact());
+  EXPECT_TRUE(order_.guards_intact());
 }
 void DeviceProblem::poison_outputs() {
   out_.poison();

@@ -41,11 +41,11 @@ class DeviceProblem {
   Outputs outputs() const { return outputs_; }
   void upload_inputs(const Problem& problem);
   void poison_outputs();
-  // Copies out and lse back, and checks that nothing around them was written.
+  // Copies out, lse and kept orders back, and checks that nothing around them was written.
   void download_outputs(Problem& problem) const;
 
  private:
-  DeviceMemory q_, k_, v_, out_, lse_;
+  DeviceMemory q_, k_, v_, out_, lse_, order_weights_, order_;
   Inputs inputs_;
   Outputs outputs_;
 };

@@ -20,6 +20,7 @@ struct PermuteParams {
   int queries;  // that score, 1 .. 128
   int segment;
   std::int64_t permuted_len;
+  std::int64_t known;  // keys whose order is: segments before are not reordered
   std::int64_t unit_keys;
   int units;
   float scale_log2;

@@ -1,6 +1,7 @@
 // Stage one on Hopper: keys in the order of the attention that the last queries pay them, in three launches: parts of
 // the scoring queries' log-sum-exp (and pooled Q), their merger, and the order itself. See key_statistics.cuh,
-// reorder_resident.cuh, reorder.cuh. A launch may start while the one before it ends.
+// reorder_resident.cuh, reorder.cuh. A launch may start while the one before it ends. Orders that are learned or known
+// take one launch, move.cuh's.
 //
 // The least traffic is Q, K and V once, and permuted K and V once for each order: 3.8 GB at 128K tokens, 32/8 heads,
 // head_dim 128 and an order for each query head.
@@ -8,6 +9,7 @@
 
 #include "cuda/carver.h"
 #include "cuda/permute/key_statistics.cuh"
+#include "cuda/permute/move.cuh"
 #include "cuda/permute/reorder.cuh"
 #include "cuda/permute/reorder_resident.cuh"
 
@@ -70,7 +72,7 @@ PoolArgs queries(const PermuteArgs& args) {
   const Geometry& g = args.geometry;
   return {.view = args.inputs.q,
           .heads = g.shape.q_heads,
-          .rows = g.rows(),
+          .rows = args.pooled.q == nullptr ? 0 : g.rows(),
           .first = g.first_row() * block_tokens - g.q_offset(),
           .tokens = g.shape.q_len,
           .divide_by_count = args.divide_by_count,
@@ -111,17 +113,12 @@ struct Scratch {
   LogSum* log_sums = nullptr;
 };
 
-}  // namespace
+// ---------------------------------------------------------------------------------------------------- orders
 
-std::size_t permute_scratch_size(const Geometry& geometry) {
-  return Scratch(geometry, nullptr).carver.bytes;
-}
-
-cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
+// Orders keys from the first `known` on by the last queries.
+cudaError_t order_by_queries(const PermuteArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const Permuted& to = args.permuted;
-  if (args.pooled.own != nullptr)
-    if (const cudaError_t error = launch_pool(own_keys(args), g, stream); error != cudaSuccess) return error;
   const Units units = units_of(g);
   const Scratch scratch(g, args.scratch);
   PermuteParams p{.scoring_queries = args.inputs.q,
@@ -132,6 +129,7 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
                   .queries = static_cast<int>(g.scoring_queries()),
                   .segment = g.segment,
                   .permuted_len = g.permuted_len(),
+                  .known = args.kept.known,
                   .unit_keys = units.keys,
                   .units = units.count,
                   .scale_log2 = scale_log2(args.scale),
@@ -145,37 +143,104 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
   p.scoring_queries.data = static_cast<const unsigned char*>(args.inputs.q.data) +
                            (g.shape.q_len - g.scoring_queries()) * args.inputs.q.token_stride * element_bytes;
 
-  const cudaError_t error =
-      dispatch(args.inputs.k.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-        const dim3 units_grid(p.units, static_cast<unsigned>(ceil_div(p.grid.group, heads_at_once)),
-                              p.batch * p.grid.kv_heads);
-        const dim3 segments_grid(static_cast<unsigned>(g.complete_segments()), p.grid.kv_heads, p.batch);
-        return in_order(
-            [&] {
-              return launch(score_statistics<T, dim>, units_grid, statistics_threads, statistics_shared_bytes<dim>,
-                            stream, Start::after_earlier_kernels, p);
-            },
-            [&] { return launch(merge_statistics, dim3(p.grid.heads), 128, 0, stream, Start::early, p); },
-            [&] {
-              return g.segment <= resident_tiles * tile_tokens
-                         ? launch(reorder_resident<T, dim>, segments_grid, resident::everyone,
-                                  ResidentShared<dim>::bytes, stream, Start::early, p)
-                         : launch(reorder<T, dim>, segments_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment),
-                                  stream, Start::early, p);
-            });
+  return dispatch(args.inputs.k.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    const dim3 units_grid(p.units, static_cast<unsigned>(ceil_div(p.grid.group, heads_at_once)),
+                          p.batch * p.grid.kv_heads);
+    const dim3 segments_grid(static_cast<unsigned>(g.complete_segments() - p.known / g.segment), p.grid.kv_heads,
+                             p.batch);
+    return in_order(
+        [&] {
+          return launch(score_statistics<T, dim>, units_grid, statistics_threads, statistics_shared_bytes<dim>, stream,
+                        Start::after_earlier_kernels, p);
+        },
+        [&] { return launch(merge_statistics, dim3(p.grid.heads), 128, 0, stream, Start::early, p); },
+        [&] {
+          return g.segment <= resident_tiles * tile_tokens
+                     ? launch(reorder_resident<T, dim>, segments_grid, resident::everyone, ResidentShared<dim>::bytes,
+                              stream, Start::early, p)
+                     : launch(reorder<T, dim>, segments_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment),
+                              stream, Start::early, p);
+        });
+  });
+}
+
+// Orders the keys of the first `segments` segments by weights, or as they are known to stand.
+cudaError_t move(const PermuteArgs& args, std::int64_t segments, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const OrderWeights& learned = args.inputs.order_weights;
+  const MoveParams p{.k = args.inputs.k,
+                     .v = args.inputs.v,
+                     .grid = {g, args.permuted.order_heads},
+                     .segment = g.segment,
+                     .permuted_len = g.permuted_len(),
+                     .weights = args.permutation == Permutation::learned ? learned.values.data() : nullptr,
+                     .neighbours = learned.pairs == RopePairs::neighbours,
+                     .known = args.kept,
+                     .permuted = args.permuted,
+                     .pooled_k = args.pooled.k};
+  const dim3 grid(static_cast<unsigned>(segments), p.grid.kv_heads, static_cast<unsigned>(g.shape.batch));
+  return dispatch(args.inputs.k.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    return launch(move_keys<T, dim>, grid, move_threads, MoveShared<dim>::bytes(g.segment), stream,
+                  Start::after_earlier_kernels, p);
+  });
+}
+
+constexpr int keep_threads = 256;
+
+// Writes the order of keys from the first `known` on where the caller keeps it.
+__global__ void __launch_bounds__(keep_threads)
+    keep_orders(const std::int32_t* order, std::int64_t permuted_len, const __grid_constant__ KeyOrder to) {
+  const std::int64_t slot = to.known + blockIdx.x * std::int64_t{keep_threads} + threadIdx.x;
+  if (slot >= permuted_len) return;
+  to.data[blockIdx.z * to.batch_stride + blockIdx.y * to.head_stride + slot] =
+      order[(static_cast<std::int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * permuted_len + slot];
+}
+
+cudaError_t keep(const PermuteArgs& args, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const dim3 grid(static_cast<unsigned>(ceil_div(g.permuted_len() - args.kept.known, keep_threads)),
+                  static_cast<unsigned>(g.shape.kv_heads), static_cast<unsigned>(g.shape.batch));
+  return launch(keep_orders, grid, keep_threads, 0, stream, Start::after_earlier_kernels, args.permuted.order,
+                g.permuted_len(), args.kept);
+}
+
+}  // namespace
+
+std::size_t permute_scratch_size(const Geometry& geometry) {
+  return Scratch(geometry, nullptr).carver.bytes;
+}
+
+cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const bool learned = args.permutation == Permutation::learned;
+  const std::int64_t moved = learned ? g.complete_segments() : args.kept.known / g.segment;
+  const bool by_queries = moved < g.complete_segments();
+  const auto where = [](bool wanted, auto&& call) { return wanted ? call() : cudaSuccess; };
+  return in_order(
+      [&] { return where(args.pooled.own != nullptr, [&] { return launch_pool(own_keys(args), g, stream); }); },
+      [&] { return where(moved > 0, [&] { return move(args, moved, stream); }); },
+      [&] {
+        return by_queries ? order_by_queries(args, stream)  // it pools queries too
+                          : where(args.pooled.q != nullptr, [&] { return launch_pool(queries(args), g, stream); });
+      },
+      [&] { return where(args.kept.data != nullptr && by_queries, [&] { return keep(args, stream); }); },
+      [&] {
+        return where(args.pooled.v != nullptr, [&] {
+          const std::int64_t heads = args.permuted.order_heads;
+          const std::int64_t head = g.permuted_len() * g.shape.head_dim;
+          const ConstView values{args.permuted.v, args.inputs.v.dtype, heads * head, head, g.shape.head_dim};
+          return launch_pool(whole_blocks(g, values, heads, args.pooled.v), g, stream);
+        });
       });
-  if (error != cudaSuccess || args.pooled.v == nullptr) return error;
-  const std::int64_t head = g.permuted_len() * g.shape.head_dim;
-  const ConstView values{to.v, args.inputs.v.dtype, to.order_heads * head, head, g.shape.head_dim};
-  return launch_pool(whole_blocks(g, values, to.order_heads, args.pooled.v), g, stream);
 }
 
 cudaError_t pool(const PermuteArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const Sinks sinks{args.permuted.sink_block, g.shape.batch * g.shape.kv_heads};  // token 0 stays where it is
-  if (args.pooled.q == nullptr) return cudaMemsetAsync(sinks.block, 0, sinks.count * sizeof(std::int32_t), stream);
+  const auto stay = [&] { return cudaMemsetAsync(sinks.block, 0, sinks.count * sizeof(std::int32_t), stream); };
+  if (args.pooled.k == nullptr) return stay();
   return in_order(
-      [&] { return launch_pool(queries(args), g, stream, sinks); },
+      [&] { return args.pooled.q == nullptr ? stay() : launch_pool(queries(args), g, stream, sinks); },
       [&] {
         return args.pooled.v == nullptr
                    ? cudaSuccess

@@ -20,9 +20,11 @@ struct PermuteArgs {
   Geometry geometry;             // block 128; head_dim 64 or 128; at least one complete segment
   bool divide_by_count = false;  // means of tail blocks: by their tokens, else by the block size
   float scale = 0;
-  Inputs inputs = {};
+  Permutation permutation = Permutation::last_queries;
+  Inputs inputs = {};  // with order_weights, in device memory, where the order is learned
+  KeyOrder kept = {};  // of Permutation::arrival, in device memory: read and written where it isn't null
   Permuted permuted = {};
-  Pooled pooled = {};       // `v` and `own` may be null
+  Pooled pooled = {};       // `q`, `v` and `own` may be null
   void* scratch = nullptr;  // permute_scratch_size() bytes
 };
 
@@ -33,8 +35,7 @@ std::size_t permute_scratch_size(const Geometry& geometry);
 cudaError_t permute(const PermuteArgs& args, cudaStream_t stream);
 
 // Enqueues the means and sink blocks of keys that stay where they are: order_heads is kv_heads, and a scale and scratch
-// are not read. Writes pooled.own in place of pooled.k where it isn't null, and sink blocks alone where pooled.q is
-// null.
+// are not read. Writes pooled.own in place of pooled.k where it isn't null, and sink blocks alone where all means are.
 cudaError_t pool(const PermuteArgs& args, cudaStream_t stream);
 
 }  // namespace pbsattn::cuda

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
   const int lane = thread % 32;
   const int batch = blockIdx.z;
   const int kv_head = blockIdx.y;
-  const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.x) * p.segment;
+  const std::int64_t first_token = p.known + static_cast<std::int64_t>(blockIdx.x) * p.segment;
   const T* source_k = head_of<T>(p.k, batch, kv_head) + first_token * p.k.token_stride;
   const T* source_v = head_of<T>(p.v, batch, kv_head) + first_token * p.v.token_stride;
   const int tiles = p.segment / tile_tokens;

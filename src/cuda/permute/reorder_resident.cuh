@@ -209,7 +209,7 @@ template <class T, int head_dim>
 __global__ void __launch_bounds__(resident::everyone, 1) reorder_resident(const __grid_constant__ PermuteParams p) {
   unsigned char* base = aligned_shared();
   // Backwards: the keys that score_statistics read last may still be in L2.
-  const std::int64_t first_token = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.segment;
+  const std::int64_t first_token = p.known + static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.segment;
   const int kv_head = gridDim.y - 1 - blockIdx.y;
   if (threadIdx.x == 0) reinterpret_cast<Handover*>(base + ResidentShared<head_dim>::handover)->init();
   __syncthreads();
