@@ -85,9 +85,6 @@ void check_limits(const detail::PlanSpec& spec) {
     refuse(fmt::format("segment {}: the CUDA backend takes up to {}; 256 is the paper's setting", spec.options.segment,
                        max_segment));
   const Options& options = spec.options;
-  if (options.score > BlockScore::flexible)  // the last one that it has
-    refuse(fmt::format("score {}: the CUDA backend doesn't have it; use sampled, or Device::cpu()",
-                       name_of(options.score)));
   if (spec.options.precision == Precision::f32)
     refuse("precision f32: the CUDA backend multiplies f16 and bf16 as they come; use automatic, or Device::cpu()");
   if (options.softcap != 0.0F)

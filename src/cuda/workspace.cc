@@ -38,12 +38,12 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
     take_elements(pooled.v, order_heads * permuted_blocks(g));
     take(lse, query_heads * g.shape.q_len);
   }
-  if (pools) take_elements(pooled.q, query_heads * g.rows());
+  if (pools && options.score != BlockScore::two_step) take_elements(pooled.q, query_heads * g.rows());
   take(permuted.sink_block, order_heads);
   take(lists.row_start, query_heads * g.rows());
   take(lists.row_count, query_heads * g.rows());
   take(lists.block, query_heads * g.causal_blocks_per_head());
-  score_scratch_bytes = score_scratch_size(options.score, g, common_dense_rows(spec.option_sets()));
+  score_scratch_bytes = score_scratch_size(options, g, permuted.order_heads, common_dense_rows(spec.option_sets()));
   take(score_scratch, static_cast<std::int64_t>(score_scratch_bytes));
   if (!permutes) return;
   if (options.permutation != Permutation::learned)

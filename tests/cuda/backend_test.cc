@@ -197,6 +197,63 @@ std::vector<MethodCase> masses() {
   return cases;
 }
 
+// Means for all blocks, then keys of likely ones.
+std::vector<MethodCase> two_step() {
+  std::vector<MethodCase> cases;
+  const auto add = [&](const std::string& what, const ProblemSpec& problem, auto&& change) {
+    Options options = method("pbs-two-step");
+    options.threshold = 0.12F;
+    options.threshold_tokens = 0;
+    options.dense_last_rows = 0;
+    change(options);
+    cases.push_back({what, problem, options});
+  };
+  const ProblemSpec problem = alike(shape_of(900, 1100, 64));
+  const auto nothing = [](Options&) {};
+  for (const std::int64_t dim : {64, 128})
+    for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
+      add(type + std::string("_dim") + std::to_string(dim), alike(shape_of(700, 730, dim), dtype), nothing);
+  add("chunk", alike(shape_of(301, 1111, 64)), nothing);
+  add("one_query", alike(shape_of(1, 777, 64)), nothing);
+  add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, TensorLayout::bshd), nothing);
+  // More than one part and more than one tile of means; more than one item of rows.
+  add("many_keys", alike(shape_of(130, 21'000, 64, 1)), [](Options& o) { o.threshold = 0.01F; });
+  add("many_queries", alike(shape_of(4300, 4400, 64, 1)), [](Options& o) { o.threshold = 0.05F; });
+  add("shared_order", alike(shape_of(300, 1100, 64, 6, 2, 2)), [](Options& o) { o.order_scope = OrderScope::kv_head; });
+  add("shared_order_many_queries", alike(shape_of(2200, 2300, 64, 5, 1)), [](Options& o) {
+    o.order_scope = OrderScope::kv_head;
+    o.threshold = 0.08F;
+  });
+  add("unpermuted", alike(shape_of(900, 1100, 64, 6, 2, 2)), [](Options& o) { o.permutation = Permutation::none; });
+  for (const int segment : {128, 384, 1024})
+    add("segment" + std::to_string(segment), problem, [=](Options& o) { o.segment = segment; });
+  // A row's lines fill a warp or less, a warpgroup, and two; some are of no use.
+  for (const int queries : {1, 3, 16, 20, 64, 100, 128, 1000})
+    add("queries" + std::to_string(queries), problem, [=](Options& o) { o.two_step_queries = queries; });
+  for (const int exact : {1, 3, 4, 16, 33, 64, 100, 128, 1000})
+    add("exact" + std::to_string(exact), alike(shape_of(900, 1100, 64, 3, 1)), [=](Options& o) {
+      o.two_step_exact = exact;
+      o.order_scope = exact % 2 == 0 ? OrderScope::kv_head : OrderScope::query_head;
+    });
+  for (const int reach : {1, 2, 1000})
+    add("reach" + std::to_string(reach), problem, [=](Options& o) { o.two_step_reach = reach; });
+  for (const float threshold : {0.01F, 0.3F, 1.0F})
+    add("threshold_" + std::to_string(static_cast<int>(threshold * 100)), problem,
+        [=](Options& o) { o.threshold = threshold; });
+  add("tokens", problem, [](Options& o) { o.threshold_tokens = 80; });
+  add("floor", problem, [](Options& o) {
+    o.threshold = 0.4F;
+    o.floor_top_p = 0.5F;
+  });
+  add("paper", problem, [](Options& o) { o.rules = Rules::paper; });
+  add("scaled", problem, [](Options& o) { o.scale = 0.4F; });
+  add("dense_last_rows", problem, [](Options& o) { o.dense_last_rows = 2; });
+  add("corrected", problem, [](Options& o) { o.correction = Correction::mean; });
+  cases.push_back({"two_step", alike(shape_of(2000, 2100, 64)), method("two-step")});
+  cases.push_back({"pbs_two_step", alike(shape_of(2000, 2100, 64)), method("pbs-two-step")});
+  return cases;
+}
+
 // Blocks that a row doesn't attend to answer as their means.
 std::vector<MethodCase> corrections() {
   const Options flashprefill = [] {
@@ -256,6 +313,7 @@ INSTANTIATE_TEST_SUITE_P(Heads, CudaBackend, testing::ValuesIn(heads()), name_of
 INSTANTIATE_TEST_SUITE_P(Layouts, CudaBackend, testing::ValuesIn(dtypes_and_layouts()), name_of);
 INSTANTIATE_TEST_SUITE_P(Options, CudaBackend, testing::ValuesIn(options()), name_of);
 INSTANTIATE_TEST_SUITE_P(Masses, CudaBackend, testing::ValuesIn(masses()), name_of);
+INSTANTIATE_TEST_SUITE_P(TwoStep, CudaBackend, testing::ValuesIn(two_step()), name_of);
 INSTANTIATE_TEST_SUITE_P(Corrections, CudaBackend, testing::ValuesIn(corrections()), name_of);
 
 }  // namespace

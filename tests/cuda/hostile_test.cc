@@ -22,12 +22,13 @@ class CudaHostileInputs : public testing::TestWithParam<HostileCase> {};
 
 TEST_P(CudaHostileInputs, DenseAndSparseAgreeWithTheReference) {
   for (const char* name : {"full", "pbs", "pbs-unpermuted", "pbs+", "pbs-threshold", "xattention", "oracle",
-                           "pbs-sampled", "mean-pool", "prism", "flashprefill"}) {
+                           "pbs-sampled", "mean-pool", "prism", "flashprefill", "two-step", "pbs-two-step"}) {
     SCOPED_TRACE(name);
     Problem problem = make();
     GetParam().change(problem);
     Options options = method(name);
     options.top_p = 0.7F;
+    if (options.score == BlockScore::two_step) options.threshold = 0.3F;
     options.dense_last_rows = std::min(options.dense_last_rows, 1);
     options.local_blocks = std::min(options.local_blocks, 1);
     options.sink_blocks = 0;

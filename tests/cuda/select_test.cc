@@ -121,7 +121,7 @@ TEST(CudaSelectParts, GiveTheSameLists) {
   device_q.upload(q.bits.data());
   device_k.upload(k.bits.data());
   for (const BlockScore score : {BlockScore::antidiagonal_causal, BlockScore::exact}) {
-    const std::size_t whole = cuda::score_scratch_size(score, g, 0);
+    const std::size_t whole = cuda::score_scratch_size({.score = score}, g, g.shape.kv_heads, 0);
     std::optional<Lists> of_whole;
     for (const std::size_t scratch_bytes : {whole, whole / 2, whole / 3}) {
       SCOPED_TRACE(scratch_bytes);

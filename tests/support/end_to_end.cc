@@ -92,7 +92,7 @@ RandomPlan draw(const PlanLimits& limits, BlockScore score, KeepRule keep, int v
 
   // What came later draws from the seed, so that earlier scores' plans stay as they were.
   Random later(plan.problem.seed);
-  if (limits.threshold_tokens && keep == KeepRule::threshold && later.one_in(2))
+  if (keep == KeepRule::threshold && later.one_in(2))
     options.threshold_tokens = static_cast<float>(later.between(options.block / 4, 2 * options.block));
   if (score == BlockScore::two_step) {
     options.two_step_queries = static_cast<int>(later.between(1, 48));
@@ -168,10 +168,7 @@ std::vector<RandomPlan> plans_for_cuda() {
                        .head_dims = {64, 128},
                        .blocks = {128},
                        .most_keys = 800,
-                       .most_queries = 200,
-                       .threshold_tokens = false,
-                       .last_score = BlockScore::flexible,
-                       .last_permutation = Permutation::last_queries},
+                       .most_queries = 200},
                       2);
 }
 

@@ -27,7 +27,6 @@ struct PlanLimits {
   std::int64_t most_keys = 0;
   std::int64_t most_queries = 0;
   Precision precision = Precision::automatic;
-  bool threshold_tokens = true;  // some plans' thresholds follow the tokens
   BlockScore last_score = BlockScore::two_step;
   Permutation last_permutation = Permutation::arrival;
 };

@@ -6,9 +6,9 @@
 // Then a warp takes a row: softmax, the keep rule, and its list (keep.cuh).
 //
 // Scores other than mean_pool come from launches of their own, which leave a row's scores where its list will be, and
-// the second of two scores in scratch. They are shares (per_query.cu, mass.cu), or logarithms of them up to
-// a constant of the row (means.cu, energy.cu). Those of all causal blocks go on to the row's diagonal: what
-// is always kept then counts first, or competes with the rest (core/score_traits.h).
+// the second of two scores in scratch. They are shares (per_query.cu, mass.cu, two_step.cu), or logarithms of them up
+// to a constant of the row (means.cu, energy.cu). Those of all causal blocks go on to the row's diagonal: what is
+// always kept then counts first, or competes with the rest (core/score_traits.h).
 #include <algorithm>
 
 #include "cuda/geometry.cuh"
@@ -31,6 +31,7 @@ enum class Source {
   pooled,         // products of pooled queries and keys, here
   shares,         // given, of the blocks that may be left out
   causal_shares,  // given, of all causal blocks
+  parts,          // the same of a whole of 1, of which they are no more than a part
   logarithms,     // given, of all causal blocks, of base 2
 };
 
@@ -98,6 +99,7 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
                     : p.source == Source::logarithms
                         ? exponentiate(given, to, candidates, diagonal + 1, lane)
                         : take(given, to, candidates, p.source == Source::shares ? candidates : diagonal + 1, lane);
+      if (p.source == Source::parts && all.valid) all.total = 1;
       if (lists == 2 && options.counts()) {
         if (score == 1) {
           all_others = all;
@@ -128,6 +130,7 @@ Source source_of(BlockScore score) {
     case BlockScore::mean_pool_causal:
     case BlockScore::energy:
     case BlockScore::dual_band: return Source::logarithms;
+    case BlockScore::two_step: return Source::parts;
     default: return counts_kept_first(score) ? Source::causal_shares : Source::shares;
   }
 }
@@ -139,6 +142,7 @@ cudaError_t score_blocks(const SelectArgs& args, cudaStream_t stream) {
     case BlockScore::vertical_slash: return score_vertical_slash(args, stream);
     case BlockScore::flexible: return score_flexible(args, stream);
     case BlockScore::per_query: return score_per_query(args, stream);
+    case BlockScore::two_step: return score_two_step(args, stream);
     case BlockScore::mean_pool_causal:
     case BlockScore::dual_band: return score_means(args, stream);
     case BlockScore::energy: return score_energy(args, stream);
@@ -152,8 +156,10 @@ cudaError_t score_blocks(const SelectArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows) {
-  switch (score) {
+std::size_t score_scratch_size(const Options& options, const Geometry& geometry, std::int64_t order_heads,
+                               std::int64_t dense_last_rows) {
+  switch (const BlockScore score = options.score) {
+    case BlockScore::two_step: return two_step_scratch_size(options, geometry, order_heads, dense_last_rows);
     case BlockScore::dual_band: return dual_band_scratch_size(geometry);
     case BlockScore::vertical_slash: return vertical_slash_scratch_size(geometry);
     case BlockScore::flexible: return flexible_scratch_size(geometry);

@@ -36,8 +36,10 @@ struct SelectArgs {
   }
 };
 
-// Returns the bytes of scratch of a score, whose rows from the last `dense_last_rows` on need none.
-std::size_t score_scratch_size(BlockScore score, const Geometry& geometry, std::int64_t dense_last_rows);
+// Returns the bytes of scratch of a score, whose rows from the last `dense_last_rows` on need none. `order_heads`:
+// heads of a batch entry that have an order.
+std::size_t score_scratch_size(const Options& options, const Geometry& geometry, std::int64_t order_heads,
+                               std::int64_t dense_last_rows);
 
 // Enqueues the lists of all rows.
 cudaError_t select(const SelectArgs& args, cudaStream_t stream);

@@ -16,6 +16,8 @@ std::size_t mass_scratch_size(BlockScore score, const Geometry& geometry, std::i
 std::size_t dual_band_scratch_size(const Geometry& geometry);
 std::size_t vertical_slash_scratch_size(const Geometry& geometry);
 std::size_t flexible_scratch_size(const Geometry& geometry);
+std::size_t two_step_scratch_size(const Options& options, const Geometry& geometry, std::int64_t order_heads,
+                                  std::int64_t dense_last_rows);
 
 // Returns where scores go: to the lists' places, [batch * q_heads * causal_blocks_per_head()].
 inline float* scores_of(const SelectArgs& args) {
@@ -27,6 +29,7 @@ inline std::int64_t scored_rows(const SelectArgs& args) {
 }
 
 cudaError_t score_per_query(const SelectArgs& args, cudaStream_t stream);
+cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream);
 // Scores antidiagonal, antidiagonal_causal and exact; sampled after score_per_query(), whose scores it averages its own
 // into.
 cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream);

@@ -1,0 +1,188 @@
+// BlockScore::two_step on Hopper, in three launches:
+//   1. score_sampled: shares[row][block] by some of a row's queries and the means of all causal blocks
+//      (two_step_means.cuh).
+//   2. score_likely: for some more queries and the keys of blocks whose share may make them kept, and of the own
+//      segment, log-sum-exps of each query over each such block (two_step_keys.cuh).
+//   3. add_shares: score[row][block] = half the sum of both shares, or half of the first where a block isn't read.
+// The log-sum-exps of some order heads, or of some rows of one, are in memory at a time.
+//
+// The least work at 128K tokens, 32 heads of 128 and 32 queries a row is in the first step 2 x .14 TFLOP of products
+// and 2 x .54 G exponentials, .4 ms; in the second, with 8 queries a row and all blocks read, 4.4 TFLOP and 17 G
+// exponentials, 6.3 and 4.8 ms which overlap, times the share of the blocks that is read: of .35 and half the
+// queries 1.1 ms.
+#include <algorithm>
+#include <bit>
+
+#include "cuda/select/scores/two_step_keys.cuh"
+#include "cuda/select/scores/two_step_means.cuh"
+
+namespace pbsattn::cuda {
+namespace {
+
+using namespace two_step;
+
+constexpr int adding_threads = 256;
+constexpr std::int64_t most_numbers = std::int64_t{68} << 20;  // in memory at a time
+
+// A row's lines are a power of two, so that they fill tiles; some may be of no use.
+Sample sample_of(int most, int min_log_lines) {
+  most = std::min(most, block_tokens);
+  return {.most = most, .log_lines = std::max<int>(std::bit_width(static_cast<unsigned>(most - 1)), min_log_lines)};
+}
+
+// Says how key blocks are cut for the second step: by the sequence's length alone, so that the same input gives the
+// same bits however heads are grouped. Of short rows a few parts each fill the device.
+int part_blocks_of(const Geometry& g) {
+  constexpr std::int64_t least = 16;
+  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(g.blocks() / 4, least) * least, least, most_part_blocks));
+}
+
+// Adds to each score the share of the second step.
+__global__ void __launch_bounds__(adding_threads) add_shares(const __grid_constant__ Params p) {
+  __shared__ float totals[block_tokens];
+  const int row = p.row_begin + static_cast<int>(blockIdx.x);
+  const int head = p.first_order_head * p.grid.order_group + static_cast<int>(blockIdx.y);
+  const int visible = p.visible(row);
+  wait_for_earlier_kernels();
+  if (visible == 0) return;
+  const int diagonal = p.grid.diagonal(row);
+  const int count = p.exact.count(p.grid.queries_of(diagonal));
+  const float* of_head = p.sums + blockIdx.y * p.head_sums;
+  for (int line = static_cast<int>(threadIdx.x); line < count; line += adding_threads) {
+    const float* parts = of_head + p.totals_before(row) + line * (p.parts + 1);
+    Statistics total{parts[p.parts], 1};
+    for (int part = 0; part * p.part_blocks < visible; ++part) total.merge({parts[part], 1}, 1);
+    totals[line] = Statistics::finite_or_zero(total.max) + log2f(total.sum);
+  }
+  __syncthreads();
+  float* scores = p.scores + p.grid.list_start(head, row);
+  const float* sums = of_head + p.sums_before(row);
+  const float least = p.least_share(head, row);
+  for (int block = static_cast<int>(threadIdx.x); block <= diagonal; block += adding_threads) {
+    const float first = scores[block];
+    float second = 0;
+    if (block >= visible || first >= least) {
+      for (int line = 0; line < count; ++line)
+        second += sm90::exp2_fast(sums[(block << p.exact.log_lines) + line] - totals[line]);
+      second /= static_cast<float>(count);
+    }
+    scores[block] = 0.5F * (first + second);
+  }
+}
+
+// Rows [begin, end) have something to score. Those of some order heads, or some of one's, are worked on at a time.
+struct Work {
+  Work(const Options& options, const Geometry& g, std::int64_t order_heads, std::int64_t scored_rows)
+      : grid(g, order_heads),
+        lines(sample_of(options.two_step_exact, min_log_lines).lines()),
+        rows_at_once(std::max<std::int64_t>(group_lines / lines, 1)),
+        part_blocks(part_blocks_of(g)),
+        parts(static_cast<int>(ceil_div(g.blocks(), part_blocks))),
+        begin(grid.first_sparse_row() / rows_at_once * rows_at_once),
+        end(std::max<std::int64_t>(scored_rows, begin)) {}
+  // Returns how many numbers a head has in rows [from, to).
+  std::int64_t numbers(std::int64_t from, std::int64_t to) const {
+    return (grid.entries_before(static_cast<int>(to)) - grid.entries_before(static_cast<int>(from)) +
+            (to - from) * (parts + 1)) *
+           lines;
+  }
+  std::int64_t order_heads() const { return grid.heads / grid.order_group; }
+  std::int64_t order_heads_at_once(std::int64_t room) const {
+    return std::clamp<std::int64_t>(room / std::max<std::int64_t>(numbers(begin, end) * grid.order_group, 1), 1,
+                                    order_heads());
+  }
+  // Returns the end of the rows from `row` on whose numbers have room, or are the fewest.
+  std::int64_t end_of_part(std::int64_t row, std::int64_t room) const {
+    std::int64_t part = std::min(row + rows_at_once, end);
+    while (part < end && numbers(row, std::min(part + rows_at_once, end)) * grid.order_group <= room)
+      part = std::min(part + rows_at_once, end);
+    return part;
+  }
+  // Returns how many numbers are in memory at a time.
+  std::int64_t most() const {
+    const std::int64_t all = numbers(begin, end) * grid.heads;
+    if (all <= most_numbers) return all;
+    const std::int64_t fewest = numbers(std::max(end - rows_at_once, begin), end) * grid.order_group;
+    return std::max(most_numbers, fewest);
+  }
+
+  RowGrid grid;
+  std::int64_t lines;
+  std::int64_t rows_at_once;  // rows are cut in multiples of as many, so that strips are whole
+  int part_blocks, parts;
+  std::int64_t begin, end;
+};
+
+}  // namespace
+
+std::size_t two_step_scratch_size(const Options& options, const Geometry& geometry, std::int64_t order_heads,
+                                  std::int64_t dense_last_rows) {
+  const Work work(options, geometry, order_heads, geometry.rows() - dense_last_rows);
+  return work.begin >= work.end ? 0 : static_cast<std::size_t>(work.most()) * sizeof(float);
+}
+
+cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
+  const Geometry& g = args.geometry;
+  const Options& options = args.options;
+  const std::int64_t order_heads = args.permuted.order_heads;
+  const Work work(options, g, order_heads, scored_rows(args));
+  if (work.end <= work.grid.first_sparse_row()) return cudaSuccess;
+  Params p{.grid = work.grid,
+           .q = args.inputs.q,
+           .scores = scores_of(args),
+           .scored_rows = static_cast<int>(scored_rows(args)),
+           .scale_log2 = scale_log2(options.scale),
+           .options = args.options_of_heads(),
+           .reach = static_cast<float>(options.two_step_reach),
+           .pooled_own = args.pooled.own,
+           .means = sample_of(options.two_step_queries, std::countr_zero(unsigned{warp_lines})),
+           .exact = sample_of(options.two_step_exact, min_log_lines),
+           .part_blocks = work.part_blocks,
+           .parts = work.parts,
+           .sums = static_cast<float*>(args.scratch)};
+  const ConstView& k = args.inputs.k;
+  const auto in_order_heads = [&](const void* data, std::int64_t tokens) {
+    const std::int64_t head = tokens * g.shape.head_dim;
+    return ConstView{data, k.dtype, order_heads * head, head, g.shape.head_dim};
+  };
+  const auto make_map = [&](CUtensorMap& map, const ConstView& view, std::int64_t heads, std::int64_t tokens) {
+    return make_tensor_map(map, view, g.shape.batch, heads, tokens, g.shape.head_dim, tile_tokens);
+  };
+  KeyMaps maps;
+  if (!make_map(maps.pooled_k, in_order_heads(args.pooled.k, args.pooled.k_blocks), order_heads, permuted_blocks(g)) ||
+      !make_map(maps.permuted_k, args.permuted.k == nullptr ? k : in_order_heads(args.permuted.k, g.permuted_len()),
+                order_heads, g.permuted_len()) ||
+      !make_map(maps.k, k, g.shape.kv_heads, g.shape.kv_len))
+    return cudaErrorInvalidValue;
+  int multiprocessors = 0;
+  if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
+  return dispatch(k.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    constexpr int means_bytes = aligned_bytes<MeansShared<dim>>;
+    constexpr int keys_bytes = aligned_bytes<KeyShared<dim>>;
+    static_assert(means_bytes <= 227 * 1024 && keys_bytes <= 227 * 1024);
+    const dim3 resident(static_cast<unsigned>(std::min(MeansItem::count(p), multiprocessors)));
+    cudaError_t error = launch(score_sampled<T, dim>, resident, threads, means_bytes, stream,
+                               Start::after_earlier_kernels, p, MeansMaps{maps.pooled_k});
+    const auto room = static_cast<std::int64_t>(args.scratch_bytes / sizeof(float));
+    const std::int64_t at_once = work.order_heads_at_once(room);
+    for (std::int64_t head = 0; head < work.order_heads(); head += at_once)
+      for (std::int64_t row = work.begin; row < work.end && error == cudaSuccess; row = p.row_end) {
+        const std::int64_t heads_now = std::min(at_once, work.order_heads() - head);
+        const std::int64_t row_end = work.end_of_part(row, room);
+        p.first_order_head = static_cast<int>(head);
+        p.row_begin = static_cast<int>(row);
+        p.row_end = static_cast<int>(row_end);
+        p.head_sums = work.numbers(row, row_end);
+        const std::int64_t strips = ceil_div((row_end - row) * work.lines, group_lines) * p.grid.order_group;
+        const dim3 items(static_cast<unsigned>(p.parts + 1), static_cast<unsigned>(ceil_div(strips, groups)),
+                         static_cast<unsigned>(heads_now));
+        const dim3 rows(static_cast<unsigned>(row_end - row), static_cast<unsigned>(heads_now * p.grid.order_group));
+        error = in_order(
+            [&] { return launch(score_likely<T, dim>, items, threads, keys_bytes, stream, Start::early, p, maps); },
+            [&] { return launch(add_shares, rows, adding_threads, 0, stream, Start::early, p); });
+      }
+    return error;
+  });
+}
+
+}  // namespace pbsattn::cuda

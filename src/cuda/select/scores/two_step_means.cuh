@@ -1,0 +1,296 @@
+// The first step of two_step.cu: for each row the mean over its sampled queries of softmax over causal blocks of query
+// . pooled key, as per_query.cu has it for all queries.
+//
+// An *item* is 256 lines of one head, 8 rows of 32 queries, in two tiles of 128. Four warpgroups, two for each tile, go
+// through its pooled keys, 128 at a time, twice:
+//     S[line][block] = Q K^T      max and sum of exp2 of each line, in registers
+//     S^T[block][line] = K Q^T    weights exp2(S^T - log-sum-exp), summed over each row's lines
+// A tile's two warpgroups share its lines in the first sweep and each tile's blocks in the second. The few blocks of a
+// row's own segment are multiplied warp by warp (mma), 16 lines of one row. One thread brings keys through the copy
+// engine, three warps gather the queries of the next item. A thread block stays resident and takes every n-th item;
+// long rows come first, and heads side by side share L2.
+#pragma once
+
+#include "cuda/select/scores/per_query_fold.cuh"
+#include "cuda/select/scores/two_step.cuh"
+
+namespace pbsattn::cuda::two_step {
+
+constexpr int groups_of_tile = 2;
+constexpr int item_tiles = item_lines / tile_tokens;
+constexpr int slots = 2;  // items whose queries are in shared memory
+constexpr int gathering_threads = 96;
+constexpr int max_own_blocks = max_segment / block_tokens;
+constexpr int warp_lines = 16;
+static_assert(tile_tokens / warp_lines == 8, "a row has no fewer lines than a warp, so a tile no more rows");
+
+struct MeansMaps {
+  CUtensorMap pooled_k;
+};
+
+template <int head_dim>
+struct MeansShared {
+  static constexpr int stages = head_dim == 128 ? 2 : 4;
+  alignas(1024) unsigned char q[slots][item_tiles][SwizzledTile<head_dim>::bytes];
+  alignas(1024) unsigned char k[stages][SwizzledTile<head_dim>::bytes];
+  LogSum log_sums[slots][item_tiles][tile_tokens];
+  float shifts[slots][item_tiles][tile_tokens];                            // log_sums in one number
+  float own[slots][item_tiles][tile_tokens / warp_lines][max_own_blocks];  // a warp's part of the own segment's scores
+  Barrier q_full[slots], q_free[slots], k_full[stages], k_free[stages];
+
+  __device__ void init() {
+    for (Barrier& barrier : q_full) barrier.init(gathering_threads);
+    for (Barrier& barrier : k_full) barrier.init(1);
+    for (Barrier& barrier : q_free) barrier.init(groups * 4);
+    for (Barrier& barrier : k_free) barrier.init(groups * 4);
+    sm90::fence_barrier_init();
+  }
+};
+
+struct MeansItem {
+  __host__ __device__ static int rows_of(const Sample& sample) { return item_lines >> sample.log_lines; }
+  __host__ __device__ static int first(const Params& p) { return p.grid.first_sparse_row() / rows_of(p.means); }
+  __host__ __device__ static int count(const Params& p) {  // of all heads
+    return ((p.scored_rows - 1) / rows_of(p.means) - first(p) + 1) * p.grid.heads;
+  }
+
+  __device__ MeansItem(const Params& p, int index)
+      : head(index % p.grid.heads),
+        row(((p.scored_rows - 1) / rows_of(p.means) - index / p.grid.heads) * rows_of(p.means)),
+        tiles((p.visible(min(row + rows_of(p.means), p.scored_rows) - 1) + tile_tokens - 1) / tile_tokens) {}
+  int head;   // of all batch entries
+  int row;    // the first
+  int tiles;  // of keys that some row sees
+};
+
+template <int head_dim>
+__device__ void produce_means(const Params& p, const MeansMaps& maps, MeansShared<head_dim>& shared) {
+  CountedRing<MeansShared<head_dim>::stages> stage;
+  for (int index = blockIdx.x; index < MeansItem::count(p); index += gridDim.x) {
+    const MeansItem item(p, index);
+    for (int step = 0; step < 2 * item.tiles; ++step, stage.next()) {
+      const int tile = step < item.tiles ? step : step - item.tiles;
+      shared.k_free[stage.at()].wait(stage.parity() ^ 1);
+      shared.k_full[stage.at()].arrive_expecting(sizeof(shared.k[0]));
+      sm90::tma_load(shared.k[stage.at()], maps.pooled_k, shared.k_full[stage.at()], 0, tile * tile_tokens, 0,
+                     p.grid.order_head(item.head % p.grid.q_heads), item.head / p.grid.q_heads);
+    }
+  }
+}
+
+template <class T, int head_dim>
+__device__ void gather_means(const Params& p, MeansShared<head_dim>& shared, int thread) {
+  CountedRing<slots> slot;
+  for (int index = blockIdx.x; index < MeansItem::count(p); index += gridDim.x, slot.next()) {
+    const MeansItem item(p, index);
+    shared.q_free[slot.at()].wait(slot.parity() ^ 1);
+    gather_lines<T, head_dim>(p, p.means, item.head, item.row << p.means.log_lines, item_lines, shared.q[slot.at()][0],
+                              thread, gathering_threads);
+    commit_copies();
+    wait_copies<0>();
+    sm90::fence_async_shared();
+    shared.q_full[slot.at()].arrive();
+  }
+}
+
+// Sums a product's weights over the lines of each row: weight(s, n8, r, c) is that of an element of eight lines. Calls
+// store(whether it is of the tile's second four rows, sums of this thread's two blocks) in the lane of four that takes
+// a row.
+template <class Weight, class Store>
+__device__ void sum_lines(const float (&s)[64], int log_lines, Weight&& weight, Store&& store) {
+  const int lane = static_cast<int>(threadIdx.x) % 4;
+  const int eights = 1 << (log_lines - 3);  // of a row: 2 to 16
+  float sum[2] = {};
+  float mine[2] = {};
+#pragma unroll
+  for (int n8 = 0; n8 < tile_tokens / 8; ++n8) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += weight(s[4 * n8 + 2 * r], n8, 0) + weight(s[4 * n8 + 2 * r + 1], n8, 1);
+    if (n8 % 2 == 1 && ((n8 + 1) & (eights - 1)) == 0) {
+      const int row = n8 >> (log_lines - 3);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float of_row = quad_sum(sum[r]);
+        if (row % 4 == lane) mine[r] = of_row;
+        sum[r] = 0;
+      }
+      if (row % 4 == 3 || n8 == tile_tokens / 8 - 1) store(row >= 4, mine);
+    }
+  }
+}
+
+template <class T, int head_dim>
+__device__ void consume_means(const Params& p, MeansShared<head_dim>& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
+  const int group = warpgroup_index();
+  const int tile_of_item = group / groups_of_tile;
+  const int first_of_half = group % groups_of_tile * group_lines;
+  const int first_of_warp = first_of_half + warp * warp_lines;
+  const int rows_of_tile = tile_tokens >> p.means.log_lines;
+  CountedRing<slots> slot;
+  CountedRing<MeansShared<head_dim>::stages> stage;
+  float s[64];
+  const Turns<groups> turns(group);
+  // Goes through the `tiles` tiles of keys that the lines see, and passes over the item's others. start(keys) starts a
+  // tile's product in s, use(tile) takes it.
+  const auto for_each_tile = [&](const MeansItem& item, int tiles, auto&& start, auto&& use) {
+    for (int tile = 0; tile < item.tiles; ++tile, stage.next()) {
+      shared.k_full[stage.at()].wait(stage.parity());
+      turns.wait();
+      if (tile < tiles) {
+        start(shared.k[stage.at()]);
+        turns.pass();
+        sm90::wgmma_wait<0>();
+        sm90::pin(s);
+        if (lane == 0) shared.k_free[stage.at()].arrive();
+        use(tile);
+      } else {
+        turns.pass();
+        if (lane == 0) shared.k_free[stage.at()].arrive();
+      }
+    }
+  };
+
+  for (int index = blockIdx.x; index < MeansItem::count(p); index += gridDim.x, slot.next()) {
+    const MeansItem item(p, index);
+    const int first_row = item.row + tile_of_item * rows_of_tile;
+    const int last_row = min(first_row + rows_of_tile, p.scored_rows) - 1;
+    const int tiles = last_row < first_row ? 0 : (p.visible(last_row) + tile_tokens - 1) / tile_tokens;
+    // All of a warp's lines are of one row.
+    const int row = first_row + p.means.row_of(first_of_warp);
+    const int visible = p.visible(row);
+    const int diagonal = p.grid.diagonal(row);
+    const unsigned char* queries = shared.q[slot.at()][tile_of_item];
+    // Calls use(products, first of eight own blocks) for the warp's lines.
+    const auto for_each_own = [&](auto&& use) {
+      const std::int64_t first_own = std::int64_t{p.grid.kv_head(item.head)} * p.grid.blocks + visible;
+      const T* own_keys = static_cast<const T*>(p.pooled_own) + first_own * head_dim;
+      for (int own = 0; visible > 0 && visible + own <= diagonal; own += 8) {
+        float d[4];
+        multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, diagonal + 1 - visible - own);
+        use(d, own);
+      }
+    };
+    shared.q_full[slot.at()].wait(slot.parity());
+
+    Statistics statistics[2];
+    for_each_own([&](const float(&d)[4], int) {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) statistics[x / 2].merge({d[x], 1}, p.scale_log2);
+    });
+    for_each_tile(
+        item, tiles, [&](const unsigned char* keys) { start_product<T, head_dim>(s, queries, first_of_half, keys); },
+        [&](int tile) { fold(s, visible - tile * tile_tokens, p.scale_log2, statistics); });
+
+    LogSum* log_sums = shared.log_sums[slot.at()][tile_of_item];
+    float* shifts = shared.shifts[slot.at()][tile_of_item];
+    LogSum mine[2];
+    const int count = visible > 0 ? p.means.count(p.grid.queries_of(diagonal)) : 0;
+    bool tame = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      statistics[r].merge_across_lanes(p.scale_log2);
+      const int line = first_of_warp + lane / 4 + 8 * r;
+      const bool present = p.means.of_row(line) < count;
+      mine[r] = present ? LogSum{statistics[r].max, log2f(statistics[r].sum)} : LogSum{0, INFINITY};
+      const float shift = fmaf(mine[r].max, p.scale_log2, mine[r].log2_sum);
+      tame = tame && (!present || fabsf(shift) < max_shift);
+      if (lane % 4 == 0) {
+        log_sums[line] = mine[r];
+        shifts[line] = shift;
+      }
+    }
+    for_each_own([&](const float(&d)[4], int own) {
+      float sum[2] = {};
+#pragma unroll
+      for (int x = 0; x < 4; ++x)
+        sum[x % 2] += sm90::exp2_fast(fmaf(d[x] - mine[x / 2].max, p.scale_log2, -mine[x / 2].log2_sum));
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) sum[c] += __shfl_xor_sync(~0U, sum[c], offset);
+        if (lane < 4) shared.own[slot.at()][tile_of_item][first_of_warp / warp_lines][own + lane * 2 + c] = sum[c];
+      }
+    });
+    tame = wait_all(1 + tile_of_item, groups_of_tile * 128, tame);
+
+    // Returns where a row's scores are, and the share of each of its queries.
+    const auto scores_of_row = [&](int of) { return p.scores + p.grid.list_start(item.head, of); };
+    const auto share_of_row = [&](int of) {
+      return 1.0F / static_cast<float>(p.means.count(p.grid.queries_of(p.grid.diagonal(of))));
+    };
+    for (int i = static_cast<int>(threadIdx.x) % (groups_of_tile * 128); i < rows_of_tile * max_own_blocks;
+         i += groups_of_tile * 128) {
+      const int of_tile = i / max_own_blocks;
+      const int own = i % max_own_blocks;
+      const int of = first_row + of_tile;
+      if (p.visible(of) == 0 || p.visible(of) + own > p.grid.diagonal(of)) continue;
+      const int warps_of_row = p.means.lines() / warp_lines;
+      float sum = 0;
+      for (int i_warp = 0; i_warp < warps_of_row; ++i_warp)
+        sum += shared.own[slot.at()][tile_of_item][of_tile * warps_of_row + i_warp][own];
+      scores_of_row(of)[p.visible(of) + own] = sum * share_of_row(of);
+    }
+    // Of the row that this lane stores, of the tile's first four; of its second four it is made anew.
+    const auto end_of_row = [&](int of_tile) {
+      return of_tile < rows_of_tile ? p.visible(first_row + of_tile) - first_of_warp - lane / 4 : 0;
+    };
+    const auto place_of_row = [&](int of_tile) {
+      return scores_of_row(min(first_row + of_tile, p.grid.rows - 1)) + first_of_warp + lane / 4;
+    };
+    float* const to = place_of_row(lane % 4);
+    const int end = end_of_row(lane % 4);
+    const float share = share_of_row(min(first_row + lane % 4, p.grid.rows - 1));
+    for_each_tile(
+        item, tiles, [&](const unsigned char* keys) { start_product<T, head_dim>(s, keys, first_of_half, queries); },
+        [&](int tile) {
+          const auto store = [&](bool second, const float(&sums)[2]) {
+            float* const of = second ? place_of_row(4 + lane % 4) : to;
+            const int last = second ? end_of_row(4 + lane % 4) : end;
+            const float factor = second ? share_of_row(min(first_row + 4 + lane % 4, p.grid.rows - 1)) : share;
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+              if (const int block = tile * tile_tokens + 8 * r; block < last) of[block] = sums[r] * factor;
+          };
+          if (tame)
+            sum_lines(
+                s, p.means.log_lines,
+                [&](float x, int n8, int c) {
+                  return sm90::exp2_fast(fmaf(x, p.scale_log2, -shifts[n8 * 8 + lane % 4 * 2 + c]));
+                },
+                store);
+          else
+            sum_lines(
+                s, p.means.log_lines,
+                [&](float x, int n8, int c) {
+                  const LogSum of_line = log_sums[n8 * 8 + lane % 4 * 2 + c];
+                  return sm90::exp2_fast(fmaf(x - of_line.max, p.scale_log2, -of_line.log2_sum));
+                },
+                store);
+        });
+    if (lane == 0) shared.q_free[slot.at()].arrive();
+  }
+  turns.finish();
+}
+
+template <class T, int head_dim>
+__global__ void __launch_bounds__(threads, 1)
+    score_sampled(const __grid_constant__ Params p, const __grid_constant__ MeansMaps maps) {
+  auto& shared = aligned_shared<MeansShared<head_dim>>();
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  if (threadIdx.x < groups * 128) {
+    sm90::take_registers<multiplying_registers>();
+    consume_means<T, head_dim>(p, shared);
+  } else {
+    sm90::give_registers<other_registers>();
+    const int thread = static_cast<int>(threadIdx.x) - groups * 128;
+    if (thread >= 128 - gathering_threads)
+      gather_means<T, head_dim>(p, shared, thread - (128 - gathering_threads));
+    else if (thread == 0)
+      produce_means<head_dim>(p, maps, shared);
+  }
+}
+
+}  // namespace pbsattn::cuda::two_step
