@@ -34,7 +34,7 @@ import peers
 from block_lists import to_lists
 from check import check
 from inputs import from_file, random_mask, random_set, shuffle, with_density
-from library import BLOCK, SEGMENT, Library
+from library import ARRIVAL, BLOCK, KV_HEAD, LEARNED, SEGMENT, Library
 from timing import Report, keep_busy, milliseconds, milliseconds_in_graphs
 
 from common import run_main
@@ -46,12 +46,21 @@ MIB = 1 << 20
 WIDTHS = ((128, 128), (64, 64), (96, 96), (256, 256), (192, 128))
 # What the paper measured (arXiv 2510.21270), at which the whole op is timed.
 PAPER_DENSITY = {8 * K: 0.579, 32 * K: 0.405, 128 * K: 0.219}
+# Orders of two-step scores, and what it costs to read half the queries in a quarter of the way.
+TWO_STEP = {
+    "no order": {},
+    "learned": {"permutation": LEARNED, "order_scope": KV_HEAD},
+    "arrival": {"permutation": ARRIVAL, "order_scope": KV_HEAD},
+    "learned, 4 of 4": {"permutation": LEARNED, "order_scope": KV_HEAD, "two_step_exact": 4, "two_step_reach": 4},
+}
 # What `choosing` times: every score that there is on CUDA, with settings that keep few blocks, so that it's over soon.
 CHOOSING = {
     **dict.fromkeys(("pbs", "pbs+", "xattention", "mean-pool", "prism", "flexprefill"), {"top_p": 0.5}),
     **dict.fromkeys(("pbs-threshold", "pbs-sampled"), {"threshold": 0.01}),
     "flashprefill": {"threshold": 0.5},
     "minference": {},
+    "pbs-two-step": {},
+    **{f"two-step, {name}": {"method": "two-step", **options} for name, options in TWO_STEP.items()},
 }
 
 
@@ -211,13 +220,15 @@ class Bench:
             self.whole_op("pbs", "pbs", n, sets, self.reference)
             for method in ("pbs-threshold", "pbs-sampled"):
                 self.whole_op(method, method, n, sets, threshold=BLOCK / n)
+            for name, options in TWO_STEP.items():
+                self.whole_op(f"two-step, {name}", "two-step", n, sets, **options)
 
     def choosing(self):
         """What it takes to choose blocks, method by method: permute and select, and their share of cuDNN's dense time."""
         for n in PAPER_DENSITY:
             q, k, v = with_density(self.library, PAPER_DENSITY[n], n, HEADS, KV_HEADS, 128, seed=11)
             out = torch.empty_like(q)
-            plans = {method: self.library.plan(method, q, k, **options) for method, options in CHOOSING.items()}
+            plans = {name: self.library.plan(q=q, k=k, **{"method": name} | options) for name, options in CHOOSING.items()}
             seconds = {method: [] for method in plans}
             dense = []
             for _ in range(self.runs + 1):

@@ -25,7 +25,7 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools"))
 
 from inputs import structured_set
-from library import Library, Options, Plan
+from library import ARRIVAL, KV_HEAD, LEARNED, Library, Options, Plan
 
 from common import run_main
 
@@ -50,6 +50,9 @@ CASES = {
     "minference": ("minference", {}),
     "flexprefill, by masses": ("flexprefill", {"top_p": 0.5, "tau": 0.0}),
     "flexprefill, by pooling": ("flexprefill", {"top_p": 0.5, "tau": 1.0}),
+    "two-step": ("two-step", {}),
+    "two-step, learned": ("two-step", {"permutation": LEARNED, "order_scope": KV_HEAD}),
+    "two-step, arrival": ("two-step", {"permutation": ARRIVAL, "order_scope": KV_HEAD}),
 }
 
 
@@ -166,7 +169,11 @@ def main():
             for case, (method, changes) in CASES.items():
                 if arguments.only and not any(word in case for word in arguments.only):
                     continue
-                plans = [make_plan(library, method, *tensors[:2], **changes) for library in libraries]
+                try:
+                    plans = [make_plan(library, method, *tensors[:2], **changes) for library in libraries]
+                except RuntimeError as error:  # a build from before it could
+                    print(f"without {case}: {error}", flush=True)
+                    continue
                 times_of = measure(plans, tensors, arguments.runs)
                 slow = {name for name, times in times_of.items() if is_slower(times, arguments.limit)}
                 if slow:  # what was chance is gone the second time

@@ -9,6 +9,8 @@ BLOCK = 128
 SEGMENT = 256
 NO_CAP = 2**64 - 1
 CUDA = 2
+LEARNED, ARRIVAL = 2, 3  # permutations
+KV_HEAD = 1  # order scope
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 i32, i64, f32, f64, size_t, void_p = (
@@ -107,6 +109,10 @@ class Stats(Struct):
         return self.visited_blocks / self.causal_blocks
 
 
+class OrderWeights(Struct):
+    _fields_ = [("struct_size", size_t), ("values", void_p), ("count", size_t), ("pairs", i32), ("reserved", i32)]
+
+
 class Run(Struct):
     _fields_ = [
         ("struct_size", size_t),
@@ -116,7 +122,16 @@ class Run(Struct):
         ("workspace_size", size_t),
         ("stream", void_p),
         ("stats", ctypes.POINTER(Stats)),
+        ("sinks", void_p),
+        ("order_weights", ctypes.POINTER(OrderWeights)),
+        ("order", void_p),
     ]
+
+
+def weights_of(q, k):
+    """Order weights [KV head][head_dim / 2 + head_dim] that score a key by its product with the mean query."""
+    numbers = q[0].float().unflatten(0, (k.shape[1], -1)).mean((1, 2))
+    return torch.cat([torch.zeros_like(numbers[:, ::2]), numbers], 1).contiguous()
 
 
 def pointer(tensor):
@@ -210,6 +225,8 @@ class Plan:
         self.workspace_size = library.c.pbsattn_plan_workspace_size(self.handle)
         self.path = library.c.pbsattn_plan_path(self.handle).decode()
         self.workspace = torch.empty(self.workspace_size, dtype=torch.uint8, device="cuda")
+        learned = not by_head and options.permutation == LEARNED
+        self.weights = weights_of(q, k) if learned else None
 
     def __del__(self):
         if getattr(self, "handle", None):
@@ -223,6 +240,10 @@ class Plan:
             self.workspace_size,
             torch.cuda.current_stream().cuda_stream,
             None if stats is None else ctypes.pointer(stats),
+            None,
+            None
+            if self.weights is None
+            else ctypes.pointer(OrderWeights(pointer(self.weights), self.weights.numel(), 0, 0)),
         )
         self.library.check(self.library.c.pbsattn_plan_run(self.handle, ctypes.byref(call)))
 

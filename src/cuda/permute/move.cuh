@@ -62,32 +62,38 @@ template <class T, int head_dim>
 __device__ float learned_score(const unsigned char* tile, int row, const float* weights, bool neighbours) {
   using Swizzled = SwizzledTile<head_dim>;
   constexpr int half = head_dim / 2;
-  float total[4] = {};
+  // Squares of columns beyond 1e19 are infinite. Where that may have been, the columns are measured in a large unit.
+  for (float unit = 1;; unit = 0x1p64F) {
+    const float part = 1 / unit;
+    float numbers[2] = {};
+    float lengths[2] = {};
 #pragma unroll 2
-  for (int i = 0; i < Swizzled::chunks / 2; ++i) {
-    float low[8] = {}, high[8] = {};
-    add_to<T>(low, *reinterpret_cast<const uint4*>(tile + Swizzled::offset(row, i)));
-    add_to<T>(high, *reinterpret_cast<const uint4*>(tile + Swizzled::offset(row, i + Swizzled::chunks / 2)));
-    const float* of_low = weights + half + i * 8;
-    const float* of_high = of_low + half;
+    for (int i = 0; i < Swizzled::chunks / 2; ++i) {
+      float low[8] = {}, high[8] = {};
+      add_to<T>(low, *reinterpret_cast<const uint4*>(tile + Swizzled::offset(row, i)));
+      add_to<T>(high, *reinterpret_cast<const uint4*>(tile + Swizzled::offset(row, i + Swizzled::chunks / 2)));
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      total[0] = fmaf(of_low[j], low[j], total[0]);
-      total[1] = fmaf(of_high[j], high[j], total[1]);
-    }
-    if (neighbours) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        total[2] = fmaf(weights[i * 4 + j], length_of(low[2 * j], low[2 * j + 1]), total[2]);
-        total[3] = fmaf(weights[half / 2 + i * 4 + j], length_of(high[2 * j], high[2 * j + 1]), total[3]);
+      for (int j = 0; j < 8; ++j) {
+        numbers[0] = fmaf(weights[half + i * 8 + j], low[j], numbers[0]);
+        numbers[1] = fmaf(weights[2 * half + i * 8 + j], high[j], numbers[1]);
+        low[j] *= part;
+        high[j] *= part;
       }
-    } else {
+      if (neighbours) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        total[2 + j % 2] = fmaf(weights[i * 8 + j], length_of(low[j], high[j]), total[2 + j % 2]);
+        for (int j = 0; j < 4; ++j) {
+          lengths[0] = fmaf(weights[i * 4 + j], length_of(low[2 * j], low[2 * j + 1]), lengths[0]);
+          lengths[1] = fmaf(weights[half / 2 + i * 4 + j], length_of(high[2 * j], high[2 * j + 1]), lengths[1]);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          lengths[j % 2] = fmaf(weights[i * 8 + j], length_of(low[j], high[j]), lengths[j % 2]);
+      }
     }
+    const float score = fmaf(lengths[0] + lengths[1], unit, numbers[0] + numbers[1]);
+    if (isfinite(score) || unit > 1) return score;
   }
-  return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 template <class T, int head_dim>

@@ -39,7 +39,7 @@ int part_blocks_of(const Geometry& g) {
 
 // Adds to each score the share of the second step.
 __global__ void __launch_bounds__(adding_threads) add_shares(const __grid_constant__ Params p) {
-  __shared__ float totals[block_tokens];
+  __shared__ LogSum totals[block_tokens];  // of each query, as logarithms of base 2
   const int row = p.row_begin + static_cast<int>(blockIdx.x);
   const int head = p.first_order_head * p.grid.order_group + static_cast<int>(blockIdx.y);
   const int visible = p.visible(row);
@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(adding_threads) add_shares(const __grid_consta
   const int diagonal = p.grid.diagonal(row);
   const int count = p.exact.count(p.grid.queries_of(diagonal));
   const float* of_head = p.sums + blockIdx.y * p.head_sums;
-  for (int line = static_cast<int>(threadIdx.x); line < count; line += adding_threads) {
-    const float* parts = of_head + p.totals_before(row) + line * (p.parts + 1);
-    Statistics total{parts[p.parts], 1};
-    for (int part = 0; part * p.part_blocks < visible; ++part) total.merge({parts[part], 1}, 1);
-    totals[line] = Statistics::finite_or_zero(total.max) + log2f(total.sum);
+  for (int line = static_cast<int>(threadIdx.x); line < p.exact.lines(); line += adding_threads) {
+    const float* parts = of_head + p.totals_before(row) + line * (p.parts + 1) * 2;
+    Statistics total{parts[p.parts * 2], parts[p.parts * 2 + 1]};
+    for (int part = 0; part * p.part_blocks < visible; ++part) total.merge({parts[part * 2], parts[part * 2 + 1]}, 1);
+    totals[line] = line < count ? LogSum{total.max, log2f(total.sum)} : LogSum{0, INFINITY};
   }
   __syncthreads();
   float* scores = p.scores + p.grid.list_start(head, row);
@@ -62,8 +62,14 @@ __global__ void __launch_bounds__(adding_threads) add_shares(const __grid_consta
     const float first = scores[block];
     float second = 0;
     if (block >= visible || first >= least) {
-      for (int line = 0; line < count; ++line)
-        second += sm90::exp2_fast(sums[(block << p.exact.log_lines) + line] - totals[line]);
+      const float* of_block = sums + (block << p.exact.log_lines);
+      for (int line = 0; line < count; line += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(of_block + line);
+        const float log_sums[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          second += sm90::exp2_fast(log_sums[i] - totals[line + i].max - totals[line + i].log2_sum);
+      }
       second /= static_cast<float>(count);
     }
     scores[block] = 0.5F * (first + second);
@@ -83,7 +89,7 @@ struct Work {
   // Returns how many numbers a head has in rows [from, to).
   std::int64_t numbers(std::int64_t from, std::int64_t to) const {
     return (grid.entries_before(static_cast<int>(to)) - grid.entries_before(static_cast<int>(from)) +
-            (to - from) * (parts + 1)) *
+            (to - from) * (parts + 1) * 2) *
            lines;
   }
   std::int64_t order_heads() const { return grid.heads / grid.order_group; }

@@ -74,7 +74,7 @@ struct Params {
     return static_cast<int>(grid.entries_before(row) - grid.entries_before(row_begin)) * exact.lines();
   }
   __device__ int totals_before(int row) const {
-    return sums_before(row_end) + (row - row_begin) * exact.lines() * (parts + 1);
+    return sums_before(row_end) + (row - row_begin) * exact.lines() * (parts + 1) * 2;
   }
 };
 

@@ -175,7 +175,7 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
   }
   float s[64];
   float max[2] = {-INFINITY, -INFINITY};
-  Statistics total[2];  // log2 of the sum of what a query's softmax is over, in this part
+  Statistics total[2];  // of what a query's softmax is over, in this part, as logarithms of base 2
   Ring<key_stages> stage;
   const auto multiply = [&](auto&& between) {
     start_product<T, head_dim>(s, queries, first_line, shared.k[stage.at]);
@@ -208,10 +208,9 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
         for (int c = 0; c < 2; ++c)
           if ((read >> (i % 16 * 2 + c) & 1) != 0 || i * 2 + lane * 2 + c >= valid) s[i + 2 * r + c] = -INFINITY;
       }
-      constexpr float log2_of_keys = 7;
-      static_assert(1 << 7 == block_tokens);
-      float unused = -INFINITY;
-      total[r].merge({mass::log_sum_exactly(s, r, p.scale_log2, unused) + log2_of_keys, 1}, 1);
+      const float largest = quad_max(largest_of(s, r));
+      const float sum = quad_sum(sum_exactly(s, r, p.scale_log2, Statistics::finite_or_zero(largest)));
+      total[r].merge({largest * p.scale_log2, sum * block_tokens}, 1);
     }
   }
   if (item.own) {
@@ -263,8 +262,10 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
   for (int r = 0; r < 2; ++r) {
     if (lane != r || visible[r] <= (item.own ? 0 : item.begin)) continue;
     const int line = strip.line_of(r);
-    p.sums[p.of_head(strip.head) + p.totals_before(p.exact.row_of(line)) + p.exact.of_row(line) * (p.parts + 1) +
-           static_cast<int>(blockIdx.x)] = Statistics::finite_or_zero(total[r].max) + log2f(total[r].sum);
+    float* const to = p.sums + p.of_head(strip.head) + p.totals_before(p.exact.row_of(line)) +
+                      (p.exact.of_row(line) * (p.parts + 1) + static_cast<int>(blockIdx.x)) * 2;
+    to[0] = total[r].max;
+    to[1] = total[r].sum;
   }
 }
 

@@ -93,19 +93,21 @@ __device__ void gather_means(const Params& p, MeansShared<head_dim>& shared, int
   }
 }
 
-// Sums a product's weights over the lines of each row: weight(s, n8, r, c) is that of an element of eight lines. Calls
-// store(whether it is of the tile's second four rows, sums of this thread's two blocks) in the lane of four that takes
-// a row.
-template <class Weight, class Store>
-__device__ void sum_lines(const float (&s)[64], int log_lines, Weight&& weight, Store&& store) {
+// Sums a product's weights over the lines of each row: of two lines side by side, load(first) brings what
+// weight(product, that, which of the two) takes. Calls store(whether it is of the tile's second four rows, sums of this
+// thread's two blocks) in the lane of four that takes a row.
+template <class Load, class Weight, class Store>
+__device__ void sum_lines(const float (&s)[64], int log_lines, Load&& load, Weight&& weight, Store&& store) {
   const int lane = static_cast<int>(threadIdx.x) % 4;
   const int eights = 1 << (log_lines - 3);  // of a row: 2 to 16
   float sum[2] = {};
   float mine[2] = {};
 #pragma unroll
   for (int n8 = 0; n8 < tile_tokens / 8; ++n8) {
+    const auto of_lines = load(n8 * 8 + lane * 2);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] += weight(s[4 * n8 + 2 * r], n8, 0) + weight(s[4 * n8 + 2 * r + 1], n8, 1);
+    for (int r = 0; r < 2; ++r)
+      sum[r] += weight(s[4 * n8 + 2 * r], of_lines, 0) + weight(s[4 * n8 + 2 * r + 1], of_lines, 1);
     if (n8 % 2 == 1 && ((n8 + 1) & (eights - 1)) == 0) {
       const int row = n8 >> (log_lines - 3);
 #pragma unroll
@@ -255,17 +257,16 @@ __device__ void consume_means(const Params& p, MeansShared<head_dim>& shared) {
           };
           if (tame)
             sum_lines(
-                s, p.means.log_lines,
-                [&](float x, int n8, int c) {
-                  return sm90::exp2_fast(fmaf(x, p.scale_log2, -shifts[n8 * 8 + lane % 4 * 2 + c]));
+                s, p.means.log_lines, [&](int line) { return *reinterpret_cast<const float2*>(shifts + line); },
+                [&](float x, float2 shift, int i) {
+                  return sm90::exp2_fast(fmaf(x, p.scale_log2, i == 0 ? -shift.x : -shift.y));
                 },
                 store);
           else
             sum_lines(
-                s, p.means.log_lines,
-                [&](float x, int n8, int c) {
-                  const LogSum of_line = log_sums[n8 * 8 + lane % 4 * 2 + c];
-                  return sm90::exp2_fast(fmaf(x - of_line.max, p.scale_log2, -of_line.log2_sum));
+                s, p.means.log_lines, [&](int line) { return *reinterpret_cast<const float4*>(log_sums + line); },
+                [&](float x, float4 of, int i) {
+                  return sm90::exp2_fast(fmaf(x - (i == 0 ? of.x : of.z), p.scale_log2, i == 0 ? -of.y : -of.w));
                 },
                 store);
         });
