@@ -8,6 +8,7 @@
 #include "cuda/device_run.h"
 #include "cuda/limits.h"
 #include "cuda/select/select.h"
+#include "pbsattn/options.hpp"
 #include "reference/definition.h"
 
 namespace pbsattn::test {
@@ -111,38 +112,51 @@ INSTANTIATE_TEST_SUITE_P(
                     LongRows{"n1m_all_equal", 1 << 20, 300, 0.0, 0.37F}, LongRows{"n3m", 3 << 20, 100, 1.0, 0.99F}),
     [](const auto& test) { return test.param.name; });
 
+class CudaSelectParts : public testing::TestWithParam<BlockScore> {};
+
 // Scores that multiply queries by keys work on as many heads, or rows of a head, as there is scratch for.
-TEST(CudaSelectParts, GiveTheSameLists) {
+TEST_P(CudaSelectParts, GiveTheSameLists) {
   const Geometry g{.shape = {.q_heads = 2, .kv_heads = 1, .q_len = 5900, .kv_len = 6001, .head_dim = 64}};
   Normal normal(3);
   const Pooled q(g.shape.q_heads * g.shape.q_len, 64, 1, normal);
   const Pooled k(g.shape.kv_len, 64, 1, normal);
-  DeviceMemory device_q(q.bits.size() * 2), device_k(k.bits.size() * 2);
+  const Pooled means(g.blocks(), 64, 1, normal);
+  DeviceMemory device_q(q.bits.size() * 2), device_k(k.bits.size() * 2), device_means(means.bits.size() * 2);
   device_q.upload(q.bits.data());
   device_k.upload(k.bits.data());
-  for (const BlockScore score : {BlockScore::antidiagonal_causal, BlockScore::exact}) {
-    const std::size_t whole = cuda::score_scratch_size({.score = score}, g, g.shape.kv_heads, 0);
-    std::optional<Lists> of_whole;
-    for (const std::size_t scratch_bytes : {whole, whole / 2, whole / 3}) {
-      SCOPED_TRACE(scratch_bytes);
-      const DeviceMemory scratch(scratch_bytes);
-      const Lists lists =
-          run_select({.geometry = g,
-                      .options = {.score = score, .keep = KeepRule::top_p, .top_p = 0.6F, .scale = 0.2F},
-                      .inputs = {.q = {device_q.data(), DType::bf16, 0, g.shape.q_len * 64, 64},
-                                 .k = {device_k.data(), DType::bf16, 0, 0, 64},
-                                 .v = {}},
-                      .scratch = scratch.data(),
-                      .scratch_bytes = scratch_bytes},
-                     0);
-      EXPECT_TRUE(scratch.guards_intact());
-      EXPECT_GT(std::ranges::min(lists.count), 0);
-      if (!of_whole) of_whole = lists;
-      EXPECT_EQ(lists.count, of_whole->count);
-      EXPECT_EQ(lists.block, of_whole->block);
-    }
+  device_means.upload(means.bits.data());
+  Options options{.score = GetParam(), .keep = KeepRule::top_p, .top_p = 0.6F, .scale = 0.2F};
+  if (options.score == BlockScore::two_step) {
+    options.keep = KeepRule::threshold;
+    options.threshold = 0.04F;
+  }
+  const std::size_t whole = cuda::score_scratch_size(options, g, g.shape.kv_heads, 0);
+  std::optional<Lists> of_whole;
+  for (const std::size_t scratch_bytes : {whole, whole / 2, whole / 3}) {
+    SCOPED_TRACE(scratch_bytes);
+    const DeviceMemory scratch(scratch_bytes);
+    const Lists lists =
+        run_select({.geometry = g,
+                    .options = options,
+                    .inputs = {.q = {device_q.data(), DType::bf16, 0, g.shape.q_len * 64, 64},
+                               .k = {device_k.data(), DType::bf16, 0, 0, 64},
+                               .v = {}},
+                    .pooled = {.k = device_means.data(), .k_blocks = g.blocks(), .own = device_means.data()},
+                    .scratch = scratch.data(),
+                    .scratch_bytes = scratch_bytes},
+                   0);
+    EXPECT_TRUE(scratch.guards_intact());
+    EXPECT_GT(std::ranges::min(lists.count), 0);
+    EXPECT_LT(lists.count.back(), g.blocks()) << "it chooses";
+    if (!of_whole) of_whole = lists;
+    EXPECT_EQ(lists.count, of_whole->count);
+    EXPECT_EQ(lists.block, of_whole->block);
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Scores, CudaSelectParts,
+                         testing::Values(BlockScore::antidiagonal_causal, BlockScore::exact, BlockScore::two_step),
+                         [](const auto& test) { return std::string(name_of(test.param)); });
 
 }  // namespace
 }  // namespace pbsattn::test
