@@ -139,6 +139,36 @@ TEST(CudaOrders, ChunksKeepTheOrderThatASegmentArrivedIn) {
   }
 }
 
+// The caller's orders may lie apart, as those of a cache that has room for more tokens.
+TEST(CudaOrders, AreReadAndWrittenWhereTheCallerKeepsThem) {
+  constexpr std::int64_t tokens = 1024;
+  constexpr std::int64_t head_stride = 1500;
+  constexpr std::int64_t batch_stride = 3100;
+  Problem problem(with_orders(shape_of(400, 1100, 64, 4, 2, 2), 256, 512));
+  Problem again(with_orders(shape_of(400, 1100, 64, 4, 2, 2), 256, 512));
+  run_on_device(ordered(Permutation::arrival), problem);
+  const DeviceProblem device(again);
+  const Plan plan = Plan::create(ordered(Permutation::arrival), again.shape, Device::cuda());
+  const DeviceMemory workspace(plan.workspace_size());
+  std::vector<std::int32_t> apart(2 * batch_stride, -7);
+  for (std::int64_t head = 0; head < 4; ++head)
+    std::copy_n(again.order.begin() + head * tokens, 512,
+                apart.begin() + head / 2 * batch_stride + head % 2 * head_stride);
+  DeviceMemory memory(apart.size() * sizeof(std::int32_t));
+  memory.upload(apart.data());
+  Outputs outputs = device.outputs();
+  outputs.order = {reinterpret_cast<std::int32_t*>(memory.data()), batch_stride, head_stride, 512};
+  plan.run(device.inputs(), outputs, {workspace.data(), workspace.size()});
+  expect_success(cudaDeviceSynchronize());
+  memory.download(apart.data());
+  std::int64_t untouched = 0;
+  for (std::int64_t i = 0; i < std::ssize(apart); ++i) untouched += static_cast<std::int64_t>(apart[i] == -7);
+  EXPECT_EQ(untouched, std::ssize(apart) - 4 * tokens);
+  for (std::int64_t head = 0; head < 4; ++head)
+    EXPECT_TRUE(std::equal(problem.order.begin() + head * tokens, problem.order.begin() + (head + 1) * tokens,
+                           apart.begin() + head / 2 * batch_stride + head % 2 * head_stride));
+}
+
 TEST(CudaOrders, WithoutAPlaceToKeepThemTheyAreTheSame) {
   const Shape shape = shape_of(700, 1100, 128, 4, 2);
   Problem kept(with_orders(shape, 256, 0));
