@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cuda/select/scores/per_query_fold.cuh"
-#include "cuda/select/scores/two_step.cuh"
+#include "cuda/select/scores/two_step/lines.cuh"
 
 namespace pbsattn::cuda::two_step {
 

@@ -1,8 +1,8 @@
 // BlockScore::two_step on Hopper, in three launches:
 //   1. score_sampled: shares[row][block] by some of a row's queries and the means of all causal blocks
-//      (two_step_means.cuh).
+//      (means.cuh).
 //   2. score_likely: for some more queries and the keys of blocks whose share may make them kept, and of the own
-//      segment, log-sum-exps of each query over each such block (two_step_keys.cuh).
+//      segment, log-sum-exps of each query over each such block (keys.cuh).
 //   3. add_shares: score[row][block] = half the sum of both shares, or half of the first where a block isn't read.
 // The log-sum-exps of some order heads, or of some rows of one, are in memory at a time.
 //
@@ -13,8 +13,8 @@
 #include <algorithm>
 #include <bit>
 
-#include "cuda/select/scores/two_step_keys.cuh"
-#include "cuda/select/scores/two_step_means.cuh"
+#include "cuda/select/scores/two_step/keys.cuh"
+#include "cuda/select/scores/two_step/means.cuh"
 
 namespace pbsattn::cuda {
 namespace {
