@@ -115,6 +115,7 @@ class CudaExecutor final : public detail::Executor {
         .q = advanced(call.inputs.q, batch, q_head),
         .k = advanced(call.inputs.k, batch, kv_head),
         .v = advanced(call.inputs.v, batch, kv_head),
+        .sinks = sinks_of(call.inputs, q_head, g.shape.q_heads),
         .order_weights = {weights.values.subspan(features * static_cast<std::size_t>(kv_head)), weights.pairs}};
     KeyOrder kept = call.outputs.order;
     if (kept.data != nullptr) kept.data += batch * kept.batch_stride + kv_head * kept.head_stride;
@@ -169,6 +170,11 @@ class CudaExecutor final : public detail::Executor {
       check(correct(attention, layout.pooled, common_dense_rows(spec.option_sets()), call.stream),
             "launching the correction");
     mark();
+  }
+
+  static std::span<const float> sinks_of(const Inputs& inputs, std::int64_t first_head, std::int64_t heads) {
+    if (inputs.sinks.empty()) return {};
+    return inputs.sinks.subspan(static_cast<std::size_t>(first_head), static_cast<std::size_t>(heads));
   }
 
   std::int64_t count_visited(const Call& call, const Layout& layout, const Extent& extent) const {

@@ -110,7 +110,7 @@ void check_buffers(const detail::PlanSpec& spec, const Inputs& inputs, const Out
   check_view(inputs.k, "k", s, s.kv_heads, s.kv_len, dtype, spec.device_index);
   check_view(inputs.v, "v", s, s.kv_heads, s.kv_len, dtype, spec.device_index);
   check_view(outputs.out, "out", s, s.q_heads, s.q_len, dtype, spec.device_index);
-  if (!inputs.sinks.empty()) refuse("sinks: the CUDA backend takes none; leave them out, or use Device::cpu()");
+  if (!inputs.sinks.empty()) check_memory(inputs.sinks.data(), "sinks", spec.device_index);
   if (outputs.lse != nullptr) check_memory(outputs.lse, "lse", spec.device_index);
   if (!inputs.order_weights.values.empty())
     check_memory(inputs.order_weights.values.data(), "order_weights", spec.device_index);

@@ -56,9 +56,11 @@ DeviceProblem::DeviceProblem(const Problem& problem)
       lse_(problem.lse.size() * sizeof(float)),
       order_weights_(problem.order_weights.size() * sizeof(float)),
       order_(problem.order.size() * sizeof(std::int32_t)),
+      sinks_(problem.sinks.size() * sizeof(float)),
       inputs_{.q = moved(problem.q.view(), problem.q, q_),
               .k = moved(problem.k.view(), problem.k, k_),
-              .v = moved(problem.v.view(), problem.v, v_)} {
+              .v = moved(problem.v.view(), problem.v, v_),
+              .sinks = {reinterpret_cast<const float*>(sinks_.data()), problem.sinks.size()}} {
   const ConstView out = problem.out.view();
   outputs_.out = {.data = nullptr,
                   .dtype = out.dtype,
@@ -80,6 +82,7 @@ void DeviceProblem::upload_inputs(const Problem& problem) {
   k_.upload(problem.k.bytes().data());
   v_.upload(problem.v.bytes().data());
   order_weights_.upload(problem.order_weights.data());
+  sinks_.upload(problem.sinks.data());
 }
 void DeviceProblem::download_outputs(Problem& problem) const {
   const std::byte* first = problem.out.bytes().data();

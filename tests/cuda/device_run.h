@@ -45,7 +45,7 @@ class DeviceProblem {
   void download_outputs(Problem& problem) const;
 
  private:
-  DeviceMemory q_, k_, v_, out_, lse_, order_weights_, order_;
+  DeviceMemory q_, k_, v_, out_, lse_, order_weights_, order_, sinks_;
   Inputs inputs_;
   Outputs outputs_;
 };

@@ -128,7 +128,12 @@ TEST(CudaPlan, RefusesBadBuffers) {
   inputs = device.inputs();
   const std::vector<float> sinks(static_cast<std::size_t>(problem.shape.q_heads));
   inputs.sinks = sinks;
-  EXPECT_NE(refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::unsupported).find("sinks: "),
+  EXPECT_NE(refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::invalid_argument)
+                .find("sinks: not in"),
+            std::string::npos);
+  inputs.sinks = {reinterpret_cast<const float*>(memory.data()), sinks.size() - 1};
+  EXPECT_NE(refusal_of([&] { plan.run(inputs, device.outputs(), memory); }, ErrorCode::invalid_argument)
+                .find("sinks of 5 heads"),
             std::string::npos);
   Outputs outputs = device.outputs();
   outputs.lse = problem.lse.data();

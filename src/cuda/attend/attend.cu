@@ -6,6 +6,7 @@
 //             m before = m    m = max(m, rows of S)    O = O exp2(scale (m before - m))    P = exp2(scale (S - m))
 //         O = O + P [V 1]
 //     out = O / its last column    lse = scale m + log(O's last column)
+//     where the head has a sink: both are merged with a key of that logit and a value of zeros
 //
 // So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it. 256 leaves
 // f16 a margin, and is seldom exceeded. The sums of P are of P as rounded for the product, so that a key with all the
@@ -45,9 +46,10 @@ namespace {
 
 using namespace attention;
 
-template <class Element, int head_dim>
+template <class Element, int head_dim, class Layer>
 __global__ void __launch_bounds__(threads, 1)
-    attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps) {
+    attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps,
+                  const __grid_constant__ Layer layer) {
   auto& shared = aligned_shared<Shared<Element, head_dim>>();
   if (threadIdx.x == 0) shared.init_barriers();
   shared.init_ones();
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(threads, 1)
     }
   } else {
     sm90::take_registers<consumer_registers>();
-    consume(p, shared, role - 1);
+    consume(p, layer, shared, role - 1);
   }
 }
 
@@ -217,8 +219,12 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   return dispatch(args.inputs.q.dtype, shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     constexpr int shared_bytes = aligned_bytes<Shared<T, dim>>;
     static_assert(shared_bytes <= 227 * 1024);
-    return launch(attend_kernel<T, dim>, dim3(std::min(tiles, multiprocessors)), threads, shared_bytes, stream, start,
-                  params, maps);
+    const auto launch_for = [&]<class L>(const L& layer) {
+      return launch(attend_kernel<T, dim, L>, dim3(std::min(tiles, multiprocessors)), threads, shared_bytes, stream,
+                    start, params, maps, layer);
+    };
+    if (args.inputs.sinks.empty()) return launch_for(PlainLayer{});
+    return launch_for(Layer{.sinks = args.inputs.sinks.data()});
   });
 }
 

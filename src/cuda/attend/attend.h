@@ -18,9 +18,9 @@ namespace pbsattn::cuda {
 // Views are of f16 or bf16, all four alike, with 16-byte aligned data and strides of multiples of 8 elements.
 // To work pass by pass, give the pass's head counts and pointers advanced to its first head.
 struct AttendArgs {
-  Geometry geometry;  // block 128; head_dim 64 or 128
-  float scale = 0;    // factor on q . k
-  Inputs inputs = {};
+  Geometry geometry;                  // block 128; head_dim 64 or 128
+  float scale = 0;                    // factor on q . k
+  Inputs inputs = {};                 // sinks, if any, are in device memory
   Permuted permuted = {};             // k and v are read, if not null
   BlockLists lists = {};              // with null: dense causal attention
   Outputs outputs = {};               // [batch][q_heads][q_len][head_dim]; lse at lse_batch_stride, optional: of

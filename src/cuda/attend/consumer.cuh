@@ -1,6 +1,8 @@
 // A consumer warpgroup: 64 queries of a tile; attend.cu has the whole picture.
 #pragma once
 
+#include "cuda/attend/layer.cuh"
+#include "cuda/attend/merger.cuh"
 #include "cuda/attend/tile.cuh"
 
 namespace pbsattn::cuda::attention {
@@ -17,8 +19,8 @@ __device__ bool any_exceeds(const std::uint32_t (&weights)[32]) {
   return __any_sync(0xFFFFFFFF, (most[0] & 0xFFFF) > limit || most[0] >> 16 > limit);
 }
 
-template <class Shared>
-__device__ void consume(const AttendParams& p, Shared& shared, int warpgroup_index) {
+template <class Layer, class Shared>
+__device__ void consume(const AttendParams& p, const Layer& layer, Shared& shared, int warpgroup_index) {
   using Element = typename Shared::Element;
   constexpr int head_dim = Shared::head_dim;
   constexpr int outputs = head_dim / 2;  // registers of O, and 4 of sums
@@ -100,9 +102,15 @@ __device__ void consume(const AttendParams& p, Shared& shared, int warpgroup_ind
     for (int r = 0; r < 2; ++r) {
       const float sum = o[outputs + 2 * r];
       inverse[r] = sum == 0 ? 0 : 1 / sum;
+      const auto log_sum = [&] { return sum == 0 ? -infinity : fmaf(softmax.maximum[r], p.scale, logf(sum)); };
+      Merger merger;
+      if constexpr (!Layer::plain) {
+        merger = {log_sum(), layer.sink(tile.head)};
+        inverse[r] *= merger.a;
+      }
       const int query = tile.token + row + 8 * r - p.grid.q_offset;
       if (p.lse != nullptr && lane % 4 == 0 && query >= 0 && query < p.grid.q_len) {
-        const float lse = sum == 0 ? -infinity : fmaf(softmax.maximum[r], p.scale, logf(sum));
+        const float lse = Layer::plain ? log_sum() : merger.lse;
         p.lse[tile.batch * p.lse_batch_stride + std::int64_t{tile.head} * p.grid.q_len + query] = lse;
       }
     }

@@ -9,6 +9,7 @@ namespace pbsattn::cuda {
 // from their log-sum-exps, and the log-sum-exp of both. Of two parts without any weight nothing is left: factors of 0
 // and -inf. A NaN makes all three NaN.
 struct Merger {
+  Merger() = default;
   __device__ Merger(float lse_a, float lse_b) {
     const float top = fmaxf(lse_a, lse_b);
     if (lse_a == -INFINITY && lse_b == -INFINITY) return;
