@@ -180,7 +180,11 @@ class CudaExecutor final : public detail::Executor {
   std::int64_t count_visited(const Call& call, const Layout& layout, const Extent& extent) const {
     const Geometry g = Layout::geometry_of(spec.geometry, extent);
     const std::int64_t heads = g.shape.batch * g.shape.q_heads;
-    if (!sparse_) return heads * g.causal_blocks_per_head();
+    if (!sparse_) {
+      std::int64_t blocks = 0;
+      for (std::int64_t row = 0; row < g.rows(); ++row) blocks += g.diagonal(row) + 1 - g.window_begin(row);
+      return heads * blocks;
+    }
     const auto count = read(call, layout.lists.row_count, heads * g.rows());
     return std::accumulate(count.begin(), count.end(), std::int64_t{0});
   }
@@ -214,7 +218,8 @@ class CudaExecutor final : public detail::Executor {
         if (sparse_) {
           trace.block.insert(trace.block.end(), block.begin() + start[tile], block.begin() + start[tile] + count[tile]);
         } else {
-          for (std::int64_t b = 0; b <= g.diagonal(row); ++b) trace.block.push_back(static_cast<std::int32_t>(b));
+          for (std::int64_t b = g.window_begin(row); b <= g.diagonal(row); ++b)
+            trace.block.push_back(static_cast<std::int32_t>(b));
         }
         trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
       }

@@ -23,21 +23,26 @@ struct Case {
   bool shared_order = false;
   DType dtype = DType::bf16;
   TensorLayout layout = TensorLayout::bhsd;
-  bool nan_values = false;  // one in the middle of each block of V, each in a column of its own
+  bool sinks = false;
+  int window = Options{}.window;  // where it hides keys, nothing else is chosen
+  bool nan_values = false;        // one in the middle of each block of V, each in a column of its own
 };
 
 void PrintTo(const Case& c, std::ostream* stream) {
   *stream << c.name;
 }
 
-// A random order inside each complete segment, and random lists with the own segment.
+// A random order inside each complete segment, and random lists with the own segment; of a window its blocks.
 Trace random_trace(const Case& test, const Geometry& g, std::mt19937_64& random) {
   const Shape& s = g.shape;
   Trace trace{
       .first_row = g.first_row(), .rows = g.rows(), .blocks = g.blocks(), .order = {}, .row_start = {}, .block = {}};
   for (std::int64_t head = 0; head < s.batch * s.q_heads; ++head) {
     const auto begin = trace.order.size();
-    if (test.shared_order && head % g.group() != 0) {
+    if (g.windowed()) {
+      trace.order.resize(begin + s.kv_len);
+      std::iota(trace.order.begin() + begin, trace.order.end(), 0);
+    } else if (test.shared_order && head % g.group() != 0) {
       const std::vector<std::int32_t> same(trace.order.end() - s.kv_len, trace.order.end());
       trace.order.insert(trace.order.end(), same.begin(), same.end());
     } else {
@@ -49,8 +54,8 @@ Trace random_trace(const Case& test, const Geometry& g, std::mt19937_64& random)
     for (std::int64_t r = 0; r < g.rows(); ++r) {
       trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
       const double density = test.density >= 0 ? test.density : r == g.rows() / 2 ? 1 : 0.02;
-      for (std::int64_t b = 0; b <= g.diagonal(r); ++b) {
-        const bool kept = static_cast<double>(random() >> 11) * 0x1p-53 < density;
+      for (std::int64_t b = g.window_begin(r); b <= g.diagonal(r); ++b) {
+        const bool kept = g.windowed() || static_cast<double>(random() >> 11) * 0x1p-53 < density;
         if (b >= g.own_begin(r) || kept) trace.block.push_back(static_cast<std::int32_t>(b));
       }
     }
@@ -96,13 +101,16 @@ class CudaAttend : public testing::TestWithParam<Case> {};
 TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   const Case& test = GetParam();
   std::mt19937_64 random(11);
-  Problem problem(alike(test.shape, test.dtype, test.layout));
+  ProblemSpec spec = alike(test.shape, test.dtype, test.layout);
+  spec.sinks = test.sinks;
+  Problem problem(spec);
   if (test.nan_values) {
     for (std::int64_t h = 0; h < test.shape.kv_heads; ++h)
       for (std::int64_t b = 0; b < test.shape.kv_len / 128; ++b) problem.v.set(0, h, 128 * b + 64, b, std::nan(""));
   }
   Options options = method("pbs");
   options.segment = test.segment;
+  options.window = test.window;
   options = resolved(options, test.shape);
   const Geometry g = geometry_of(options, test.shape);
   const Trace trace = random_trace(test, g, random);
@@ -119,13 +127,15 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   DeviceMemory scratch(cuda::attend_scratch_size(g));
   const cuda::BlockLists lists{pointer<std::int64_t>(row_start), pointer<std::int32_t>(row_count),
                                pointer<std::int32_t>(block)};
+  const cuda::Permuted moved{.order_heads = order_heads, .k = k->data(), .v = v->data()};
+  const bool windowed = g.windowed();
 
   DeviceProblem device(problem);
   const cuda::AttendArgs args{.geometry = g,
                               .scale = options.scale,
                               .inputs = device.inputs(),
-                              .permuted = {.order_heads = order_heads, .k = k->data(), .v = v->data()},
-                              .lists = lists,
+                              .permuted = windowed ? cuda::Permuted{.order_heads = test.shape.kv_heads} : moved,
+                              .lists = windowed ? cuda::BlockLists{} : lists,
                               .outputs = device.outputs(),
                               .lse_batch_stride = test.shape.q_heads * test.shape.q_len,
                               .scratch = scratch.data()};
@@ -161,6 +171,14 @@ std::vector<Case> cases() {
                    .shape = shape_of(2048, 2048, d, 12, 2),
                    .density = 0.2,
                    .nan_values = true});
+    all.push_back({.name = name("sinks"), .shape = shape_of(1000, 1000, d, 12, 2), .density = 0.3, .sinks = true});
+    for (const int window : {60, 128, 300})
+      for (const bool nan_values : {false, true})
+        all.push_back({.name = name(nan_values ? "nan_values_window" : "window") + "_" + std::to_string(window),
+                       .shape = shape_of(2048, 2048, d, 12, 2),
+                       .sinks = true,
+                       .window = window,
+                       .nan_values = nan_values});
     all.push_back(
         {name("f16_tokens_first"), shape_of(777, 777, d, 4, 2, 2), 0.5, 256, false, DType::f16, TensorLayout::bshd});
   }

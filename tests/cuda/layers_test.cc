@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cuda/device_run.h"
+#include "support/hostile.h"
 #include "support/judge.h"
 
 namespace pbsattn::test {
@@ -57,6 +58,33 @@ std::vector<MethodCase> sinks() {
   return cases;
 }
 
+// Smaller than a block, than a segment, and larger; around whole blocks, where the edge lies in one block or in two.
+// All of a method's choices are without effect, unless the window hides nothing.
+std::vector<MethodCase> windows() {
+  const auto windowed = [](int window) {
+    Options options = pbs(0.5F);
+    options.window = window;
+    options.correction = Correction::mean;
+    options.sink_blocks = 2;
+    return options;
+  };
+  std::vector<MethodCase> cases;
+  for (const int window : {1, 2, 63, 64, 65, 127, 128, 129, 130, 191, 255, 256, 257, 300, 384, 640, 1099, 1100, 4096})
+    for (const std::int64_t q_len : {1, 130, 300, 1100})
+      cases.push_back({"of" + std::to_string(window) + "_chunk" + std::to_string(q_len),
+                       alike(shape_of(q_len, 1100, q_len == 130 ? 128 : 64)), windowed(window)});
+  cases.push_back({"of4096", alike(shape_of(300, 9000, 128)), windowed(4096)});
+  for (const int window : {100, 200, 512})
+    cases.push_back({"heads_f16_of" + std::to_string(window),
+                     with_sinks(alike(shape_of(500, 900, 128, 6, 2, 2), DType::f16, TensorLayout::bshd)),
+                     windowed(window)});
+  // More tiles than processors, so that slots of tiles are used again.
+  for (const int window : {50, 128, 700})
+    cases.push_back({"many_tiles_of" + std::to_string(window), with_sinks(alike(shape_of(2048, 2048, 64, 12, 2))),
+                     windowed(window)});
+  return cases;
+}
+
 class CudaLayers : public testing::TestWithParam<MethodCase> {};
 
 TEST_P(CudaLayers, AgreesWithTheReference) {
@@ -67,6 +95,60 @@ TEST_P(CudaLayers, AgreesWithTheReference) {
 
 const auto name_of = [](const auto& test) { return test.param.name; };
 INSTANTIATE_TEST_SUITE_P(Sinks, CudaLayers, testing::ValuesIn(sinks()), name_of);
+INSTANTIATE_TEST_SUITE_P(Windows, CudaLayers, testing::ValuesIn(windows()), name_of);
+
+// Values that are no numbers spoil who sees them, and nobody else.
+class CudaHostileWindows : public testing::TestWithParam<HostileCase> {};
+
+constexpr Shape hostile_shape{.q_heads = 2, .kv_heads = 1, .q_len = 600, .kv_len = 600, .head_dim = 64};
+
+TEST_P(CudaHostileWindows, AgreeWithTheReference) {
+  for (const int window : {1, 40, 128, 150, 300})
+    for (const std::int64_t dim : {64, 128}) {
+      SCOPED_TRACE(window);
+      Shape shape = hostile_shape;
+      shape.head_dim = dim;
+      Problem problem(with_sinks(alike(shape)));
+      GetParam().change(problem);
+      Options options = method("full");
+      options.window = window;
+      expect_right(problem, run_on_device(options, problem), DType::bf16);
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Values, CudaHostileWindows, testing::ValuesIn(hostile_cases(hostile_shape, 128)),
+                         [](const auto& test) { return test.param.name; });
+
+TEST(CudaWindows, BadValuesAtEachPlaceOfABlock) {
+  const Shape shape{.q_heads = 1, .q_len = 520, .kv_len = 520, .head_dim = 64};
+  for (const int window : {30, 128, 200}) {
+    SCOPED_TRACE(window);
+    Problem problem(alike(shape));
+    for (std::int64_t token = 0; token < shape.kv_len; ++token) {
+      const std::int64_t column = token * 7 % 61;
+      if (token % 3 == 0) problem.v.set(0, 0, token, column, std::nan(""));
+    }
+    Options options = method("full");
+    options.window = window;
+    expect_right(problem, run_on_device(options, problem), DType::bf16);
+  }
+}
+
+// A window's plan says so, takes no more than dense attention's, and lists its blocks.
+TEST(CudaWindows, AreAllThatTheirPlanComputes) {
+  const Shape shape{.q_heads = 2, .q_len = 1000, .kv_len = 1000, .head_dim = 64};
+  Options options = pbs(0.5F);
+  options.window = 200;
+  const Plan plan = Plan::create(options, shape, Device::cuda());
+  EXPECT_EQ(plan.path(), "sm90_dense");
+  EXPECT_EQ(plan.workspace_size(), Plan::create(method("full"), shape, Device::cuda()).workspace_size());
+  Problem problem(alike(shape));
+  const RunResult result = run_on_device(options, problem);
+  EXPECT_EQ(result.options.keep, KeepRule::all);
+  EXPECT_EQ(row_list(result.trace, 1, 1), (std::vector<std::int32_t>{0, 1}));
+  EXPECT_EQ(row_list(result.trace, 1, 7), (std::vector<std::int32_t>{5, 6, 7}));  // token 896 sees 697 .. 896
+  EXPECT_EQ(result.stats.visited_blocks, 2 * (1 + 2 + 6 * 3));
+}
 
 // A sink far above every logit takes all weight, one of -inf none, and one that is no number spoils its head.
 TEST(CudaSinks, AtTheirEnds) {

@@ -7,6 +7,7 @@
 //         O = O + P [V 1]
 //     out = O / its last column    lse = scale m + log(O's last column)
 //     where the head has a sink: both are merged with a key of that logit and a value of zeros
+//     a window's blocks are the list, and where its edge passes through a block, m is looked for with what it leaves
 //
 // So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it. 256 leaves
 // f16 a margin, and is seldom exceeded. The sums of P are of P as rounded for the product, so that a key with all the
@@ -18,7 +19,7 @@
 //     two drift apart by themselves, so that one multiplies while the other exponentiates. A tile's last product runs
 //     beside the next one's first;
 //   - one *producer*, of four warps with a role each: `schedule` takes tiles, after the first from a counter, `load`
-//     brings Q, K and V into shared memory, `guard` looks for values on the diagonal that masked queries must not see,
+//     brings Q, K and V into shared memory, `guard` looks for values that masked queries must not see,
 //     `store` takes finished outputs away.
 //
 // Barriers, all in shared memory ("full": producer to consumer, "free": back):
@@ -26,8 +27,8 @@
 //     q_full/free    [slot][wg]  64 queries; after the last product the same memory carries the 64 outputs, hence:
 //     out_full       [slot][wg]  outputs are written (store waits, then frees q)
 //     k_full/free, v_full/free [stage]  one key block's K or V
-//     v_asked        [slot]      the diagonal block's V is on its way
-//     guarded        [slot]      the diagonal block's V is safe to multiply
+//     v_asked        [slot][guard]  V of a block that some query doesn't see whole is on its way
+//     guarded        [slot][guard]  that V is safe to multiply
 // Those of a tile count threads; k_free and v_free, which cost most, count warps.
 
 #include <algorithm>
@@ -50,7 +51,7 @@ template <class Element, int head_dim, class Layer>
 __global__ void __launch_bounds__(threads, 1)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps,
                   const __grid_constant__ Layer layer) {
-  auto& shared = aligned_shared<Shared<Element, head_dim>>();
+  auto& shared = aligned_shared<Shared<Element, head_dim, Layer::guards>>();
   if (threadIdx.x == 0) shared.init_barriers();
   shared.init_ones();
   __syncthreads();
@@ -59,11 +60,11 @@ __global__ void __launch_bounds__(threads, 1)
     sm90::give_registers<producer_registers>();
     const int lane = threadIdx.x % 32;
     switch (threadIdx.x / 32) {
-      case 0: load(p, maps, shared, lane); break;
+      case 0: load(p, maps, layer, shared, lane); break;
       case 1: store(p, maps, shared, lane); break;
-      case 2: guard(shared, lane); break;
+      case 2: guard(layer, shared, lane); break;
       case 3:
-        if (lane == 0) schedule(p, shared);
+        if (lane == 0) schedule(p, layer, shared);
         break;
     }
   } else {
@@ -217,14 +218,14 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   // Dense tiles are known beforehand, so work on the first ones may start beside reset_places.
   const Start start = dense && params.next_place != nullptr ? Start::early : Start::after_earlier_kernels;
   return dispatch(args.inputs.q.dtype, shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    constexpr int shared_bytes = aligned_bytes<Shared<T, dim>>;
-    static_assert(shared_bytes <= 227 * 1024);
     const auto launch_for = [&]<class L>(const L& layer) {
+      constexpr int shared_bytes = aligned_bytes<Shared<T, dim, L::guards>>;
+      static_assert(shared_bytes <= 227 * 1024);
       return launch(attend_kernel<T, dim, L>, dim3(std::min(tiles, multiprocessors)), threads, shared_bytes, stream,
                     start, params, maps, layer);
     };
-    if (args.inputs.sinks.empty()) return launch_for(PlainLayer{});
-    return launch_for(Layer{.sinks = args.inputs.sinks.data()});
+    if (args.inputs.sinks.empty() && !g.windowed()) return launch_for(PlainLayer{});
+    return launch_for(layer_of(args.inputs, g.window));
   });
 }
 

@@ -117,9 +117,27 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
 #pragma unroll
     for (int i = 0; i < outputs; ++i) o[i] *= inverse[i % 4 / 2];
     if (shared.any_bad[slot.at] != 0) {
+      if constexpr (Layer::plain) {
 #pragma unroll
-      for (int i = 0; i < outputs; ++i) {
-        if (row + i % 4 / 2 * 8 >= shared.first_bad[slot.at][i / 4 * 8 + column + i % 2]) o[i] = not_a_number;
+        for (int i = 0; i < outputs; ++i) {
+          if (row + i % 4 / 2 * 8 >= shared.first_bad[slot.at][i / 4 * 8 + column + i % 2]) o[i] = not_a_number;
+        }
+      } else {
+#pragma unroll
+        for (int first = 0; first < outputs; first += 32) {
+          std::uint32_t spoilt = 0;
+#pragma unroll 1
+          for (int i = 0; i < min(32, outputs - first); ++i) {
+            const int at_row = row + i % 4 / 2 * 8;
+            const int at_column = (first + i) / 4 * 8 + column + i % 2;
+            if (layer.template sees_bad<Element>(p.grid, tile, at_row, at_column)) spoilt |= 1U << i;
+          }
+#pragma unroll
+          for (int i = 0; i < min(32, outputs - first); ++i) {
+            if ((spoilt >> i & 1) != 0) o[first + i] = not_a_number;
+          }
+        }
+        __syncwarp();
       }
     }
 
@@ -137,6 +155,24 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     sm90::fence_async_shared();
     shared.out_full[slot.at][wg].arrive();
     shared.tile_free[slot.at].arrive();
+  };
+
+  // Hides keys of the block at a place of the list that the window has left behind.
+  const auto hide_left = [&](int place) {
+    if constexpr (!Layer::plain) {
+      const int first = row + place * block - layer.window + 1;
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        if (i / 4 * 8 + column + i % 2 < first + i % 4 / 2 * 8) s[i] = -infinity;
+      }
+    }
+  };
+  // Waits until V at a place, but the first, is safe to multiply.
+  const auto await_guard = [&](int place, const Ring<tile_slots>& slot) {
+    if constexpr (!Layer::plain) {
+      const int guard = layer.guard_of(place);
+      if (place > 0 && guard > 0) shared.guarded[slot.at][guard].wait(slot.parity);
+    }
   };
 
   // Waits for a tile's queries and the keys of its first block, the diagonal one.
@@ -162,13 +198,15 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     for (int i = 0; i < 64; ++i) {
       if (i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
     }
+    if (layer.has_edge(0)) hide_left(0);
     raise();
-    shared.guarded[slot.at].wait(slot.parity);
+    shared.guarded[slot.at][0].wait(slot.parity);
     shared.v_full[v.at].wait(v.parity);
 
     // The blocks before it: this block's S and softmax beside the P V of the block after it.
     bool k_full = false;
     for (int i = 1; i < tile.count; ++i) {
+      await_guard(i - 1, slot);
       if (!k_full) shared.k_full[k.at].wait(k.parity);
       multiply_qk();
       multiply_pv();
@@ -191,8 +229,10 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       // product (C7513).
 #pragma unroll
       for (int j = 0; j < 32; ++j) asm volatile("mov.b32 %0, %1;" : "=r"(weights[j]) : "r"(next_weights[j]));
-      if (exceeds || !settled) raise();
+      if (layer.has_edge(i)) hide_left(i);
+      if (exceeds || !settled || layer.has_edge(i)) raise();
     }
+    await_guard(tile.count - 1, slot);
 
     // The next tile's first product runs beside this tile's end.
     Ring<tile_slots> next_slot = slot;

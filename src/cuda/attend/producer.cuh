@@ -1,13 +1,14 @@
 // The producer's four warps; attend.cu has the whole picture.
 #pragma once
 
+#include "cuda/attend/layer.cuh"
 #include "cuda/attend/tile.cuh"
 #include "cuda/sm90/launch.h"
 
 namespace pbsattn::cuda::attention {
 
-template <class Shared>
-__device__ void schedule(const AttendParams& p, Shared& shared) {
+template <class Layer, class Shared>
+__device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shared) {
   Ring<tile_slots> slot;
   int place = static_cast<int>(blockIdx.x);  // there are as many tiles as thread blocks, or more
   for (bool more = true; more; slot.next()) {
@@ -20,7 +21,7 @@ __device__ void schedule(const AttendParams& p, Shared& shared) {
       tile.head = head % p.grid.q_heads;
       tile.batch = head / p.grid.q_heads;
       tile.token = diagonal * block;
-      tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : diagonal + 1;
+      tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : layer.blocks(p.grid, diagonal);
       tile.list = p.lists.row_start != nullptr ? p.lists.row_start[index] : 0;
     }
     shared.tile_free[slot.at].wait(slot.parity ^ 1);
@@ -35,8 +36,8 @@ __device__ void schedule(const AttendParams& p, Shared& shared) {
   }
 }
 
-template <class Shared>
-__device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shared, int lane) {
+template <class Layer, class Shared>
+__device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer& layer, Shared& shared, int lane) {
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
   using KVTile = typename Shared::KVTile;
@@ -79,15 +80,19 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
                        tile.token + wg * 64 - p.grid.q_offset, 0, tile.head, tile.batch);
       }
     }
-    const auto announce_v = [&] {
-      if (lane == 0) shared.v_asked[slot.at].arrive();
+    // Tells a guard that V is on its way.
+    const auto announce_v = [&](int guard) {
+      if (lane == 0) shared.v_asked[slot.at][guard].arrive();
     };
     int before = 0;
     for (int i = 0; i < tile.count; ++i) {
       const int b = __shfl_sync(0xFFFFFFFF, now, i % 32);
       load_k(b);
       if (i > 0) load_v(before);
-      if (i == 1) announce_v();
+      if (i == 1) announce_v(0);
+#pragma unroll
+      for (int guard = 1; guard < Layer::guards; ++guard)
+        if (i == layer.guarded_place(guard) + 1) announce_v(guard);
       before = b;
       if (i % 32 == 31) {
         now = then;
@@ -95,14 +100,18 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, Shared& shar
       }
     }
     load_v(before);
-    if (tile.count == 1) announce_v();
+    if (tile.count == 1) announce_v(0);
+#pragma unroll
+    for (int guard = 1; guard < Layer::guards; ++guard)  // and of places beyond the list, of which none will come
+      if (tile.count <= layer.guarded_place(guard) + 1) announce_v(guard);
   });
 }
 
-// A masked query's P is zero, but zero times NaN or infinity is not. Finds such values in the diagonal block's V, puts
-// zeros in their place and notes from which key on, that is from which query on, an output is spoilt.
-template <class Shared>
-__device__ void guard(Shared& shared, int lane) {
+// A masked query's P is zero, but zero times NaN or infinity is not. Finds such values in V of the blocks that some
+// query doesn't see whole, puts zeros in their place and notes, where that is the diagonal block alone, from which key
+// on, that is from which query on, an output is spoilt.
+template <class Layer, class Shared>
+__device__ void guard(const Layer& layer, Shared& shared, int lane) {
   using Pair = typename Bits<typename Shared::Element>::Pair;
   constexpr std::uint32_t exponent = Bits<typename Shared::Element>::infinite;
   constexpr int words = Shared::head_dim / 64;  // each lane looks after so many pairs of columns
@@ -112,45 +121,65 @@ __device__ void guard(Shared& shared, int lane) {
   const int column = lane * 2 * words;
   Ring<Shared::v_stages> v;
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
-    // Only once the copy is under way: until then v_full counts copies of the tile before, and a phase of theirs may
-    // have this parity.
-    shared.v_asked[slot.at].wait(slot.parity);
-    shared.v_full[v.at].wait(v.parity);
     const auto slice = [&](int row) -> Slice& {
       auto* line = shared.v[v.at].tile[column / panel][row];
       return *reinterpret_cast<Slice*>(line + (column % panel / 8 ^ row % 8) * 8 + column % 8);
     };
-    Pair product[words] = {};  // with zero: NaN if any value is not finite
-#pragma unroll 16
-    for (int row = 0; row < block; ++row) {
-      const Slice values = slice(row);
+    // Puts zeros in place of bad values; returns whether there are any.
+    const auto clean = [&] {
+      Pair product[words] = {};  // with zero: NaN if any value is not finite
+#pragma unroll(Layer::plain ? 16 : 8)
+      for (int row = 0; row < block; ++row) {
+        const Slice values = slice(row);
 #pragma unroll
-      for (int w = 0; w < words; ++w) {
-        product[w] = __hfma2(reinterpret_cast<const Pair&>(values.word[w]), Pair{}, product[w]);
-      }
-    }
-    bool bad = false;
-#pragma unroll
-    for (int w = 0; w < words; ++w) bad = bad || __hisnan(product[w].x) || __hisnan(product[w].y);
-    const bool any_bad = __any_sync(0xFFFFFFFF, bad);
-    if (any_bad) {
-      for (int w = 0; w < words; ++w) {
-        int first[2] = {block, block};
-        for (int row = block - 1; row >= 0; --row) {
-          std::uint32_t& bits = slice(row).word[w];
-          for (int c = 0; c < 2; ++c) {
-            if ((bits >> 16 * c & exponent) != exponent) continue;
-            first[c] = row;
-            bits &= c == 0 ? 0xFFFF0000 : 0x0000FFFF;
-          }
+        for (int w = 0; w < words; ++w) {
+          product[w] = __hfma2(reinterpret_cast<const Pair&>(values.word[w]), Pair{}, product[w]);
         }
-        for (int c = 0; c < 2; ++c) shared.first_bad[slot.at][column + 2 * w + c] = first[c];
       }
-      sm90::fence_async_shared();
+      bool bad = false;
+#pragma unroll
+      for (int w = 0; w < words; ++w) bad = bad || __hisnan(product[w].x) || __hisnan(product[w].y);
+      const bool any_bad = __any_sync(0xFFFFFFFF, bad);
+      if (any_bad) {
+        for (int w = 0; w < words; ++w) {
+          int first[2] = {block, block};
+          for (int row = block - 1; row >= 0; --row) {
+            std::uint32_t& bits = slice(row).word[w];
+            for (int c = 0; c < 2; ++c) {
+              if ((bits >> 16 * c & exponent) != exponent) continue;
+              first[c] = row;
+              bits &= c == 0 ? 0xFFFF0000 : 0x0000FFFF;
+            }
+          }
+          if constexpr (Layer::plain)
+            for (int c = 0; c < 2; ++c) shared.first_bad[slot.at][column + 2 * w + c] = first[c];
+        }
+        sm90::fence_async_shared();
+      }
+      return any_bad;
+    };
+    bool any_bad = false;
+    int place = 0;
+    const auto look = [&](int guard) {
+      // Only once the copy is under way: until then v_full counts copies of the tile before, and a phase of theirs may
+      // have this parity.
+      shared.v_asked[slot.at][guard].wait(slot.parity);
+      if (const int at = layer.guarded_place(guard); guard == 0 || at < tile.count) {
+        if (guard > 0) v.next(at - place);
+        place = at;
+        shared.v_full[v.at].wait(v.parity);
+        any_bad = clean() || any_bad;
+      }
+      if (lane == 0) shared.any_bad[slot.at] = any_bad;
+      shared.guarded[slot.at][guard].arrive();
+    };
+    if constexpr (Layer::plain) {
+      look(0);
+    } else {
+#pragma unroll 1  // unrolled, it would need more registers than the producer has
+      for (int guard = 0; guard < Layer::guards; ++guard) look(guard);
     }
-    if (lane == 0) shared.any_bad[slot.at] = any_bad;
-    shared.guarded[slot.at].arrive();
-    v.next(tile.count);
+    v.next(tile.count - place);
   });
 }
 

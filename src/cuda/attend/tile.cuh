@@ -69,10 +69,11 @@ struct Bits<__half> {
   static constexpr std::uint32_t largest_weight = 0x5C00;
 };
 
-template <class Element_, int head_dim_>
+template <class Element_, int head_dim_, int guards_>
 struct Shared {
   using Element = Element_;
   static constexpr int head_dim = head_dim_;
+  static constexpr int guards = guards_;
   static constexpr int panels = head_dim / panel;
   static constexpr int k_stages = head_dim == 128 ? 2 : 4;
   static constexpr int v_stages = head_dim == 128 ? 2 : 4;
@@ -91,7 +92,8 @@ struct Shared {
   Tile tile[tile_slots];
   int any_bad[tile_slots];
   int first_bad[tile_slots][head_dim];  // if any_bad: first key of the diagonal block whose V is not finite, or 128
-  sm90::Barrier tile_full[tile_slots], tile_free[tile_slots], v_asked[tile_slots], guarded[tile_slots];
+  sm90::Barrier tile_full[tile_slots], tile_free[tile_slots];
+  sm90::Barrier v_asked[tile_slots][guards], guarded[tile_slots][guards];
   sm90::Barrier q_full[tile_slots][consumers], q_free[tile_slots][consumers], out_full[tile_slots][consumers];
   sm90::Barrier k_full[k_stages], k_free[k_stages], v_full[v_stages], v_free[v_stages];
 
@@ -100,8 +102,8 @@ struct Shared {
     for (int slot = 0; slot < tile_slots; ++slot) {
       tile_full[slot].init(1);
       tile_free[slot].init(32 * (consumer_warps + 3));  // and load, store and guard
-      v_asked[slot].init(1);
-      guarded[slot].init(32);
+      for (sm90::Barrier& barrier : v_asked[slot]) barrier.init(1);
+      for (sm90::Barrier& barrier : guarded[slot]) barrier.init(32);
       for (int wg = 0; wg < consumers; ++wg) {
         q_full[slot][wg].init(1);
         q_free[slot][wg].init(32);
