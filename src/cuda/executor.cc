@@ -158,6 +158,7 @@ class CudaExecutor final : public detail::Executor {
     const AttendArgs attention{
         .geometry = g,
         .scale = spec.options.scale,
+        .softcap = spec.options.softcap,
         .inputs = inputs,
         .permuted = layout.permuted,
         .lists = layout.lists,

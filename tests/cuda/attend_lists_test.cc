@@ -24,6 +24,7 @@ struct Case {
   DType dtype = DType::bf16;
   TensorLayout layout = TensorLayout::bhsd;
   bool sinks = false;
+  float softcap = 0;
   int window = Options{}.window;  // where it hides keys, nothing else is chosen
   bool nan_values = false;        // one in the middle of each block of V, each in a column of its own
 };
@@ -111,6 +112,7 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   Options options = method("pbs");
   options.segment = test.segment;
   options.window = test.window;
+  options.softcap = test.softcap;
   options = resolved(options, test.shape);
   const Geometry g = geometry_of(options, test.shape);
   const Trace trace = random_trace(test, g, random);
@@ -133,6 +135,7 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   DeviceProblem device(problem);
   const cuda::AttendArgs args{.geometry = g,
                               .scale = options.scale,
+                              .softcap = options.softcap,
                               .inputs = device.inputs(),
                               .permuted = windowed ? cuda::Permuted{.order_heads = test.shape.kv_heads} : moved,
                               .lists = windowed ? cuda::BlockLists{} : lists,
@@ -151,7 +154,7 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
     ASSERT_EQ(problem.out.bytes(), first) << "run " << run;
   }
   EXPECT_TRUE(scratch.guards_intact());
-  expect_output(problem, options, trace, DType::bf16);
+  expect_output(problem, options, trace, test.dtype);
 }
 
 std::vector<Case> cases() {
@@ -172,6 +175,20 @@ std::vector<Case> cases() {
                    .density = 0.2,
                    .nan_values = true});
     all.push_back({.name = name("sinks"), .shape = shape_of(1000, 1000, d, 12, 2), .density = 0.3, .sinks = true});
+    // Far below most logits, amid them, above all, and so far above that its polynomial has no terms left.
+    for (const float softcap : {0.5F, 8.0F, 50.0F, 1e4F, 1e8F})
+      for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
+        all.push_back({.name = name(type) + "_capped_" + std::to_string(static_cast<int>(10 * softcap)),
+                       .shape = shape_of(1000, 1000, d, 4, 2),
+                       .density = 0.5,
+                       .dtype = dtype,
+                       .softcap = softcap});
+    all.push_back({.name = name("capped_window_nan_values"),
+                   .shape = shape_of(2048, 2048, d, 12, 2),
+                   .sinks = true,
+                   .softcap = 20,
+                   .window = 300,
+                   .nan_values = true});
     for (const int window : {60, 128, 300})
       for (const bool nan_values : {false, true})
         all.push_back({.name = name(nan_values ? "nan_values_window" : "window") + "_" + std::to_string(window),

@@ -6,8 +6,9 @@
 //             m before = m    m = max(m, rows of S)    O = O exp2(scale (m before - m))    P = exp2(scale (S - m))
 //         O = O + P [V 1]
 //     out = O / its last column    lse = scale m + log(O's last column)
-//     where the head has a sink: both are merged with a key of that logit and a value of zeros
-//     a window's blocks are the list, and where its edge passes through a block, m is looked for with what it leaves
+//     where logits are capped: S = cap(Q K^T), by a polynomial in P's exponent; where that doesn't hold, m is looked
+//     for where the head has a sink: both are merged with a key of that logit and a value of zeros a window's blocks
+//     are the list, and where its edge passes through a block, m is looked for with what it leaves
 //
 // So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it. 256 leaves
 // f16 a margin, and is seldom exceeded. The sums of P are of P as rounded for the product, so that a key with all the
@@ -224,8 +225,10 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
       return launch(attend_kernel<T, dim, L>, dim3(std::min(tiles, multiprocessors)), threads, shared_bytes, stream,
                     start, params, maps, layer);
     };
+    const Layer layer = layer_of(args.inputs, g.window);
+    if (args.softcap != 0.0F) return launch_for(capped_layer_of(layer, args.softcap, args.scale));
     if (args.inputs.sinks.empty() && !g.windowed()) return launch_for(PlainLayer{});
-    return launch_for(layer_of(args.inputs, g.window));
+    return launch_for(layer);
   });
 }
 

@@ -20,6 +20,7 @@ namespace pbsattn::cuda {
 struct AttendArgs {
   Geometry geometry;                  // block 128; head_dim 64 or 128
   float scale = 0;                    // factor on q . k
+  float softcap = 0;                  // of logits; 0: none
   Inputs inputs = {};                 // sinks, if any, are in device memory
   Permuted permuted = {};             // k and v are read, if not null
   BlockLists lists = {};              // with null: dense causal attention

@@ -19,6 +19,31 @@ __device__ bool any_exceeds(const std::uint32_t (&weights)[32]) {
   return __any_sync(0xFFFFFFFF, (most[0] & 0xFFFF) > limit || most[0] >> 16 > limit);
 }
 
+// Weighs products whose logits are capped. Returns whether the layer's polynomial holds for all of the warp's.
+template <class Element>
+__device__ bool weigh_products(const CappedLayer& layer, const float (&s)[64], const float (&offset)[2],
+                               std::uint32_t (&weights)[32]) {
+  std::uint32_t largest = 0;  // square, by its bits, where NaN is above all numbers
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    float weight[2];
+    std::uint32_t squares[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float score = s[2 * i + c];
+      const float square = score * score;
+      float factor = layer.term[tanh_terms - 1];
+#pragma unroll
+      for (int term = tanh_terms - 2; term >= 0; --term) factor = fmaf(factor, square, layer.term[term]);
+      weight[c] = sm90::exp2_fast(fmaf(score, factor, -offset[i % 2]));
+      squares[c] = __float_as_uint(square);
+    }
+    weights[i] = pack<Element>(weight[0], weight[1]);
+    largest = __vimax3_u32(largest, squares[0], squares[1]);
+  }
+  return __all_sync(0xFFFFFFFF, largest <= __float_as_uint(layer.reach)) != 0;
+}
+
 template <class Layer, class Shared>
 __device__ void consume(const AttendParams& p, const Layer& layer, Shared& shared, int warpgroup_index) {
   using Element = typename Shared::Element;
@@ -84,9 +109,15 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       into[i] = pack<Element>(weight(2 * i), weight(2 * i + 1));
     }
   };
-  // Looks for the maxima with this block's scores, rescales what was weighed before, and weighs this block by them.
+  // Looks for the maxima with this block's scores, but those that hide() hides, rescales what was weighed before, and
+  // weighs this block by them.
   bool settled = false;
-  const auto raise = [&] {
+  const auto raise = [&](auto&& hide) {
+    if constexpr (Layer::caps) {
+#pragma unroll
+      for (float& x : s) x = layer.cap(x);
+    }
+    hide();
     float factor[2];
     softmax.raise(s, p.scale_log2, factor);
 #pragma unroll
@@ -194,12 +225,13 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     sm90::wgmma_wait<0>();
     sm90::pin(s);
     free_k();
+    raise([&] {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      if (i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
-    }
-    if (layer.has_edge(0)) hide_left(0);
-    raise();
+      for (int i = 0; i < 64; ++i) {
+        if (i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
+      }
+      if (layer.has_edge(0)) hide_left(0);
+    });
     shared.guarded[slot.at][0].wait(slot.parity);
     shared.v_full[v.at].wait(v.parity);
 
@@ -219,7 +251,11 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       const bool v_full = shared.v_full[next_v.at].test(next_v.parity);
       k_full = shared.k_full[k.at].test(k.parity);
       std::uint32_t next_weights[32];
-      weigh(next_weights);
+      bool holds = true;
+      if constexpr (Layer::caps)
+        holds = weigh_products<Element>(layer, s, softmax.offset, next_weights);
+      else
+        weigh(next_weights);
       const bool exceeds = any_exceeds<Element>(next_weights);
       if (!v_full) shared.v_full[next_v.at].wait(next_v.parity);
       sm90::wgmma_wait<0>();
@@ -229,8 +265,11 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       // product (C7513).
 #pragma unroll
       for (int j = 0; j < 32; ++j) asm volatile("mov.b32 %0, %1;" : "=r"(weights[j]) : "r"(next_weights[j]));
-      if (layer.has_edge(i)) hide_left(i);
-      if (exceeds || !settled || layer.has_edge(i)) raise();
+      if (exceeds || !settled || !holds || layer.has_edge(i)) {
+        raise([&] {
+          if (layer.has_edge(i)) hide_left(i);
+        });
+      }
     }
     await_guard(tile.count - 1, slot);
 

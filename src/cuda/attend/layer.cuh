@@ -6,15 +6,20 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "cuda/arrays.h"
 #include "cuda/attend/tile.cuh"
+#include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 
 namespace pbsattn::cuda::attention {
 
 // Nothing: of each block but the diagonal one every query sees every key.
 struct PlainLayer {
   static constexpr bool plain = true;
+  static constexpr bool caps = false;
   static constexpr int guards = 1;
 
   __device__ static int blocks(const RowGrid&, int diagonal) { return diagonal + 1; }
@@ -24,6 +29,7 @@ struct PlainLayer {
 
 struct Layer {
   static constexpr bool plain = false;
+  static constexpr bool caps = false;
   static constexpr int guards = 3;  // the diagonal block, and two that the window's edge may pass through
 
   // Returns the logit of one more key of a query head, which has no value.
@@ -63,11 +69,39 @@ struct Layer {
   ConstView v;
 };
 
+// With capped logits besides.
+struct CappedLayer : Layer {
+  static constexpr bool caps = true;
+
+  SoftCap cap;
+  // A product times this polynomial in its square is its weight's exponent of base 2, up to a square of `reach`: where
+  // the logit is its cap.
+  float term[tanh_terms];
+  float reach;
+};
+
 inline Layer layer_of(const Inputs& inputs, std::int64_t window) {
   return {.sinks = inputs.sinks.empty() ? nullptr : inputs.sinks.data(),
           .window = static_cast<int>(window),
           .edge = static_cast<int>(window / block),
           .v = inputs.v};
+}
+inline CappedLayer capped_layer_of(const Layer& layer, float softcap, float scale) {
+  CappedLayer capped{layer, soft_cap_of(softcap, scale), {}, {}};
+  constexpr double most = std::numeric_limits<float>::max();
+  const double inner = capped.cap.inner;
+  double reach = 1;  // of product * inner
+  for (int i = 0; i < tanh_terms; ++i) {
+    const double term = tanh_term(i) * std::pow(inner, 2 * i) * scale_log2(scale);
+    capped.term[i] = static_cast<float>(std::clamp(term, -most, most));
+    // Caps far above any logit have terms that float32 can't hold. They are left out, for products so small that it
+    // makes no difference.
+    if (std::abs(term) >= std::numeric_limits<float>::min()) continue;
+    capped.term[i] = 0;
+    reach = std::min(reach, std::pow(0x1p-21 / std::abs(tanh_term(i)), 1.0 / (2 * i)));
+  }
+  capped.reach = static_cast<float>(std::min(reach / inner * (reach / inner), most));
+  return capped;
 }
 
 }  // namespace pbsattn::cuda::attention
