@@ -127,6 +127,7 @@ class CudaExecutor final : public detail::Executor {
       const PermuteArgs permutation{.geometry = g,
                                     .divide_by_count = divides_by_count(spec.options),
                                     .scale = spec.options.scale,
+                                    .softcap = spec.options.softcap,
                                     .permutation = spec.options.permutation,
                                     .inputs = inputs,
                                     .kept = kept,

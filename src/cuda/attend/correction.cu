@@ -20,6 +20,7 @@
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
 #include "cuda/sm90/prologue.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 #include "cuda/sm90/swizzled_tile.cuh"
 
 namespace pbsattn::cuda {
@@ -119,8 +120,9 @@ __device__ void merge_row(const Params& p, const Row& at, const Shared<head_dim>
   }
 }
 
-template <class T, int head_dim>
-__global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant__ Params p) {
+template <class T, int head_dim, class Cap>
+__global__ void __launch_bounds__(threads, 1)
+    correct_rows(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   auto& shared = aligned_shared<Shared<head_dim>>();
   const Row at(p.grid);
   if (!find_left_out<head_dim>(p, at, shared)) return;
@@ -174,6 +176,7 @@ __global__ void __launch_bounds__(threads, 1) correct_rows(const __grid_constant
     start_product<T, head_dim>(s, shared.q, half, shared.means.k[stage]);
     sm90::wgmma_wait<0>();
     sm90::pin(s);
+    apply(cap, s);
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
       const int bit = i / 4 * 8 + i % 2;  // and the thread's column
@@ -238,7 +241,10 @@ cudaError_t correct(const AttendArgs& args, const Pooled& pooled, std::int64_t d
     constexpr int shared_bytes = aligned_bytes<Shared<dim>>;
     static_assert(shared_bytes <= 227 * 1024);
     const dim3 thread_blocks(grid.heads, static_cast<unsigned>(rows));
-    return launch(correct_rows<T, dim>, thread_blocks, threads, shared_bytes, stream, Start::after_earlier_kernels, p);
+    return with_cap(args.softcap, args.scale, [&]<class Cap>(const Cap& cap) {
+      return launch(correct_rows<T, dim, Cap>, thread_blocks, threads, shared_bytes, stream,
+                    Start::after_earlier_kernels, p, cap);
+    });
   });
 }
 

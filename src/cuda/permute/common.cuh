@@ -9,6 +9,7 @@
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
 #include "cuda/sm90/prologue.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 #include "cuda/sm90/swizzled_tile.cuh"
 
 namespace pbsattn::cuda {

@@ -50,8 +50,9 @@ template <int head_dim>
 constexpr int statistics_shared_bytes =
     statistics_tiles* SwizzledTile<head_dim>::bytes + 4 * pool_stage_bytes + shared_alignment;
 
-template <class T, int head_dim>
-__global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const __grid_constant__ PermuteParams p) {
+template <class T, int head_dim, class Cap>
+__global__ void __launch_bounds__(statistics_threads, 1)
+    score_statistics(const __grid_constant__ PermuteParams p, const __grid_constant__ Cap cap) {
   using Swizzled = SwizzledTile<head_dim>;
   unsigned char* queries = aligned_shared();
   const int warpgroup = threadIdx.x / 128;
@@ -124,10 +125,26 @@ __global__ void __launch_bounds__(statistics_threads, 1) score_statistics(const 
         fold(s_high, p.scale_log2, high);
       }
     };
+    // A cap's arithmetic leaves no registers for a second product.
+    const auto fold_capped = [&](int tile, int first_query, Statistics(&statistics)[2]) {
+      start_half(s_low, tile, first_query);
+      sm90::wgmma_wait<0>();
+      sm90::pin(s_low);
+      apply(cap, s_low);
+      fold(s_low, p.scale_log2, statistics);
+    };
     int tile = 0;
-    for (; tile + tiles_of_round <= tiles; tile += tiles_of_round)
-      round(std::integral_constant<int, tiles_of_round>{}, tile);
-    for (; tile < tiles; ++tile) round(std::integral_constant<int, 1>{}, tile);
+    if constexpr (Cap::caps) {
+      for (; tile < tiles; ++tile) {
+        take_tile(tile);
+        fold_capped(tile, 0, low);
+        fold_capped(tile, 64, high);
+      }
+    } else {
+      for (; tile + tiles_of_round <= tiles; tile += tiles_of_round)
+        round(std::integral_constant<int, tiles_of_round>{}, tile);
+      for (; tile < tiles; ++tile) round(std::integral_constant<int, 1>{}, tile);
+    }
 
     const int lane = threadIdx.x % 32;
     const std::int64_t head = static_cast<std::int64_t>(batch) * p.grid.q_heads + q_head(warpgroup);

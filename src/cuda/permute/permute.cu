@@ -148,19 +148,21 @@ cudaError_t order_by_queries(const PermuteArgs& args, cudaStream_t stream) {
                           p.batch * p.grid.kv_heads);
     const dim3 segments_grid(static_cast<unsigned>(g.complete_segments() - p.known / g.segment), p.grid.kv_heads,
                              p.batch);
-    return in_order(
-        [&] {
-          return launch(score_statistics<T, dim>, units_grid, statistics_threads, statistics_shared_bytes<dim>, stream,
-                        Start::after_earlier_kernels, p);
-        },
-        [&] { return launch(merge_statistics, dim3(p.grid.heads), 128, 0, stream, Start::early, p); },
-        [&] {
-          return g.segment <= resident_tiles * tile_tokens
-                     ? launch(reorder_resident<T, dim>, segments_grid, resident::everyone, ResidentShared<dim>::bytes,
-                              stream, Start::early, p)
-                     : launch(reorder<T, dim>, segments_grid, reorder_threads, ReorderShared<dim>::bytes(g.segment),
-                              stream, Start::early, p);
-        });
+    return with_cap(args.softcap, args.scale, [&]<class Cap>(const Cap& cap) {
+      return in_order(
+          [&] {
+            return launch(score_statistics<T, dim, Cap>, units_grid, statistics_threads, statistics_shared_bytes<dim>,
+                          stream, Start::after_earlier_kernels, p, cap);
+          },
+          [&] { return launch(merge_statistics, dim3(p.grid.heads), 128, 0, stream, Start::early, p); },
+          [&] {
+            return g.segment <= resident_tiles * tile_tokens
+                       ? launch(reorder_resident<T, dim, Cap>, segments_grid, resident::everyone,
+                                ResidentShared<dim>::bytes, stream, Start::early, p, cap)
+                       : launch(reorder<T, dim, Cap>, segments_grid, reorder_threads,
+                                ReorderShared<dim>::bytes(g.segment), stream, Start::early, p, cap);
+          });
+    });
   });
 }
 

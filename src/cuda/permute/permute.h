@@ -20,6 +20,7 @@ struct PermuteArgs {
   Geometry geometry;             // block 128; head_dim 64 or 128; at least one complete segment
   bool divide_by_count = false;  // means of tail blocks: by their tokens, else by the block size
   float scale = 0;
+  float softcap = 0;  // 0: none
   Permutation permutation = Permutation::last_queries;
   Inputs inputs = {};  // with order_weights, in device memory, where the order is learned
   KeyOrder kept = {};  // of Permutation::arrival, in device memory: read and written where it isn't null

@@ -29,8 +29,9 @@ struct ReorderShared {
   }  // with int from[segment]
 };
 
-template <class T, int head_dim>
-__global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_constant__ PermuteParams p) {
+template <class T, int head_dim, class Cap>
+__global__ void __launch_bounds__(reorder_threads, 2)
+    reorder(const __grid_constant__ PermuteParams p, const __grid_constant__ Cap cap) {
   using Swizzled = SwizzledTile<head_dim>;
   using Shared = ReorderShared<head_dim>;
   unsigned char* base = aligned_shared();
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(reorder_threads, 2) reorder(const __grid_const
           start_product<T, head_dim>(s, keys + tile_of_piece * Swizzled::bytes, half * 64, queries);
           sm90::wgmma_wait<0>();
           sm90::pin(s);
+          apply(cap, s);
           float sum[2] = {};
           sum_weights(s, p.scale_log2, log_sums, lane, sum);
 #pragma unroll

@@ -55,8 +55,9 @@ namespace resident {
 enum Meeting : int { scorers = 1, writers = 2 };
 constexpr int everyone = resident_scorers + resident_writers;
 
-template <class T, int head_dim>
-__device__ void score(const PermuteParams& p, unsigned char* base, int batch, int kv_head, std::int64_t first_token) {
+template <class T, int head_dim, class Cap>
+__device__ void score(const PermuteParams& p, const Cap& cap, unsigned char* base, int batch, int kv_head,
+                      std::int64_t first_token) {
   using Swizzled = SwizzledTile<head_dim>;
   using Shared = ResidentShared<head_dim>;
   const int thread = threadIdx.x;
@@ -121,9 +122,11 @@ __device__ void score(const PermuteParams& p, unsigned char* base, int batch, in
       start_product<T, head_dim>(high, my_keys, 64, queries);
       sm90::wgmma_wait<1>();
       sm90::pin(low);
+      apply(cap, low);
       add_half(low, 0);
       sm90::wgmma_wait<0>();
       sm90::pin(high);
+      apply(cap, high);
       add_half(high, 1);
     }
     sm90::named_wait(scorers, resident_scorers);
@@ -205,8 +208,9 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
 
 }  // namespace resident
 
-template <class T, int head_dim>
-__global__ void __launch_bounds__(resident::everyone, 1) reorder_resident(const __grid_constant__ PermuteParams p) {
+template <class T, int head_dim, class Cap>
+__global__ void __launch_bounds__(resident::everyone, 1)
+    reorder_resident(const __grid_constant__ PermuteParams p, const __grid_constant__ Cap cap) {
   unsigned char* base = aligned_shared();
   // Backwards: the keys that score_statistics read last may still be in L2.
   const std::int64_t first_token = p.known + static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.segment;
@@ -216,7 +220,7 @@ __global__ void __launch_bounds__(resident::everyone, 1) reorder_resident(const 
   let_next_kernel_start();
   if (threadIdx.x < resident_scorers) {
     sm90::take_registers<168>();
-    resident::score<T, head_dim>(p, base, blockIdx.z, kv_head, first_token);
+    resident::score<T, head_dim>(p, cap, base, blockIdx.z, kv_head, first_token);
   } else {
     sm90::give_registers<80>();
     resident::write<T, head_dim>(p, base, blockIdx.z, kv_head, first_token);

@@ -18,6 +18,7 @@
 #include "cuda/select/select.h"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -50,8 +51,9 @@ struct Params {
 };
 
 // `lists`: scores of a row; two are given, so that the element doesn't matter, and take the registers of two CTAs.
-template <class T, int head_dim, int lists>
-__global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const __grid_constant__ Params p) {
+template <class T, int head_dim, int lists, class Cap>
+__global__ void __launch_bounds__(select_threads, 3 - lists)
+    select_rows(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   extern __shared__ float scores[];
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(select_threads, 3 - lists) select_rows(const _
         [&](int row, int block, float2 products) {
           if (row < p.rows_at_once)
             *reinterpret_cast<float2*>(scores + row * p.score_stride + block) =
-                make_float2(products.x * p.scale_log2, products.y * p.scale_log2);
+                make_float2(cap(products.x * p.scale_log2), cap(products.y * p.scale_log2));
         });
   __syncthreads();
 
@@ -198,9 +200,14 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                  .scores = scores_of(args),
                  .second_scores = two ? static_cast<const float*>(args.scratch) : nullptr};
   const dim3 grid(static_cast<unsigned>(ceil_div(g.rows(), rows_at_once)), static_cast<unsigned>(p.grid.heads));
-  if (two) return launch(select_rows<__half, 64, 2>, grid, select_threads, shared_bytes, stream, Start::early, p);
+  if (two)
+    return launch(select_rows<__half, 64, 2, NoCap>, grid, select_threads, shared_bytes, stream, Start::early, p,
+                  NoCap{});
   return dispatch(args.inputs.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return launch(select_rows<T, dim, 1>, grid, select_threads, shared_bytes, stream, Start::early, p);
+    // Scores that are given are capped already.
+    return with_log2_cap(source == Source::pooled ? args.options.softcap : 0.0F, [&]<class Cap>(const Cap& cap) {
+      return launch(select_rows<T, dim, 1, Cap>, grid, select_threads, shared_bytes, stream, Start::early, p, cap);
+    });
   });
 }
 

@@ -25,7 +25,7 @@ struct NoCap {
   __device__ float operator()(float product) const { return product; }
 };
 
-// Makes of a product the one that, scaled, is its capped logit. +-inf become +-c; NaN stays.
+// Makes of each product the one that, scaled, is its capped logit. +-inf become +-c; NaN stays.
 struct SoftCap {
   static constexpr bool caps = true;
   __device__ float operator()(float product) const {
@@ -42,6 +42,15 @@ struct SoftCap {
   float inner, outer;  // scale / c, c / scale
 };
 
+// Puts products through a cap, in place.
+template <class Cap, int n>
+__device__ inline void apply(const Cap& cap, float (&products)[n]) {
+  if constexpr (Cap::caps) {
+#pragma unroll
+    for (float& x : products) x = cap(x);
+  }
+}
+
 // Caps that float32 can't divide by are as good as these.
 inline SoftCap soft_cap_of(float softcap, float scale) {
   const float cap = std::clamp(softcap, 1e-30F, 1e30F);
@@ -52,6 +61,12 @@ inline SoftCap soft_cap_of(float softcap, float scale) {
 template <class F>
 auto with_cap(float softcap, float scale, F&& f) {
   return softcap == 0.0F ? f(NoCap{}) : f(soft_cap_of(softcap, scale));
+}
+
+// Does the same of what scores that are logarithms of base 2 go through once they are scaled.
+template <class F>
+auto with_log2_cap(float softcap, F&& f) {
+  return with_cap(softcap * 1.4426950408889634F, 1.0F, f);
 }
 
 }  // namespace pbsattn::cuda

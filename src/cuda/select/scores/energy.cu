@@ -17,6 +17,7 @@
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
 #include "cuda/sm90/prologue.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 #include "cuda/sm90/swizzled_tile.cuh"
 
 namespace pbsattn::cuda {
@@ -59,8 +60,9 @@ __device__ inline float log_energy(const float (&s)[64], int r, int count, float
   return total.max * scale_log2 + log2f(total.sum);
 }
 
-template <class T, int head_dim>
-__global__ void __launch_bounds__(threads, 2) energies(const __grid_constant__ Params p) {
+template <class T, int head_dim, class Cap>
+__global__ void __launch_bounds__(threads, 2)
+    energies(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   auto& shared = aligned_shared<Shared<head_dim>>();
   const RowGrid& grid = p.grid;
   const int head = static_cast<int>(blockIdx.x);
@@ -103,6 +105,7 @@ __global__ void __launch_bounds__(threads, 2) energies(const __grid_constant__ P
     start_product<T, head_dim>(s, shared.k[tile % stages], half, shared.q);
     sm90::wgmma_wait<0>();
     sm90::pin(s);
+    apply(cap, s);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float energy = log_energy(s, r, count, p.scale_log2);
@@ -125,8 +128,10 @@ cudaError_t score_energy(const SelectArgs& args, cudaStream_t stream) {
                  .scale_log2 = scale_log2(args.options.scale)};
   const dim3 thread_blocks(grid.heads, static_cast<unsigned>(rows));
   return dispatch(p.q.dtype, args.geometry.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return launch(energies<T, dim>, thread_blocks, threads, aligned_bytes<Shared<dim>>, stream,
-                  Start::after_earlier_kernels, p);
+    return with_cap(args.options.softcap, args.options.scale, [&]<class Cap>(const Cap& cap) {
+      return launch(energies<T, dim, Cap>, thread_blocks, threads, aligned_bytes<Shared<dim>>, stream,
+                    Start::after_earlier_kernels, p, cap);
+    });
   });
 }
 

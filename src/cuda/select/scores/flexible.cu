@@ -16,6 +16,7 @@
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/launch.h"
+#include "cuda/sm90/soft_cap.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -71,8 +72,9 @@ __device__ inline double divergence(double x, double y) {
   return x == 0 ? 0 : x * log(x / y);
 }
 
-template <class T, int head_dim>
-__global__ void __launch_bounds__(judge_threads) judge(const __grid_constant__ Params p) {
+template <class T, int head_dim, class Cap>
+__global__ void __launch_bounds__(judge_threads)
+    judge(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   __shared__ float query[head_dim];
   const int head = blockIdx.x;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(judge_threads) judge(const __grid_constant__ P
       column += columns_of[at];
       distance += distances_of[p.grid.kv_len - 1 - at];
     }
-    score = warp_sum(score) * p.scale;
+    score = cap(warp_sum(score) * p.scale);
     column = warp_sum(column);
     distance = warp_sum(distance);
     max = fmaxf(max, score);
@@ -191,8 +193,9 @@ __device__ inline void normalise(float* scores, int count) {
   for (int i = lane; i < count; i += 32) scores[i] = valid ? exp2f(scores[i] - max) / sum : 0;
 }
 
-template <class T, int head_dim>
-__global__ void __launch_bounds__(threads) score_cells(const __grid_constant__ Params p) {
+template <class T, int head_dim, class Cap>
+__global__ void __launch_bounds__(threads)
+    score_cells(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   const int head = blockIdx.y;
   let_next_kernel_start();
   wait_for_earlier_kernels();
@@ -208,8 +211,8 @@ __global__ void __launch_bounds__(threads) score_cells(const __grid_constant__ P
       queries, keys, 0, diagonal(rows - 1) + 1, [](int) { return true; },
       [&](int row, int block, float2 products) {
         if (row >= rows) return;
-        if (block <= diagonal(row)) of_row(row)[block] = products.x * scale_log2;
-        if (block + 1 <= diagonal(row)) of_row(row)[block + 1] = products.y * scale_log2;
+        if (block <= diagonal(row)) of_row(row)[block] = cap(products.x * scale_log2);
+        if (block + 1 <= diagonal(row)) of_row(row)[block + 1] = cap(products.y * scale_log2);
       });
   __syncthreads();
   for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += threads / 32)
@@ -256,13 +259,21 @@ struct Scratch {
 };
 
 template <class T, int head_dim>
-cudaError_t launch_all(const Params& p, cudaStream_t stream) {
+cudaError_t launch_all(const Params& p, float softcap, cudaStream_t stream) {
   const unsigned heads = p.grid.heads;
   const auto products = static_cast<unsigned>(ceil_div(p.grid.rows, pooled_rows));
   return in_order(
-      [&] { return launch(judge<T, head_dim>, dim3(heads), judge_threads, 0, stream, Start::early, p); },
+      [&] {
+        return with_cap(softcap, 1.0F, [&]<class Cap>(const Cap& cap) {
+          return launch(judge<T, head_dim, Cap>, dim3(heads), judge_threads, 0, stream, Start::early, p, cap);
+        });
+      },
       [&] { return launch(cut_masses, dim3(2, heads), cut_threads, 0, stream, Start::early, p); },
-      [&] { return launch(score_cells<T, head_dim>, dim3(products, heads), threads, 0, stream, Start::early, p); },
+      [&] {
+        return with_log2_cap(softcap, [&]<class Cap>(const Cap& cap) {
+          return launch(score_cells<T, head_dim, Cap>, dim3(products, heads), threads, 0, stream, Start::early, p, cap);
+        });
+      },
       [&] { return launch(cut_cells, dim3(heads), cut_threads, 0, stream, Start::early, p); },
       [&] { return launch(write_scores, dim3(p.grid.rows, heads), threads, 0, stream, Start::early, p); });
 }
@@ -293,8 +304,9 @@ cudaError_t score_flexible(const SelectArgs& args, cudaStream_t stream) {
                  .scores = scores_of(args),
                  .queries = static_cast<int>(g.scoring_queries()),
                  .scale = args.options.scale};
-  return dispatch(p.q.dtype, g.shape.head_dim,
-                  [&]<class T, int dim>(T, std::integral_constant<int, dim>) { return launch_all<T, dim>(p, stream); });
+  return dispatch(p.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    return launch_all<T, dim>(p, args.options.softcap, stream);
+  });
 }
 
 }  // namespace pbsattn::cuda

@@ -14,6 +14,7 @@
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/mma.cuh"
 #include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -76,7 +77,8 @@ struct WarpWork {
   }
 
   // Multiplies this lane's two rows by keys first + 2 t and first + 2 t + 1.
-  __device__ void multiply(const Params& p, std::int64_t first, float (&s)[4]) const {
+  template <class Cap>
+  __device__ void multiply(const Params& p, const Cap& cap, std::int64_t first, float (&s)[4]) const {
     uint4 k[chunks];
     const std::int64_t key = first + threadIdx.x % 32 / 4;
     load_row(k, keys + (key < p.grid.kv_len ? key : 0) * p.k.token_stride, key < p.grid.kv_len);
@@ -87,6 +89,7 @@ struct WarpWork {
       mma<T>(s, low[i].x, high[i].x, low[i].y, high[i].y, k[i].x, k[i].y);
       mma<T>(s, low[i].z, high[i].z, low[i].w, high[i].w, k[i].z, k[i].w);
     }
+    apply(cap, s);
   }
 
   int first_group = threadIdx.x / 32 / (most / 16);
@@ -97,8 +100,9 @@ struct WarpWork {
 };
 
 // Writes maxima and sums of a unit of keys: a thread block's own for each query and each of the warps that share it.
-template <class T, int head_dim, int most>
-__global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__ Params p) {
+template <class T, int head_dim, int most, class Cap>
+__global__ void __launch_bounds__(threads, 2)
+    find_parts(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   const int head = blockIdx.y;
   let_next_kernel_start();
   wait_for_earlier_kernels();
@@ -115,7 +119,7 @@ __global__ void __launch_bounds__(threads, 2) find_parts(const __grid_constant__
     for (int group = work.first_group; group < groups; group += at_once * sharers<most>) {
       float s[at_once][4];
 #pragma unroll
-      for (int i = 0; i < at_once; ++i) work.multiply(p, tile + (group + i * sharers<most>)*8, s[i]);
+      for (int i = 0; i < at_once; ++i) work.multiply(p, cap, tile + (group + i * sharers<most>)*8, s[i]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         Statistics part;
@@ -171,8 +175,9 @@ constexpr int weight_threads = 4 * most;
 template <int most>
 constexpr int weight_bytes = (most * weight_stride + 2 * tile_keys) * static_cast<int>(sizeof(float));
 
-template <class T, int head_dim, int most>
-__global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(const __grid_constant__ Params p) {
+template <class T, int head_dim, int most, class Cap>
+__global__ void __launch_bounds__(weight_threads<most>, 128 / most)
+    add_weights(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   extern __shared__ float weights[];  // [most][weight_stride], and sums of the second half of 128 queries
   const int head = blockIdx.y;
   let_next_kernel_start();
@@ -201,7 +206,7 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
     for (int group = work.first_group; group < tile_keys / 8; group += at_once * step) {
       float s[at_once][4];
 #pragma unroll
-      for (int j = 0; j < at_once; ++j) work.multiply(p, tile * tile_keys + (group + j * step) * 8, s[j]);
+      for (int j = 0; j < at_once; ++j) work.multiply(p, cap, tile * tile_keys + (group + j * step) * 8, s[j]);
 #pragma unroll
       for (int j = 0; j < at_once; ++j) {
         const int column = (group + j * step) * 8 + static_cast<int>(threadIdx.x) % 4 * 2;
@@ -245,15 +250,18 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most) add_weights(
   }
 }
 
-template <class T, int head_dim, int most>
-cudaError_t launch_all(const Params& p, cudaStream_t stream) {
+template <class T, int head_dim, int most, class Cap>
+cudaError_t launch_all(const Params& p, const Cap& cap, cudaStream_t stream) {
   const dim3 grid(p.units, p.grid.heads);
   return in_order(
-      [&] { return launch(find_parts<T, head_dim, most>, grid, threads, 0, stream, Start::after_earlier_kernels, p); },
+      [&] {
+        return launch(find_parts<T, head_dim, most, Cap>, grid, threads, 0, stream, Start::after_earlier_kernels, p,
+                      cap);
+      },
       [&] { return launch(merge_parts<most>, dim3(p.grid.heads), most, 0, stream, Start::early, p); },
       [&] {
-        return launch(add_weights<T, head_dim, most>, grid, weight_threads<most>, weight_bytes<most>, stream,
-                      Start::early, p);
+        return launch(add_weights<T, head_dim, most, Cap>, grid, weight_threads<most>, weight_bytes<most>, stream,
+                      Start::early, p, cap);
       });
 }
 
@@ -282,7 +290,9 @@ cudaError_t find_masses(const SelectArgs& args, KeepRule keep, std::int64_t quer
                  .scale_log2 = scale_log2(args.options.scale),
                  .masses = masses};
   return dispatch(p.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return most_queries == 64 ? launch_all<T, dim, 64>(p, stream) : launch_all<T, dim, 128>(p, stream);
+    return with_cap(args.options.softcap, args.options.scale, [&](const auto& cap) {
+      return most_queries == 64 ? launch_all<T, dim, 64>(p, cap, stream) : launch_all<T, dim, 128>(p, cap, stream);
+    });
   });
 }
 

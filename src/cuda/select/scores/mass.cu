@@ -141,14 +141,17 @@ struct Scratch {
 };
 
 // One of the two first launches.
+template <class Cap>
 struct FirstLaunch {
-  void (*kernel)(Params, Maps);
+  void (*kernel)(Params, Maps, Cap);
+  Cap cap;
   int threads, shared_bytes;
   std::int64_t tiles_of_item;
 };
 
-cudaError_t score_all(Params p, const Work& work, std::size_t scratch_bytes, const Maps& maps, const FirstLaunch& first,
-                      cudaStream_t stream) {
+template <class Cap>
+cudaError_t score_all(Params p, const Work& work, std::size_t scratch_bytes, const Maps& maps,
+                      const FirstLaunch<Cap>& first, cudaStream_t stream) {
   const int rows_of_tile = tile_queries / p.query_lines;
   const auto room = static_cast<std::int64_t>(scratch_bytes / sizeof(float));
   const std::int64_t heads_at_once = work.heads_at_once(room);
@@ -166,7 +169,7 @@ cudaError_t score_all(Params p, const Work& work, std::size_t scratch_bytes, con
       const cudaError_t error = in_order(
           [&] {
             return launch(first.kernel, tiles, first.threads, first.shared_bytes, stream, Start::after_earlier_kernels,
-                          p, maps);
+                          p, maps, first.cap);
           },
           [&] { return launch(share_mass, rows, share_threads, 0, stream, Start::after_earlier_kernels, p); });
       if (error != cudaSuccess) return error;
@@ -235,11 +238,15 @@ cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
       !make_tensor_map(maps.k, k, g.shape.batch, g.shape.kv_heads, g.shape.kv_len, g.shape.head_dim, box))
     return cudaErrorInvalidValue;
   return dispatch(q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    const FirstLaunch first =
-        tokens_of_line == 1 ? FirstLaunch{score_keys<T, dim>, key_threads, aligned_bytes<KeyShared<dim>>, steps_of_item}
-                            : FirstLaunch{score_lines<T, dim>, threads, aligned_bytes<Shared>, tiles_of_item};
-    return score_all(p, Work(g, p.query_lines, scored_rows(args)), args.scratch_bytes - scratch.carver.bytes, maps,
-                     first, stream);
+    return with_cap(args.options.softcap, args.options.scale / tokens_of_line, [&]<class Cap>(const Cap& cap) {
+      using First = FirstLaunch<Cap>;
+      const First first =
+          tokens_of_line == 1
+              ? First{score_keys<T, dim, Cap>, cap, key_threads, aligned_bytes<KeyShared<dim>>, steps_of_item}
+              : First{score_lines<T, dim, Cap>, cap, threads, aligned_bytes<Shared>, tiles_of_item};
+      return score_all(p, Work(g, p.query_lines, scored_rows(args)), args.scratch_bytes - scratch.carver.bytes, maps,
+                       first, stream);
+    });
   });
 }
 

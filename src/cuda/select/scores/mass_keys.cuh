@@ -130,8 +130,8 @@ __device__ inline void log_sum_block(const float (&s)[64], float scale_log2, flo
   }
 }
 
-template <class T, int head_dim>
-__device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<head_dim>& shared) {
+template <class T, int head_dim, class Cap>
+__device__ void consume_keys(const Params& p, const Cap& cap, const KeyItem& item, KeyShared<head_dim>& shared) {
   const int group = warpgroup_index();
   const int lane = threadIdx.x % 4;
   const unsigned char* queries = shared.q[group / 2];
@@ -174,6 +174,7 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
       sm90::wgmma_wait<0>();
       sm90::pin(s);
       release(stage.at);
+      apply(cap, s);
       float log_sum[2];
       log_sum_block(s, p.scale_log2, max, log_sum);
 #pragma unroll
@@ -200,6 +201,7 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
       sm90::wgmma_wait<0>();
       sm90::pin(s);
       release(stage.at);
+      apply(cap, s);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int block = block_of(r);
@@ -220,14 +222,14 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
   }
 }
 
-template <class T, int head_dim>
+template <class T, int head_dim, class Cap>
 __global__ void __launch_bounds__(key_threads, 1)
-    score_keys(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
+    score_keys(const __grid_constant__ Params p, const __grid_constant__ Maps maps, const __grid_constant__ Cap cap) {
   auto& shared = aligned_shared<KeyShared<head_dim>>();
   const KeyItem item(p);
   if (item.begin >= item.end) return;
   run_roles<key_groups, 112, 32>(
-      shared, [&] { consume_keys<T, head_dim>(p, item, shared); },
+      shared, [&] { consume_keys<T, head_dim>(p, cap, item, shared); },
       [&] { produce_keys<head_dim>(p, maps, item, shared); });
 }
 

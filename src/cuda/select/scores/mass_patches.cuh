@@ -118,8 +118,8 @@ __device__ inline void store_log_sums(const Params& p, const Item& item, float (
   }
 }
 
-template <class T, int head_dim>
-__device__ void consume(const Params& p, const Item& item, Shared& shared) {
+template <class T, int head_dim, class Cap>
+__device__ void consume(const Params& p, const Cap& cap, const Item& item, Shared& shared) {
   constexpr int steps = patch_tokens * head_dim / panel;
   const int lane = threadIdx.x % 32;
   const int first_line = threadIdx.x / 128 * 128;
@@ -147,6 +147,8 @@ __device__ void consume(const Params& p, const Item& item, Shared& shared) {
     sm90::wgmma_wait<0>();
     sm90::pin(low);
     sm90::pin(high);
+    apply(cap, low);
+    apply(cap, high);
     if (lane == 0) shared.free[previous].arrive();
     const int line = first_line + threadIdx.x % 128 / 32 * 16 + lane / 4;
     store_log_sums(p, item, low, line, tile);
@@ -154,14 +156,14 @@ __device__ void consume(const Params& p, const Item& item, Shared& shared) {
   }
 }
 
-template <class T, int head_dim>
+template <class T, int head_dim, class Cap>
 __global__ void __launch_bounds__(threads, 1)
-    score_lines(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
+    score_lines(const __grid_constant__ Params p, const __grid_constant__ Maps maps, const __grid_constant__ Cap cap) {
   auto& shared = aligned_shared<Shared>();
   const Item item(p);
   if (item.begin >= item.end) return;
   run_roles<consumers, 232, 40>(
-      shared, [&] { consume<T, head_dim>(p, item, shared); }, [&] { produce<head_dim>(p, maps, item, shared); });
+      shared, [&] { consume<T, head_dim>(p, cap, item, shared); }, [&] { produce<head_dim>(p, maps, item, shared); });
 }
 
 }  // namespace pbsattn::cuda::mass

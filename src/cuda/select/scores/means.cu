@@ -16,6 +16,7 @@
 #include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/online_sum.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -112,8 +113,9 @@ __global__ void __launch_bounds__(calibrate_threads) calibrate(const __grid_cons
 }
 
 // Scores 16 rows of one head, the last ones first, since they have the most blocks; grid.z: the bands.
-template <class T, int head_dim>
-__global__ void __launch_bounds__(product_threads) multiply_means(const __grid_constant__ Params p) {
+template <class T, int head_dim, class Cap>
+__global__ void __launch_bounds__(product_threads)
+    multiply_means(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   const RowGrid& grid = p.grid;
   const int head = blockIdx.y;
   const int band = static_cast<int>(blockIdx.z);
@@ -132,8 +134,8 @@ __global__ void __launch_bounds__(product_threads) multiply_means(const __grid_c
           const int first_own = grid.own_begin(diagonal);
           float* const to = scores + grid.list_start(head, row) + block;
           const auto wanted = [&](int b) { return own ? b >= first_own && b <= diagonal : b < first_own; };
-          if (wanted(block)) to[0] = products.x * factor;
-          if (wanted(block + 1)) to[1] = products.y * factor;
+          if (wanted(block)) to[0] = cap(products.x * factor);
+          if (wanted(block + 1)) to[1] = cap(products.y * factor);
         });
   };
   const int own_of_first = grid.own_begin(grid.diagonal(first_row));
@@ -179,7 +181,10 @@ cudaError_t score_means(const SelectArgs& args, cudaStream_t stream) {
           error != cudaSuccess)
         return error;
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, pooled_rows)), p.grid.heads, dual ? bands : 1);
-    return launch(multiply_means<T, dim>, grid, product_threads, 0, stream, Start::after_earlier_kernels, p);
+    return with_log2_cap(args.options.softcap, [&]<class Cap>(const Cap& cap) {
+      return launch(multiply_means<T, dim, Cap>, grid, product_threads, 0, stream, Start::after_earlier_kernels, p,
+                    cap);
+    });
   });
 }
 

@@ -116,8 +116,8 @@ __device__ void produce(const Params& p, const Maps& maps, Shared<head_dim>& sha
   }
 }
 
-template <class T, int head_dim>
-__device__ void consume(const Params& p, Shared<head_dim>& shared) {
+template <class T, int head_dim, class Cap>
+__device__ void consume(const Params& p, const Cap& cap, Shared<head_dim>& shared) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x % 128 / 32;
   const int group = warpgroup_index();
@@ -140,6 +140,7 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
         sm90::wgmma_wait<0>();
         sm90::pin(s);
         if (lane == 0) shared.k_free[stage.at()].arrive();
+        apply(cap, s);
         use(tile);
       } else {
         turns.pass();
@@ -160,7 +161,7 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
       const T* own_keys = static_cast<const T*>(p.pooled_own) + first_own * head_dim;
       for (int own = 0; tiles > 0 && visible + own <= block; own += 8) {
         float d[4];
-        multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, block + 1 - visible - own);
+        multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, block + 1 - visible - own, cap);
         use(d, own);
       }
     };
@@ -237,12 +238,13 @@ __device__ void consume(const Params& p, Shared<head_dim>& shared) {
   turns.finish();
 }
 
-template <class T, int head_dim>
+template <class T, int head_dim, class Cap>
 __global__ void __launch_bounds__(threads, 1)
-    score_queries(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
+    score_queries(const __grid_constant__ Params p, const __grid_constant__ Maps maps,
+                  const __grid_constant__ Cap cap) {
   auto& shared = aligned_shared<Shared<head_dim>>();
   run_roles<consumers, consumer_registers, producer_registers>(
-      shared, [&] { consume<T, head_dim>(p, shared); }, [&] { produce<head_dim>(p, maps, shared); });
+      shared, [&] { consume<T, head_dim>(p, cap, shared); }, [&] { produce<head_dim>(p, maps, shared); });
 }
 
 }  // namespace
@@ -274,8 +276,10 @@ cudaError_t score_per_query(const SelectArgs& args, cudaStream_t stream) {
     constexpr int shared_bytes = aligned_bytes<Shared<dim>>;
     static_assert(shared_bytes <= 227 * 1024);
     const dim3 thread_blocks(std::min(p.items(), multiprocessors));
-    return launch(score_queries<T, dim>, thread_blocks, threads, shared_bytes, stream, Start::after_earlier_kernels, p,
-                  maps);
+    return with_cap(args.options.softcap, args.options.scale, [&]<class Cap>(const Cap& cap) {
+      return launch(score_queries<T, dim, Cap>, thread_blocks, threads, shared_bytes, stream,
+                    Start::after_earlier_kernels, p, maps, cap);
+    });
   });
 }
 

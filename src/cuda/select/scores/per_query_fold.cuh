@@ -5,6 +5,7 @@
 #include "cuda/select/scores/exp.cuh"
 #include "cuda/sm90/lanes.cuh"
 #include "cuda/sm90/mma.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 #include "cuda/sm90/swizzled_tile.cuh"
 
 namespace pbsattn::cuda {
@@ -91,9 +92,9 @@ __device__ inline void sum_weights(const float (&s)[64], float scale_log2, const
 
 // Multiplies this warp's 16 queries from `first_query` on by eight pooled keys, of which `count` are there: element
 // (lane / 4 + 8 r, 2 (lane % 4) + c) is d[2 r + c], and -inf where there is no key.
-template <class T, int head_dim>
+template <class T, int head_dim, class Cap>
 __device__ inline void multiply_own(float (&d)[4], const unsigned char* queries, int first_query, const T* keys,
-                                    int count) {
+                                    int count, const Cap& cap) {
   const int lane = threadIdx.x % 32;
   const int key = min(lane / 4, count - 1);
   const auto* of_key = reinterpret_cast<const std::uint32_t*>(keys + key * head_dim) + lane % 4;
@@ -110,6 +111,7 @@ __device__ inline void multiply_own(float (&d)[4], const unsigned char* queries,
     sm90::load_matrices(a, queries + SwizzledTile<head_dim>::offset(first_query + lane % 16, k16 * 2 + lane / 16));
     mma<T>(d, a[0], a[1], a[2], a[3], b[k16][0], b[k16][1]);
   }
+  apply(cap, d);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     if (lane % 4 * 2 + i % 2 >= count) d[i] = -INFINITY;

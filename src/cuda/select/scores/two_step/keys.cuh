@@ -150,8 +150,8 @@ __device__ void produce_keys(const Params& p, const KeyMaps& maps, const KeyItem
   });
 }
 
-template <class T, int head_dim>
-__device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<head_dim>& shared) {
+template <class T, int head_dim, class Cap>
+__device__ void consume_keys(const Params& p, const Cap& cap, const KeyItem& item, KeyShared<head_dim>& shared) {
   const int group = warpgroup_index();
   const int lane = static_cast<int>(threadIdx.x) % 4;
   const unsigned char* queries = shared.q[group / 2];
@@ -177,15 +177,18 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
   float max[2] = {-INFINITY, -INFINITY};
   Statistics total[2];  // of what a query's softmax is over, in this part, as logarithms of base 2
   Ring<key_stages> stage;
+  const auto release = [&] {
+    if (threadIdx.x % 32 == 0) shared.free[stage.at].arrive();
+    stage.next();
+  };
+  // Multiplies by the stage's keys, and releases them.
   const auto multiply = [&](auto&& between) {
     start_product<T, head_dim>(s, queries, first_line, shared.k[stage.at]);
     between();
     sm90::wgmma_wait<0>();
     sm90::pin(s);
-  };
-  const auto release = [&] {
-    if (threadIdx.x % 32 == 0) shared.free[stage.at].arrive();
-    stage.next();
+    release();
+    apply(cap, s);
   };
   // Adds a block's log-sum-exp for line r, and keeps it.
   const auto keep = [&](int r, int block, float log_sum) {
@@ -196,7 +199,6 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
   for (int tile = 0; tile < item.mean_tiles(); ++tile) {
     shared.full[stage.at].wait(stage.parity);
     multiply([] {});
-    release();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int valid = min(visible[r], item.end) - item.begin - tile * tile_tokens;
@@ -219,7 +221,6 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
       shared.full[stage.at].wait(stage.parity);
       if (strip.head >= 0 && block >= strip.own_begin(p) && block < strip.own_end(p)) {
         multiply([] {});
-        release();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int last = last_key[r] - block * block_tokens;
@@ -243,7 +244,6 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
       turns.wait();
       if (reads(shared.any[group])) {
         multiply([&] { turns.pass(); });
-        release();
         const bool mine[2] = {reads(shared.reads[group][of_strip[0]]), reads(shared.reads[group][of_strip[1]])};
         if (!__any_sync(~0U, mine[0] || mine[1])) return;
         float log_sum[2];
@@ -269,9 +269,10 @@ __device__ void consume_keys(const Params& p, const KeyItem& item, KeyShared<hea
   }
 }
 
-template <class T, int head_dim>
+template <class T, int head_dim, class Cap>
 __global__ void __launch_bounds__(threads, 1)
-    score_likely(const __grid_constant__ Params p, const __grid_constant__ KeyMaps maps) {
+    score_likely(const __grid_constant__ Params p, const __grid_constant__ KeyMaps maps,
+                 const __grid_constant__ Cap cap) {
   auto& shared = aligned_shared<KeyShared<head_dim>>();
   const KeyItem item(p);
   if (item.begin >= item.end) return;
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(threads, 1)
   wait_copies<0>();
   sm90::fence_async_shared();
   run_roles<groups, multiplying_registers, other_registers>(
-      shared, [&] { consume_keys<T, head_dim>(p, item, shared); },
+      shared, [&] { consume_keys<T, head_dim>(p, cap, item, shared); },
       [&] { produce_keys<head_dim>(p, maps, item, shared); });
 }
 

@@ -8,6 +8,7 @@
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/prologue.cuh"
 #include "cuda/sm90/ring.cuh"
+#include "cuda/sm90/soft_cap.cuh"
 #include "cuda/sm90/swizzled_tile.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/sm90/turns.cuh"

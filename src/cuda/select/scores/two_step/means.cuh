@@ -121,8 +121,8 @@ __device__ void sum_lines(const float (&s)[64], int log_lines, Load&& load, Weig
   }
 }
 
-template <class T, int head_dim>
-__device__ void consume_means(const Params& p, MeansShared<head_dim>& shared) {
+template <class T, int head_dim, class Cap>
+__device__ void consume_means(const Params& p, const Cap& cap, MeansShared<head_dim>& shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) % 128 / 32;
   const int group = warpgroup_index();
@@ -146,6 +146,7 @@ __device__ void consume_means(const Params& p, MeansShared<head_dim>& shared) {
         sm90::wgmma_wait<0>();
         sm90::pin(s);
         if (lane == 0) shared.k_free[stage.at()].arrive();
+        apply(cap, s);
         use(tile);
       } else {
         turns.pass();
@@ -170,7 +171,8 @@ __device__ void consume_means(const Params& p, MeansShared<head_dim>& shared) {
       const T* own_keys = static_cast<const T*>(p.pooled_own) + first_own * head_dim;
       for (int own = 0; visible > 0 && visible + own <= diagonal; own += 8) {
         float d[4];
-        multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, diagonal + 1 - visible - own);
+        multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, diagonal + 1 - visible - own,
+                                  cap);
         use(d, own);
       }
     };
@@ -275,15 +277,16 @@ __device__ void consume_means(const Params& p, MeansShared<head_dim>& shared) {
   turns.finish();
 }
 
-template <class T, int head_dim>
+template <class T, int head_dim, class Cap>
 __global__ void __launch_bounds__(threads, 1)
-    score_sampled(const __grid_constant__ Params p, const __grid_constant__ MeansMaps maps) {
+    score_sampled(const __grid_constant__ Params p, const __grid_constant__ MeansMaps maps,
+                  const __grid_constant__ Cap cap) {
   auto& shared = aligned_shared<MeansShared<head_dim>>();
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
   if (threadIdx.x < groups * 128) {
     sm90::take_registers<multiplying_registers>();
-    consume_means<T, head_dim>(p, shared);
+    consume_means<T, head_dim>(p, cap, shared);
   } else {
     sm90::give_registers<other_registers>();
     const int thread = static_cast<int>(threadIdx.x) - groups * 128;

@@ -166,28 +166,33 @@ cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
     constexpr int means_bytes = aligned_bytes<MeansShared<dim>>;
     constexpr int keys_bytes = aligned_bytes<KeyShared<dim>>;
     static_assert(means_bytes <= 227 * 1024 && keys_bytes <= 227 * 1024);
-    const dim3 resident(static_cast<unsigned>(std::min(MeansItem::count(p), multiprocessors)));
-    cudaError_t error = launch(score_sampled<T, dim>, resident, threads, means_bytes, stream,
-                               Start::after_earlier_kernels, p, MeansMaps{maps.pooled_k});
-    const auto room = static_cast<std::int64_t>(args.scratch_bytes / sizeof(float));
-    const std::int64_t at_once = work.order_heads_at_once(room);
-    for (std::int64_t head = 0; head < work.order_heads(); head += at_once)
-      for (std::int64_t row = work.begin; row < work.end && error == cudaSuccess; row = p.row_end) {
-        const std::int64_t heads_now = std::min(at_once, work.order_heads() - head);
-        const std::int64_t row_end = work.end_of_part(row, room);
-        p.first_order_head = static_cast<int>(head);
-        p.row_begin = static_cast<int>(row);
-        p.row_end = static_cast<int>(row_end);
-        p.head_sums = work.numbers(row, row_end);
-        const std::int64_t strips = ceil_div((row_end - row) * work.lines, group_lines) * p.grid.order_group;
-        const dim3 items(static_cast<unsigned>(p.parts + 1), static_cast<unsigned>(ceil_div(strips, groups)),
-                         static_cast<unsigned>(heads_now));
-        const dim3 rows(static_cast<unsigned>(row_end - row), static_cast<unsigned>(heads_now * p.grid.order_group));
-        error = in_order(
-            [&] { return launch(score_likely<T, dim>, items, threads, keys_bytes, stream, Start::early, p, maps); },
-            [&] { return launch(add_shares, rows, adding_threads, 0, stream, Start::early, p); });
-      }
-    return error;
+    return with_cap(options.softcap, options.scale, [&]<class Cap>(const Cap& cap) {
+      const dim3 resident(static_cast<unsigned>(std::min(MeansItem::count(p), multiprocessors)));
+      cudaError_t error = launch(score_sampled<T, dim, Cap>, resident, threads, means_bytes, stream,
+                                 Start::after_earlier_kernels, p, MeansMaps{maps.pooled_k}, cap);
+      const auto room = static_cast<std::int64_t>(args.scratch_bytes / sizeof(float));
+      const std::int64_t at_once = work.order_heads_at_once(room);
+      for (std::int64_t head = 0; head < work.order_heads(); head += at_once)
+        for (std::int64_t row = work.begin; row < work.end && error == cudaSuccess; row = p.row_end) {
+          const std::int64_t heads_now = std::min(at_once, work.order_heads() - head);
+          const std::int64_t row_end = work.end_of_part(row, room);
+          p.first_order_head = static_cast<int>(head);
+          p.row_begin = static_cast<int>(row);
+          p.row_end = static_cast<int>(row_end);
+          p.head_sums = work.numbers(row, row_end);
+          const std::int64_t strips = ceil_div((row_end - row) * work.lines, group_lines) * p.grid.order_group;
+          const dim3 items(static_cast<unsigned>(p.parts + 1), static_cast<unsigned>(ceil_div(strips, groups)),
+                           static_cast<unsigned>(heads_now));
+          const dim3 rows(static_cast<unsigned>(row_end - row), static_cast<unsigned>(heads_now * p.grid.order_group));
+          error = in_order(
+              [&] {
+                return launch(score_likely<T, dim, Cap>, items, threads, keys_bytes, stream, Start::early, p, maps,
+                              cap);
+              },
+              [&] { return launch(add_shares, rows, adding_threads, 0, stream, Start::early, p); });
+        }
+      return error;
+    });
   });
 }
 
