@@ -79,6 +79,12 @@ def pairs_of(rotations, ours, values_of=lambda name, times: times):
     }
 
 
+def window_pairs(n, window):
+    """Returns how many pairs of queries and keys the blocks have that a window of some tokens passes through."""
+    row = torch.arange(n // BLOCK)
+    return (row + 1 - (row * BLOCK - window + 1).clamp(min=0) // BLOCK).sum().item() * BLOCK**2
+
+
 class Bench:
     def __init__(self, library, report, runs, reference, only_peers):
         self.library, self.report, self.runs, self.reference = library, report, runs, reference
@@ -169,6 +175,31 @@ class Bench:
                 self.report.add_peers("dense", params_of(n, widths), "rate", "TFLOP/s", pairs)
                 del sets, ours, fast, slow
                 torch.cuda.empty_cache()
+
+    def layers(self, n=128 * K):
+        """Dense attention of layers that carry something, against others' of the same and against our own without."""
+        sinks = torch.randn(HEADS, device="cuda", generator=torch.Generator("cuda").manual_seed(5))
+        carried = {"nothing": {}, "sinks": {"sinks": sinks}, "softcap": {"softcap": 50.0}, "window": {"window": 4096}}
+        for widths in self.widths:
+            sets = self.sets(n, *widths)
+            plain = self.rotating(self.attend(sets), sets)
+            for name, what in carried.items():
+                ours = self.with_output(functools.partial(self.library.attend, **what), sets)
+                fast, _ = self.right(peers.of_layer(**what), sets, ours(*sets[0]))
+                calls = {"ours": self.rotating(ours, sets), "ours, nothing": plain}
+                rotations = self.race(calls, fast, {}, n)
+
+                def rates(side, times, name=name, widths=widths):
+                    pairs = window_pairs(n, 4096) if name == "window" and side != "ours, nothing" else n * n / 2
+                    return [2 * HEADS * sum(widths) * pairs / t / 1e9 for t in times]
+
+                params = params_of(n, widths, carries=name)
+                self.report.add_peers("layers", params, "rate", "TFLOP/s", pairs_of(rotations, "ours", rates))
+                mine, without = (rates(side, rotations[0][side]) for side in ("ours", "ours, nothing"))
+                ratio = statistics.median(mine) / statistics.median(without)
+                self.report.add("layers", params, "rate", mine, "TFLOP/s", "ours, nothing", without, ratio)
+            del sets, plain, ours, fast, calls
+            torch.cuda.empty_cache()
 
     def density(self):
         """Per visited block: random lists over permuted keys, against others' dense rates and their kernels over lists."""
@@ -342,7 +373,7 @@ class Bench:
         self.whole_op("file", "pbs", sets[0][0].shape[2], sets, self.reference)
 
 
-CASES = ("ceilings", "dense", "density", "whole", "choosing", "auto", "workspace", "million", "repeatable")
+CASES = ("ceilings", "dense", "layers", "density", "whole", "choosing", "auto", "workspace", "million", "repeatable")
 
 
 def commit():

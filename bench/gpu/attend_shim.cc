@@ -14,10 +14,11 @@ extern "C" __attribute__((visibility("default"))) std::size_t attend_bench_scrat
 }
 
 extern "C" __attribute__((visibility("default"))) int attend_bench(
-    const std::int64_t* sizes,  // batch, q_heads, kv_heads, q_len, kv_len, head_dim, segment, order_heads, is_bf16
-    float scale, void* q, void* k, void* v, void* out, const std::int64_t* strides, float* lse, void* permuted_k,
-    void* permuted_v, std::int64_t* row_start, std::int32_t* row_count, std::int32_t* list, void* scratch,
-    void* stream) {
+    const std::int64_t* sizes,  // batch, q_heads, kv_heads, q_len, kv_len, head_dim, segment, order_heads, is_bf16,
+                                // window
+    float scale, float softcap, float* sinks, void* q, void* k, void* v, void* out, const std::int64_t* strides,
+    float* lse, void* permuted_k, void* permuted_v, std::int64_t* row_start, std::int32_t* row_count,
+    std::int32_t* list, void* scratch, void* stream) {
   const DType dtype = sizes[8] != 0 ? DType::bf16 : DType::f16;
   const auto view = [&](void* data, int i) {
     return View{data, dtype, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
@@ -32,9 +33,13 @@ extern "C" __attribute__((visibility("default"))) int attend_bench(
                     .kv_len = sizes[4],
                     .head_dim = sizes[5]};
   const cuda::AttendArgs args{
-      .geometry = {.shape = shape, .block = 128, .segment = static_cast<int>(sizes[6])},
+      .geometry = {.shape = shape, .block = 128, .segment = static_cast<int>(sizes[6]), .window = sizes[9]},
       .scale = scale,
-      .inputs = {input(q, 0), input(k, 1), input(v, 2)},
+      .softcap = softcap,
+      .inputs = {.q = input(q, 0),
+                 .k = input(k, 1),
+                 .v = input(v, 2),
+                 .sinks = {sinks, sinks == nullptr ? 0 : static_cast<std::size_t>(shape.q_heads)}},
       .permuted = {.order_heads = sizes[7], .k = permuted_k, .v = permuted_v},
       .lists = {.row_start = row_start, .row_count = row_count, .block = list},
       .outputs = {.out = view(out, 3), .lse = lse},

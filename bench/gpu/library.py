@@ -177,8 +177,10 @@ class Library:
             return str(error)
         return None
 
-    def attend(self, q, k, v, out, lse=None, segment=SEGMENT, permuted=None, lists=None):
-        """The attend stage: all causal blocks, or (row_start, row_count, blocks) over permuted K and V."""
+    def attend(
+        self, q, k, v, out, lse=None, segment=SEGMENT, permuted=None, lists=None, sinks=None, softcap=0.0, window=None
+    ):
+        """The attend stage: all causal blocks, a window's, or (row_start, row_count, blocks) over permuted K and V."""
         batch, q_heads, q_len, head_dim = q.shape
         kv_heads, kv_len = k.shape[1:3]
         scratch = torch.empty(
@@ -186,14 +188,25 @@ class Library:
         )
         permuted_k, permuted_v = permuted or (None, None)
         permuted_heads = 0 if permuted_k is None else permuted_k.shape[1]
-        sizes = (i64 * 9)(
-            batch, q_heads, kv_heads, q_len, kv_len, head_dim, segment, permuted_heads, q.dtype == torch.bfloat16
+        sizes = (i64 * 10)(
+            batch,
+            q_heads,
+            kv_heads,
+            q_len,
+            kv_len,
+            head_dim,
+            segment,
+            permuted_heads,
+            q.dtype == torch.bfloat16,
+            kv_len if window is None else window,
         )
         strides = (i64 * 12)(*(s for t in (q, k, v, out) for s in t.stride()[:3]))
         tensors = (q, k, v, out)
         error = self.c.attend_bench(
             sizes,
             f32(1 / math.sqrt(head_dim)),
+            f32(softcap),
+            void_p(pointer(sinks)),
             *(void_p(pointer(t)) for t in tensors),
             strides,
             *(void_p(pointer(t)) for t in (lse, permuted_k, permuted_v, *(lists or (None, None, None)), scratch)),

@@ -129,6 +129,30 @@ def dense():
     return peers
 
 
+def of_layer(softcap=0.0, window=None, sinks=None):
+    """Returns peers whose causal attention takes what a layer carries: FlashAttention-3 no sinks, -4 all of it."""
+    peers = []
+    fa3 = load("FlashAttention-3") if sinks is None else None
+    if fa3:
+        more = {"softcap": softcap, "window_size": (-1, -1) if window is None else (window - 1, 0)}
+
+        def call(q, k, v):
+            return fa3(q, k, v, causal=True, **more).transpose(1, 2)
+
+        peers.append(Peer("FlashAttention-3", call, tokens_first))
+    if load("FlashAttention-4"):
+        fa4, _, _ = load("FlashAttention-4")
+        carried = {"softcap": softcap, "learnable_sink": None if sinks is None else sinks.bfloat16()}
+        if window is not None:
+            carried["window_size"] = (window - 1, 0)
+
+        def call_4(q, k, v):
+            return fa4(q, k, v, causal=True, **carried)[0].transpose(1, 2)
+
+        peers.append(Peer("FlashAttention-4", call_4, tokens_first))
+    return peers
+
+
 def sparse(mask):
     """Returns peers that visit the blocks of a mask [batch][head][row][block], and of the diagonal what is causal.
 

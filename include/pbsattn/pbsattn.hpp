@@ -289,6 +289,7 @@ struct Inputs {
   ConstView v;  // [batch][kv_heads][kv_len][head_dim_v]
   // [q_heads], or none: a learned logit of each query head (GPT-OSS), which enters every query's softmax as one more
   // key without a value, and the log-sum-exp. Scores of blocks leave it out. Finite ones beyond 2.3e38 count as that.
+  // On CUDA in device memory.
   std::span<const float> sinks = {};
   OrderWeights order_weights = {};  // read where the plan's permutation is learned
 };

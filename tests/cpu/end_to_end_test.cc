@@ -49,6 +49,7 @@ TEST_P(EndToEnd, DecisionsAreTheReferences) {
   const bool most = GetParam() == f32_paths().front();  // the others differ in kernels alone
   expect_reference_decisions(random_plans({.dtypes = {DType::f32, DType::bf16},
                                            .head_dims = {8, 24, 40, 64},
+                                           .value_widths = true,
                                            .layers = true,
                                            .blocks = {32, 64, 96},
                                            .most_keys = 300,

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <ranges>
 
 #include "cuda/device_run.h"
 #include "support/hostile.h"
@@ -85,6 +86,45 @@ std::vector<MethodCase> windows() {
   return cases;
 }
 
+// A cap in every score, in orders and corrections: far below most logits, amid them, and far above.
+std::vector<MethodCase> caps() {
+  std::vector<MethodCase> cases;
+  const auto add = [&](const std::string& name, const ProblemSpec& problem, Options options, float softcap) {
+    options.softcap = softcap;
+    cases.push_back({name + "_of" + std::to_string(static_cast<int>(10 * softcap)), problem, options});
+  };
+  const auto change = [](Options options, auto&& how) {
+    how(options);
+    return options;
+  };
+  for (const char* name : method_names)
+    for (const float softcap : {0.5F, 6.0F, 1000.0F})
+      add(label_of(name), alike(shape_of(900, 1100)), short_method(name), softcap);
+  for (const std::int64_t dim : {64, 128})
+    for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}}) {
+      const ProblemSpec problem = with_sinks(alike(shape_of(300, 700, dim, 6, 2, 2), dtype, TensorLayout::bshd));
+      const std::string label = type + std::string("_dim") + std::to_string(dim);
+      for (const char* name : {"pbs", "pbs+", "pbs-sampled", "mean-pool", "prism", "flashprefill", "minference"})
+        add(label_of(name) + "_" + label, problem, short_method(name), 5);
+      add("per_query_" + label, problem, change(pbs(), [](Options& o) { o.score = BlockScore::per_query; }), 5);
+    }
+  for (const int segment : {128, 512})
+    add("segment" + std::to_string(segment), alike(shape_of(900, 1100)),
+        change(pbs(), [&](Options& o) { o.segment = segment; }), 5);
+  add("shared_order", alike(shape_of(300, 1100, 64, 6, 2, 2)),
+      change(pbs(), [](Options& o) { o.order_scope = OrderScope::kv_head; }), 5);
+  add("corrected", with_sinks(alike(shape_of(900, 1100, 128))),
+      change(pbs(0.4F), [](Options& o) { o.correction = Correction::mean; }), 5);
+  for (const float tau : {0.0F, 1.0F})  // by masses, and by pooling
+    add("flexible_tau" + std::to_string(static_cast<int>(tau)), alike(shape_of(900, 1100)),
+        change(short_method("flexprefill"), [&](Options& o) { o.tau = tau; }), 5);
+  for (const int window : {100, 300})
+    add("window" + std::to_string(window), with_sinks(alike(shape_of(900, 1100, 128))),
+        change(method("full"), [&](Options& o) { o.window = window; }), 5);
+  add("scaled", alike(shape_of(900, 1100)), change(pbs(), [](Options& o) { o.scale = 0.4F; }), 5);
+  return cases;
+}
+
 class CudaLayers : public testing::TestWithParam<MethodCase> {};
 
 TEST_P(CudaLayers, AgreesWithTheReference) {
@@ -95,12 +135,48 @@ TEST_P(CudaLayers, AgreesWithTheReference) {
 
 const auto name_of = [](const auto& test) { return test.param.name; };
 INSTANTIATE_TEST_SUITE_P(Sinks, CudaLayers, testing::ValuesIn(sinks()), name_of);
+INSTANTIATE_TEST_SUITE_P(Caps, CudaLayers, testing::ValuesIn(caps()), name_of);
 INSTANTIATE_TEST_SUITE_P(Windows, CudaLayers, testing::ValuesIn(windows()), name_of);
+
+constexpr Shape hostile_shape{.q_heads = 2, .kv_heads = 1, .q_len = 600, .kv_len = 600, .head_dim = 64};
+
+// Under a cap even infinite products have logits.
+class CudaHostileCaps : public testing::TestWithParam<HostileCase> {};
+
+TEST_P(CudaHostileCaps, AgreeWithTheReference) {
+  for (const char* name : {"full", "pbs", "pbs-threshold", "pbs-sampled", "xattention", "mean-pool", "flashprefill"}) {
+    SCOPED_TRACE(name);
+    Problem problem(with_sinks(alike(hostile_shape)));
+    GetParam().change(problem);
+    Options options = short_method(name);
+    options.softcap = 4;
+    const RunResult result = run_on_device(options, problem);
+    const Tolerance tolerance = tolerance_for(problem, DType::bf16);
+    expect_order(problem, result.options, result.trace, tolerance);
+    expect_lists(problem, result.options, result.trace, tolerance);
+    // Where many logits are the cap, their weights are rounded alike, by 2^-8 at most.
+    const Values ours = outputs_of(problem);
+    const Values truth = attend_exact(problem, result.options, result.trace);
+    for (std::size_t i = 0; i < truth.out.size(); ++i)
+      ASSERT_EQ(std::isnan(ours.out[i]), std::isnan(truth.out[i])) << "out at " << i;
+    for (std::size_t i = 0; i < truth.lse.size(); ++i)
+      ASSERT_EQ(std::isnan(ours.lse[i]), std::isnan(truth.lse[i])) << "log-sum-exp at " << i;
+    EXPECT_LT(distance(ours.lse, truth.lse).largest, 0x1.1p-8);
+    const auto finite = [](double x) { return std::isfinite(x) ? std::abs(x) : 0.0; };
+    EXPECT_LE(distance(ours.out, truth.out).largest,
+              0.02 * std::ranges::max(truth.out | std::views::transform(finite)));
+  }
+}
+
+// Infinite values that a query weighs are infinite outputs by the definition, and NaN by the interface.
+std::vector<HostileCase> hostile_under_a_cap() {
+  std::vector<HostileCase> cases = hostile_cases(hostile_shape, 128);
+  std::erase_if(cases, [](const HostileCase& c) { return c.name.ends_with("values_that_are_not_finite"); });
+  return cases;
+}
 
 // Values that are no numbers spoil who sees them, and nobody else.
 class CudaHostileWindows : public testing::TestWithParam<HostileCase> {};
-
-constexpr Shape hostile_shape{.q_heads = 2, .kv_heads = 1, .q_len = 600, .kv_len = 600, .head_dim = 64};
 
 TEST_P(CudaHostileWindows, AgreeWithTheReference) {
   for (const int window : {1, 40, 128, 150, 300})
@@ -116,8 +192,8 @@ TEST_P(CudaHostileWindows, AgreeWithTheReference) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Values, CudaHostileWindows, testing::ValuesIn(hostile_cases(hostile_shape, 128)),
-                         [](const auto& test) { return test.param.name; });
+INSTANTIATE_TEST_SUITE_P(Values, CudaHostileCaps, testing::ValuesIn(hostile_under_a_cap()), name_of);
+INSTANTIATE_TEST_SUITE_P(Values, CudaHostileWindows, testing::ValuesIn(hostile_cases(hostile_shape, 128)), name_of);
 
 TEST(CudaWindows, BadValuesAtEachPlaceOfABlock) {
   const Shape shape{.q_heads = 1, .q_len = 520, .kv_len = 520, .head_dim = 64};

@@ -60,9 +60,6 @@ TEST(CudaPlan, RefusesWhatItCannotDo) {
   options = pbs(0.7F);
   options.precision = Precision::f32;
   EXPECT_NE(create(options, small).find("precision f32"), std::string::npos);
-  options = pbs(0.7F);
-  options.softcap = 30;
-  EXPECT_NE(create(options, small).find("softcap 30"), std::string::npos);
   Shape narrow = small;
   narrow.head_dim_v = 32;
   EXPECT_NE(create(pbs(0.7F), narrow).find("head_dim_v 32"), std::string::npos);

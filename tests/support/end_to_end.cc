@@ -79,7 +79,7 @@ RandomPlan draw(const PlanLimits& limits, BlockScore score, KeepRule keep, int v
   shape.q_len = random.one_in(2) ? shape.kv_len : random.between(1, shape.kv_len);
   shape.q_len = std::min(shape.q_len, limits.most_queries);
   shape.head_dim = random.of(limits.head_dims);
-  if (limits.layers && random.one_in(3)) shape.head_dim_v = random.of(limits.head_dims);
+  if (limits.value_widths && random.one_in(3)) shape.head_dim_v = random.of(limits.head_dims);
   if (random.one_in(4))
     options.scale = static_cast<float>(random.between(1, 8)) / 4 / std::sqrt(static_cast<float>(shape.head_dim));
   if (limits.layers && random.one_in(3)) options.softcap = static_cast<float>(random.between(1, 20)) / 2;
@@ -164,12 +164,15 @@ std::vector<RandomPlan> random_plans(const PlanLimits& limits, int each) {
 }
 
 std::vector<RandomPlan> plans_for_cuda() {
-  return random_plans({.dtypes = {DType::bf16, DType::f16},
-                       .head_dims = {64, 128},
-                       .blocks = {128},
-                       .most_keys = 800,
-                       .most_queries = 200},
-                      2);
+  PlanLimits limits{.dtypes = {DType::bf16, DType::f16},
+                    .head_dims = {64, 128},
+                    .blocks = {128},
+                    .most_keys = 800,
+                    .most_queries = 200};
+  std::vector<RandomPlan> plans = random_plans(limits, 2);
+  limits.layers = true;
+  for (RandomPlan& plan : random_plans(limits, 2)) plans.push_back(std::move(plan));
+  return plans;
 }
 
 void expect_reference_decisions(const RandomPlan& plan, const Backend& backend, const Tolerance& tolerance,

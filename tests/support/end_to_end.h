@@ -22,7 +22,8 @@ void PrintTo(const RandomPlan& plan, std::ostream* stream);
 struct PlanLimits {
   std::vector<DType> dtypes;  // of all inputs alike
   std::vector<std::int64_t> head_dims;
-  bool layers = false;  // values may be of another width than keys, and there may be sinks, capped logits, windows
+  bool value_widths = false;  // values may be of another width than keys
+  bool layers = false;        // there may be sinks, capped logits, windows
   std::vector<int> blocks;
   std::int64_t most_keys = 0;
   std::int64_t most_queries = 0;

@@ -312,7 +312,7 @@ def attention(
     torch.compile a graph break.
 
     sinks: float32 [Hq], a learned logit of each query head, which enters every query's softmax as one more key without a
-    value (GPT-OSS); not on a GPU.
+    value (GPT-OSS).
 
     order_weights: float32 [Hkv, 3 D / 2] of permutation="learned", order_scope="kv_head": for each KV head those of the
     lengths of its key's D / 2 pairs, then of its D numbers (docs/learned.md); finite, on q's device. rope_pairs: which

@@ -124,29 +124,18 @@ def _reason_to_leave(
     softcap = kwargs.get("softcap")
     if softcap is not None and not 0 < softcap < math.inf:
         return f"its soft-cap is {softcap}, not a finite, positive number"
-    return _lacking(query, value, mask, kwargs)
+    return _lacking(query, value)
 
 
-NOT_ON_A_GPU = {
-    "softcap": "its logits are soft-capped, which none are on a GPU",
-    "s_aux": "it has attention sinks, which none has on a GPU",
-}
-_TAKEN = tuple(NOT_ON_A_GPU)  # that others may not know
+_TAKEN = ("softcap", "s_aux")  # that others may not know
 
 
-def _lacking(
-    query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | CausalMask | None, kwargs: dict[str, typing.Any]
-) -> str | None:
+def _lacking(query: torch.Tensor, value: torch.Tensor) -> str | None:
     """What the call has that its device's backend hasn't; said before, since a compiled call can't be refused."""
     width, width_v = query.shape[-1], value.shape[-1]
     if query.device.type == "cuda":
         if width_v != width:
             return f"its values have head_dim {width_v}, its keys {width}; on a GPU they are of one width"
-        for name, reason in NOT_ON_A_GPU.items():
-            if kwargs.get(name) is not None:
-                return reason
-        if type(mask) is CausalMask and mask.window is not None:
-            return f"it is a sliding window of {mask.window} tokens, which none is on a GPU"
     elif query.device.type == "cpu" and width_v != width and (width_v % 8 or width_v > 256):
         return f"its values have head_dim {width_v}; on a CPU they are of a multiple of 8 up to 256"
     return None

@@ -13,9 +13,10 @@ or, for a while:
 
 Any model whose attention goes through transformers' AttentionInterface will do, unless it is sparse by an indexer of its
 own. What pbsattn takes is causal attention of one prompt or of a batch of equally long ones, in one or several chunks over
-a cache; on the CPU also with soft-capped logits, sinks, values of another width than keys, and a sliding window, of which
-all is computed. Everything else (decoding, padding, cross attention, training, ...) goes to PyTorch's SDPA, or to the
-model's own attention where SDPA can't compute it; the first time something long does, a FallbackWarning names the reason.
+a cache, with or without soft-capped logits, sinks, and a sliding window, of which all is computed; on the CPU also with
+values of another width than keys. Everything else (decoding, padding, cross attention, training, ...) goes to PyTorch's
+SDPA, or to the model's own attention where SDPA can't compute it; the first time something long does, a FallbackWarning
+names the reason.
 """
 
 import json
@@ -29,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import _core
 from ._learned import LearnedOrder, read_learned
 from ._settings import HeadChanges, Layers, Value, read_settings
-from ._transformers_calls import NAME, NOT_ON_A_GPU, FallbackWarning, Layer, LayerStats, State, states
+from ._transformers_calls import NAME, FallbackWarning, Layer, LayerStats, State, states
 from ._transformers_fallback import indexer, own
 from ._transformers_learned import rope_pairs, weights_by_module
 
@@ -101,14 +102,6 @@ def _attention_modules(model: torch.nn.Module) -> list[typing.Any]:
 
 def _indices(modules: list[typing.Any]) -> set[int]:
     return {module.layer_idx for module in modules if module.layer_idx is not None}
-
-
-def _never_taken(module: torch.nn.Module, device: torch.device) -> str | None:
-    """Why no call of this module can be taken, as far as the module itself and its device tell."""
-    if device.type == "cpu":
-        return None
-    told = {"softcap": "attn_logit_softcapping", "s_aux": "sinks"}  # by which attributes of a module
-    return next((NOT_ON_A_GPU[name] for name, of in told.items() if getattr(module, of, None) is not None), None)
 
 
 class Enabled:
@@ -203,9 +196,6 @@ def enable(
     no_interface = f"{name}: has no causal attention that goes through transformers' AttentionInterface"
     if not modules or not model._can_set_attn_implementation():
         raise ValueError(no_interface)
-    reasons = {_never_taken(module, model.device) for module in modules}
-    if None not in reasons:
-        raise ValueError(f"{name}: pbsattn can take none of its layers: {'; '.join(sorted(filter(None, reasons)))}")
     if layers is not None:
         layers, indices = frozenset(layers), _indices(modules)
         if unknown_layers := layers - indices:
