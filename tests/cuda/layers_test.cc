@@ -40,9 +40,10 @@ Options short_method(const char* name) {
   return options;
 }
 
-constexpr const char* method_names[] = {"full",      "pbs",          "pbs-unpermuted", "pbs+",       "pbs-threshold",
-                                        "oracle",    "pbs-sampled",  "xattention",     "mean-pool",  "prism",
-                                        "streaming", "flashprefill", "minference",     "flexprefill"};
+constexpr const char* method_names[] = {"full",          "pbs",         "pbs-unpermuted", "pbs+",
+                                        "pbs-threshold", "oracle",      "pbs-sampled",    "xattention",
+                                        "mean-pool",     "prism",       "streaming",      "flashprefill",
+                                        "minference",    "flexprefill", "two-step",       "pbs-two-step"};
 
 std::vector<MethodCase> sinks() {
   std::vector<MethodCase> cases;
@@ -104,7 +105,8 @@ std::vector<MethodCase> caps() {
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}}) {
       const ProblemSpec problem = with_sinks(alike(shape_of(300, 700, dim, 6, 2, 2), dtype, TensorLayout::bshd));
       const std::string label = type + std::string("_dim") + std::to_string(dim);
-      for (const char* name : {"pbs", "pbs+", "pbs-sampled", "mean-pool", "prism", "flashprefill", "minference"})
+      for (const char* name :
+           {"pbs", "pbs+", "pbs-sampled", "mean-pool", "prism", "flashprefill", "minference", "pbs-two-step"})
         add(label_of(name) + "_" + label, problem, short_method(name), 5);
       add("per_query_" + label, problem, change(pbs(), [](Options& o) { o.score = BlockScore::per_query; }), 5);
     }
@@ -144,7 +146,8 @@ constexpr Shape hostile_shape{.q_heads = 2, .kv_heads = 1, .q_len = 600, .kv_len
 class CudaHostileCaps : public testing::TestWithParam<HostileCase> {};
 
 TEST_P(CudaHostileCaps, AgreeWithTheReference) {
-  for (const char* name : {"full", "pbs", "pbs-threshold", "pbs-sampled", "xattention", "mean-pool", "flashprefill"}) {
+  for (const char* name :
+       {"full", "pbs", "pbs-threshold", "pbs-sampled", "xattention", "mean-pool", "flashprefill", "pbs-two-step"}) {
     SCOPED_TRACE(name);
     Problem problem(with_sinks(alike(hostile_shape)));
     GetParam().change(problem);

@@ -100,8 +100,7 @@ RandomPlan draw(const PlanLimits& limits, BlockScore score, KeepRule keep, int v
     options.two_step_reach = static_cast<int>(later.between(1, 8));
   }
 
-  if (options.permutation == Permutation::last_queries && limits.last_permutation == Permutation::arrival &&
-      later.one_in(2)) {
+  if (options.permutation == Permutation::last_queries && later.one_in(2)) {
     options.permutation = later.one_in(2) ? Permutation::learned : Permutation::arrival;
     options.order_scope = OrderScope::kv_head;
     plan.problem.order_weights = options.permutation == Permutation::learned;
@@ -154,7 +153,7 @@ std::vector<RandomPlan> random_plans(const PlanLimits& limits, int each) {
   constexpr int variants = 16;
   std::vector<RandomPlan> plans;
   Random random(1);
-  for (int score = 0; score <= static_cast<int>(limits.last_score); ++score)
+  for (int score = 0; score <= static_cast<int>(BlockScore::two_step); ++score)
     for (const KeepRule keep : rules_of(static_cast<BlockScore>(score)))
       for (int i = 0; i < each; ++i) {
         const int variant = each >= variants ? i % variants : static_cast<int>(random.between(0, variants - 1));

@@ -28,8 +28,6 @@ struct PlanLimits {
   std::int64_t most_keys = 0;
   std::int64_t most_queries = 0;
   Precision precision = Precision::automatic;
-  BlockScore last_score = BlockScore::two_step;
-  Permutation last_permutation = Permutation::arrival;
 };
 
 // Returns `each` plans of every score and rule. Sixteen of them have every combination of rules, order scope,

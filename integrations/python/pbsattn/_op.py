@@ -316,7 +316,7 @@ def attention(
 
     order_weights: float32 [Hkv, 3 D / 2] of permutation="learned", order_scope="kv_head": for each KV head those of the
     lengths of its key's D / 2 pairs, then of its D numbers (docs/learned.md); finite, on q's device. rope_pairs: which
-    columns RoPE turns together, "halves" or "neighbours". Not on a GPU yet; other permutations leave both unread.
+    columns RoPE turns together, "halves" or "neighbours". Other permutations leave both unread.
 
     Returns out [B, Hq, Sq, Dv], of q's dtype and contiguous; with return_lse also the natural log-sum-exp of each
     query's logits, float32 [B, Hq, Sq]; with return_stats also Stats (density, seconds), for which it waits for the work.
