@@ -11,7 +11,7 @@ struct Permuted {
   std::int64_t order_heads =
       0;              // heads that have an order: q_heads (one for each query head) or kv_heads (a shared one)
   void* k = nullptr;  // [batch][order_heads][permuted_len][head_dim]; null: keys are where they were
-  void* v = nullptr;  // the same
+  void* v = nullptr;  // the same, [head_dim_v]
   std::int32_t* order = nullptr;       // [batch][order_heads][permuted_len]: the token at each slot
   std::int32_t* sink_block = nullptr;  // [batch][order_heads]: the block whose slot holds token 0
 };
@@ -21,7 +21,7 @@ struct Pooled {
   void* q = nullptr;          // [batch][q_heads][rows][head_dim]
   void* k = nullptr;          // [batch][order_heads][k_blocks][head_dim], in the keys' order
   std::int64_t k_blocks = 0;  // at least permuted_blocks()
-  void* v = nullptr;          // [batch][order_heads][permuted_blocks][head_dim]
+  void* v = nullptr;          // [batch][order_heads][permuted_blocks][head_dim_v]
   void* own = nullptr;        // [batch][kv_heads][blocks][head_dim]: of keys where they were
 };
 

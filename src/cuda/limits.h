@@ -7,6 +7,12 @@
 
 namespace pbsattn::cuda {
 
+// Elements of a key, which queries have too, and of a value, which outputs have too.
+struct Widths {
+  int keys, values;
+};
+inline constexpr Widths widths[] = {{64, 64}, {128, 128}};  // that kernels are compiled for
+
 inline constexpr int block_tokens = 128;            // the only block size of this backend
 inline constexpr std::int64_t max_segment = 8192;   // a segment's scores and order live in shared memory
 inline constexpr std::int64_t max_blocks = 49'152;  // a row's scores live in shared memory: 6 M tokens

@@ -28,6 +28,20 @@ void check_memory(const void* data, const char* name, int device) {
                 fmt::format("{}: not in the memory of CUDA device {}; pass a tensor of that device", name, device));
 }
 
+void check_widths(const Shape& shape) {
+  std::string keys, values;
+  for (const Widths& w : widths) {
+    keys += fmt::format("{}{}", keys.empty() ? "" : ", ", w.keys);
+    if (w.keys != shape.head_dim) continue;
+    values += fmt::format("{}{}", values.empty() ? "" : ", ", w.values);
+    if (w.values == value_dim(shape)) return;
+  }
+  if (values.empty())
+    refuse(fmt::format("head_dim {}: the CUDA backend takes {}; pad, or use Device::cpu()", shape.head_dim, keys));
+  refuse(fmt::format("head_dim_v {}: the CUDA backend takes {} beside a head_dim of {}; pad, or use Device::cpu()",
+                     value_dim(shape), values, shape.head_dim));
+}
+
 template <class V>
 void check_view(const V& view, const char* name, const Shape& shape, std::int64_t heads, std::int64_t tokens,
                 DType dtype, int device) {
@@ -73,11 +87,7 @@ void check_device(int index) {
 
 void check_limits(const detail::PlanSpec& spec) {
   const Geometry& g = spec.geometry;
-  if (g.shape.head_dim != 64 && g.shape.head_dim != 128)
-    refuse(fmt::format("head_dim {}: the CUDA backend takes 64 or 128; pad, or use Device::cpu()", g.shape.head_dim));
-  if (value_dim(g.shape) != g.shape.head_dim)
-    refuse(fmt::format("head_dim_v {}: the CUDA backend takes values as wide as keys, {}; pad, or use Device::cpu()",
-                       g.shape.head_dim_v, g.shape.head_dim));
+  check_widths(g.shape);
   if (spec.options.block != block_tokens)
     refuse(fmt::format("block {}: the CUDA backend takes {}; use that, or Device::cpu()", spec.options.block,
                        block_tokens));

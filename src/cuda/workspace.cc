@@ -19,26 +19,28 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   const std::int64_t order_heads = g.shape.batch * order_heads_of(spec, g);
   const auto take = [&]<class T>(T*& pointer, std::int64_t count) { carver.take(pointer, count, alignment); };
   std::byte* elements = nullptr;
-  const auto take_elements = [&](void*& pointer, std::int64_t rows) {
-    take(elements, rows * g.shape.head_dim * element_bytes);
+  const auto take_rows = [&](void*& pointer, std::int64_t rows, std::int64_t width) {
+    take(elements, rows * width * element_bytes);
     pointer = elements;
   };
+  const auto take_keys = [&](void*& pointer, std::int64_t rows) { take_rows(pointer, rows, g.shape.head_dim); };
+  const auto take_values = [&](void*& pointer, std::int64_t rows) { take_rows(pointer, rows, value_dim(g.shape)); };
   permuted.order_heads = order_heads_of(spec, g);
   take(head_options, static_cast<std::int64_t>(spec.heads.size()));
   take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g)));
   if (!sparse) return;
-  if (pools_own(options.score)) take_elements(pooled.own, g.shape.batch * g.shape.kv_heads * g.blocks());
+  if (pools_own(options.score)) take_keys(pooled.own, g.shape.batch * g.shape.kv_heads * g.blocks());
   // Keys that stay where they are have the same means there and here.
   const bool same = !permutes && pools_own(options.score);
   pooled.k_blocks = same ? g.blocks() : permuted_blocks(g);
   if (same) pooled.k = pooled.own;
   const bool pools = permutes || reads_means(options);
-  if (!same && pools) take_elements(pooled.k, order_heads * pooled.k_blocks);
+  if (!same && pools) take_keys(pooled.k, order_heads * pooled.k_blocks);
   if (options.correction != Correction::none) {
-    take_elements(pooled.v, order_heads * permuted_blocks(g));
+    take_values(pooled.v, order_heads * permuted_blocks(g));
     take(lse, query_heads * g.shape.q_len);
   }
-  if (pools && options.score != BlockScore::two_step) take_elements(pooled.q, query_heads * g.rows());
+  if (pools && options.score != BlockScore::two_step) take_keys(pooled.q, query_heads * g.rows());
   take(permuted.sink_block, order_heads);
   take(lists.row_start, query_heads * g.rows());
   take(lists.row_count, query_heads * g.rows());
@@ -49,8 +51,8 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   if (options.permutation != Permutation::learned)
     take(permute_scratch, static_cast<std::int64_t>(permute_scratch_size(g)));
   take(permuted.order, order_heads * g.permuted_len());
-  take_elements(permuted.k, order_heads * g.permuted_len());
-  take_elements(permuted.v, order_heads * g.permuted_len());
+  take_keys(permuted.k, order_heads * g.permuted_len());
+  take_values(permuted.v, order_heads * g.permuted_len());
 }
 
 Geometry Layout::geometry_of(Geometry g, const Extent& extent) {

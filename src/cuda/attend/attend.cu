@@ -48,11 +48,11 @@ namespace {
 
 using namespace attention;
 
-template <class Element, int head_dim, class Layer>
+template <class Element, int head_dim, int head_dim_v, class Layer>
 __global__ void __launch_bounds__(threads, 1)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps,
                   const __grid_constant__ Layer layer) {
-  auto& shared = aligned_shared<Shared<Element, head_dim, Layer::guards>>();
+  auto& shared = aligned_shared<Shared<Element, head_dim, head_dim_v, Layer::guards>>();
   if (threadIdx.x == 0) shared.init_barriers();
   shared.init_ones();
   __syncthreads();
@@ -85,7 +85,7 @@ struct Scratch {
 };
 
 TileOrder natural_order(const Geometry& g, const RowGrid& grid) {
-  const std::int64_t kv_bytes = g.shape.kv_len * g.shape.head_dim * 2 * 2;
+  const std::int64_t kv_bytes = g.shape.kv_len * (g.shape.head_dim + value_dim(g.shape)) * 2;
   const std::int64_t sections = std::max<std::int64_t>(1, section_bytes / kv_bytes) * grid.order_group;
   return {.rows = grid.rows,
           .heads = grid.heads,
@@ -184,21 +184,24 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   };
 
   TensorMaps maps;
-  const auto map = [&](CUtensorMap& into, const auto& view, std::int64_t heads, std::int64_t tokens, int box_tokens) {
-    return make_tensor_map(into, view, shape.batch, heads, tokens, shape.head_dim, box_tokens);
+  const std::int64_t dim = shape.head_dim;
+  const std::int64_t dim_v = value_dim(shape);
+  const auto map = [&](CUtensorMap& into, const auto& view, std::int64_t heads, std::int64_t tokens, std::int64_t width,
+                       int box_tokens) {
+    return make_tensor_map(into, view, shape.batch, heads, tokens, width, box_tokens);
   };
-  const auto map_permuted = [&](CUtensorMap& into, const void* data, const CUtensorMap& original) {
+  const auto map_permuted = [&](CUtensorMap& into, const void* data, std::int64_t width, const CUtensorMap& original) {
     into = original;  // keys that are where they were
-    const std::int64_t head = g.permuted_len() * shape.head_dim;
-    const ConstView view{data, args.inputs.k.dtype, order_heads * head, head, shape.head_dim};
-    return !permuted || map(into, view, order_heads, g.permuted_len(), block);
+    const std::int64_t head = g.permuted_len() * width;
+    const ConstView view{data, args.inputs.k.dtype, order_heads * head, head, width};
+    return !permuted || map(into, view, order_heads, g.permuted_len(), width, block);
   };
-  if (!map(maps.q, args.inputs.q, shape.q_heads, shape.q_len, 64) ||
-      !map(maps.out, args.outputs.out, shape.q_heads, shape.q_len, 64) ||
-      !map(maps.k, args.inputs.k, shape.kv_heads, shape.kv_len, block) ||
-      !map(maps.v, args.inputs.v, shape.kv_heads, shape.kv_len, block) ||
-      !map_permuted(maps.permuted_k, args.permuted.k, maps.k) ||
-      !map_permuted(maps.permuted_v, args.permuted.v, maps.v))
+  if (!map(maps.q, args.inputs.q, shape.q_heads, shape.q_len, dim, 64) ||
+      !map(maps.out, args.outputs.out, shape.q_heads, shape.q_len, dim_v, 64) ||
+      !map(maps.k, args.inputs.k, shape.kv_heads, shape.kv_len, dim, block) ||
+      !map(maps.v, args.inputs.v, shape.kv_heads, shape.kv_len, dim_v, block) ||
+      !map_permuted(maps.permuted_k, args.permuted.k, dim, maps.k) ||
+      !map_permuted(maps.permuted_v, args.permuted.v, dim_v, maps.v))
     return cudaErrorInvalidValue;
 
   int multiprocessors = 0;
@@ -218,12 +221,13 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   }
   // Dense tiles are known beforehand, so work on the first ones may start beside reset_places.
   const Start start = dense && params.next_place != nullptr ? Start::early : Start::after_earlier_kernels;
-  return dispatch(args.inputs.q.dtype, shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+  return dispatch(args.inputs.q.dtype, shape, [&](auto element, auto keys, auto values) {
+    using T = decltype(element);
     const auto launch_for = [&]<class L>(const L& layer) {
-      constexpr int shared_bytes = aligned_bytes<Shared<T, dim, L::guards>>;
+      constexpr int shared_bytes = aligned_bytes<Shared<T, keys(), values(), L::guards>>;
       static_assert(shared_bytes <= 227 * 1024);
-      return launch(attend_kernel<T, dim, L>, dim3(std::min(tiles, multiprocessors)), threads, shared_bytes, stream,
-                    start, params, maps, layer);
+      return launch(attend_kernel<T, keys(), values(), L>, dim3(std::min(tiles, multiprocessors)), threads,
+                    shared_bytes, stream, start, params, maps, layer);
     };
     const Layer layer = layer_of(args.inputs, g.window);
     if (args.softcap != 0.0F) return launch_for(capped_layer_of(layer, args.softcap, args.scale));

@@ -18,13 +18,13 @@ namespace pbsattn::cuda {
 // Views are of f16 or bf16, all four alike, with 16-byte aligned data and strides of multiples of 8 elements.
 // To work pass by pass, give the pass's head counts and pointers advanced to its first head.
 struct AttendArgs {
-  Geometry geometry;                  // block 128; head_dim 64 or 128
+  Geometry geometry;                  // block 128; widths of limits.h
   float scale = 0;                    // factor on q . k
   float softcap = 0;                  // of logits; 0: none
   Inputs inputs = {};                 // sinks, if any, are in device memory
   Permuted permuted = {};             // k and v are read, if not null
   BlockLists lists = {};              // with null: dense causal attention
-  Outputs outputs = {};               // [batch][q_heads][q_len][head_dim]; lse at lse_batch_stride, optional: of
+  Outputs outputs = {};               // [batch][q_heads][q_len][head_dim_v]; lse at lse_batch_stride, optional: of
                                       // weights as rounded, by 2^-9 of themselves in bf16 and 2^-12 in f16
   std::int64_t lse_batch_stride = 0;  // elements from one batch entry to the next
   void* scratch = nullptr;            // attend_scratch_size() bytes, 16-byte aligned

@@ -48,10 +48,11 @@ template <class Layer, class Shared>
 __device__ void consume(const AttendParams& p, const Layer& layer, Shared& shared, int warpgroup_index) {
   using Element = typename Shared::Element;
   constexpr int head_dim = Shared::head_dim;
-  constexpr int outputs = head_dim / 2;  // registers of O, and 4 of sums
-  constexpr int panel_bytes = panel * sizeof(Element);
-  constexpr int kv_panel_bytes = block * panel_bytes;
-  constexpr int q_panel_bytes = 64 * panel_bytes;
+  constexpr int outputs = Shared::head_dim_v / 2;  // registers of O, and 4 of sums
+  constexpr int panel = Shared::panel;
+  constexpr int row_bytes = panel * sizeof(Element);
+  constexpr int kv_panel_bytes = block * row_bytes;
+  constexpr int q_panel_bytes = 64 * row_bytes;
   const int wg = __shfl_sync(0xFFFFFFFF, warpgroup_index, 0);  // so that the compiler knows it to be a warp's own
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x % warpgroup / 32;
@@ -69,7 +70,7 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
 
   // S = Q K^T, once both are there
   const auto multiply_qk = [&] {
-    const std::uint64_t k_operand = sm90::operand(shared.k[k.at]);
+    const std::uint64_t k_operand = sm90::operand<panel>(shared.k[k.at]);
     sm90::pin(s);
     sm90::wgmma_fence();
 #pragma unroll
@@ -82,12 +83,12 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   };
   // O += P [V 1], once V is there
   const auto multiply_pv = [&] {
-    const std::uint64_t v_operand = sm90::operand(&shared.v[v.at], kv_panel_bytes);
+    const std::uint64_t v_operand = sm90::operand<panel>(&shared.v[v.at], kv_panel_bytes);
     sm90::pin(o);
     sm90::wgmma_fence();
 #pragma unroll
     for (int key = 0; key < block; key += 16)
-      sm90::wgmma<Element>(o, weights + key / 4, sm90::advance(v_operand, key * panel_bytes));
+      sm90::wgmma<Element>(o, weights + key / 4, sm90::advance(v_operand, key * row_bytes));
     sm90::wgmma_commit();
   };
   const auto free_k = [&] {
@@ -178,7 +179,8 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
 #pragma unroll
     for (int i = 0; i < outputs / 8; ++i) {
       const int chunk = 2 * i + lane / 16;
-      Element* to = shared.q[slot.at][wg][chunk / 8][out_row] + (chunk % 8 ^ out_row % 8) * 8;
+      constexpr int of_panel = panel / 8;
+      Element* to = shared.q[slot.at][wg][chunk / of_panel][out_row] + swizzled<panel>(chunk % of_panel, out_row) * 8;
       const float* part = o + 8 * i;
       sm90::store_matrices(to, pack<Element>(part[0], part[1]), pack<Element>(part[2], part[3]),
                            pack<Element>(part[4], part[5]), pack<Element>(part[6], part[7]));
@@ -210,7 +212,7 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   const auto await = [&](const Ring<tile_slots>& slot) {
     shared.q_full[slot.at][wg].wait(slot.parity);
     shared.k_full[k.at].wait(k.parity);
-    q_operand = sm90::operand(shared.q[slot.at][wg]);
+    q_operand = sm90::operand<panel>(shared.q[slot.at][wg]);
   };
 
   Ring<tile_slots> slot;

@@ -43,11 +43,11 @@ struct Params {
   float scale, scale_log2;
 };
 
-template <int head_dim>
+template <int head_dim, int head_dim_v>
 struct Shared {
-  static constexpr int out_stride = head_dim + 4;  // so that a warp's rows are in different banks
+  static constexpr int out_stride = head_dim_v + 4;  // so that a warp's rows are in different banks
   struct Stages {
-    unsigned char k[stages][SwizzledTile<head_dim>::bytes], v[stages][SwizzledTile<head_dim>::bytes];
+    unsigned char k[stages][SwizzledTile<head_dim>::bytes], v[stages][SwizzledTile<head_dim_v>::bytes];
   };
   alignas(1024) unsigned char q[SwizzledTile<head_dim>::bytes];
   union {
@@ -76,8 +76,8 @@ struct Row {
 };
 
 // Sets the bits of the blocks that the row doesn't list; false: it lists all.
-template <int head_dim>
-__device__ bool find_left_out(const Params& p, const Row& at, Shared<head_dim>& shared) {
+template <class Shared>
+__device__ bool find_left_out(const Params& p, const Row& at, Shared& shared) {
   const std::int64_t tile = std::int64_t{at.head} * p.grid.rows + at.row;
   const int listed = p.lists.row_count[tile] - (at.diagonal + 1 - at.own_begin);
   if (listed == at.own_begin) return false;
@@ -95,17 +95,18 @@ __device__ bool find_left_out(const Params& p, const Row& at, Shared<head_dim>& 
 }
 
 // Merges the row's outputs and log-sum-exps with those in shared memory.
-template <class T, int head_dim>
-__device__ void merge_row(const Params& p, const Row& at, const Shared<head_dim>& shared) {
-  constexpr int chunks = head_dim / 8;
-  const int chunk = static_cast<int>(threadIdx.x) % chunks;
+template <class T, int head_dim, int head_dim_v>
+__device__ void merge_row(const Params& p, const Row& at, const Shared<head_dim, head_dim_v>& shared) {
+  using Swizzled = SwizzledTile<head_dim_v>;
+  const int chunk = static_cast<int>(threadIdx.x) % Swizzled::threads;
   const int batch = at.head / p.grid.q_heads;
   const int head = at.head % p.grid.q_heads;
   T* const out = static_cast<T*>(p.out.data) + batch * p.out.batch_stride + head * p.out.head_stride +
                  at.first_query * p.out.token_stride + chunk * 8;
   float* const lse = p.lse + batch * p.lse_batch_stride + std::int64_t{head} * p.grid.q_len + at.first_query;
-  for (int query = static_cast<int>(threadIdx.x) / chunks; query < tile_tokens; query += threads / chunks) {
-    const bool present = query < at.queries;
+  for (int query = static_cast<int>(threadIdx.x) / Swizzled::threads; query < tile_tokens;
+       query += threads / Swizzled::threads) {
+    const bool present = query < at.queries && chunk < Swizzled::chunks;
     const Merger merger(present ? lse[query] : -INFINITY, shared.lse[query]);
     __syncwarp();  // all lanes of the query have read its sum
     if (!present) continue;
@@ -120,18 +121,18 @@ __device__ void merge_row(const Params& p, const Row& at, const Shared<head_dim>
   }
 }
 
-template <class T, int head_dim, class Cap>
+template <class T, int head_dim, int head_dim_v, class Cap>
 __global__ void __launch_bounds__(threads, 1)
     correct_rows(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
-  auto& shared = aligned_shared<Shared<head_dim>>();
+  auto& shared = aligned_shared<Shared<head_dim, head_dim_v>>();
   const Row at(p.grid);
-  if (!find_left_out<head_dim>(p, at, shared)) return;
+  if (!find_left_out(p, at, shared)) return;
 
   const T* const queries =
       head_of<T>(p.q, at.head / p.grid.q_heads, at.head % p.grid.q_heads) + at.first_query * p.q.token_stride;
   const int order_head = p.grid.order_head(at.head);
   const T* const keys = static_cast<const T*>(p.pooled.k) + order_head * p.pooled.k_blocks * head_dim;
-  const T* const values = static_cast<const T*>(p.pooled.v) + order_head * p.pooled_v_blocks * head_dim;
+  const T* const values = static_cast<const T*>(p.pooled.v) + order_head * p.pooled_v_blocks * head_dim_v;
   const int tiles = (at.own_begin + tile_tokens - 1) / tile_tokens;
   const auto next_tile = [&](int tile) {
     const auto left_out = [&](int word) { return shared.left_out[tile * tile_words + word]; };
@@ -140,14 +141,14 @@ __global__ void __launch_bounds__(threads, 1)
   };
   // Means of listed blocks are left out, since values that are not finite would spoil sums with a weight of 0 too.
   const auto load_means = [&](int tile, int stage) {
-    const auto row_of = [&](const T* means) {
+    const auto row_of = [&](const T* means, int width) {
       return [=, &shared](int i) -> const T* {
         const bool left_out = (shared.left_out[tile * tile_words + i / word_bits] >> i % word_bits & 1) != 0;
-        return left_out ? means + (tile * tile_tokens + static_cast<std::int64_t>(i)) * head_dim : nullptr;
+        return left_out ? means + (tile * tile_tokens + static_cast<std::int64_t>(i)) * width : nullptr;
       };
     };
-    gather_tile<T, head_dim, threads>(shared.means.k[stage], keys, row_of(keys));
-    gather_tile<T, head_dim, threads>(shared.means.v[stage], values, row_of(values));
+    gather_tile<T, head_dim, threads>(shared.means.k[stage], keys, row_of(keys, head_dim));
+    gather_tile<T, head_dim_v, threads>(shared.means.v[stage], values, row_of(values, head_dim_v));
     commit_copies();
   };
   gather_tile<T, head_dim, threads>(
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(threads, 1)
   int tile = next_tile(0);
   load_means(tile, 0);
 
-  constexpr int outputs = head_dim / 2;  // registers of O
+  constexpr int outputs = head_dim_v / 2;  // registers of O
   const int half = static_cast<int>(threadIdx.x) / 128 * 64;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int column = lane % 4 * 2;
@@ -191,12 +192,13 @@ __global__ void __launch_bounds__(threads, 1)
     std::uint32_t weights[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) weights[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-    const std::uint64_t operand = sm90::operand(shared.means.v[stage], SwizzledTile<head_dim>::panel_bytes);
+    using Values = SwizzledTile<head_dim_v>;
+    const std::uint64_t operand = sm90::operand<Values::panel>(shared.means.v[stage], Values::panel_bytes);
     sm90::pin(o);
     sm90::wgmma_fence();
 #pragma unroll
     for (int key = 0; key < tile_tokens; key += 16)
-      sm90::wgmma<T>(o, weights + key / 4, sm90::advance(operand, key * 128));
+      sm90::wgmma<T>(o, weights + key / 4, sm90::advance(operand, key * Values::row_bytes));
     sm90::wgmma_commit();
     sm90::wgmma_wait<0>();
     sm90::pin(o);
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(threads, 1)
       for (int c = 0; c < 2; ++c) shared.out[query][i * 2 + column + c] = o[i + 2 * r + c] * inverse;
   }
   __syncthreads();
-  merge_row<T, head_dim>(p, at, shared);
+  merge_row<T>(p, at, shared);
 }
 
 }  // namespace
@@ -237,13 +239,13 @@ cudaError_t correct(const AttendArgs& args, const Pooled& pooled, std::int64_t d
                  .lists = args.lists,
                  .scale = args.scale,
                  .scale_log2 = scale_log2(args.scale)};
-  return dispatch(p.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    constexpr int shared_bytes = aligned_bytes<Shared<dim>>;
+  return dispatch(p.q.dtype, g.shape, [&](auto element, auto keys, auto values) {
+    constexpr int shared_bytes = aligned_bytes<Shared<keys(), values()>>;
     static_assert(shared_bytes <= 227 * 1024);
     const dim3 thread_blocks(grid.heads, static_cast<unsigned>(rows));
     return with_cap(args.softcap, args.scale, [&]<class Cap>(const Cap& cap) {
-      return launch(correct_rows<T, dim, Cap>, thread_blocks, threads, shared_bytes, stream,
-                    Start::after_earlier_kernels, p, cap);
+      return launch(correct_rows<decltype(element), keys(), values(), Cap>, thread_blocks, threads, shared_bytes,
+                    stream, Start::after_earlier_kernels, p, cap);
     });
   });
 }

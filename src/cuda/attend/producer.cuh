@@ -40,12 +40,11 @@ template <class Layer, class Shared>
 __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer& layer, Shared& shared, int lane) {
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
-  using KVTile = typename Shared::KVTile;
-  const auto load_block = [&](auto& stage, KVTile& tile, sm90::Barrier* full, sm90::Barrier* free,
-                              const CUtensorMap& map, int token, int head, int batch) {
+  const auto load_block = [&](auto& stage, auto& tile, sm90::Barrier* full, sm90::Barrier* free, const CUtensorMap& map,
+                              int token, int head, int batch) {
     free[stage.at].wait(stage.parity ^ 1);
     if (lane == 0) {
-      full[stage.at].arrive_expecting(sizeof(KVTile));
+      full[stage.at].arrive_expecting(sizeof(tile));
       sm90::tma_load(tile, map, full[stage.at], 0, token, 0, head, batch);
     }
     stage.next();
@@ -114,7 +113,8 @@ template <class Layer, class Shared>
 __device__ void guard(const Layer& layer, Shared& shared, int lane) {
   using Pair = typename Bits<typename Shared::Element>::Pair;
   constexpr std::uint32_t exponent = Bits<typename Shared::Element>::infinite;
-  constexpr int words = Shared::head_dim / 64;  // each lane looks after so many pairs of columns
+  constexpr int panel = Shared::panel;
+  constexpr int words = Shared::head_dim_v / 64;  // each lane looks after so many pairs of columns
   struct alignas(4 * words) Slice {
     std::uint32_t word[words];
   };
@@ -123,7 +123,7 @@ __device__ void guard(const Layer& layer, Shared& shared, int lane) {
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
     const auto slice = [&](int row) -> Slice& {
       auto* line = shared.v[v.at].tile[column / panel][row];
-      return *reinterpret_cast<Slice*>(line + (column % panel / 8 ^ row % 8) * 8 + column % 8);
+      return *reinterpret_cast<Slice*>(line + swizzled<panel>(column % panel / 8, row) * 8 + column % 8);
     };
     // Puts zeros in place of bad values; returns whether there are any.
     const auto clean = [&] {
@@ -188,13 +188,14 @@ template <class Shared>
 __device__ void store_short_row(const AttendParams& p, const typename Shared::QTile& tile, const Tile& at, int query,
                                 int lane) {
   using Element = typename Shared::Element;
-  constexpr int chunks = Shared::head_dim / 8;  // of 16 bytes in a row
+  constexpr int chunks = Shared::head_dim_v / 8;  // of 16 bytes in a row
+  constexpr int of_panel = Shared::panel / 8;
   auto* out = static_cast<Element*>(p.out.data) + at.batch * p.out.batch_stride + at.head * p.out.head_stride;
   for (int i = lane; i < 64 * chunks; i += 32) {
     const int row = i / chunks;
     const int chunk = i % chunks;
     if (query + row < 0 || query + row >= p.grid.q_len) continue;
-    const Element* from = tile[chunk / 8][row] + (chunk % 8 ^ row % 8) * 8;
+    const Element* from = tile[chunk / of_panel][row] + swizzled<Shared::panel>(chunk % of_panel, row) * 8;
     Element* to = out + (query + row) * p.out.token_stride + chunk * 8;
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
   }

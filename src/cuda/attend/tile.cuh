@@ -9,6 +9,7 @@
 #include "cuda/attend/tile_order.h"
 #include "cuda/geometry.cuh"
 #include "cuda/sm90/elements.cuh"
+#include "cuda/sm90/panel.h"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/wgmma.cuh"
@@ -18,7 +19,6 @@ namespace pbsattn::cuda::attention {
 constexpr int block = 128;      // queries of a tile, keys of a block
 constexpr int consumers = 2;    // warpgroups
 constexpr int tile_slots = 2;   // tiles in flight
-constexpr int panel = 64;       // elements of a 128-byte swizzled row
 constexpr int warpgroup = 128;  // threads
 constexpr int threads = (1 + consumers) * warpgroup;
 constexpr int consumer_warps = consumers * warpgroup / 32;
@@ -69,29 +69,35 @@ struct Bits<__half> {
   static constexpr std::uint32_t largest_weight = 0x5C00;
 };
 
-template <class Element_, int head_dim_, int guards_>
+template <class Element_, int head_dim_, int head_dim_v_, int guards_>
 struct Shared {
   using Element = Element_;
-  static constexpr int head_dim = head_dim_;
+  static constexpr int head_dim = head_dim_;      // of queries and keys
+  static constexpr int head_dim_v = head_dim_v_;  // of values and outputs
   static constexpr int guards = guards_;
-  static constexpr int panels = head_dim / panel;
+  static constexpr int panel = panel_of(head_dim);
   static constexpr int k_stages = head_dim == 128 ? 2 : 4;
   static constexpr int v_stages = head_dim == 128 ? 2 : 4;
-  using QTile = Element[panels][64][panel];
-  using KVTile = Element[panels][block][panel];
+  template <int width, int rows>
+  using Panels = Element[width / panel][rows][panel];
+  using QTile = Panels<head_dim, 64>;
+  using KTile = Panels<head_dim, block>;
+  using VTile = Panels<head_dim_v, block>;
+  static_assert(panel_of(head_dim_v) == panel);
+  static_assert(head_dim_v <= head_dim, "outputs take the queries' memory");
   // V and behind it ones, so that P V has the sums of P in its last 8 columns. Panels are equally far apart, so ones
   // have a whole one, of which products read 16 bytes a row; the copy engine never writes there, so once set they stay.
   struct VStage {
-    KVTile tile;
+    VTile tile;
     Element ones[block][panel];
   };
 
   alignas(1024) QTile q[tile_slots][consumers];  // then the outputs
-  alignas(1024) KVTile k[k_stages];
+  alignas(1024) KTile k[k_stages];
   alignas(1024) VStage v[v_stages];
   Tile tile[tile_slots];
   int any_bad[tile_slots];
-  int first_bad[tile_slots][head_dim];  // if any_bad: first key of the diagonal block whose V is not finite, or 128
+  int first_bad[tile_slots][head_dim_v];  // if any_bad: first key of the diagonal block whose V is not finite, or 128
   sm90::Barrier tile_full[tile_slots], tile_free[tile_slots];
   sm90::Barrier v_asked[tile_slots][guards], guarded[tile_slots][guards];
   sm90::Barrier q_full[tile_slots][consumers], q_free[tile_slots][consumers], out_full[tile_slots][consumers];
@@ -120,7 +126,7 @@ struct Shared {
   __device__ void init_ones() {
     for (int i = static_cast<int>(threadIdx.x); i < v_stages * block * 8; i += threads) {
       const int row = i / 8 % block;
-      v[i / 8 / block].ones[row][row % 8 * 8 + i % 8] = Element(1.0F);
+      v[i / 8 / block].ones[row][swizzled<panel>(0, row) * 8 + i % 8] = Element(1.0F);
     }
     sm90::fence_async_shared();
   }

@@ -57,15 +57,30 @@ __device__ void rank_keys(const int* score, int segment, int thread, int* from) 
   }
 }
 
+// A thread's share of a block's rows, of which each has as many 16-byte chunks as `width` says: one chunk of each of
+// `rows`, from `first` on `rows_at_once` apart.
+template <int width, int threads>
+struct RowShare {
+  static constexpr int chunks = SwizzledTile<width>::chunks;
+  static constexpr int rows_at_once = threads / SwizzledTile<width>::threads;
+  static constexpr int rows = block_tokens / rows_at_once;
+
+  __device__ explicit RowShare(int thread)
+      : chunk(thread % SwizzledTile<width>::threads), first(thread / SwizzledTile<width>::threads) {}
+  __device__ bool any() const { return chunk < chunks; }  // false: the thread has none
+  int chunk, first;
+};
+
 // Writes the mean of a block's keys, from each thread's sum over some of its rows of 8 columns: those of 16-byte chunk
-// `thread` modulo the number of chunks. All threads call it and meet once, at `meet`; calls take turns with two `sums`.
+// `thread` modulo SwizzledTile's threads of a row. All threads call it and meet once, at `meet`; calls take turns with
+// two `sums`.
 template <class T, int warps, int head_dim, class Meet>
 __device__ void write_block_mean(float (&sum)[8], float (&sums)[warps][head_dim], int thread, Meet&& meet,
                                  std::uint32_t* mean) {
-  constexpr int chunks = SwizzledTile<head_dim>::chunks;
-  add_across_lanes<chunks>(sum);
-  if (thread % 32 < chunks) {
-    float4* mine = reinterpret_cast<float4*>(sums[thread / 32] + thread % chunks * 8);
+  using Swizzled = SwizzledTile<head_dim>;
+  add_across_lanes<Swizzled::threads>(sum);
+  if (thread % 32 < Swizzled::chunks) {
+    float4* mine = reinterpret_cast<float4*>(sums[thread / 32] + thread % Swizzled::threads * 8);
     mine[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
     mine[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
   }

@@ -6,7 +6,7 @@
 //     rank of each key by counting the keys before it;
 //     rows of K and V to their new places, 16 bytes a thread, with K's block means.
 // Keys of a segment of up to 256 are read once; of a longer or known one K is read, or read again, through L2. Three
-// CTAs share a multiprocessor, so that one loads or ranks while others write.
+// CTAs share a multiprocessor, so that one loads or ranks while others write; fewer of wide heads.
 //
 // The least traffic is K and V read once and written once: 1.07 GB at 128K tokens, 8 KV heads of 128, .26 ms at the 4.1
 // TB/s that a copy reaches on an H200.
@@ -40,7 +40,7 @@ struct MoveShared {
   static constexpr int weights = keys + moved_at_once / tile_tokens * SwizzledTile<head_dim>::bytes;
   static constexpr int block_sums = weights + (head_dim / 2 + head_dim) * 4;   // float[warps][head_dim]
   static constexpr int score = block_sums + move_threads / 32 * head_dim * 4;  // int[segment]
-  static std::size_t bytes(std::int64_t segment) {
+  static constexpr std::size_t bytes(std::int64_t segment) {
     return shared_alignment + score + segment * 8;
   }  // with int from[segment]
 };
@@ -96,8 +96,9 @@ __device__ float learned_score(const unsigned char* tile, int row, const float* 
   }
 }
 
-template <class T, int head_dim>
-__global__ void __launch_bounds__(move_threads, 3) move_keys(const __grid_constant__ MoveParams p) {
+template <class T, int head_dim, int head_dim_v>
+__global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
+    move_keys(const __grid_constant__ MoveParams p) {
   using Swizzled = SwizzledTile<head_dim>;
   using Shared = MoveShared<head_dim>;
   constexpr int features = head_dim / 2 + head_dim;
@@ -164,30 +165,36 @@ __global__ void __launch_bounds__(move_threads, 3) move_keys(const __grid_consta
     if (thread == 0) p.permuted.sink_block[out_head] = sink;
   }
 
-  const int chunk = thread % Swizzled::chunks;
-  constexpr int rows_at_once = move_threads / Swizzled::chunks;
-  constexpr int rows_of_thread = block_tokens / rows_at_once;
+  const RowShare<head_dim, move_threads> of_k(thread);
+  const RowShare<head_dim_v, move_threads> of_v(thread);
   const auto write = [&](auto&& key_chunk) {
 #pragma unroll 1
     for (int block = 0; block < p.segment / block_tokens; ++block) {
-      const int* of_block = from + block * block_tokens + thread / Swizzled::chunks;
-      const std::int64_t out =
-          (out_token + block * block_tokens + thread / Swizzled::chunks) * Swizzled::chunks + chunk;
-      uint4 v_chunk[rows_of_thread];
+      const int first_v = block * block_tokens + of_v.first;
+      const int first_k = block * block_tokens + of_k.first;
+      uint4 v_chunk[of_v.rows];
 #pragma unroll
-      for (int i = 0; i < rows_of_thread; ++i)
-        v_chunk[i] =
-            __ldg(reinterpret_cast<const uint4*>(source_v + of_block[i * rows_at_once] * p.v.token_stride) + chunk);
+      for (int i = 0; i < of_v.rows; ++i)
+        if (of_v.any())
+          v_chunk[i] = __ldg(
+              reinterpret_cast<const uint4*>(source_v + from[first_v + i * of_v.rows_at_once] * p.v.token_stride) +
+              of_v.chunk);
       float sum[8] = {};
 #pragma unroll
-      for (int i = 0; i < rows_of_thread; ++i) {
-        const uint4 k_chunk = key_chunk(of_block[i * rows_at_once]);
-        __stcs(static_cast<uint4*>(p.permuted.k) + out + i * rows_at_once * Swizzled::chunks, k_chunk);
+      for (int i = 0; i < of_k.rows; ++i) {
+        if (!of_k.any()) continue;
+        const uint4 k_chunk = key_chunk(from[first_k + i * of_k.rows_at_once]);
+        __stcs(static_cast<uint4*>(p.permuted.k) + (out_token + first_k + i * of_k.rows_at_once) * of_k.chunks +
+                   of_k.chunk,
+               k_chunk);
         add_to<T>(sum, k_chunk);
       }
 #pragma unroll
-      for (int i = 0; i < rows_of_thread; ++i)
-        __stcs(static_cast<uint4*>(p.permuted.v) + out + i * rows_at_once * Swizzled::chunks, v_chunk[i]);
+      for (int i = 0; i < of_v.rows; ++i)
+        if (of_v.any())
+          __stcs(static_cast<uint4*>(p.permuted.v) + (out_token + first_v + i * of_v.rows_at_once) * of_v.chunks +
+                     of_v.chunk,
+                 v_chunk[i]);
       write_block_mean<T>(
           sum, block_sums, thread, [] { __syncthreads(); },
           static_cast<std::uint32_t*>(p.pooled_k) + (out_token / block_tokens + block) * (head_dim / 2));
@@ -197,10 +204,11 @@ __global__ void __launch_bounds__(move_threads, 3) move_keys(const __grid_consta
   if (p.weights != nullptr && p.segment <= moved_at_once)
     write([&](int key) {
       return *reinterpret_cast<const uint4*>(keys + key / tile_tokens * Swizzled::bytes +
-                                             Swizzled::offset(key % tile_tokens, chunk));
+                                             Swizzled::offset(key % tile_tokens, of_k.chunk));
     });
   else
-    write([&](int key) { return __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + chunk); });
+    write(
+        [&](int key) { return __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + of_k.chunk); });
 }
 
 }  // namespace pbsattn::cuda

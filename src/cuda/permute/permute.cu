@@ -42,13 +42,13 @@ Units units_of(const Geometry& g) {
 constexpr int pool_warps = 4;
 constexpr int pool_items_of_warp = 4;  // so that copies of one run under sums of another
 
-template <class T, int head_dim>
+template <class T, int width>
 __global__ void __launch_bounds__(pool_warps * 32)
     pool_rows(const __grid_constant__ PoolArgs args, std::int64_t batch, std::int32_t* sink_block, std::int64_t sinks) {
   extern __shared__ unsigned char stages[];
   const int warp = threadIdx.x / 32;
-  pool_rows_staged<T, head_dim>(args, batch, blockIdx.x * pool_warps + warp, gridDim.x * pool_warps,
-                                stages + warp * pool_stage_bytes);
+  pool_rows_staged<T, width>(args, batch, blockIdx.x * pool_warps + warp, gridDim.x * pool_warps,
+                             stages + warp * pool_stage_bytes);
   for (std::int64_t sink = blockIdx.x * blockDim.x + threadIdx.x; sink < sinks; sink += gridDim.x * blockDim.x)
     sink_block[sink] = 0;  // token 0 stays where it is
 }
@@ -59,11 +59,12 @@ struct Sinks {
   std::int64_t count = 0;
 };
 
-cudaError_t launch_pool(const PoolArgs& args, const Geometry& g, cudaStream_t stream, Sinks sinks = {}) {
+cudaError_t launch_pool(const PoolArgs& args, const Geometry& g, std::int64_t width, cudaStream_t stream,
+                        Sinks sinks = {}) {
   const dim3 grid(
       static_cast<unsigned>(ceil_div(g.shape.batch * args.heads * args.rows, pool_warps * pool_items_of_warp)));
-  return dispatch(args.view.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return launch(pool_rows<T, dim>, grid, pool_warps * 32, pool_warps * pool_stage_bytes, stream,
+  return dispatch(args.view.dtype, width, [&]<class T, int w>(T, std::integral_constant<int, w>) {
+    return launch(pool_rows<T, w>, grid, pool_warps * 32, pool_warps * pool_stage_bytes, stream,
                   Start::after_earlier_kernels, args, g.shape.batch, sinks.block, sinks.count);
   });
 }
@@ -143,7 +144,10 @@ cudaError_t order_by_queries(const PermuteArgs& args, cudaStream_t stream) {
   p.scoring_queries.data = static_cast<const unsigned char*>(args.inputs.q.data) +
                            (g.shape.q_len - g.scoring_queries()) * args.inputs.q.token_stride * element_bytes;
 
-  return dispatch(args.inputs.k.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+  return dispatch(args.inputs.k.dtype, g.shape, [&](auto element, auto keys, auto values) {
+    using T = decltype(element);
+    constexpr int dim = keys();
+    constexpr int dim_v = values();
     const dim3 units_grid(p.units, static_cast<unsigned>(ceil_div(p.grid.group, heads_at_once)),
                           p.batch * p.grid.kv_heads);
     const dim3 segments_grid(static_cast<unsigned>(g.complete_segments() - p.known / g.segment), p.grid.kv_heads,
@@ -157,9 +161,9 @@ cudaError_t order_by_queries(const PermuteArgs& args, cudaStream_t stream) {
           [&] { return launch(merge_statistics, dim3(p.grid.heads), 128, 0, stream, Start::early, p); },
           [&] {
             return g.segment <= resident_tiles * tile_tokens
-                       ? launch(reorder_resident<T, dim, Cap>, segments_grid, resident::everyone,
-                                ResidentShared<dim>::bytes, stream, Start::early, p, cap)
-                       : launch(reorder<T, dim, Cap>, segments_grid, reorder_threads,
+                       ? launch(reorder_resident<T, dim, dim_v, Cap>, segments_grid, resident::everyone,
+                                ResidentShared<dim, dim_v>::bytes, stream, Start::early, p, cap)
+                       : launch(reorder<T, dim, dim_v, Cap>, segments_grid, reorder_threads,
                                 ReorderShared<dim>::bytes(g.segment), stream, Start::early, p, cap);
           });
     });
@@ -181,8 +185,10 @@ cudaError_t move(const PermuteArgs& args, std::int64_t segments, cudaStream_t st
                      .permuted = args.permuted,
                      .pooled_k = args.pooled.k};
   const dim3 grid(static_cast<unsigned>(segments), p.grid.kv_heads, static_cast<unsigned>(g.shape.batch));
-  return dispatch(args.inputs.k.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return launch(move_keys<T, dim>, grid, move_threads, MoveShared<dim>::bytes(g.segment), stream,
+  return dispatch(args.inputs.k.dtype, g.shape, [&](auto element, auto keys, auto values) {
+    using Shared = MoveShared<keys()>;
+    static_assert(Shared::bytes(max_segment) <= 227 * 1024);
+    return launch(move_keys<decltype(element), keys(), values()>, grid, move_threads, Shared::bytes(g.segment), stream,
                   Start::after_earlier_kernels, p);
   });
 }
@@ -219,19 +225,24 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
   const bool by_queries = moved < g.complete_segments();
   const auto where = [](bool wanted, auto&& call) { return wanted ? call() : cudaSuccess; };
   return in_order(
-      [&] { return where(args.pooled.own != nullptr, [&] { return launch_pool(own_keys(args), g, stream); }); },
+      [&] {
+        return where(args.pooled.own != nullptr,
+                     [&] { return launch_pool(own_keys(args), g, g.shape.head_dim, stream); });
+      },
       [&] { return where(moved > 0, [&] { return move(args, moved, stream); }); },
       [&] {
         return by_queries ? order_by_queries(args, stream)  // it pools queries too
-                          : where(args.pooled.q != nullptr, [&] { return launch_pool(queries(args), g, stream); });
+                          : where(args.pooled.q != nullptr,
+                                  [&] { return launch_pool(queries(args), g, g.shape.head_dim, stream); });
       },
       [&] { return where(args.kept.data != nullptr && by_queries, [&] { return keep(args, stream); }); },
       [&] {
         return where(args.pooled.v != nullptr, [&] {
           const std::int64_t heads = args.permuted.order_heads;
-          const std::int64_t head = g.permuted_len() * g.shape.head_dim;
-          const ConstView values{args.permuted.v, args.inputs.v.dtype, heads * head, head, g.shape.head_dim};
-          return launch_pool(whole_blocks(g, values, heads, args.pooled.v), g, stream);
+          const std::int64_t width = value_dim(g.shape);
+          const std::int64_t head = g.permuted_len() * width;
+          const ConstView values{args.permuted.v, args.inputs.v.dtype, heads * head, head, width};
+          return launch_pool(whole_blocks(g, values, heads, args.pooled.v), g, width, stream);
         });
       });
 }
@@ -242,16 +253,18 @@ cudaError_t pool(const PermuteArgs& args, cudaStream_t stream) {
   const auto stay = [&] { return cudaMemsetAsync(sinks.block, 0, sinks.count * sizeof(std::int32_t), stream); };
   if (args.pooled.k == nullptr) return stay();
   return in_order(
-      [&] { return args.pooled.q == nullptr ? stay() : launch_pool(queries(args), g, stream, sinks); },
       [&] {
-        return args.pooled.v == nullptr
-                   ? cudaSuccess
-                   : launch_pool(whole_blocks(g, args.inputs.v, g.shape.kv_heads, args.pooled.v), g, stream);
+        return args.pooled.q == nullptr ? stay() : launch_pool(queries(args), g, g.shape.head_dim, stream, sinks);
+      },
+      [&] {
+        return args.pooled.v == nullptr ? cudaSuccess
+                                        : launch_pool(whole_blocks(g, args.inputs.v, g.shape.kv_heads, args.pooled.v),
+                                                      g, value_dim(g.shape), stream);
       },
       [&] {
         return launch_pool(args.pooled.own != nullptr ? own_keys(args)
                                                       : whole_blocks(g, args.inputs.k, g.shape.kv_heads, args.pooled.k),
-                           g, stream);
+                           g, g.shape.head_dim, stream);
       });
 }
 

@@ -17,7 +17,7 @@ namespace pbsattn::cuda {
 
 // Views are of f16 or bf16, all alike, with 16-byte aligned data and strides of multiples of 8 elements.
 struct PermuteArgs {
-  Geometry geometry;             // block 128; head_dim 64 or 128; at least one complete segment
+  Geometry geometry;             // block 128; widths of limits.h; at least one complete segment
   bool divide_by_count = false;  // means of tail blocks: by their tokens, else by the block size
   float scale = 0;
   float softcap = 0;  // 0: none

@@ -1,10 +1,12 @@
-// Means of blocks of tokens, a warp for each block: every lane adds 8 columns of every other (or fourth) row.
+// Means of blocks of tokens, a warp for each block: every lane adds 8 columns of each row, or of every second or
+// fourth.
 #pragma once
 
 #include "cuda/limits.h"
 #include "cuda/sm90/copy.cuh"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/swizzled_tile.cuh"
 #include "pbsattn/pbsattn.hpp"
 
 namespace pbsattn::cuda {
@@ -15,7 +17,7 @@ struct PoolArgs {
   std::int64_t heads, rows;
   std::int64_t first, tokens;  // first <= 0: where a head's first block begins, relative to its first token
   bool divide_by_count;        // by the tokens present, else by 128
-  void* out;                   // [batch][heads][rows][head_dim]
+  void* out;                   // [batch][heads][rows][width]
 };
 
 constexpr int pool_copies = 16;                                    // of a lane, in one stage
@@ -24,10 +26,11 @@ constexpr int pool_stage_bytes = pool_stages * pool_copies * 512;  // of a warp,
 
 // Pools items warp, warp + warps, ... of [batch][heads][rows]. Copies go through shared memory, so that bytes under way
 // cost no registers; a lane reads only what it copied itself, so warps need no barrier.
-template <class T, int head_dim>
+template <class T, int width>
 __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int warp, int warps, unsigned char* stages) {
-  constexpr int chunks = head_dim / 8;                                  // lanes of one token
-  constexpr int tokens_at_once = 32 / chunks;                           // of one load of the warp
+  constexpr int chunks = SwizzledTile<width>::chunks;
+  constexpr int lanes = SwizzledTile<width>::threads;                   // of one token
+  constexpr int tokens_at_once = 32 / lanes;                            // of one load of the warp
   constexpr int parts = block_tokens / (pool_copies * tokens_at_once);  // stages of one item
   const int lane = threadIdx.x % 32;
   const std::uint64_t policy = evict_first();
@@ -43,14 +46,14 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
   const auto copy = [&](int step) {
     const int item = warp + step / parts * warps;
     if (item < items) {
-      const int first = step % parts * pool_copies * tokens_at_once + lane / chunks;
+      const int first = step % parts * pool_copies * tokens_at_once + lane / lanes;
       const T* source = static_cast<const T*>(args.view.data) + item / rows / heads * args.view.batch_stride +
                         item / rows % heads * args.view.head_stride +
-                        (begin_of(item) + first) * args.view.token_stride + lane % chunks * 8;
+                        (begin_of(item) + first) * args.view.token_stride + lane % lanes * 8;
       const int count = count_of(item);
 #pragma unroll 4
       for (int i = 0; i < pool_copies; ++i) {
-        const bool present = first + i * tokens_at_once < count;
+        const bool present = first + i * tokens_at_once < count && (chunks == lanes || lane % lanes < chunks);
         copy_async(to + (step % pool_stages * pool_copies + i) * 512, present ? source : args.view.data, present,
                    policy);
         source += tokens_at_once * args.view.token_stride;
@@ -71,7 +74,7 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
     if (step % parts < parts - 1) continue;
 
     const int item = warp + step / parts * warps;
-    add_across_lanes<chunks>(sum);
+    add_across_lanes<lanes>(sum);
     if (lane < chunks) {
       const float divisor = static_cast<float>(args.divide_by_count ? count_of(item) : block_tokens);
       uint4 mean;
@@ -79,7 +82,7 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
       mean.y = pack<T>(sum[2] / divisor, sum[3] / divisor);
       mean.z = pack<T>(sum[4] / divisor, sum[5] / divisor);
       mean.w = pack<T>(sum[6] / divisor, sum[7] / divisor);
-      reinterpret_cast<uint4*>(static_cast<T*>(args.out) + static_cast<std::int64_t>(item) * head_dim)[lane] = mean;
+      reinterpret_cast<uint4*>(static_cast<T*>(args.out) + static_cast<std::int64_t>(item) * width)[lane] = mean;
     }
 #pragma unroll
     for (float& x : sum) x = 0;

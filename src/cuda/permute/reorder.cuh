@@ -14,11 +14,11 @@ namespace pbsattn::cuda {
 
 constexpr int reorder_threads = 256;
 constexpr int reorder_warps = reorder_threads / 32;
-constexpr int piece_tiles = 2;  // key tiles in shared memory at a time
 
 // The dynamic shared memory of reorder(), aligned.
 template <int head_dim>
 struct ReorderShared {
+  static constexpr int piece_tiles = 2;  // key tiles at a time
   static constexpr int keys = 0;
   static constexpr int queries = keys + piece_tiles * SwizzledTile<head_dim>::bytes;
   static constexpr int log_sums = queries + SwizzledTile<head_dim>::bytes;     // LogSum[128]
@@ -29,11 +29,12 @@ struct ReorderShared {
   }  // with int from[segment]
 };
 
-template <class T, int head_dim, class Cap>
+template <class T, int head_dim, int head_dim_v, class Cap>
 __global__ void __launch_bounds__(reorder_threads, 2)
     reorder(const __grid_constant__ PermuteParams p, const __grid_constant__ Cap cap) {
   using Swizzled = SwizzledTile<head_dim>;
   using Shared = ReorderShared<head_dim>;
+  constexpr int piece_tiles = Shared::piece_tiles;
   unsigned char* base = aligned_shared();
   unsigned char* keys = base + Shared::keys;
   unsigned char* queries = base + Shared::queries;
@@ -114,31 +115,35 @@ __global__ void __launch_bounds__(reorder_threads, 2)
       p.permuted.order[out_token + slot] = static_cast<std::int32_t>(first_token) + from[slot];
       if (first_token == 0 && from[slot] == 0) p.permuted.sink_block[out_head] = slot / block_tokens;
     }
-    const int chunk = thread % Swizzled::chunks;
+    const RowShare<head_dim, reorder_threads> of_k(thread);
+    const RowShare<head_dim_v, reorder_threads> of_v(thread);
     for (int block = 0; block < p.segment / block_tokens; ++block) {
-      constexpr int rows_at_once = reorder_threads / Swizzled::chunks;
-      constexpr int rows_of_thread = block_tokens / rows_at_once;
       // Streaming stores leave L2 to the values that the CTA's next heads read again.
-      const int first_slot = block * block_tokens + thread / Swizzled::chunks;
-      uint4 v_chunk[rows_of_thread];
+      const int first_v = block * block_tokens + of_v.first;
+      const int first_k = block * block_tokens + of_k.first;
+      uint4 v_chunk[of_v.rows];
 #pragma unroll
-      for (int i = 0; i < rows_of_thread; ++i)
-        v_chunk[i] = __ldg(
-            reinterpret_cast<const uint4*>(source_v + from[first_slot + i * rows_at_once] * p.v.token_stride) + chunk);
+      for (int i = 0; i < of_v.rows; ++i)
+        if (of_v.any())
+          v_chunk[i] = __ldg(
+              reinterpret_cast<const uint4*>(source_v + from[first_v + i * of_v.rows_at_once] * p.v.token_stride) +
+              of_v.chunk);
       float sum[8] = {};
 #pragma unroll
-      for (int i = 0; i < rows_of_thread; ++i) {
-        const int key = from[first_slot + i * rows_at_once];
-        const uint4 k_chunk = __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + chunk);
-        const std::int64_t out = (out_token + first_slot + i * rows_at_once) * Swizzled::chunks + chunk;
+      for (int i = 0; i < of_k.rows; ++i) {
+        if (!of_k.any()) continue;
+        const int key = from[first_k + i * of_k.rows_at_once];
+        const uint4 k_chunk = __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + of_k.chunk);
+        const std::int64_t out = (out_token + first_k + i * of_k.rows_at_once) * of_k.chunks + of_k.chunk;
         __stcs(static_cast<uint4*>(p.permuted.k) + out, k_chunk);
         add_to<T>(sum, k_chunk);
       }
 #pragma unroll
-      for (int i = 0; i < rows_of_thread; ++i)
-        __stcs(
-            static_cast<uint4*>(p.permuted.v) + (out_token + first_slot + i * rows_at_once) * Swizzled::chunks + chunk,
-            v_chunk[i]);
+      for (int i = 0; i < of_v.rows; ++i)
+        if (of_v.any())
+          __stcs(static_cast<uint4*>(p.permuted.v) + (out_token + first_v + i * of_v.rows_at_once) * of_v.chunks +
+                     of_v.chunk,
+                 v_chunk[i]);
       write_block_mean<T>(
           sum, block_sums[parity], thread, [] { __syncthreads(); },
           static_cast<std::uint32_t*>(p.pooled_k) + (out_token / block_tokens + block) * (head_dim / 2));

@@ -33,14 +33,14 @@ struct Handover {
 };
 
 // The dynamic shared memory of reorder_resident(), aligned.
-template <int head_dim>
+template <int head_dim, int head_dim_v>
 struct ResidentShared {
   static constexpr int tile = SwizzledTile<head_dim>::bytes;
   static constexpr int segment = resident_tiles * tile_tokens;
   static constexpr int writer_warps = resident_writers / 32;
   static constexpr int keys = 0;
   static constexpr int values = keys + resident_tiles * tile;                    // rows one after the other
-  static constexpr int queries = values + resident_tiles * tile;                 // of two heads
+  static constexpr int queries = values + segment * head_dim_v * 2;              // of two heads
   static constexpr int log_sums = queries + 2 * tile;                            // LogSum[2][128]
   static constexpr int score = log_sums + 2 * 128 * 8;                           // int[segment]
   static constexpr int from = score + segment * 4;                               // int[2][segment]
@@ -55,11 +55,11 @@ namespace resident {
 enum Meeting : int { scorers = 1, writers = 2 };
 constexpr int everyone = resident_scorers + resident_writers;
 
-template <class T, int head_dim, class Cap>
+template <class T, int head_dim, int head_dim_v, class Cap>
 __device__ void score(const PermuteParams& p, const Cap& cap, unsigned char* base, int batch, int kv_head,
                       std::int64_t first_token) {
   using Swizzled = SwizzledTile<head_dim>;
-  using Shared = ResidentShared<head_dim>;
+  using Shared = ResidentShared<head_dim, head_dim_v>;
   const int thread = threadIdx.x;
   const int lane = thread % 32;
   unsigned char* keys = base + Shared::keys;
@@ -139,27 +139,28 @@ __device__ void score(const PermuteParams& p, const Cap& cap, unsigned char* bas
   }
 }
 
-template <class T, int head_dim>
+template <class T, int head_dim, int head_dim_v>
 __device__ void write(const PermuteParams& p, unsigned char* base, int batch, int kv_head, std::int64_t first_token) {
   using Swizzled = SwizzledTile<head_dim>;
-  using Shared = ResidentShared<head_dim>;
+  using Shared = ResidentShared<head_dim, head_dim_v>;
   const int thread = threadIdx.x - resident_scorers;
   const unsigned char* keys = base + Shared::keys;
   unsigned char* values = base + Shared::values;
   auto& block_sums = *reinterpret_cast<float(*)[2][Shared::writer_warps][head_dim]>(base + Shared::block_sums);
   const int tiles = p.segment / tile_tokens;
   auto& handover = *reinterpret_cast<Handover*>(base + Shared::handover);
-  const int chunk = thread % Swizzled::chunks;
-  constexpr int row_bytes = head_dim * static_cast<int>(sizeof(T));
-  constexpr int rows_at_once = resident_writers / Swizzled::chunks;
+  constexpr int row_bytes = head_dim_v * static_cast<int>(sizeof(T));
+  const RowShare<head_dim, resident_writers> of_k(thread);
+  const RowShare<head_dim_v, resident_writers> of_v(thread);
 
   handover.keys.wait(0);
-  const T* row =
-      head_of<T>(p.v, batch, kv_head) + (first_token + thread / Swizzled::chunks) * p.v.token_stride + chunk * 8;
+  const T* row = head_of<T>(p.v, batch, kv_head) + (first_token + of_v.first) * p.v.token_stride + of_v.chunk * 8;
+  const int chunk_v = of_v.chunks == SwizzledTile<head_dim_v>::threads ? thread : of_v.first * of_v.chunks + of_v.chunk;
 #pragma unroll 1
-  for (int i = 0; i < p.segment / rows_at_once; ++i) {
-    copy_async(sm90::shared_address(values) + (i * resident_writers + thread) * 16, row, true);
-    row += rows_at_once * p.v.token_stride;
+  for (int i = 0; i < p.segment / of_v.rows_at_once; ++i) {
+    if (of_v.any())
+      copy_async(sm90::shared_address(values) + (i * of_v.rows_at_once * of_v.chunks + chunk_v) * 16, row, true);
+    row += of_v.rows_at_once * p.v.token_stride;
   }
   commit_copies();
   wait_copies<0>();
@@ -184,15 +185,16 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
         sm90::bulk_store(static_cast<unsigned char*>(p.permuted.v) + (out_token + slot) * row_bytes,
                          values + from[slot] * row_bytes, row_bytes, policy);
       }
-      const int first_slot = block * block_tokens + thread / Swizzled::chunks;
+      const int first_slot = block * block_tokens + of_k.first;
       float sum[8] = {};
 #pragma unroll
-      for (int j = 0; j < block_tokens / rows_at_once; ++j) {
-        const int slot = first_slot + j * rows_at_once;
+      for (int j = 0; j < of_k.rows; ++j) {
+        if (!of_k.any()) continue;
+        const int slot = first_slot + j * of_k.rows_at_once;
         const int key = from[slot];
-        const int at = key / tile_tokens * Swizzled::bytes + Swizzled::offset(key % tile_tokens, chunk);
+        const int at = key / tile_tokens * Swizzled::bytes + Swizzled::offset(key % tile_tokens, of_k.chunk);
         const uint4 k_chunk = *reinterpret_cast<const uint4*>(keys + at);
-        const std::int64_t out = (out_token + slot) * Swizzled::chunks + chunk;
+        const std::int64_t out = (out_token + slot) * of_k.chunks + of_k.chunk;
         __stcs(static_cast<uint4*>(p.permuted.k) + out, k_chunk);
         add_to<T>(sum, k_chunk);
       }
@@ -208,22 +210,22 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
 
 }  // namespace resident
 
-template <class T, int head_dim, class Cap>
+template <class T, int head_dim, int head_dim_v, class Cap>
 __global__ void __launch_bounds__(resident::everyone, 1)
     reorder_resident(const __grid_constant__ PermuteParams p, const __grid_constant__ Cap cap) {
   unsigned char* base = aligned_shared();
   // Backwards: the keys that score_statistics read last may still be in L2.
   const std::int64_t first_token = p.known + static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.segment;
   const int kv_head = gridDim.y - 1 - blockIdx.y;
-  if (threadIdx.x == 0) reinterpret_cast<Handover*>(base + ResidentShared<head_dim>::handover)->init();
+  if (threadIdx.x == 0) reinterpret_cast<Handover*>(base + ResidentShared<head_dim, head_dim_v>::handover)->init();
   __syncthreads();
   let_next_kernel_start();
   if (threadIdx.x < resident_scorers) {
     sm90::take_registers<168>();
-    resident::score<T, head_dim>(p, cap, base, blockIdx.z, kv_head, first_token);
+    resident::score<T, head_dim, head_dim_v>(p, cap, base, blockIdx.z, kv_head, first_token);
   } else {
     sm90::give_registers<80>();
-    resident::write<T, head_dim>(p, base, blockIdx.z, kv_head, first_token);
+    resident::write<T, head_dim, head_dim_v>(p, base, blockIdx.z, kv_head, first_token);
   }
 }
 

@@ -5,9 +5,11 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
+#include <utility>
 
-#include "pbsattn/pbsattn.hpp"
+#include "cuda/limits.h"
 
 namespace pbsattn::cuda {
 
@@ -49,14 +51,34 @@ __device__ inline void add_across_lanes(float (&sum)[8]) {
   }
 }
 
-// Calls f with a value of the element type and the head_dim as an integral constant.
-template <class F>
-cudaError_t dispatch(DType dtype, std::int64_t head_dim, F&& f) {
-  const auto with_type = [&]<class T>(T element) {
-    return head_dim == 128 ? f(element, std::integral_constant<int, 128>{})
-                           : f(element, std::integral_constant<int, 64>{});
+// Calls f with a value of the element type and the first of `widths` that fits, as integral constants.
+template <class Fits, class F>
+cudaError_t dispatch_where(DType dtype, Fits&& fits, F&& f) {
+  cudaError_t error = cudaErrorInvalidValue;
+  const auto with_type = [&]<class T, std::size_t... i>(T element, std::index_sequence<i...>) {
+    static_cast<void>(((fits(widths[i]) && ((error = f(element, std::integral_constant<int, widths[i].keys>{},
+                                                       std::integral_constant<int, widths[i].values>{})),
+                                            true)) ||
+                       ...));
   };
-  return dtype == DType::bf16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
+  constexpr auto each = std::make_index_sequence<std::size(widths)>{};
+  dtype == DType::bf16 ? with_type(__nv_bfloat16{}, each) : with_type(__half{}, each);
+  return error;
+}
+
+// Calls f with a value of the element type and the widths of keys and values as integral constants.
+template <class F>
+cudaError_t dispatch(DType dtype, const Shape& shape, F&& f) {
+  return dispatch_where(
+      dtype, [&](Widths w) { return w.keys == shape.head_dim && w.values == value_dim(shape); }, std::forward<F>(f));
+}
+
+// Calls f with a value of the element type and one width, of keys or of values, as an integral constant.
+template <class F>
+cudaError_t dispatch(DType dtype, std::int64_t width, F&& f) {
+  return dispatch_where(
+      dtype, [&](Widths w) { return w.keys == width; },
+      [&](auto element, auto keys, auto) { return f(element, keys); });
 }
 
 }  // namespace pbsattn::cuda

@@ -9,14 +9,14 @@
 
 namespace pbsattn::cuda {
 
-// What one copy moves: `columns` elements (a multiple of 64) of each of `tokens` tokens, `token_step` apart.
+// What one copy moves: `columns` elements (whole panels, sm90/panel.h) of each of `tokens` tokens, `token_step` apart.
 struct Box {
   int tokens, columns;
   int token_step = 1;  // up to 8, and tokens * token_step up to 256
 };
 
-// Describes a view of 16-bit elements as rank 5, (element of a 64-wide panel, token, panel, head, batch), read or
-// written in boxes that lie in shared memory as [panel][token][64] with 128-byte swizzle.
+// Describes a view of 16-bit elements as rank 5, (element of a panel, token, panel, head, batch), read or
+// written in boxes that lie in shared memory as [panel][token][element], swizzled.
 // Returns false if the driver refuses: data not 16-byte aligned, strides no multiples of 8 elements, or no driver.
 bool make_tensor_map(CUtensorMap& map, const void* data, DType dtype, std::int64_t batch_stride,
                      std::int64_t head_stride, std::int64_t token_stride, std::int64_t batch, std::int64_t heads,

@@ -17,12 +17,14 @@
 
 namespace pbsattn::cuda::sm90 {
 
-// Describes a shared-memory operand with the copy engine's 128-byte swizzle: panels of 64 elements (128 bytes) a row,
-// groups of 8 rows 1024 bytes apart, all panels `panel_bytes` apart (read only where rows run along d's, as V's do).
+// Describes a shared-memory operand with the copy engine's swizzle: panels of 64 elements (128 bytes) a row, or of 32,
+// groups of 8 rows one after the other, all panels `panel_bytes` apart (read only where rows run along d's, as V's do).
+template <int panel = 64>
 __device__ inline std::uint64_t operand(const void* shared, std::uint32_t panel_bytes = 16) {
-  constexpr std::uint64_t swizzle_128b = 1ULL << 62;
-  constexpr std::uint64_t group_bytes = 1024;
-  return swizzle_128b | (group_bytes >> 4) << 32 | std::uint64_t{panel_bytes >> 4} << 16 |
+  static_assert(panel == 64 || panel == 32);
+  constexpr std::uint64_t swizzle = panel == 64 ? 1ULL << 62 : 2ULL << 62;
+  constexpr std::uint64_t group_bytes = 8 * panel * 2;
+  return swizzle | (group_bytes >> 4) << 32 | std::uint64_t{panel_bytes >> 4} << 16 |
          (shared_address(shared) & 0x3FFFF) >> 4;
 }
 // Returns the operand `bytes` further on.

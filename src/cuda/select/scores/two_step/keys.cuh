@@ -16,7 +16,6 @@
 
 namespace pbsattn::cuda::two_step {
 
-constexpr int key_stages = 4;
 constexpr int most_rows_of_strip = 16;
 constexpr int most_part_blocks = 256;
 constexpr int most_words = most_part_blocks / 32;
@@ -29,6 +28,7 @@ struct KeyMaps {
 
 template <int head_dim>
 struct KeyShared {
+  static constexpr int key_stages = head_dim > 192 ? 1 : head_dim > 128 ? 2 : 4;
   alignas(1024) unsigned char q[item_lines / tile_tokens][SwizzledTile<head_dim>::bytes];
   alignas(1024) unsigned char k[key_stages][SwizzledTile<head_dim>::bytes];
   std::uint32_t reads[groups][most_rows_of_strip][most_words];  // blocks of the part that a row reads
@@ -136,7 +136,7 @@ __device__ void produce_keys(const Params& p, const KeyMaps& maps, const KeyItem
   const int orders = p.grid.q_heads / p.grid.order_group;
   const int batch = order_head / orders;
   const int head = order_head % orders;
-  Ring<key_stages> stage;
+  Ring<KeyShared<head_dim>::key_stages> stage;
   const auto load = [&](const CUtensorMap& map, int token, int of_head) {
     shared.free[stage.at].wait(stage.parity ^ 1);
     shared.full[stage.at].arrive_expecting(sizeof(shared.k[0]));
@@ -176,7 +176,7 @@ __device__ void consume_keys(const Params& p, const Cap& cap, const KeyItem& ite
   float s[64];
   float max[2] = {-INFINITY, -INFINITY};
   Statistics total[2];  // of what a query's softmax is over, in this part, as logarithms of base 2
-  Ring<key_stages> stage;
+  Ring<KeyShared<head_dim>::key_stages> stage;
   const auto release = [&] {
     if (threadIdx.x % 32 == 0) shared.free[stage.at].arrive();
     stage.next();
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(threads, 1)
     const Strip strip(p, item.first_strip + group);
     if (strip.head >= 0)
       gather_lines<T, head_dim>(p, p.exact, strip.head, strip.line, group_lines,
-                                shared.q[0] + group / 2 * SwizzledTile<head_dim>::bytes + group % 2 * group_lines * 128,
+                                shared.q[group / 2] + group % 2 * group_lines * SwizzledTile<head_dim>::row_bytes,
                                 static_cast<int>(threadIdx.x), threads);
   }
   commit_copies();

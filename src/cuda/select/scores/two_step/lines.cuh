@@ -86,9 +86,10 @@ __device__ void gather_lines(const Params& p, const Sample& sample, int head, in
                              unsigned char* tiles, int thread, int threads) {
   using Swizzled = SwizzledTile<head_dim>;
   const T* queries = head_of<T>(p.q, head / p.grid.q_heads, head % p.grid.q_heads);
-  const int chunk = thread % Swizzled::chunks;
+  const int chunk = thread % Swizzled::threads;
+  if (chunk >= Swizzled::chunks) return;
 #pragma unroll 1
-  for (int i = thread / Swizzled::chunks; i < count; i += threads / Swizzled::chunks) {
+  for (int i = thread / Swizzled::threads; i < count; i += threads / Swizzled::threads) {
     const int line = first_line + i;
     const int diagonal = p.grid.diagonal(min(sample.row_of(line), p.grid.rows - 1));
     const int query = p.grid.first_query(diagonal) + sample.place(p.grid.queries_of(diagonal), sample.of_row(line));

@@ -18,7 +18,6 @@ namespace pbsattn::cuda::two_step {
 
 constexpr int groups_of_tile = 2;
 constexpr int item_tiles = item_lines / tile_tokens;
-constexpr int slots = 2;  // items whose queries are in shared memory
 constexpr int gathering_threads = 96;
 constexpr int max_own_blocks = max_segment / block_tokens;
 constexpr int warp_lines = 16;
@@ -30,7 +29,8 @@ struct MeansMaps {
 
 template <int head_dim>
 struct MeansShared {
-  static constexpr int stages = head_dim == 128 ? 2 : 4;
+  static constexpr int slots = head_dim > 128 ? 1 : 2;  // items whose queries are in shared memory
+  static constexpr int stages = head_dim > 192 ? 1 : head_dim >= 128 ? 2 : 4;
   alignas(1024) unsigned char q[slots][item_tiles][SwizzledTile<head_dim>::bytes];
   alignas(1024) unsigned char k[stages][SwizzledTile<head_dim>::bytes];
   LogSum log_sums[slots][item_tiles][tile_tokens];
@@ -80,7 +80,7 @@ __device__ void produce_means(const Params& p, const MeansMaps& maps, MeansShare
 
 template <class T, int head_dim>
 __device__ void gather_means(const Params& p, MeansShared<head_dim>& shared, int thread) {
-  CountedRing<slots> slot;
+  CountedRing<MeansShared<head_dim>::slots> slot;
   for (int index = blockIdx.x; index < MeansItem::count(p); index += gridDim.x, slot.next()) {
     const MeansItem item(p, index);
     shared.q_free[slot.at()].wait(slot.parity() ^ 1);
@@ -130,7 +130,7 @@ __device__ void consume_means(const Params& p, const Cap& cap, MeansShared<head_
   const int first_of_half = group % groups_of_tile * group_lines;
   const int first_of_warp = first_of_half + warp * warp_lines;
   const int rows_of_tile = tile_tokens >> p.means.log_lines;
-  CountedRing<slots> slot;
+  CountedRing<MeansShared<head_dim>::slots> slot;
   CountedRing<MeansShared<head_dim>::stages> stage;
   float s[64];
   const Turns<groups> turns(group);
