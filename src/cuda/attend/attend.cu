@@ -27,10 +27,23 @@
 //     tile_full/free [slot]      tile descriptions, two in flight
 //     q_full/free    [slot][wg]  64 queries; after the last product the same memory carries the 64 outputs, hence:
 //     out_full       [slot][wg]  outputs are written (store waits, then frees q)
-//     k_full/free, v_full/free [stage]  one key block's K or V
+//     k_full/free, v_full/free [stage]  one key block's K or V, or half a block's
 //     v_asked        [slot][guard]  V of a block that some query doesn't see whole is on its way
 //     guarded        [slot][guard]  that V is safe to multiply
 // Those of a tile count threads; k_free and v_free, which cost most, count warps.
+//
+// Beyond 128 columns (tile.cuh has the sizes) queries are in shared memory one tile at a time, free after the tile's
+// last S, and outputs go to device memory from registers. Beyond 128 columns of values O leaves registers for half a
+// block's S, so that a block is worked in two steps. The least that a block takes of a multiprocessor, both consumers
+// together: clocks of the tensor cores at 2048 multiply-adds, with the columns of ones; clocks of exponentials at 16;
+// bytes through shared memory, which moves 128 a clock, with those that the copy engine writes:
+//
+//     columns of K and V    tensor cores    exponentials    bytes      of 128 a clock    shared memory
+//      64   64              1088            1024            116 KiB     .85              224 KiB
+//      96   96              1600            1024            172 KiB     .86              216 KiB
+//     128  128              2112            1024            228 KiB     .86              224 KiB
+//     192  128              2624            1024            292 KiB     .89              224 KiB
+//     256  256              4160            1024            516 KiB     .99              208 KiB
 
 #include <algorithm>
 
@@ -154,6 +167,34 @@ __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::
   }
 }
 
+// Describes what the copy engine moves: 64 queries or outputs, and keys or values of a step.
+bool make_maps(TensorMaps& maps, const AttendArgs& args, std::int64_t order_heads, bool permuted, int step,
+               int panel_v) {
+  const Geometry& g = args.geometry;
+  const Shape& shape = g.shape;
+  const std::int64_t dim = shape.head_dim;
+  const std::int64_t dim_v = value_dim(shape);
+  const auto map = [&](CUtensorMap& into, const auto& view, std::int64_t heads, std::int64_t tokens, std::int64_t width,
+                       int box_tokens, int panel) {
+    return make_tensor_map(into, view, shape.batch, heads, tokens, width,
+                           Box{.tokens = box_tokens, .columns = static_cast<int>(width), .panel = panel});
+  };
+  const auto map_permuted = [&](CUtensorMap& into, const void* data, std::int64_t width, int panel,
+                                const CUtensorMap& original) {
+    into = original;  // keys that are where they were
+    const std::int64_t head = g.permuted_len() * width;
+    const ConstView view{data, args.inputs.k.dtype, order_heads * head, head, width};
+    return !permuted || map(into, view, order_heads, g.permuted_len(), width, step, panel);
+  };
+  const int panel = panel_of(dim);
+  return map(maps.q, args.inputs.q, shape.q_heads, shape.q_len, dim, 64, panel) &&
+         map(maps.out, args.outputs.out, shape.q_heads, shape.q_len, dim_v, 64, panel_of(dim_v)) &&
+         map(maps.k, args.inputs.k, shape.kv_heads, shape.kv_len, dim, step, panel) &&
+         map(maps.v, args.inputs.v, shape.kv_heads, shape.kv_len, dim_v, step, panel_v) &&
+         map_permuted(maps.permuted_k, args.permuted.k, dim, panel, maps.k) &&
+         map_permuted(maps.permuted_v, args.permuted.v, dim_v, panel_v, maps.v);
+}
+
 }  // namespace
 
 std::size_t attend_scratch_size(const Geometry& g) {
@@ -183,27 +224,6 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
       .lse_batch_stride = args.lse_batch_stride,
   };
 
-  TensorMaps maps;
-  const std::int64_t dim = shape.head_dim;
-  const std::int64_t dim_v = value_dim(shape);
-  const auto map = [&](CUtensorMap& into, const auto& view, std::int64_t heads, std::int64_t tokens, std::int64_t width,
-                       int box_tokens) {
-    return make_tensor_map(into, view, shape.batch, heads, tokens, width, box_tokens);
-  };
-  const auto map_permuted = [&](CUtensorMap& into, const void* data, std::int64_t width, const CUtensorMap& original) {
-    into = original;  // keys that are where they were
-    const std::int64_t head = g.permuted_len() * width;
-    const ConstView view{data, args.inputs.k.dtype, order_heads * head, head, width};
-    return !permuted || map(into, view, order_heads, g.permuted_len(), width, block);
-  };
-  if (!map(maps.q, args.inputs.q, shape.q_heads, shape.q_len, dim, 64) ||
-      !map(maps.out, args.outputs.out, shape.q_heads, shape.q_len, dim_v, 64) ||
-      !map(maps.k, args.inputs.k, shape.kv_heads, shape.kv_len, dim, block) ||
-      !map(maps.v, args.inputs.v, shape.kv_heads, shape.kv_len, dim_v, block) ||
-      !map_permuted(maps.permuted_k, args.permuted.k, dim, maps.k) ||
-      !map_permuted(maps.permuted_v, args.permuted.v, dim_v, maps.v))
-    return cudaErrorInvalidValue;
-
   int multiprocessors = 0;
   if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
   const int tiles = params.order.tiles();
@@ -224,8 +244,11 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   return dispatch(args.inputs.q.dtype, shape, [&](auto element, auto keys, auto values) {
     using T = decltype(element);
     const auto launch_for = [&]<class L>(const L& layer) {
-      constexpr int shared_bytes = aligned_bytes<Shared<T, keys(), values(), L::guards>>;
+      using OfTile = Shared<T, keys(), values(), L::guards>;
+      constexpr int shared_bytes = aligned_bytes<OfTile>;
       static_assert(shared_bytes <= 227 * 1024);
+      TensorMaps maps;
+      if (!make_maps(maps, args, order_heads, permuted, OfTile::step, OfTile::panel_v)) return cudaErrorInvalidValue;
       return launch(attend_kernel<T, keys(), values(), L>, dim3(std::min(tiles, multiprocessors)), threads,
                     shared_bytes, stream, start, params, maps, layer);
     };

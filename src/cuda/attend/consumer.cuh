@@ -9,23 +9,23 @@ namespace pbsattn::cuda::attention {
 
 // Returns whether one of packed weights, none of them negative, exceeds the largest or is no number, in any lane of the
 // warp.
-template <class Element>
-__device__ bool any_exceeds(const std::uint32_t (&weights)[32]) {
+template <class Element, int count>
+__device__ bool any_exceeds(const std::uint32_t (&weights)[count]) {
   std::uint32_t most[2] = {0, 0};  // of each half
 #pragma unroll
-  for (int i = 0; i < 32; i += 2) most[i / 2 % 2] = __vimax3_u16x2(most[i / 2 % 2], weights[i], weights[i + 1]);
+  for (int i = 0; i < count; i += 2) most[i / 2 % 2] = __vimax3_u16x2(most[i / 2 % 2], weights[i], weights[i + 1]);
   most[0] = __vmaxu2(most[0], most[1]);
   constexpr std::uint32_t limit = Bits<Element>::largest_weight;
   return __any_sync(0xFFFFFFFF, (most[0] & 0xFFFF) > limit || most[0] >> 16 > limit);
 }
 
 // Weighs products whose logits are capped. Returns whether the layer's polynomial holds for all of the warp's.
-template <class Element>
-__device__ bool weigh_products(const CappedLayer& layer, const float (&s)[64], const float (&offset)[2],
-                               std::uint32_t (&weights)[32]) {
+template <class Element, int scores>
+__device__ bool weigh_products(const CappedLayer& layer, const float (&s)[scores], const float (&offset)[2],
+                               std::uint32_t (&weights)[scores / 2]) {
   std::uint32_t largest = 0;  // square, by its bits, where NaN is above all numbers
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
+  for (int i = 0; i < scores / 2; ++i) {
     float weight[2];
     std::uint32_t squares[2];
 #pragma unroll
@@ -44,15 +44,50 @@ __device__ bool weigh_products(const CappedLayer& layer, const float (&s)[64], c
   return __all_sync(0xFFFFFFFF, largest <= __float_as_uint(layer.reach)) != 0;
 }
 
+// Writes a thread's parts of two rows of outputs, of queries `query` and 8 more, to device memory, as far as the call
+// has those. Lanes of a row exchange theirs, so that each has 16 bytes of every 64.
+template <class Element, int outputs, int registers>
+__device__ void write_rows(const float (&o)[registers], const View& out, const Tile& tile, int query, int q_len) {
+  const int lane = static_cast<int>(threadIdx.x) % 4;
+  auto* const head = static_cast<Element*>(out.data) + tile.batch * out.batch_stride + tile.head * out.head_stride;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int of_row = query + 8 * r;
+    Element* const to = head + of_row * out.token_stride + lane * 8;
+#pragma unroll
+    for (int i = 2 * r; i < outputs; i += 16) {
+      std::uint32_t part[4];  // of four chunks this lane's, then of this lane's chunk all four
+#pragma unroll
+      for (int c = 0; c < 4; ++c) part[c] = pack<Element>(o[i + 4 * c], o[i + 4 * c + 1]);
+#pragma unroll
+      for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if ((c & bit) != 0) continue;
+          const bool upper = (lane & bit) != 0;
+          const std::uint32_t other = __shfl_xor_sync(0xFFFFFFFF, upper ? part[c] : part[c | bit], bit);
+          (upper ? part[c] : part[c | bit]) = other;
+        }
+      if (of_row >= 0 && of_row < q_len)
+        *reinterpret_cast<uint4*>(to + i / 16 * 32) = make_uint4(part[0], part[1], part[2], part[3]);
+    }
+  }
+}
+
 template <class Layer, class Shared>
 __device__ void consume(const AttendParams& p, const Layer& layer, Shared& shared, int warpgroup_index) {
   using Element = typename Shared::Element;
   constexpr int head_dim = Shared::head_dim;
   constexpr int outputs = Shared::head_dim_v / 2;  // registers of O, and 4 of sums
+  constexpr int step = Shared::step;               // keys at a time
+  constexpr int steps = Shared::steps;             // of a block
+  constexpr int scores = step / 2;                 // registers of S
   constexpr int panel = Shared::panel;
-  constexpr int row_bytes = panel * sizeof(Element);
-  constexpr int kv_panel_bytes = block * row_bytes;
-  constexpr int q_panel_bytes = 64 * row_bytes;
+  constexpr int panel_v = Shared::panel_v;
+  constexpr int row_bytes_v = panel_v * sizeof(Element);
+  constexpr int q_panel_bytes = 64 * panel * sizeof(Element);
+  constexpr int k_panel_bytes = step * panel * sizeof(Element);
+  constexpr int v_panel_bytes = step * row_bytes_v;
   const int wg = __shfl_sync(0xFFFFFFFF, warpgroup_index, 0);  // so that the compiler knows it to be a warp's own
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x % warpgroup / 32;
@@ -62,11 +97,11 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
 
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
-  float s[64], o[outputs + 4];
-  std::uint32_t weights[32];
+  float s[scores], o[outputs + 4];
+  std::uint32_t weights[scores / 2];
   std::uint64_t q_operand = 0;
 #pragma unroll
-  for (int i = 0; i < 64; ++i) s[i] = 0;
+  for (int i = 0; i < scores; ++i) s[i] = 0;
 
   // S = Q K^T, once both are there
   const auto multiply_qk = [&] {
@@ -77,18 +112,26 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     for (int d = 0; d < head_dim; d += 16) {
       const int place = d % panel * static_cast<int>(sizeof(Element));
       sm90::wgmma<Element>(s, sm90::advance(q_operand, d / panel * q_panel_bytes + place),
-                           sm90::advance(k_operand, d / panel * kv_panel_bytes + place), d > 0);
+                           sm90::advance(k_operand, d / panel * k_panel_bytes + place), d > 0);
     }
     sm90::wgmma_commit();
   };
   // O += P [V 1], once V is there
   const auto multiply_pv = [&] {
-    const std::uint64_t v_operand = sm90::operand<panel>(&shared.v[v.at], kv_panel_bytes);
+    const std::uint64_t v_operand = sm90::operand<panel_v>(&shared.v[v.at], v_panel_bytes);
     sm90::pin(o);
     sm90::wgmma_fence();
 #pragma unroll
-    for (int key = 0; key < block; key += 16)
-      sm90::wgmma<Element>(o, weights + key / 4, sm90::advance(v_operand, key * row_bytes));
+    for (int key = 0; key < step; key += 16) {
+      const std::uint32_t* const p_of_keys = weights + key / 4;
+      const std::uint64_t v_of_keys = sm90::advance(v_operand, key * row_bytes_v);
+      if constexpr (outputs > 64) {  // more columns than one product has
+        sm90::wgmma<Element>(sm90::part<0, 64>(o), p_of_keys, v_of_keys);
+        sm90::wgmma<Element>(sm90::part<64, 68>(o), p_of_keys, sm90::advance(v_of_keys, 128 / panel_v * v_panel_bytes));
+      } else {
+        sm90::wgmma<Element>(o, p_of_keys, v_of_keys);
+      }
+    }
     sm90::wgmma_commit();
   };
   const auto free_k = [&] {
@@ -103,9 +146,9 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   Softmax softmax;
   const int row = wg * 64 + warp * 16 + lane / 4;  // of the tile, and 8 more
   const int column = lane % 4 * 2;
-  const auto weigh = [&](std::uint32_t(&into)[32]) {
+  const auto weigh = [&](std::uint32_t(&into)[scores / 2]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < scores / 2; ++i) {
       const auto weight = [&](int j) { return sm90::exp2_fast(fmaf(s[j], p.scale_log2, -softmax.offset[j % 4 / 2])); };
       into[i] = pack<Element>(weight(2 * i), weight(2 * i + 1));
     }
@@ -173,29 +216,34 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       }
     }
 
-    // Q's memory takes the outputs, swizzled as the copy engine expects: lane l writes row l % 16 of the 16-byte chunk
-    // l / 16 of every two.
-    const int out_row = warp * 16 + lane % 16;
+    if constexpr (Shared::wide) {
+      const int query = tile.token + row - p.grid.q_offset;
+      write_rows<Element, outputs>(o, p.out, tile, query, p.grid.q_len);
+    } else {
+      // Q's memory takes the outputs, swizzled as the copy engine expects: lane l writes row l % 16 of the 16-byte
+      // chunk l / 16 of every two.
+      const int out_row = warp * 16 + lane % 16;
 #pragma unroll
-    for (int i = 0; i < outputs / 8; ++i) {
-      const int chunk = 2 * i + lane / 16;
-      constexpr int of_panel = panel / 8;
-      Element* to = shared.q[slot.at][wg][chunk / of_panel][out_row] + swizzled<panel>(chunk % of_panel, out_row) * 8;
-      const float* part = o + 8 * i;
-      sm90::store_matrices(to, pack<Element>(part[0], part[1]), pack<Element>(part[2], part[3]),
-                           pack<Element>(part[4], part[5]), pack<Element>(part[6], part[7]));
+      for (int i = 0; i < outputs / 8; ++i) {
+        const int chunk = 2 * i + lane / 16;
+        constexpr int of_panel = panel / 8;
+        Element* to = shared.q[slot.at][wg][chunk / of_panel][out_row] + swizzled<panel>(chunk % of_panel, out_row) * 8;
+        const float* part = o + 8 * i;
+        sm90::store_matrices(to, pack<Element>(part[0], part[1]), pack<Element>(part[2], part[3]),
+                             pack<Element>(part[4], part[5]), pack<Element>(part[6], part[7]));
+      }
+      sm90::fence_async_shared();
+      shared.out_full[slot.at][wg].arrive();
     }
-    sm90::fence_async_shared();
-    shared.out_full[slot.at][wg].arrive();
     shared.tile_free[slot.at].arrive();
   };
 
-  // Hides keys of the block at a place of the list that the window has left behind.
-  const auto hide_left = [&](int place) {
+  // Hides keys of the n-th step, in the block at a place of the list, that the window has left behind.
+  const auto hide_left = [&](int n) {
     if constexpr (!Layer::plain) {
-      const int first = row + place * block - layer.window + 1;
+      const int first = row + n / steps * block - n % steps * step - layer.window + 1;
 #pragma unroll
-      for (int i = 0; i < 64; ++i) {
+      for (int i = 0; i < scores; ++i) {
         if (i / 4 * 8 + column + i % 2 < first + i % 4 / 2 * 8) s[i] = -infinity;
       }
     }
@@ -210,9 +258,22 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
 
   // Waits for a tile's queries and the keys of its first block, the diagonal one.
   const auto await = [&](const Ring<tile_slots>& slot) {
-    shared.q_full[slot.at][wg].wait(slot.parity);
+    const Ring<Shared::q_slots> q = Shared::queries_of(slot);
+    shared.q_full[q.at][wg].wait(q.parity);
     shared.k_full[k.at].wait(k.parity);
-    q_operand = sm90::operand<panel>(shared.q[slot.at][wg]);
+    q_operand = sm90::operand<panel>(shared.q[q.at][wg]);
+  };
+  // Frees what a product of a tile's n-th step has read, its queries after the last.
+  const auto free_q_and_k = [&](const Tile& tile, int n) {
+    free_k();
+    if (Shared::wide && n + 1 == tile.count * steps) release(shared.q_free[0][wg]);
+  };
+  // Hides the keys behind each query of the n-th of the diagonal block's steps.
+  const auto mask = [&](int n) {
+#pragma unroll
+    for (int i = 0; i < scores; ++i) {
+      if (n * step + i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
+    }
   };
 
   Ring<tile_slots> slot;
@@ -226,33 +287,32 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     for (int i = 0; i < outputs + 4; ++i) o[i] = 0;
     sm90::wgmma_wait<0>();
     sm90::pin(s);
-    free_k();
+    free_q_and_k(tile, 0);
     raise([&] {
-#pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        if (i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
-      }
+      mask(0);
       if (layer.has_edge(0)) hide_left(0);
     });
     shared.guarded[slot.at][0].wait(slot.parity);
     shared.v_full[v.at].wait(v.parity);
 
-    // The blocks before it: this block's S and softmax beside the P V of the block after it.
+    // The steps after it: this one's S and softmax beside the P V of the one before.
     bool k_full = false;
-    for (int i = 1; i < tile.count; ++i) {
-      await_guard(i - 1, slot);
+    const auto take_step = [&]<bool masked>(int n, std::bool_constant<masked>) {
+      const int place = n / steps;
+      await_guard((n - 1) / steps, slot);
       if (!k_full) shared.k_full[k.at].wait(k.parity);
       multiply_qk();
       multiply_pv();
       sm90::wgmma_wait<1>();
       sm90::pin(s);
-      free_k();
+      free_q_and_k(tile, n);
+      if constexpr (masked) mask(n);
       // Asked now, so that the answers are there when they are needed: each takes as long as ten exponentials.
       Ring<Shared::v_stages> next_v = v;
       next_v.next();
       const bool v_full = shared.v_full[next_v.at].test(next_v.parity);
       k_full = shared.k_full[k.at].test(k.parity);
-      std::uint32_t next_weights[32];
+      std::uint32_t next_weights[scores / 2];
       bool holds = true;
       if constexpr (Layer::caps)
         holds = weigh_products<Element>(layer, s, softmax.offset, next_weights);
@@ -266,13 +326,16 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       // Seeing through this, the compiler would write `weights` above, where P V still reads them, and so wait for each
       // product (C7513).
 #pragma unroll
-      for (int j = 0; j < 32; ++j) asm volatile("mov.b32 %0, %1;" : "=r"(weights[j]) : "r"(next_weights[j]));
-      if (exceeds || !settled || !holds || layer.has_edge(i)) {
+      for (int j = 0; j < scores / 2; ++j) asm volatile("mov.b32 %0, %1;" : "=r"(weights[j]) : "r"(next_weights[j]));
+      if (exceeds || !settled || !holds || layer.has_edge(place)) {
         raise([&] {
-          if (layer.has_edge(i)) hide_left(i);
+          if constexpr (masked) mask(n);
+          if (layer.has_edge(place)) hide_left(n);
         });
       }
-    }
+    };
+    if constexpr (steps == 2) take_step(1, std::true_type{});
+    for (int n = steps; n < tile.count * steps; ++n) take_step(n, std::false_type{});
     await_guard(tile.count - 1, slot);
 
     // The next tile's first product runs beside this tile's end.

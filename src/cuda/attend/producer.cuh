@@ -40,8 +40,8 @@ template <class Layer, class Shared>
 __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer& layer, Shared& shared, int lane) {
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
-  const auto load_block = [&](auto& stage, auto& tile, sm90::Barrier* full, sm90::Barrier* free, const CUtensorMap& map,
-                              int token, int head, int batch) {
+  const auto load_step = [&](auto& stage, auto& tile, sm90::Barrier* full, sm90::Barrier* free, const CUtensorMap& map,
+                             int token, int head, int batch) {
     free[stage.at].wait(stage.parity ^ 1);
     if (lane == 0) {
       full[stage.at].arrive_expecting(sizeof(tile));
@@ -55,15 +55,15 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer&
     const int own_begin = p.grid.own_begin(diagonal);
     const int head = p.grid.kv_head(tile.head);
     const int permuted_head = p.grid.order_head(tile.head);
-    const auto load_k = [&](int b) {
+    const auto load_k = [&](int b, int part) {
       const bool own = b >= own_begin;
-      load_block(k, shared.k[k.at], shared.k_full, shared.k_free, own ? maps.k : maps.permuted_k, b * block,
-                 own ? head : permuted_head, tile.batch);
+      load_step(k, shared.k[k.at], shared.k_full, shared.k_free, own ? maps.k : maps.permuted_k,
+                b * block + part * Shared::step, own ? head : permuted_head, tile.batch);
     };
-    const auto load_v = [&](int b) {
+    const auto load_v = [&](int b, int part) {
       const bool own = b >= own_begin;
-      load_block(v, shared.v[v.at].tile, shared.v_full, shared.v_free, own ? maps.v : maps.permuted_v, b * block,
-                 own ? head : permuted_head, tile.batch);
+      load_step(v, shared.v[v.at].tile, shared.v_full, shared.v_free, own ? maps.v : maps.permuted_v,
+                b * block + part * Shared::step, own ? head : permuted_head, tile.batch);
     };
     // Entry i of the list from its end; each lane holds one of 32.
     const std::int32_t* last = p.lists.row_start != nullptr ? p.lists.block + tile.list + tile.count - 1 : nullptr;
@@ -71,34 +71,44 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer&
     int now = entries(lane);
     int then = entries(32 + lane);
 
-    for (int wg = 0; wg < consumers; ++wg) {
-      shared.q_free[slot.at][wg].wait(slot.parity ^ 1);
-      if (lane == 0) {
-        shared.q_full[slot.at][wg].arrive_expecting(sizeof(shared.q[0][0]));
-        sm90::tma_load(shared.q[slot.at][wg], maps.q, shared.q_full[slot.at][wg], 0,
-                       tile.token + wg * 64 - p.grid.q_offset, 0, tile.head, tile.batch);
+    const auto load_queries = [&] {
+      const Ring<Shared::q_slots> q = Shared::queries_of(slot);
+      for (int wg = 0; wg < consumers; ++wg) {
+        shared.q_free[q.at][wg].wait(q.parity ^ 1);
+        if (lane == 0) {
+          shared.q_full[q.at][wg].arrive_expecting(sizeof(shared.q[0][0]));
+          sm90::tma_load(shared.q[q.at][wg], maps.q, shared.q_full[q.at][wg], 0, tile.token + wg * 64 - p.grid.q_offset,
+                         0, tile.head, tile.batch);
+        }
       }
-    }
+    };
+    if constexpr (!Shared::wide) load_queries();
     // Tells a guard that V is on its way.
     const auto announce_v = [&](int guard) {
       if (lane == 0) shared.v_asked[slot.at][guard].arrive();
     };
+    constexpr int last_part = Shared::steps - 1;
     int before = 0;
     for (int i = 0; i < tile.count; ++i) {
       const int b = __shfl_sync(0xFFFFFFFF, now, i % 32);
-      load_k(b);
-      if (i > 0) load_v(before);
+      load_k(b, 0);
+      if (Shared::wide && i == 0) load_queries();  // the place is free later than one of keys
+      if (i > 0) load_v(before, last_part);
       if (i == 1) announce_v(0);
 #pragma unroll
       for (int guard = 1; guard < Layer::guards; ++guard)
         if (i == layer.guarded_place(guard) + 1) announce_v(guard);
+      if constexpr (last_part > 0) {
+        load_k(b, last_part);
+        load_v(b, 0);
+      }
       before = b;
       if (i % 32 == 31) {
         now = then;
         then = entries(i + 33 + lane);
       }
     }
-    load_v(before);
+    load_v(before, last_part);
     if (tile.count == 1) announce_v(0);
 #pragma unroll
     for (int guard = 1; guard < Layer::guards; ++guard)  // and of places beyond the list, of which none will come
@@ -113,16 +123,22 @@ template <class Layer, class Shared>
 __device__ void guard(const Layer& layer, Shared& shared, int lane) {
   using Pair = typename Bits<typename Shared::Element>::Pair;
   constexpr std::uint32_t exponent = Bits<typename Shared::Element>::infinite;
-  constexpr int panel = Shared::panel;
-  constexpr int words = Shared::head_dim_v / 64;  // each lane looks after so many pairs of columns
+  constexpr int panel = Shared::panel_v;
+  constexpr int steps = Shared::steps;
+  // Each lane looks after so many pairs of columns; the last ones may have none.
+  constexpr int words = Shared::head_dim_v <= 64 ? 1 : Shared::head_dim_v <= 128 ? 2 : 4;
   struct alignas(4 * words) Slice {
     std::uint32_t word[words];
   };
-  const int column = lane * 2 * words;
+  constexpr int lanes = Shared::head_dim_v / (2 * words);
+  const bool present = lanes == 32 || lane < lanes;
+  const int column = present ? lane * 2 * words : 0;
   Ring<Shared::v_stages> v;
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
-    const auto slice = [&](int row) -> Slice& {
-      auto* line = shared.v[v.at].tile[column / panel][row];
+    Ring<Shared::v_stages> last;  // of the steps of the block at v
+    const auto slice = [&](int key) -> Slice& {
+      const int row = key % Shared::step;
+      auto* line = shared.v[key < Shared::step ? v.at : last.at].tile[column / panel][row];
       return *reinterpret_cast<Slice*>(line + swizzled<panel>(column % panel / 8, row) * 8 + column % 8);
     };
     // Puts zeros in place of bad values; returns whether there are any.
@@ -141,7 +157,7 @@ __device__ void guard(const Layer& layer, Shared& shared, int lane) {
       for (int w = 0; w < words; ++w) bad = bad || __hisnan(product[w].x) || __hisnan(product[w].y);
       const bool any_bad = __any_sync(0xFFFFFFFF, bad);
       if (any_bad) {
-        for (int w = 0; w < words; ++w) {
+        for (int w = 0; w < words && present; ++w) {
           int first[2] = {block, block};
           for (int row = block - 1; row >= 0; --row) {
             std::uint32_t& bits = slice(row).word[w];
@@ -165,9 +181,12 @@ __device__ void guard(const Layer& layer, Shared& shared, int lane) {
       // have this parity.
       shared.v_asked[slot.at][guard].wait(slot.parity);
       if (const int at = layer.guarded_place(guard); guard == 0 || at < tile.count) {
-        if (guard > 0) v.next(at - place);
+        if (guard > 0) v.next((at - place) * steps);
         place = at;
+        last = v;
+        last.next(steps - 1);
         shared.v_full[v.at].wait(v.parity);
+        if constexpr (steps > 1) shared.v_full[last.at].wait(last.parity);
         any_bad = clean() || any_bad;
       }
       if (lane == 0) shared.any_bad[slot.at] = any_bad;
@@ -179,7 +198,7 @@ __device__ void guard(const Layer& layer, Shared& shared, int lane) {
 #pragma unroll 1  // unrolled, it would need more registers than the producer has
       for (int guard = 0; guard < Layer::guards; ++guard) look(guard);
     }
-    v.next(tile.count - place);
+    v.next((tile.count - place) * steps);
   });
 }
 
@@ -203,6 +222,7 @@ __device__ void store_short_row(const AttendParams& p, const typename Shared::QT
 
 template <class Shared>
 __device__ void store(const AttendParams& p, const TensorMaps& maps, Shared& shared, int lane) {
+  if constexpr (Shared::wide) return;  // consumers write
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
     for (int wg = 0; wg < consumers; ++wg) {
       shared.out_full[slot.at][wg].wait(slot.parity);

@@ -24,13 +24,15 @@ struct Softmax {
 
   // Raises the maxima to those of scores s. What was summed before must then be multiplied by factor[r]; returns
   // whether any factor of the warp is not 1. Where maxima are too large, scores become differences to them.
-  __device__ bool raise(float (&s)[64], float scale_log2, float (&factor)[2]) {
+  template <int scores>
+  __device__ bool raise(float (&s)[scores], float scale_log2, float (&factor)[2]) {
     float top[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float part[chains] = {maximum[r], -infinity, -infinity, -infinity};
 #pragma unroll
-      for (int i = 0; i < 32; ++i) part[i / 2 % chains] = fmaxf(part[i / 2 % chains], s[i / 2 * 4 + 2 * r + i % 2]);
+      for (int i = 0; i < scores / 2; ++i)
+        part[i / 2 % chains] = fmaxf(part[i / 2 % chains], s[i / 2 * 4 + 2 * r + i % 2]);
       top[r] = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
     }
     // Both votes are taken here, beside the exchange of maxima, and not where they are needed: there each would wait.
@@ -53,7 +55,7 @@ struct Softmax {
     }
     if (huge) {
 #pragma unroll
-      for (int i = 0; i < 64; ++i) s[i] -= maximum[i % 4 / 2] == -infinity ? 0.0F : maximum[i % 4 / 2];
+      for (int i = 0; i < scores; ++i) s[i] -= maximum[i % 4 / 2] == -infinity ? 0.0F : maximum[i % 4 / 2];
       offset[0] = offset[1] = 0;
     }
     return moved;

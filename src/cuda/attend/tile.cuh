@@ -75,24 +75,31 @@ struct Shared {
   static constexpr int head_dim = head_dim_;      // of queries and keys
   static constexpr int head_dim_v = head_dim_v_;  // of values and outputs
   static constexpr int guards = guards_;
+  // Products take a block's keys all at once, or in two steps where outputs leave room in registers for half the
+  // scores.
+  static constexpr int step = head_dim_v > 128 ? 64 : block;
+  static constexpr int steps = block / step;
+  static constexpr int k_stages = head_dim >= 128 ? 2 : head_dim == 96 ? 3 : 4;  // steps in shared memory
+  static constexpr int v_stages = k_stages;
+  // Wide queries are in shared memory one tile at a time, and outputs go to device memory from registers, so that the
+  // next tile's queries needn't wait for them.
+  static constexpr bool wide = head_dim > 128;
+  static constexpr int q_slots = wide ? 1 : tile_slots;
   static constexpr int panel = panel_of(head_dim);
-  static constexpr int k_stages = head_dim == 128 ? 2 : 4;
-  static constexpr int v_stages = head_dim == 128 ? 2 : 4;
-  template <int width, int rows>
-  using Panels = Element[width / panel][rows][panel];
-  using QTile = Panels<head_dim, 64>;
-  using KTile = Panels<head_dim, block>;
-  using VTile = Panels<head_dim_v, block>;
-  static_assert(panel_of(head_dim_v) == panel);
-  static_assert(head_dim_v <= head_dim, "outputs take the queries' memory");
+  // Of narrow panels only half as much is ones, without which two blocks of 192 and 128 columns wouldn't fit.
+  static constexpr int panel_v = head_dim > head_dim_v ? 32 : panel;
+  static_assert(wide || head_dim == head_dim_v, "outputs take the queries' memory");
+  using QTile = Element[head_dim / panel][64][panel];
+  using KTile = Element[head_dim / panel][step][panel];
+  using VTile = Element[head_dim_v / panel_v][step][panel_v];
   // V and behind it ones, so that P V has the sums of P in its last 8 columns. Panels are equally far apart, so ones
   // have a whole one, of which products read 16 bytes a row; the copy engine never writes there, so once set they stay.
   struct VStage {
     VTile tile;
-    Element ones[block][panel];
+    Element ones[step][panel_v];
   };
 
-  alignas(1024) QTile q[tile_slots][consumers];  // then the outputs
+  alignas(1024) QTile q[q_slots][consumers];  // then the outputs, if not wide
   alignas(1024) KTile k[k_stages];
   alignas(1024) VStage v[v_stages];
   Tile tile[tile_slots];
@@ -100,19 +107,19 @@ struct Shared {
   int first_bad[tile_slots][head_dim_v];  // if any_bad: first key of the diagonal block whose V is not finite, or 128
   sm90::Barrier tile_full[tile_slots], tile_free[tile_slots];
   sm90::Barrier v_asked[tile_slots][guards], guarded[tile_slots][guards];
-  sm90::Barrier q_full[tile_slots][consumers], q_free[tile_slots][consumers], out_full[tile_slots][consumers];
+  sm90::Barrier q_full[q_slots][consumers], q_free[q_slots][consumers], out_full[q_slots][consumers];
   sm90::Barrier k_full[k_stages], k_free[k_stages], v_full[v_stages], v_free[v_stages];
 
   // To be called by one thread.
   __device__ void init_barriers() {
     for (int slot = 0; slot < tile_slots; ++slot) {
       tile_full[slot].init(1);
-      tile_free[slot].init(32 * (consumer_warps + 3));  // and load, store and guard
+      tile_free[slot].init(32 * (consumer_warps + (wide ? 2 : 3)));  // and load, guard, and store
       for (sm90::Barrier& barrier : v_asked[slot]) barrier.init(1);
       for (sm90::Barrier& barrier : guarded[slot]) barrier.init(32);
-      for (int wg = 0; wg < consumers; ++wg) {
+      for (int wg = 0; wg < consumers && slot < q_slots; ++wg) {
         q_full[slot][wg].init(1);
-        q_free[slot][wg].init(32);
+        q_free[slot][wg].init(wide ? warpgroup / 32 : 32);
         out_full[slot][wg].init(warpgroup);
       }
     }
@@ -124,11 +131,18 @@ struct Shared {
   }
   // To be called by all threads.
   __device__ void init_ones() {
-    for (int i = static_cast<int>(threadIdx.x); i < v_stages * block * 8; i += threads) {
-      const int row = i / 8 % block;
-      v[i / 8 / block].ones[row][swizzled<panel>(0, row) * 8 + i % 8] = Element(1.0F);
+    for (int i = static_cast<int>(threadIdx.x); i < v_stages * step * 8; i += threads) {
+      const int row = i / 8 % step;
+      v[i / 8 / step].ones[row][swizzled<panel_v>(0, row) * 8 + i % 8] = Element(1.0F);
     }
     sm90::fence_async_shared();
+  }
+  // Returns where the queries of the tile in a slot are, and their barriers' parity.
+  __device__ static Ring<q_slots> queries_of(const Ring<tile_slots>& slot) {
+    if constexpr (wide)
+      return {.at = 0, .parity = slot.at};  // which changes with each tile, too
+    else
+      return {.at = slot.at, .parity = slot.parity};
   }
 };
 

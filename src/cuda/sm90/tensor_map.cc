@@ -30,7 +30,7 @@ Encoder encoder() {
 bool make_tensor_map(CUtensorMap& map, const void* data, DType dtype, std::int64_t batch_stride,
                      std::int64_t head_stride, std::int64_t token_stride, std::int64_t batch, std::int64_t heads,
                      std::int64_t tokens, std::int64_t head_dim, Box box) {
-  const int panel = panel_of(head_dim);
+  const int panel = box.panel != 0 ? box.panel : panel_of(head_dim);
   // An axis of one element may carry any stride; the driver wants one it would accept.
   const auto bytes = [&](std::int64_t extent, std::int64_t stride) {
     return static_cast<cuuint64_t>(extent > 1 ? stride * 2 : head_dim * 2);

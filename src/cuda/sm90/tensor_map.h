@@ -13,6 +13,7 @@ namespace pbsattn::cuda {
 struct Box {
   int tokens, columns;
   int token_step = 1;  // up to 8, and tokens * token_step up to 256
+  int panel = 0;       // columns of a panel: 64, 32, or 0, that of the tensor's width
 };
 
 // Describes a view of 16-bit elements as rank 5, (element of a panel, token, panel, head, batch), read or

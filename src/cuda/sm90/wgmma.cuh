@@ -51,6 +51,13 @@ __device__ void pin(float (&registers)[n]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// Returns `n` of a product's registers.
+template <int first, int n, int all>
+__device__ auto part(float (&registers)[all]) -> float (&)[n] {
+  static_assert(first + n <= all);
+  return reinterpret_cast<float(&)[n]>(registers[first]);
+}
+
 // The instruction for bf16 or f16 elements: d's registers are the asm's first operands, `rest` names those after them
 // and `add` the last but for constants.
 #define PBSATTN_WGMMA_TEXT(type, shape, d, rest, add) \
@@ -65,13 +72,24 @@ __device__ void pin(float (&registers)[n]) {
 #define PBSATTN_NAMES_32                                                   \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PBSATTN_NAMES_64                                                             \
-  PBSATTN_NAMES_32                                                                   \
-  ", "                                                                               \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+#define PBSATTN_NAMES_48 \
+  PBSATTN_NAMES_32       \
+  ", "                   \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define PBSATTN_NAMES_64 \
+  PBSATTN_NAMES_48       \
+  ", "                   \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PBSATTN_NAMES_128                                                                        \
+  PBSATTN_NAMES_64                                                                               \
+  ", "                                                                                           \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define PBSATTN_REGISTERS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PBSATTN_REGISTERS_8(d, i) PBSATTN_REGISTERS_4(d, i), PBSATTN_REGISTERS_4(d, i + 4)
+#define PBSATTN_REGISTERS_16(d, i) PBSATTN_REGISTERS_8(d, i), PBSATTN_REGISTERS_8(d, i + 8)
 #define PBSATTN_REGISTERS_32(d, i)                                                          \
   PBSATTN_REGISTERS_8(d, i), PBSATTN_REGISTERS_8(d, i + 8), PBSATTN_REGISTERS_8(d, i + 16), \
       PBSATTN_REGISTERS_8(d, i + 24)
@@ -86,6 +104,14 @@ __device__ void wgmma(float (&d)[64], std::uint64_t a, std::uint64_t b, int add)
                 : "l"(a), "l"(b), "r"(add));
 }
 
+// Does the same with 64 rows of b.
+template <class Element>
+__device__ void wgmma(float (&d)[32], std::uint64_t a, std::uint64_t b, int add) {
+  PBSATTN_WGMMA(Element, "m64n64k16", PBSATTN_NAMES_32, "%32, %33, add, 1, 1, 0, 0", "%34",
+                : PBSATTN_REGISTERS_32(d, 0)
+                : "l"(a), "l"(b), "r"(add));
+}
+
 // Starts d += a b with `a` 64 x 16 in registers; b, 16 x 128, is in shared memory with rows along d's.
 template <class Element>
 __device__ void wgmma(float (&d)[64], const std::uint32_t* a, std::uint64_t b) {
@@ -94,11 +120,31 @@ __device__ void wgmma(float (&d)[64], const std::uint32_t* a, std::uint64_t b) {
                 : PBSATTN_LEFT(a), "l"(b), "r"(1));
 }
 
-// Does the same with 64, 136 and 72 columns.
+// Does the same with 64, 96 and 256 columns, and with 72, 104 and 136.
 template <class Element>
 __device__ void wgmma(float (&d)[32], const std::uint32_t* a, std::uint64_t b) {
   PBSATTN_WGMMA(Element, "m64n64k16", PBSATTN_NAMES_32, "{%32, %33, %34, %35}, %36, add, 1, 1, 1", "%37",
                 : PBSATTN_REGISTERS_32(d, 0)
+                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+}
+template <class Element>
+__device__ void wgmma(float (&d)[48], const std::uint32_t* a, std::uint64_t b) {
+  PBSATTN_WGMMA(Element, "m64n96k16", PBSATTN_NAMES_48, "{%48, %49, %50, %51}, %52, add, 1, 1, 1", "%53",
+                : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_16(d, 32)
+                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+}
+template <class Element>
+__device__ void wgmma(float (&d)[128], const std::uint32_t* a, std::uint64_t b) {
+  PBSATTN_WGMMA(Element, "m64n256k16", PBSATTN_NAMES_128, "{%128, %129, %130, %131}, %132, add, 1, 1, 1", "%133",
+                : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_32(d, 32), PBSATTN_REGISTERS_32(d, 64),
+                  PBSATTN_REGISTERS_32(d, 96)
+                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+}
+template <class Element>
+__device__ void wgmma(float (&d)[52], const std::uint32_t* a, std::uint64_t b) {
+  PBSATTN_WGMMA(Element, "m64n104k16", PBSATTN_NAMES_48 ", %48, %49, %50, %51",
+                "{%52, %53, %54, %55}, %56, add, 1, 1, 1", "%57",
+                : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_16(d, 32), PBSATTN_REGISTERS_4(d, 48)
                 : PBSATTN_LEFT(a), "l"(b), "r"(1));
 }
 template <class Element>
@@ -119,9 +165,12 @@ __device__ void wgmma(float (&d)[36], const std::uint32_t* a, std::uint64_t b) {
 #undef PBSATTN_WGMMA_TEXT
 #undef PBSATTN_WGMMA
 #undef PBSATTN_NAMES_32
+#undef PBSATTN_NAMES_48
 #undef PBSATTN_NAMES_64
+#undef PBSATTN_NAMES_128
 #undef PBSATTN_REGISTERS_4
 #undef PBSATTN_REGISTERS_8
+#undef PBSATTN_REGISTERS_16
 #undef PBSATTN_REGISTERS_32
 #undef PBSATTN_LEFT
 
