@@ -5,7 +5,8 @@
 // over those blocks, merged by log-sum-exp into the outputs and log-sum-exps that attend() left. All queries of a row
 // see these blocks whole, so there is nothing to mask but the listed ones.
 //
-// A thread block takes a row, two warpgroups 64 queries each, 128 means at a time while the next are on their way.
+// A thread block takes a row, two warpgroups 64 queries each, 128 means at a time while the next are on their way (not
+// at 256 columns, of which shared memory holds no more).
 // Tiles of listed blocks alone are passed over.
 //
 // The least work at 128K tokens, 32 heads of 128: 1.1 TFLOP, 1.4 ms, if every block is left out.
@@ -27,7 +28,6 @@ namespace pbsattn::cuda {
 namespace {
 
 constexpr int threads = 256;
-constexpr int stages = 2;
 constexpr int word_bits = 32;
 constexpr int tile_words = tile_tokens / word_bits;
 
@@ -45,6 +45,7 @@ struct Params {
 
 template <int head_dim, int head_dim_v>
 struct Shared {
+  static constexpr int stages = head_dim_v > 128 ? 1 : 2;
   static constexpr int out_stride = head_dim_v + 4;  // so that a warp's rows are in different banks
   struct Stages {
     unsigned char k[stages][SwizzledTile<head_dim>::bytes], v[stages][SwizzledTile<head_dim_v>::bytes];
@@ -125,6 +126,7 @@ template <class T, int head_dim, int head_dim_v, class Cap>
 __global__ void __launch_bounds__(threads, 1)
     correct_rows(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   auto& shared = aligned_shared<Shared<head_dim, head_dim_v>>();
+  constexpr int stages = Shared<head_dim, head_dim_v>::stages;
   const Row at(p.grid);
   if (!find_left_out(p, at, shared)) return;
 
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(threads, 1)
   float s[64], o[outputs];
 #pragma unroll
   for (float& x : o) x = 0;
-  for (int stage = 0; tile < tiles; stage ^= 1) {
+  for (int stage = 0; tile < tiles; stage ^= stages - 1) {
     wait_copies<0>();
     sm90::fence_async_shared();
     __syncthreads();  // and all products of the tile before are done, so its means may go
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(threads, 1)
 #pragma unroll
     for (int word = 0; word < tile_words; ++word) left_out[word] = shared.left_out[tile * tile_words + word];
     tile = next_tile(tile + 1);
-    if (tile < tiles) load_means(tile, stage ^ 1);
+    if (stages == 2 && tile < tiles) load_means(tile, stage ^ 1);
 
     start_product<T, head_dim>(s, shared.q, half, shared.means.k[stage]);
     sm90::wgmma_wait<0>();
@@ -202,6 +204,10 @@ __global__ void __launch_bounds__(threads, 1)
     sm90::wgmma_commit();
     sm90::wgmma_wait<0>();
     sm90::pin(o);
+    if constexpr (stages == 1) {
+      __syncthreads();  // all products are done
+      if (tile < tiles) load_means(tile, stage);
+    }
   }
 
   __syncthreads();  // the outputs take the means' place
