@@ -3,7 +3,8 @@
 // A CTA takes one *unit* of keys and two query heads that share them. Each of its two multiplying warpgroups takes one
 // head's 128 queries, 64 at a time, so that the softmax of one half runs under the product of the other:
 //     S[query][key] = Q K^T, both from shared memory; max and sum of exp2 per query, in registers.
-// A third warpgroup meanwhile pools Q, which is bound by memory as the others are by arithmetic.
+// Of wide heads, of which shared memory holds no two beside keys, a CTA takes one, and each warpgroup 64 of its
+// queries. A third warpgroup meanwhile pools Q, which is bound by memory as the others are by arithmetic.
 #pragma once
 
 #include "cuda/permute/common.cuh"
@@ -34,9 +35,11 @@ __device__ inline void fold(const float (&s)[64], float scale_log2, Statistics (
 
 constexpr int statistics_threads = 384;
 constexpr int multiplying_threads = 256;
-constexpr int heads_at_once = 2;
-constexpr int key_stages = 3;
 constexpr int tiles_of_round = 2;
+template <int head_dim>
+constexpr int heads_at_once = head_dim > 128 ? 1 : 2;
+template <int head_dim>
+constexpr int key_stages = head_dim > 128 ? 2 : 3;
 
 // Waits at the barrier of the two warpgroups that multiply; barrier 0 is __syncthreads(), which the third would have to
 // join.
@@ -44,11 +47,11 @@ __device__ inline void multiplying_barrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(multiplying_threads) : "memory");
 }
 
-constexpr int statistics_tiles = heads_at_once + key_stages;
-
+template <int head_dim>
+constexpr int statistics_tile_bytes = (heads_at_once<head_dim> + key_stages<head_dim>)*SwizzledTile<head_dim>::bytes;
 template <int head_dim>
 constexpr int statistics_shared_bytes =
-    statistics_tiles* SwizzledTile<head_dim>::bytes + 4 * pool_stage_bytes + shared_alignment;
+    statistics_tile_bytes<head_dim> + 4 * pool_stage_bytes<head_dim> + shared_alignment;
 
 template <class T, int head_dim, class Cap>
 __global__ void __launch_bounds__(statistics_threads, 1)
@@ -63,17 +66,19 @@ __global__ void __launch_bounds__(statistics_threads, 1)
     const int cta = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
     const int ctas = gridDim.x * gridDim.y * gridDim.z;
     pool_rows_staged<T, head_dim>(p.pool_q, p.batch, cta * 4 + warp, ctas * 4,
-                                  queries + statistics_tiles * Swizzled::bytes + warp * pool_stage_bytes);
+                                  queries + statistics_tile_bytes<head_dim> + warp * pool_stage_bytes<head_dim>);
   } else {
     sm90::take_registers<232>();
-    unsigned char* keys = queries + heads_at_once * Swizzled::bytes;
+    constexpr int heads = heads_at_once<head_dim>;
+    constexpr int stages = key_stages<head_dim>;
+    unsigned char* keys = queries + heads * Swizzled::bytes;
     const int batch = blockIdx.z / p.grid.kv_heads;
     const int kv_head = blockIdx.z % p.grid.kv_heads;
     const std::int64_t first_key = blockIdx.x * p.unit_keys;
     const int tiles = static_cast<int>(min(p.unit_keys, p.permuted_len - first_key) / tile_tokens);
     const T* source = head_of<T>(p.k, batch, kv_head) + first_key * p.k.token_stride;
     const auto load_keys = [&](int tile) {
-      load_tile<T, head_dim, multiplying_threads>(keys + tile % key_stages * Swizzled::bytes,
+      load_tile<T, head_dim, multiplying_threads>(keys + tile % stages * Swizzled::bytes,
                                                   source + tile * tile_tokens * p.k.token_stride, p.k.token_stride,
                                                   tile_tokens, threadIdx.x);
       commit_copies();
@@ -81,9 +86,9 @@ __global__ void __launch_bounds__(statistics_threads, 1)
     // The last head of an odd group has no partner: both warpgroups compute it, since a branch around the products
     // would make the compiler wait after each of them.
     const auto q_head = [&](int i) {
-      return kv_head * p.grid.group + min(static_cast<int>(blockIdx.y) * heads_at_once + i, p.grid.group - 1);
+      return kv_head * p.grid.group + min(static_cast<int>(blockIdx.y) * heads + i, p.grid.group - 1);
     };
-    for (int i = 0; i < heads_at_once; ++i)
+    for (int i = 0; i < heads; ++i)
       load_tile<T, head_dim, multiplying_threads>(queries + i * Swizzled::bytes,
                                                   head_of<T>(p.scoring_queries, batch, q_head(i)),
                                                   p.scoring_queries.token_stride, p.queries, threadIdx.x);
@@ -91,12 +96,13 @@ __global__ void __launch_bounds__(statistics_threads, 1)
 
     Statistics low[2], high[2];  // queries 0 .. 63 and 64 .. 127
     float s_low[64], s_high[64];
-    const unsigned char* my_queries = queries + warpgroup * Swizzled::bytes;
+    const int my_head = heads == 2 ? warpgroup : 0;
+    const unsigned char* my_queries = queries + my_head * Swizzled::bytes;
     const auto start_half = [&](float(&scores)[64], int tile, int first_query) {
-      start_product<T, head_dim>(scores, my_queries, first_query, keys + tile % key_stages * Swizzled::bytes);
+      start_product<T, head_dim>(scores, my_queries, first_query, keys + tile % stages * Swizzled::bytes);
     };
-    // Waits for tile's keys. After the barrier every product of earlier tiles but the last is done, so the stage of
-    // tile - 2 is free; it becomes that of tile + 1.
+    // Waits for tile's keys. After the barrier every product of earlier tiles is done, or but the last where there are
+    // three stages, so the stage of tile - 1 or tile - 2 is free; it becomes that of tile + 1.
     const auto take_tile = [&](int tile) {
       wait_copies<0>();
       sm90::fence_async_shared();
@@ -125,8 +131,8 @@ __global__ void __launch_bounds__(statistics_threads, 1)
         fold(s_high, p.scale_log2, high);
       }
     };
-    // A cap's arithmetic leaves no registers for a second product.
-    const auto fold_capped = [&](int tile, int first_query, Statistics(&statistics)[2]) {
+    // Takes one half alone; a cap's arithmetic leaves no registers for a second product.
+    const auto fold_half = [&](int tile, int first_query, Statistics(&statistics)[2]) {
       start_half(s_low, tile, first_query);
       sm90::wgmma_wait<0>();
       sm90::pin(s_low);
@@ -134,11 +140,16 @@ __global__ void __launch_bounds__(statistics_threads, 1)
       fold(s_low, p.scale_log2, statistics);
     };
     int tile = 0;
-    if constexpr (Cap::caps) {
+    if constexpr (heads == 1) {
       for (; tile < tiles; ++tile) {
         take_tile(tile);
-        fold_capped(tile, 0, low);
-        fold_capped(tile, 64, high);
+        fold_half(tile, warpgroup * 64, low);
+      }
+    } else if constexpr (Cap::caps) {
+      for (; tile < tiles; ++tile) {
+        take_tile(tile);
+        fold_half(tile, 0, low);
+        fold_half(tile, 64, high);
       }
     } else {
       for (; tile + tiles_of_round <= tiles; tile += tiles_of_round)
@@ -147,14 +158,14 @@ __global__ void __launch_bounds__(statistics_threads, 1)
     }
 
     const int lane = threadIdx.x % 32;
-    const std::int64_t head = static_cast<std::int64_t>(batch) * p.grid.q_heads + q_head(warpgroup);
+    const std::int64_t head = static_cast<std::int64_t>(batch) * p.grid.q_heads + q_head(my_head);
     float2* out = p.statistics + (head * p.units + blockIdx.x) * 128;
-    const bool writes = lane % 4 == 0 && blockIdx.y * heads_at_once + warpgroup < p.grid.group;
+    const bool writes = lane % 4 == 0 && blockIdx.y * heads + my_head < p.grid.group;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2 * heads; ++i) {
       Statistics total = i < 2 ? low[i] : high[i - 2];
       total.merge_across_lanes(p.scale_log2);
-      const int query = i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4 + i % 2 * 8;
+      const int query = (heads == 2 ? i / 2 : warpgroup) * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4 + i % 2 * 8;
       if (writes) out[query] = make_float2(total.max, total.sum);
     }
   }

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(pool_warps * 32)
   extern __shared__ unsigned char stages[];
   const int warp = threadIdx.x / 32;
   pool_rows_staged<T, width>(args, batch, blockIdx.x * pool_warps + warp, gridDim.x * pool_warps,
-                             stages + warp * pool_stage_bytes);
+                             stages + warp * pool_stage_bytes<width>);
   for (std::int64_t sink = blockIdx.x * blockDim.x + threadIdx.x; sink < sinks; sink += gridDim.x * blockDim.x)
     sink_block[sink] = 0;  // token 0 stays where it is
 }
@@ -64,7 +64,7 @@ cudaError_t launch_pool(const PoolArgs& args, const Geometry& g, std::int64_t wi
   const dim3 grid(
       static_cast<unsigned>(ceil_div(g.shape.batch * args.heads * args.rows, pool_warps * pool_items_of_warp)));
   return dispatch(args.view.dtype, width, [&]<class T, int w>(T, std::integral_constant<int, w>) {
-    return launch(pool_rows<T, w>, grid, pool_warps * 32, pool_warps * pool_stage_bytes, stream,
+    return launch(pool_rows<T, w>, grid, pool_warps * 32, pool_warps * pool_stage_bytes<w>, stream,
                   Start::after_earlier_kernels, args, g.shape.batch, sinks.block, sinks.count);
   });
 }
@@ -148,7 +148,10 @@ cudaError_t order_by_queries(const PermuteArgs& args, cudaStream_t stream) {
     using T = decltype(element);
     constexpr int dim = keys();
     constexpr int dim_v = values();
-    const dim3 units_grid(p.units, static_cast<unsigned>(ceil_div(p.grid.group, heads_at_once)),
+    constexpr int max_shared_bytes = 227 * 1024;
+    static_assert(statistics_shared_bytes<dim> <= max_shared_bytes);
+    static_assert(ReorderShared<dim>::bytes(max_segment) <= max_shared_bytes);
+    const dim3 units_grid(p.units, static_cast<unsigned>(ceil_div(p.grid.group, heads_at_once<dim>)),
                           p.batch * p.grid.kv_heads);
     const dim3 segments_grid(static_cast<unsigned>(g.complete_segments() - p.known / g.segment), p.grid.kv_heads,
                              p.batch);
@@ -160,11 +163,12 @@ cudaError_t order_by_queries(const PermuteArgs& args, cudaStream_t stream) {
           },
           [&] { return launch(merge_statistics, dim3(p.grid.heads), 128, 0, stream, Start::early, p); },
           [&] {
-            return g.segment <= resident_tiles * tile_tokens
-                       ? launch(reorder_resident<T, dim, dim_v, Cap>, segments_grid, resident::everyone,
-                                ResidentShared<dim, dim_v>::bytes, stream, Start::early, p, cap)
-                       : launch(reorder<T, dim, dim_v, Cap>, segments_grid, reorder_threads,
-                                ReorderShared<dim>::bytes(g.segment), stream, Start::early, p, cap);
+            if constexpr (ResidentShared<dim, dim_v>::bytes <= max_shared_bytes)
+              if (g.segment <= resident_tiles * tile_tokens)
+                return launch(reorder_resident<T, dim, dim_v, Cap>, segments_grid, resident::everyone,
+                              ResidentShared<dim, dim_v>::bytes, stream, Start::early, p, cap);
+            return launch(reorder<T, dim, dim_v, Cap>, segments_grid, reorder_threads,
+                          ReorderShared<dim>::bytes(g.segment), stream, Start::early, p, cap);
           });
     });
   });

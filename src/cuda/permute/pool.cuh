@@ -20,18 +20,21 @@ struct PoolArgs {
   void* out;                   // [batch][heads][rows][width]
 };
 
-constexpr int pool_copies = 16;                                    // of a lane, in one stage
-constexpr int pool_stages = 2;                                     // under way at a time
-constexpr int pool_stage_bytes = pool_stages * pool_copies * 512;  // of a warp, all its stages
+template <int width>
+constexpr int pool_copies = width > 192 ? 8 : 16;  // of a lane, in one stage
+constexpr int pool_stages = 2;                     // under way at a time
+template <int width>
+constexpr int pool_stage_bytes = pool_stages* pool_copies<width> * 512;  // of a warp, all its stages
 
 // Pools items warp, warp + warps, ... of [batch][heads][rows]. Copies go through shared memory, so that bytes under way
 // cost no registers; a lane reads only what it copied itself, so warps need no barrier.
 template <class T, int width>
 __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int warp, int warps, unsigned char* stages) {
+  constexpr int copies = pool_copies<width>;
   constexpr int chunks = SwizzledTile<width>::chunks;
-  constexpr int lanes = SwizzledTile<width>::threads;                   // of one token
-  constexpr int tokens_at_once = 32 / lanes;                            // of one load of the warp
-  constexpr int parts = block_tokens / (pool_copies * tokens_at_once);  // stages of one item
+  constexpr int lanes = SwizzledTile<width>::threads;              // of one token
+  constexpr int tokens_at_once = 32 / lanes;                       // of one load of the warp
+  constexpr int parts = block_tokens / (copies * tokens_at_once);  // stages of one item
   const int lane = threadIdx.x % 32;
   const std::uint64_t policy = evict_first();
   const std::uint32_t to = sm90::shared_address(stages) + lane * 16;
@@ -46,16 +49,15 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
   const auto copy = [&](int step) {
     const int item = warp + step / parts * warps;
     if (item < items) {
-      const int first = step % parts * pool_copies * tokens_at_once + lane / lanes;
+      const int first = step % parts * copies * tokens_at_once + lane / lanes;
       const T* source = static_cast<const T*>(args.view.data) + item / rows / heads * args.view.batch_stride +
                         item / rows % heads * args.view.head_stride +
                         (begin_of(item) + first) * args.view.token_stride + lane % lanes * 8;
       const int count = count_of(item);
 #pragma unroll 4
-      for (int i = 0; i < pool_copies; ++i) {
+      for (int i = 0; i < copies; ++i) {
         const bool present = first + i * tokens_at_once < count && (chunks == lanes || lane % lanes < chunks);
-        copy_async(to + (step % pool_stages * pool_copies + i) * 512, present ? source : args.view.data, present,
-                   policy);
+        copy_async(to + (step % pool_stages * copies + i) * 512, present ? source : args.view.data, present, policy);
         source += tokens_at_once * args.view.token_stride;
       }
     }
@@ -68,9 +70,8 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
     copy(step + 1);
     wait_copies<1>();
 #pragma unroll 4
-    for (int i = 0; i < pool_copies; ++i)
-      add_to<T>(sum,
-                *reinterpret_cast<const uint4*>(stages + (step % pool_stages * pool_copies + i) * 512 + lane * 16));
+    for (int i = 0; i < copies; ++i)
+      add_to<T>(sum, *reinterpret_cast<const uint4*>(stages + (step % pool_stages * copies + i) * 512 + lane * 16));
     if (step % parts < parts - 1) continue;
 
     const int item = warp + step / parts * warps;

@@ -1,11 +1,12 @@
-// Scores and orders the keys of segments of more than 256 tokens, and writes K and V in that order;
-// reorder_resident.cuh has shorter ones.
+// Scores and orders the keys of segments of more than 256 tokens, or of wide heads, and writes K and V in that order;
+// reorder_resident.cuh has the others.
 //
 // A CTA takes one segment of one KV head and goes through its query heads:
 //     S^T[key][query] = K Q^T piece by piece, score[key] = sum over queries of exp2(S^T - log-sum-exp);
 //     rank of each key by counting the keys before it;
 //     rows of K and V to their new places, 16 bytes a thread, with K's block means.
-// K and V are read again through L2. Two CTAs share a multiprocessor, so that one computes while the other writes.
+// K and V are read again through L2. Two CTAs share a multiprocessor, so that one computes while the other writes;
+// one has it alone at 256 columns.
 #pragma once
 
 #include "cuda/permute/key_order.cuh"
@@ -18,13 +19,13 @@ constexpr int reorder_warps = reorder_threads / 32;
 // The dynamic shared memory of reorder(), aligned.
 template <int head_dim>
 struct ReorderShared {
-  static constexpr int piece_tiles = 2;  // key tiles at a time
+  static constexpr int piece_tiles = head_dim > 128 ? 1 : 2;  // key tiles at a time
   static constexpr int keys = 0;
   static constexpr int queries = keys + piece_tiles * SwizzledTile<head_dim>::bytes;
   static constexpr int log_sums = queries + SwizzledTile<head_dim>::bytes;     // LogSum[128]
   static constexpr int block_sums = log_sums + 128 * 8;                        // float[2][reorder_warps][head_dim]
   static constexpr int score = block_sums + 2 * reorder_warps * head_dim * 4;  // int[segment]
-  static std::size_t bytes(std::int64_t segment) {
+  static constexpr std::size_t bytes(std::int64_t segment) {
     return shared_alignment + score + segment * 8;
   }  // with int from[segment]
 };
@@ -79,10 +80,13 @@ __global__ void __launch_bounds__(reorder_threads, 2)
       wait_copies<0>();
       sm90::fence_async_shared();
       __syncthreads();
-      const int tile_of_piece = thread / 128;
+      // A warpgroup takes a tile, or half of the only one.
+      const int warpgroup = thread / 128;
+      const int tile_of_piece = piece_tiles == 2 ? warpgroup : 0;
       if (piece * piece_tiles + tile_of_piece < tiles) {
 #pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < piece_tiles; ++i) {
+          const int half = piece_tiles == 2 ? i : warpgroup;
           float s[64];
           start_product<T, head_dim>(s, keys + tile_of_piece * Swizzled::bytes, half * 64, queries);
           sm90::wgmma_wait<0>();

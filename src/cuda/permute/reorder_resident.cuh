@@ -1,4 +1,4 @@
-// Scores and orders the keys of segments of up to 256 tokens, and writes K and V in that order.
+// Scores and orders the keys of segments of up to 256 tokens and 128 columns, and writes K and V in that order.
 //
 // A CTA takes one segment of one KV head: its K and V stay in shared memory while the CTA goes through the query heads.
 // Two warpgroups score, a tile of keys each,
