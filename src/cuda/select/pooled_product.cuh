@@ -28,10 +28,10 @@ __device__ Means<T> means_of(const void* means, int head, std::int64_t of_head) 
 
 // Calls use(row, block, products[2]) for blocks from `begin` (rounded down to a multiple of 8) to `end` (rounded up),
 // two at a time, and each of the 16 rows: products of query `row` with keys `block` and `block` + 1; zeros where there
-// are none. Only the 16-byte chunks of a mean that counts(chunk) names are multiplied. The thread block's warps share
-// the keys. Lane 4 g + t of a warp holds for rows g and g + 8 of Q and for row g of K the chunks t, t + 4, ...: any
-// order of the sum does, if Q and K agree on it.
-template <int head_dim, class T, class Counts, class Use>
+// are none. Only those 16-byte chunks of a mean that counts(chunk) names are multiplied, or, of two units a chunk,
+// those halves of chunks. The thread block's warps share the keys. Lane 4 g + t of a warp holds for rows g and g + 8 of
+// Q and for row g of K the chunks t, t + 4, ...: any order of the sum does, if Q and K agree on it.
+template <int head_dim, int units = 1, class T, class Counts, class Use>
 __device__ void multiply_pooled(Means<T> queries, Means<T> keys, int begin, int end, Counts&& counts, Use&& use) {
   constexpr int chunks = head_dim / 32;  // of a lane
   const int warp = threadIdx.x / 32;
@@ -42,8 +42,18 @@ __device__ void multiply_pooled(Means<T> queries, Means<T> keys, int begin, int 
     const bool present = index < means.count;
     const uint4* from = reinterpret_cast<const uint4*>(means.data + (present ? index : 0) * head_dim) + t;
 #pragma unroll
-    for (int i = 0; i < chunks; ++i)
-      to[i] = present && counts(t + 4 * i) ? __ldg(from + 4 * i) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < chunks; ++i) {
+      const auto load = [&](bool taken) { to[i] = taken ? __ldg(from + 4 * i) : make_uint4(0, 0, 0, 0); };
+      if constexpr (units == 1) {
+        load(present && counts(t + 4 * i));
+      } else {
+        const bool low = counts((t + 4 * i) * 2);
+        const bool high = counts((t + 4 * i) * 2 + 1);
+        load(present && (low || high));
+        if (!low) to[i].x = to[i].y = 0;
+        if (!high) to[i].z = to[i].w = 0;
+      }
+    }
   };
   uint4 q_low[chunks], q_high[chunks];
   load_row(q_low, queries, g);

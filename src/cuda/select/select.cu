@@ -50,9 +50,10 @@ struct Params {
   const float* second_scores;  // logarithms in places alike, of a score that is two; else null
 };
 
-// `lists`: scores of a row; two are given, so that the element doesn't matter, and take the registers of two CTAs.
+// `lists`: scores of a row; two are given, so that the element doesn't matter, and take the registers of two CTAs, as
+// means of wide heads do.
 template <class T, int head_dim, int lists, class Cap>
-__global__ void __launch_bounds__(select_threads, 3 - lists)
+__global__ void __launch_bounds__(select_threads, head_dim > 128 ? 1 : 3 - lists)
     select_rows(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   extern __shared__ float scores[];
   const int warp = threadIdx.x / 32;

@@ -101,7 +101,7 @@ struct WarpWork {
 
 // Writes maxima and sums of a unit of keys: a thread block's own for each query and each of the warps that share it.
 template <class T, int head_dim, int most, class Cap>
-__global__ void __launch_bounds__(threads, 2)
+__global__ void __launch_bounds__(threads, head_dim > 128 ? 1 : 2)
     find_parts(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   const int head = blockIdx.y;
   let_next_kernel_start();
@@ -176,7 +176,7 @@ template <int most>
 constexpr int weight_bytes = (most * weight_stride + 2 * tile_keys) * static_cast<int>(sizeof(float));
 
 template <class T, int head_dim, int most, class Cap>
-__global__ void __launch_bounds__(weight_threads<most>, 128 / most)
+__global__ void __launch_bounds__(weight_threads<most>, head_dim > 128 ? 1 : 128 / most)
     add_weights(const __grid_constant__ Params p, const __grid_constant__ Cap cap) {
   extern __shared__ float weights[];  // [most][weight_stride], and sums of the second half of 128 queries
   const int head = blockIdx.y;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(weight_threads<most>, 128 / most)
   // The tile after the unit's last one has the ends of diagonals that begin in that.
   for (int tile = begin; tile <= end; ++tile) {
     float* half = weights + tile % 2 * tile_keys;
-    constexpr int at_once = 4;  // groups of 8 keys
+    constexpr int at_once = head_dim > 192 ? 1 : head_dim > 128 ? 2 : 4;  // groups of 8 keys
     constexpr int step = weight_threads<most> / 32 * 16 / most;
     for (int group = work.first_group; group < tile_keys / 8; group += at_once * step) {
       float s[at_once][4];

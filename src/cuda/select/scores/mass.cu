@@ -38,7 +38,7 @@ constexpr int share_threads = 256;
 constexpr std::int64_t most_sums = std::int64_t{68} << 20;  // in memory at a time: 8 heads of 128K tokens in patches
 
 // Brings the sampled queries of a row together; zeros for those that a short row lacks.
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(256)
     gather_sampled(const __grid_constant__ Params p, const __grid_constant__ ConstView q, uint4* gathered, int chunks) {
   const int row = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
@@ -190,8 +190,8 @@ cudaError_t gather(const SelectArgs& args, Params& p, std::byte* gathered, cudaS
           static_cast<int>(g.row_begin(row) - g.diagonal(row) * g.block + sampled_query(queries, i));
   }
   const int chunks = static_cast<int>(g.shape.head_dim / 8);
-  return launch(gather_sampled, dim3(p.grid.rows, p.grid.heads), 128, 0, stream, Start::after_earlier_kernels, p,
-                args.inputs.q, reinterpret_cast<uint4*>(gathered), chunks);
+  return launch(gather_sampled, dim3(p.grid.rows, p.grid.heads), most_sampled * chunks, 0, stream,
+                Start::after_earlier_kernels, p, args.inputs.q, reinterpret_cast<uint4*>(gathered), chunks);
 }
 
 }  // namespace
@@ -222,7 +222,7 @@ cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
                                  : ConstView{args.permuted.k, k.dtype, args.permuted.order_heads * permuted_head,
                                              permuted_head, g.shape.head_dim};
   const Box box = tokens_of_line == 1 ? Box{tile_tokens, static_cast<int>(g.shape.head_dim)}
-                                      : Box{lines_of_box, panel, patch_tokens};
+                                      : Box{lines_of_box, panel_of(g.shape.head_dim), patch_tokens};
   ConstView q = args.inputs.q;
   std::int64_t q_tokens = g.shape.q_len;
   if (p.sampled) {
@@ -243,7 +243,7 @@ cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
       const First first =
           tokens_of_line == 1
               ? First{score_keys<T, dim, Cap>, cap, key_threads, aligned_bytes<KeyShared<dim>>, steps_of_item}
-              : First{score_lines<T, dim, Cap>, cap, threads, aligned_bytes<Shared>, tiles_of_item};
+              : First{score_lines<T, dim, Cap>, cap, threads, aligned_bytes<Shared<dim>>, tiles_of_item};
       return score_all(p, Work(g, p.query_lines, scored_rows(args)), args.scratch_bytes - scratch.carver.bytes, maps,
                        first, stream);
     });

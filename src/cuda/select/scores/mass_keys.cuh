@@ -15,12 +15,12 @@ namespace pbsattn::cuda::mass {
 constexpr int key_groups = 4;  // consumer warpgroups
 constexpr int group_queries = 64;
 constexpr int key_threads = (key_groups + 1) * 128;
-constexpr int key_stages = 5;
 constexpr int steps_of_item = 64;  // tiles of a thread block
 static_assert(key_groups * group_queries == tile_queries);
 
 template <int head_dim>
 struct KeyShared {
+  static constexpr int key_stages = head_dim > 192 ? 1 : head_dim > 128 ? 2 : 5;
   alignas(1024) unsigned char q[tile_queries / tile_tokens][SwizzledTile<head_dim>::bytes];
   alignas(1024) unsigned char k[key_stages][SwizzledTile<head_dim>::bytes];
   Barrier q_full, full[key_stages], free[key_stages];
@@ -86,7 +86,7 @@ __device__ void produce_keys(const Params& p, const Maps& maps, const KeyItem& i
   shared.q_full.arrive_expecting(sizeof(shared.q));
   for (int i = 0; i < tile_queries / tile_tokens; ++i)
     sm90::tma_load(shared.q[i], maps.q, shared.q_full, 0, first_query + i * tile_tokens, 0, head, batch);
-  Ring<key_stages> stage;
+  Ring<KeyShared<head_dim>::key_stages> stage;
   for (int step = item.begin; step < item.end; ++step) {
     const bool own = item.is_own(step);
     const int block = own ? item.own_block(p, step) : step;
@@ -158,7 +158,7 @@ __device__ void consume_keys(const Params& p, const Cap& cap, const KeyItem& ite
   };
 
   float max[2] = {-INFINITY, -INFINITY};
-  Ring<key_stages> stage;
+  Ring<KeyShared<head_dim>::key_stages> stage;
   shared.q_full.wait(0);
   const int permuted = item.permuted_of(p, group);
   const int permuted_end = min(item.end, item.permuted);

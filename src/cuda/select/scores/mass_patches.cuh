@@ -13,10 +13,11 @@ constexpr int tiles_of_item = 8;  // so that an item lasts some 50 us
 constexpr int consumers = 2;      // warpgroups, 128 query lines each
 constexpr int threads = (consumers + 1) * 128;
 constexpr int stages = 4;
-constexpr int panel = 64;         // elements of a line that a stage holds
-constexpr int panel_bytes = 128;  // of a line
 
+template <int head_dim>
 struct Shared {
+  static constexpr int panel = panel_of(head_dim);  // elements of a line that a stage holds
+  static constexpr int panel_bytes = panel * 2;     // of a line
   alignas(1024) unsigned char q[stages][tile_queries * panel_bytes];
   alignas(1024) unsigned char k[stages][tile_keys * panel_bytes];
   Barrier full[stages], free[stages];
@@ -54,8 +55,9 @@ struct Item {
 };
 
 template <int head_dim>
-__device__ void produce(const Params& p, const Maps& maps, const Item& item, Shared& shared) {
-  constexpr int panels = head_dim / panel;  // of one token
+__device__ void produce(const Params& p, const Maps& maps, const Item& item, Shared<head_dim>& shared) {
+  constexpr int panel_bytes = Shared<head_dim>::panel_bytes;
+  constexpr int panels = head_dim / Shared<head_dim>::panel;  // of one token
   const int batch = item.head / p.grid.q_heads;
   const int head = item.head % p.grid.q_heads;
   const int first_query = p.grid.first_query(item.block);
@@ -119,7 +121,9 @@ __device__ inline void store_log_sums(const Params& p, const Item& item, float (
 }
 
 template <class T, int head_dim, class Cap>
-__device__ void consume(const Params& p, const Cap& cap, const Item& item, Shared& shared) {
+__device__ void consume(const Params& p, const Cap& cap, const Item& item, Shared<head_dim>& shared) {
+  constexpr int panel = Shared<head_dim>::panel;
+  constexpr int panel_bytes = Shared<head_dim>::panel_bytes;
   constexpr int steps = patch_tokens * head_dim / panel;
   const int lane = threadIdx.x % 32;
   const int first_line = threadIdx.x / 128 * 128;
@@ -130,8 +134,8 @@ __device__ void consume(const Params& p, const Cap& cap, const Item& item, Share
     for (int step = 0; step < steps; ++step, stage.next()) {
       shared.full[stage.at].wait(stage.parity);
       sm90::wgmma_fence();
-      const std::uint64_t a = sm90::operand(shared.q[stage.at] + first_line * panel_bytes);
-      const std::uint64_t b = sm90::operand(shared.k[stage.at]);
+      const std::uint64_t a = sm90::operand<panel>(shared.q[stage.at] + first_line * panel_bytes);
+      const std::uint64_t b = sm90::operand<panel>(shared.k[stage.at]);
 #pragma unroll
       for (int k16 = 0; k16 < panel / 16; ++k16) {
         sm90::wgmma<T>(low, sm90::advance(a, k16 * 32), sm90::advance(b, k16 * 32), step + k16 > 0);
@@ -159,7 +163,7 @@ __device__ void consume(const Params& p, const Cap& cap, const Item& item, Share
 template <class T, int head_dim, class Cap>
 __global__ void __launch_bounds__(threads, 1)
     score_lines(const __grid_constant__ Params p, const __grid_constant__ Maps maps, const __grid_constant__ Cap cap) {
-  auto& shared = aligned_shared<Shared>();
+  auto& shared = aligned_shared<Shared<head_dim>>();
   const Item item(p);
   if (item.begin >= item.end) return;
   run_roles<consumers, 232, 40>(

@@ -34,22 +34,25 @@ struct Params {
   float* scores[bands];  // of tile [batch][q_head][row] where its list will be, and the second band's alike
 };
 
-// The fast and the slow band in 16-byte chunks of columns, and as shares of all: of types that kernels read.
+// The fast and the slow band in units of columns, 16-byte chunks or halves of such, and as shares of all: of types that
+// kernels read.
 template <int head_dim>
 struct Bands {
   static constexpr int pairs = head_dim / 2;
   static constexpr FrequencyBand fast = fast_band(pairs), slow = slow_band(pairs);
-  static_assert(fast.begin == 0 && fast.end % 8 == 0 && slow.begin % 8 == 0 && slow.end == pairs);
-  static constexpr int pair_chunks = pairs / 8;
-  static constexpr int fast_end = fast.end / 8, slow_begin = slow.begin / 8;
+  static constexpr int unit = slow.begin % 8 == 0 ? 8 : 4;
+  static constexpr int of_chunk = 8 / unit;
+  static_assert(fast.begin == 0 && fast.end % unit == 0 && slow.begin % unit == 0 && slow.end == pairs);
+  static constexpr int pair_units = pairs / unit;
+  static constexpr int fast_end = fast.end / unit, slow_begin = slow.begin / unit;
   static constexpr double fast_share = static_cast<double>(fast.count()) / pairs;
   static constexpr double slow_share = static_cast<double>(slow.count()) / pairs;
 };
 
-// Tells whether a band has the columns of a chunk of a mean.
+// Tells whether a band has the columns of a unit of a mean.
 template <int head_dim>
-__device__ bool band_has(int band, int chunk) {
-  const int place = chunk % Bands<head_dim>::pair_chunks;
+__device__ bool band_has(int band, int unit) {
+  const int place = unit % Bands<head_dim>::pair_units;
   return band == 0 ? place < Bands<head_dim>::fast_end : place >= Bands<head_dim>::slow_begin;
 }
 
@@ -78,13 +81,18 @@ __device__ Squares sum_squares(Means<T> means) {
     const uint4 chunk = __ldg(reinterpret_cast<const uint4*>(means.data) + i);
     float of_chunk[8] = {};
     add_to<T>(of_chunk, chunk);
-    double squares = 0;
+    using Bands = Bands<head_dim>;
 #pragma unroll
-    for (const float x : of_chunk) squares += static_cast<double>(x) * static_cast<double>(x);
-    const int place = static_cast<int>(i % chunks);
-    sums.all += squares;
-    if (band_has<head_dim>(0, place)) sums.fast += squares;
-    if (band_has<head_dim>(1, place)) sums.slow += squares;
+    for (int part = 0; part < Bands::of_chunk; ++part) {
+      double squares = 0;
+#pragma unroll
+      for (int c = part * Bands::unit; c < (part + 1) * Bands::unit; ++c)
+        squares += static_cast<double>(of_chunk[c]) * static_cast<double>(of_chunk[c]);
+      const int place = static_cast<int>(i) % chunks * Bands::of_chunk + part;
+      sums.all += squares;
+      if (band_has<head_dim>(0, place)) sums.fast += squares;
+      if (band_has<head_dim>(1, place)) sums.slow += squares;
+    }
   }
   return {sum_of_threads(sums.all, of_warp), sum_of_threads(sums.fast, of_warp), sum_of_threads(sums.slow, of_warp)};
 }
@@ -125,8 +133,8 @@ __global__ void __launch_bounds__(product_threads)
   float* const scores = band == 0 ? p.scores[0] : p.scores[1];
   const auto queries = means_of<T, head_dim>(p.pooled.q, head, grid.rows, first_row, last_row + 1 - first_row);
   const auto multiply = [&](const Means<T>& keys, int begin, int end, bool own) {
-    multiply_pooled<head_dim>(
-        queries, keys, begin, end, [&](int chunk) { return p.factors == nullptr || band_has<head_dim>(band, chunk); },
+    multiply_pooled<head_dim, Bands<head_dim>::of_chunk>(
+        queries, keys, begin, end, [&](int unit) { return p.factors == nullptr || band_has<head_dim>(band, unit); },
         [&](int place, int block, float2 products) {
           const int row = first_row + place;
           if (row > last_row) return;

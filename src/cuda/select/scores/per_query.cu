@@ -39,7 +39,6 @@ constexpr int half = tile_tokens / groups_of_row;  // a warpgroup's queries, or 
 constexpr int threads = (consumers + 1) * 128;
 constexpr int producer_registers = 32;
 constexpr int consumer_registers = 112;
-constexpr int slots = 2;  // items whose queries are in shared memory
 
 struct Params {
   RowGrid grid;
@@ -60,7 +59,8 @@ constexpr int max_own_blocks = max_segment / block_tokens;
 
 template <int head_dim>
 struct Shared {
-  static constexpr int stages = head_dim == 128 ? 2 : 4;
+  static constexpr int slots = head_dim > 128 ? 1 : 2;  // items whose queries are in shared memory
+  static constexpr int stages = head_dim > 192 ? 1 : head_dim >= 128 ? 2 : 4;
   alignas(1024) unsigned char q[slots][rows_of_item][SwizzledTile<head_dim>::bytes];
   alignas(1024) unsigned char k[stages][SwizzledTile<head_dim>::bytes];
   LogSum log_sums[slots][rows_of_item][tile_tokens];
@@ -95,7 +95,7 @@ struct Item {
 
 template <int head_dim>
 __device__ void produce(const Params& p, const Maps& maps, Shared<head_dim>& shared) {
-  CountedRing<slots> slot;
+  CountedRing<Shared<head_dim>::slots> slot;
   CountedRing<Shared<head_dim>::stages> stage;
   for (int index = blockIdx.x; index < p.items(); index += gridDim.x, slot.next()) {
     const Item item(p, index);
@@ -124,7 +124,7 @@ __device__ void consume(const Params& p, const Cap& cap, Shared<head_dim>& share
   const int row_of_item = group / groups_of_row;
   const int first_of_half = group % groups_of_row * half;
   const int first_of_warp = first_of_half + warp * 16;
-  CountedRing<slots> slot;
+  CountedRing<Shared<head_dim>::slots> slot;
   CountedRing<Shared<head_dim>::stages> stage;
   float s[64];
   const Turns<consumers> turns(group);
