@@ -55,7 +55,8 @@ def kernels_of(program, cuobjdump, renames=()):
     bodies = {}
     for function in functions:
         name, _, body = function.partition("\n")
-        bodies[name.strip()] = body.partition("..........")[0]  # what follows is another function's header
+        body = body.partition("..........")[0]  # what follows is another function's header
+        bodies[name.strip()] = re.sub(r"\s+", " ", body)  # columns are as wide as a module's longest line
     resources = dict(re.findall(r"Function ([^\s:]+):\n\s*([^\n]+)", usage))
     kernels, named = {}, {}
     for name, readable in zip(bodies, demangle(list(bodies))):
