@@ -26,8 +26,15 @@ namespace {
 
 // From ./dev bench gpu on an H100, head_dim 128: a pair of blocks takes 12 ns of the full device; permute and select
 // took 52 to 59 ns for each key block of a query head at 8K to 128K tokens; a call's launches and first loads about 20
-// us.
-constexpr CostModel cost_model{.call = 1500, .key_block = 5};
+// us. The other widths but 64 are reckoned from that: a pair and a key block take as much more as there are more
+// columns, and keys of wide heads are read twice.
+CostModel cost_model_of(const Shape& shape) {
+  constexpr double call = 1500;
+  constexpr double key_block = 5;
+  const auto columns = static_cast<double>(shape.head_dim + value_dim(shape));
+  if (shape.head_dim == 64) return {.call = call, .key_block = key_block};
+  return {.call = call * 256 / columns, .key_block = shape.head_dim > 128 ? 1.5 * key_block : key_block};
+}
 
 template <class V>
 V advanced(V view, std::int64_t batch, std::int64_t head) {
@@ -238,7 +245,7 @@ class CudaExecutor final : public detail::Executor {
 std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   check_limits(spec);
   check_device(spec.device_index);
-  return std::make_unique<CudaExecutor>(with_fallback_resolved(spec, cost_model));
+  return std::make_unique<CudaExecutor>(with_fallback_resolved(spec, cost_model_of(spec.geometry.shape)));
 }
 
 }  // namespace pbsattn::cuda

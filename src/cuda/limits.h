@@ -7,11 +7,18 @@
 
 namespace pbsattn::cuda {
 
-// Elements of a key, which queries have too, and of a value, which outputs have too.
+// Elements of a key, which queries have too, and of a value, which outputs have too: those that kernels are compiled
+// for.
 struct Widths {
   int keys, values;
 };
-inline constexpr Widths widths[] = {{64, 64}, {128, 128}};  // that kernels are compiled for
+inline constexpr Widths widths[] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
+
+// Tells whether kernels of keys so wide are compiled with a cap on logits too. Those of other widths would not have
+// enough registers.
+constexpr bool takes_caps(std::int64_t head_dim) {
+  return head_dim == 64 || head_dim == 128;
+}
 
 inline constexpr int block_tokens = 128;            // the only block size of this backend
 inline constexpr std::int64_t max_segment = 8192;   // a segment's scores and order live in shared memory

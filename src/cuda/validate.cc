@@ -97,6 +97,9 @@ void check_limits(const detail::PlanSpec& spec) {
   const Options& options = spec.options;
   if (spec.options.precision == Precision::f32)
     refuse("precision f32: the CUDA backend multiplies f16 and bf16 as they come; use automatic, or Device::cpu()");
+  if (options.softcap != 0.0F && !takes_caps(g.shape.head_dim))
+    refuse(fmt::format("softcap {}: the CUDA backend takes 0 at a head_dim of {}; use that, or Device::cpu()",
+                       options.softcap, g.shape.head_dim));
   if (g.blocks() > max_blocks)
     refuse(fmt::format("kv_len {}: the CUDA backend takes up to {} tokens", g.shape.kv_len, max_blocks * block_tokens));
   if (options.score == BlockScore::dual_band && 2 * g.blocks() > max_blocks)  // two scores of a row in shared memory

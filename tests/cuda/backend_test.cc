@@ -24,6 +24,14 @@ std::vector<MethodCase> lengths_and_chunks() {
   }
   for (const std::int64_t q_len : {1, 31, 100, 129, 300})
     cases.push_back({"pbs_chunk" + std::to_string(q_len), alike(shape_of(q_len, 777)), pbs()});
+  for (const cuda::Widths widths : cuda::widths)
+    for (const std::int64_t n : {1, 129, 1000})
+      for (const std::int64_t kv_len : {n, std::int64_t{1100}}) {
+        const ProblemSpec problem = alike(with_widths(shape_of(n, kv_len), widths));
+        const std::string name = name_of(widths) + "_n" + std::to_string(n) + "_of" + std::to_string(kv_len);
+        cases.push_back({"dense_dim" + name, problem, method("full")});
+        cases.push_back({"pbs_dim" + name, problem, pbs()});
+      }
   return cases;
 }
 
@@ -35,14 +43,31 @@ std::vector<MethodCase> heads() {
   cases.push_back({"batch_of_two", alike(shape_of(300, 600, 64, 4, 2, 2)), pbs()});
   // More than one unit of keys for the log-sum-exp of key scores, and a unit that ends early.
   cases.push_back({"many_units", alike(shape_of(70, 2700, 128)), pbs()});
+  for (const cuda::Widths widths : cuda::widths) {
+    const auto add = [&](const char* name, const Shape& shape, const Options& options) {
+      cases.push_back({name + std::string("_dim") + name_of(widths), alike(with_widths(shape, widths)), options});
+    };
+    add("group3_batch2", shape_of(200, 600, 0, 6, 2, 2), pbs());
+    add("many_units", shape_of(70, 2700), pbs());
+    add("shared_order", shape_of(300, 1100, 0, 3, 1),
+        pbs_with([](Options& o) { o.order_scope = OrderScope::kv_head; }));
+    for (const int segment : {128, 384, 1024})
+      add(("segment" + std::to_string(segment)).c_str(), shape_of(900, 1100, 0, 2, 1),
+          pbs_with([&](Options& o) { o.segment = segment; }));
+  }
   return cases;
 }
 
 std::vector<MethodCase> dtypes_and_layouts() {
   std::vector<MethodCase> cases;
-  for (const std::int64_t dim : {64, 128})
+  for (const cuda::Widths widths : cuda::widths) {
+    const Shape shape = with_widths(shape_of(700, 700), widths);
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-      cases.push_back({type + std::string("_dim") + std::to_string(dim), alike(shape_of(700, 700, dim), dtype), pbs()});
+      cases.push_back({type + std::string("_dim") + name_of(widths), alike(shape, dtype), pbs()});
+    for (const auto& [layout, of] : {std::pair{"bshd", TensorLayout::bshd}, {"cache", TensorLayout::cache}})
+      cases.push_back({layout + std::string("_dim") + name_of(widths),
+                       alike(with_widths(shape_of(300, 600, 0, 4, 2, 2), widths), DType::bf16, of), pbs()});
+  }
   cases.push_back({"bshd", alike(shape_of(300, 600, 64, 4, 2, 2), DType::bf16, TensorLayout::bshd), pbs()});
   cases.push_back({"cache", alike(shape_of(300, 600, 128, 4, 2, 2), DType::bf16, TensorLayout::cache), pbs()});
   return cases;
@@ -94,12 +119,14 @@ std::vector<MethodCase> options() {
                        o.score = BlockScore::per_query;
                        o.segment = segment;
                      })});
-  for (const std::int64_t dim : {64, 128})
+  for (const cuda::Widths widths : cuda::widths)
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-      cases.push_back({type + std::string("_per_query_dim") + std::to_string(dim),
-                       alike(shape_of(700, 730, dim), dtype), pbs_with(per_query)});
+      cases.push_back({type + std::string("_per_query_dim") + name_of(widths),
+                       alike(with_widths(shape_of(700, 730), widths), dtype), pbs_with(per_query)});
   // More than one tile of 128 pooled keys, and the last one short of its second half.
-  cases.push_back({"per_query_two_tiles", alike(shape_of(140, 21'000, 64, 1)), pbs_with(per_query)});
+  for (const cuda::Widths widths : cuda::widths)
+    cases.push_back({"per_query_two_tiles_dim" + name_of(widths),
+                     alike(with_widths(shape_of(140, 21'000, 0, 1), widths)), pbs_with(per_query)});
   cases.push_back({"threshold", problem, threshold(0.1F, 0, BlockScore::mean_pool)});
   cases.push_back({"threshold_floor", problem, threshold(0.4F, 0.6F, BlockScore::mean_pool)});
   cases.push_back({"threshold_per_query", problem, threshold(0.1F, 0, BlockScore::per_query)});
@@ -155,17 +182,21 @@ std::vector<MethodCase> masses() {
     };
     const ProblemSpec problem = alike(shape_of(900, 1100, 64));
     const auto nothing = [](Options&) {};
-    for (const std::int64_t dim : {64, 128})
+    for (const cuda::Widths widths : cuda::widths)
       for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-        add(type + std::string("_dim") + std::to_string(dim), alike(shape_of(700, 730, dim), dtype), nothing);
+        add(type + std::string("_dim") + name_of(widths), alike(with_widths(shape_of(700, 730), widths), dtype),
+            nothing);
     // Neither begins nor ends with a whole patch of 8, nor with a whole block.
     add("chunk", alike(shape_of(301, 1111, 64)), nothing);
     add("one_query", alike(shape_of(1, 777, 64)), nothing);
     add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, TensorLayout::bshd), nothing);
     // More than one thread block's share of keys or tile of their means, and more than one tile of queries.
     const bool of_means = score >= BlockScore::mean_pool_causal && score != BlockScore::sampled;
-    add("many_keys", alike(shape_of(130, of_means ? 21'000 : 9000, 64, 1)), nothing);
-    add("many_queries", alike(shape_of(2200, 2300, 64, 1)), nothing);
+    for (const cuda::Widths widths : cuda::widths) {
+      add("many_keys_dim" + name_of(widths), alike(with_widths(shape_of(130, of_means ? 21'000 : 9000, 0, 1), widths)),
+          nothing);
+      add("many_queries_dim" + name_of(widths), alike(with_widths(shape_of(2200, 2300, 0, 1), widths)), nothing);
+    }
     add("shared_order", alike(shape_of(300, 1100, 64, 6, 2, 2)),
         [](Options& o) { o.order_scope = OrderScope::kv_head; });
     add("unpermuted", problem, [](Options& o) { o.permutation = Permutation::none; });
@@ -210,15 +241,19 @@ std::vector<MethodCase> two_step() {
   };
   const ProblemSpec problem = alike(shape_of(900, 1100, 64));
   const auto nothing = [](Options&) {};
-  for (const std::int64_t dim : {64, 128})
+  for (const cuda::Widths widths : cuda::widths)
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-      add(type + std::string("_dim") + std::to_string(dim), alike(shape_of(700, 730, dim), dtype), nothing);
+      add(type + std::string("_dim") + name_of(widths), alike(with_widths(shape_of(700, 730), widths), dtype), nothing);
   add("chunk", alike(shape_of(301, 1111, 64)), nothing);
   add("one_query", alike(shape_of(1, 777, 64)), nothing);
   add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, TensorLayout::bshd), nothing);
   // More than one part and more than one tile of means; more than one item of rows.
-  add("many_keys", alike(shape_of(130, 21'000, 64, 1)), [](Options& o) { o.threshold = 0.01F; });
-  add("many_queries", alike(shape_of(4300, 4400, 64, 1)), [](Options& o) { o.threshold = 0.05F; });
+  for (const cuda::Widths widths : cuda::widths) {
+    add("many_keys_dim" + name_of(widths), alike(with_widths(shape_of(130, 21'000, 0, 1), widths)),
+        [](Options& o) { o.threshold = 0.01F; });
+    add("many_queries_dim" + name_of(widths), alike(with_widths(shape_of(4300, 4400, 0, 1), widths)),
+        [](Options& o) { o.threshold = 0.05F; });
+  }
   add("shared_order", alike(shape_of(300, 1100, 64, 6, 2, 2)), [](Options& o) { o.order_scope = OrderScope::kv_head; });
   add("shared_order_many_queries", alike(shape_of(2200, 2300, 64, 5, 1)), [](Options& o) {
     o.order_scope = OrderScope::kv_head;
@@ -275,10 +310,7 @@ std::vector<MethodCase> corrections() {
       {"flashprefill_one_query", alike(shape_of(1, 777, 64)), flashprefill},
       {"flashprefill_short", alike(shape_of(100, 100, 64)), flashprefill},
       {"flashprefill_heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, TensorLayout::bshd), flashprefill},
-      // More than one tile of means, and tiles whose blocks are all listed.
-      {"flashprefill_many_keys", alike(shape_of(130, 40'000, 64, 1)), flashprefill},
       {"corrected_permuted", problem, corrected(pbs(0.5F))},
-      {"corrected_permuted_dim128", alike(shape_of(300, 1100, 128, 3, 1)), corrected(pbs(0.5F))},
       {"corrected_shared_order", alike(shape_of(300, 1100, 64, 6, 2, 2)), corrected(pbs_with([](Options& o) {
          o.order_scope = OrderScope::kv_head;
          o.top_p = 0.4F;
@@ -293,9 +325,16 @@ std::vector<MethodCase> corrections() {
        }())},
       {"corrected_per_query", problem, corrected(pbs_with([](Options& o) { o.score = BlockScore::per_query; }))},
   };
-  for (const std::int64_t dim : {64, 128})
+  for (const cuda::Widths widths : cuda::widths) {
+    const std::string name = name_of(widths);
+    // More than one tile of means, and tiles whose blocks are all listed.
     cases.push_back(
-        {"corrected_f16_dim" + std::to_string(dim), alike(shape_of(700, 730, dim), DType::f16), flashprefill});
+        {"flashprefill_many_keys_dim" + name, alike(with_widths(shape_of(130, 40'000, 0, 1), widths)), flashprefill});
+    cases.push_back({"corrected_permuted_dim" + name, alike(with_widths(shape_of(300, 1100, 0, 3, 1), widths)),
+                     corrected(pbs(0.5F))});
+    cases.push_back(
+        {"corrected_f16_dim" + name, alike(with_widths(shape_of(700, 730), widths), DType::f16), flashprefill});
+  }
   return cases;
 }
 

@@ -5,7 +5,9 @@
 
 #include <functional>
 #include <span>
+#include <string>
 
+#include "cuda/limits.h"
 #include "support/case.h"
 #include "support/problem.h"
 
@@ -61,6 +63,17 @@ RunResult run_on_device(std::span<const Options> heads, Problem& problem, const 
 
 // Leaves NaN of every dtype in the shared memory of all multiprocessors, where a kernel that reads too early finds it.
 void poison_shared_memory();
+
+// Returns a shape with other widths, and what names them in a test's name: "96", "192v128".
+inline Shape with_widths(Shape shape, cuda::Widths widths) {
+  shape.head_dim = widths.keys;
+  shape.head_dim_v = widths.values;
+  return shape;
+}
+inline std::string name_of(cuda::Widths widths) {
+  const std::string keys = std::to_string(widths.keys);
+  return widths.values == widths.keys ? keys : keys + "v" + std::to_string(widths.values);
+}
 
 // Fails the test if a CUDA call failed.
 void expect_success(cudaError_t error);

@@ -14,18 +14,38 @@ namespace {
 constexpr Shape shape{.q_heads = 2, .kv_heads = 1, .q_len = 600, .kv_len = 600, .head_dim = 64};
 constexpr int block = 128;
 
-Problem make() {
-  return Problem(alike(shape));
+Problem make(cuda::Widths widths = cuda::widths[0]) {
+  return Problem(alike(with_widths(shape, widths)));
 }
 
-class CudaHostileInputs : public testing::TestWithParam<HostileCase> {};
+struct WideCase {
+  cuda::Widths widths;
+  HostileCase hostile;
+};
+void PrintTo(const WideCase& c, std::ostream* stream) {
+  *stream << c.hostile.name << ", head_dim " << name_of(c.widths);
+}
+std::vector<WideCase> cases() {
+  std::vector<WideCase> all;
+  for (const cuda::Widths widths : cuda::widths)
+    for (const HostileCase& hostile : hostile_cases(shape, block)) all.push_back({widths, hostile});
+  return all;
+}
+
+class CudaHostileInputs : public testing::TestWithParam<WideCase> {
+ protected:
+  static Problem changed() {
+    Problem problem = make(GetParam().widths);
+    GetParam().hostile.change(problem);
+    return problem;
+  }
+};
 
 TEST_P(CudaHostileInputs, DenseAndSparseAgreeWithTheReference) {
   for (const char* name : {"full", "pbs", "pbs-unpermuted", "pbs+", "pbs-threshold", "xattention", "oracle",
                            "pbs-sampled", "mean-pool", "prism", "flashprefill", "two-step", "pbs-two-step"}) {
     SCOPED_TRACE(name);
-    Problem problem = make();
-    GetParam().change(problem);
+    Problem problem = changed();
     Options options = method(name);
     options.top_p = 0.7F;
     if (options.score == BlockScore::two_step) options.threshold = 0.3F;
@@ -40,8 +60,7 @@ TEST_P(CudaHostileInputs, DenseAndSparseAgreeWithTheReference) {
 TEST_P(CudaHostileInputs, CorrectionsAgreeWithTheReference) {
   for (const char* name : {"pbs", "streaming"}) {
     SCOPED_TRACE(name);
-    Problem problem = make();
-    GetParam().change(problem);
+    Problem problem = changed();
     Options options = method(name);
     options.top_p = 0.4F;
     options.local_blocks = 0;
@@ -50,8 +69,9 @@ TEST_P(CudaHostileInputs, CorrectionsAgreeWithTheReference) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Values, CudaHostileInputs, testing::ValuesIn(hostile_cases(shape, block)),
-                         [](const auto& test) { return test.param.name; });
+INSTANTIATE_TEST_SUITE_P(Values, CudaHostileInputs, testing::ValuesIn(cases()), [](const auto& test) {
+  return test.param.hostile.name + "_dim" + name_of(test.param.widths);
+});
 
 RunResult run_here(const Options& options, Problem& problem) {
   return run_on_device(options, problem);

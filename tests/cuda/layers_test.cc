@@ -49,10 +49,10 @@ std::vector<MethodCase> sinks() {
   std::vector<MethodCase> cases;
   for (const char* name : method_names)
     cases.push_back({label_of(name), with_sinks(alike(shape_of(900, 1100))), short_method(name)});
-  for (const std::int64_t dim : {64, 128})
+  for (const cuda::Widths widths : cuda::widths)
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-      cases.push_back({type + std::string("_dim") + std::to_string(dim),
-                       with_sinks(alike(shape_of(300, 700, dim, 6, 2, 2), dtype)), pbs()});
+      cases.push_back({type + std::string("_dim") + name_of(widths),
+                       with_sinks(alike(with_widths(shape_of(300, 700, 0, 6, 2, 2), widths), dtype)), pbs()});
   cases.push_back({"one_query", with_sinks(alike(shape_of(1, 777))), pbs()});
   Options corrected = pbs(0.5F);
   corrected.correction = Correction::mean;
@@ -77,9 +77,11 @@ std::vector<MethodCase> windows() {
                        alike(shape_of(q_len, 1100, q_len == 130 ? 128 : 64)), windowed(window)});
   cases.push_back({"of4096", alike(shape_of(300, 9000, 128)), windowed(4096)});
   for (const int window : {100, 200, 512})
-    cases.push_back({"heads_f16_of" + std::to_string(window),
-                     with_sinks(alike(shape_of(500, 900, 128, 6, 2, 2), DType::f16, TensorLayout::bshd)),
-                     windowed(window)});
+    for (const cuda::Widths widths : cuda::widths)
+      cases.push_back(
+          {"heads_f16_of" + std::to_string(window) + "_dim" + name_of(widths),
+           with_sinks(alike(with_widths(shape_of(500, 900, 0, 6, 2, 2), widths), DType::f16, TensorLayout::bshd)),
+           windowed(window)});
   // More tiles than processors, so that slots of tiles are used again.
   for (const int window : {50, 128, 700})
     cases.push_back({"many_tiles_of" + std::to_string(window), with_sinks(alike(shape_of(2048, 2048, 64, 12, 2))),
@@ -135,10 +137,10 @@ TEST_P(CudaLayers, AgreesWithTheReference) {
   expect_right(problem, result, GetParam().problem.q);
 }
 
-const auto name_of = [](const auto& test) { return test.param.name; };
-INSTANTIATE_TEST_SUITE_P(Sinks, CudaLayers, testing::ValuesIn(sinks()), name_of);
-INSTANTIATE_TEST_SUITE_P(Caps, CudaLayers, testing::ValuesIn(caps()), name_of);
-INSTANTIATE_TEST_SUITE_P(Windows, CudaLayers, testing::ValuesIn(windows()), name_of);
+const auto case_name = [](const auto& test) { return test.param.name; };
+INSTANTIATE_TEST_SUITE_P(Sinks, CudaLayers, testing::ValuesIn(sinks()), case_name);
+INSTANTIATE_TEST_SUITE_P(Caps, CudaLayers, testing::ValuesIn(caps()), case_name);
+INSTANTIATE_TEST_SUITE_P(Windows, CudaLayers, testing::ValuesIn(windows()), case_name);
 
 constexpr Shape hostile_shape{.q_heads = 2, .kv_heads = 1, .q_len = 600, .kv_len = 600, .head_dim = 64};
 
@@ -183,11 +185,9 @@ class CudaHostileWindows : public testing::TestWithParam<HostileCase> {};
 
 TEST_P(CudaHostileWindows, AgreeWithTheReference) {
   for (const int window : {1, 40, 128, 150, 300})
-    for (const std::int64_t dim : {64, 128}) {
-      SCOPED_TRACE(window);
-      Shape shape = hostile_shape;
-      shape.head_dim = dim;
-      Problem problem(with_sinks(alike(shape)));
+    for (const cuda::Widths widths : cuda::widths) {
+      SCOPED_TRACE(name_of(widths) + ", window " + std::to_string(window));
+      Problem problem(with_sinks(alike(with_widths(hostile_shape, widths))));
       GetParam().change(problem);
       Options options = method("full");
       options.window = window;
@@ -195,8 +195,8 @@ TEST_P(CudaHostileWindows, AgreeWithTheReference) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Values, CudaHostileCaps, testing::ValuesIn(hostile_under_a_cap()), name_of);
-INSTANTIATE_TEST_SUITE_P(Values, CudaHostileWindows, testing::ValuesIn(hostile_cases(hostile_shape, 128)), name_of);
+INSTANTIATE_TEST_SUITE_P(Values, CudaHostileCaps, testing::ValuesIn(hostile_under_a_cap()), case_name);
+INSTANTIATE_TEST_SUITE_P(Values, CudaHostileWindows, testing::ValuesIn(hostile_cases(hostile_shape, 128)), case_name);
 
 TEST(CudaWindows, BadValuesAtEachPlaceOfABlock) {
   const Shape shape{.q_heads = 1, .q_len = 520, .kv_len = 520, .head_dim = 64};

@@ -41,9 +41,12 @@ std::vector<MethodCase> patterns() {
     }
   };
   const auto nothing = [](Options&) {};
-  for (const std::int64_t dim : {64, 128})
+  for (const cuda::Widths widths : cuda::widths) {
     for (const auto& [type, dtype] : {std::pair{"f16", DType::f16}, {"bf16", DType::bf16}})
-      add(type + std::string("_dim") + std::to_string(dim), alike(shape_of(700, 700, dim), dtype), nothing);
+      add(type + std::string("_dim") + name_of(widths), alike(with_widths(shape_of(700, 700), widths), dtype), nothing);
+    // More than one thread block's share of keys, and a share that ends early.
+    add("many_keys_dim" + name_of(widths), alike(with_widths(shape_of(70, 2700), widths)), nothing);
+  }
   // Neither begins nor ends with a whole block.
   add("chunk", alike(shape_of(301, 1111)), nothing);
   add("chunk_that_ends_a_block", alike(shape_of(200, 768)), nothing);
@@ -52,8 +55,6 @@ std::vector<MethodCase> patterns() {
     add("queries" + std::to_string(q_len), alike(shape_of(q_len, 777)), nothing);
   add("heads", alike(shape_of(300, 600, 128, 6, 2, 2), DType::bf16, TensorLayout::bshd), nothing);
   add("cache", alike(shape_of(300, 600, 64, 4, 2, 2), DType::bf16, TensorLayout::cache), nothing);
-  // More than one thread block's share of keys, and a share that ends early.
-  add("many_keys", alike(shape_of(70, 2700, 128)), nothing);
   add("segment384", alike(shape_of(900, 1000)), [](Options& o) { o.segment = 384; });
   add("paper", alike(shape_of(500, 700)), [](Options& o) { o.rules = Rules::paper; });
   add("scaled", alike(shape_of(500, 700)), [](Options& o) { o.scale = 0.2F; });

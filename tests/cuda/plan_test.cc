@@ -63,6 +63,15 @@ TEST(CudaPlan, RefusesWhatItCannotDo) {
   Shape narrow = small;
   narrow.head_dim_v = 32;
   EXPECT_NE(create(pbs(0.7F), narrow).find("head_dim_v 32"), std::string::npos);
+  Shape square = small;
+  square.head_dim = 192;
+  EXPECT_NE(create(pbs(0.7F), square).find("head_dim_v 192: the CUDA backend takes 128 beside"), std::string::npos);
+  Shape capped = small;
+  capped.head_dim = 256;
+  options = pbs(0.7F);
+  options.softcap = 30;
+  EXPECT_NE(create(options, capped).find("softcap 30: the CUDA backend takes 0 at a head_dim of 256"),
+            std::string::npos);
   options = pbs(0.7F);
   options.segment = 16'384;
   EXPECT_NE(create(options, small).find("segment 16384"), std::string::npos);
@@ -204,16 +213,18 @@ TEST(CudaPlan, CapsGiveTheSameBits) {
 }
 
 TEST(CudaPlan, CapsGiveTheSameBitsOfEveryKind) {
-  for (const Options& options : kinds()) {
-    SCOPED_TRACE(static_cast<int>(options.score));
-    Problem problem(alike(small));
-    const RunResult all = run_on_device(options, problem);
-    Problem again(alike(small));
-    const RunResult capped = run_on_device(options, again, {.cap = all.workspace_size * 3 / 4});
-    EXPECT_EQ(again.out.bytes(), problem.out.bytes());
-    EXPECT_EQ(again.lse, problem.lse);
-    EXPECT_EQ(capped.trace.block, all.trace.block);
-  }
+  for (const cuda::Widths widths : cuda::widths)
+    for (const Options& options : kinds()) {
+      SCOPED_TRACE(name_of(widths) + ", score " + std::to_string(static_cast<int>(options.score)));
+      const ProblemSpec spec = alike(with_widths(small, widths));
+      Problem problem(spec);
+      const RunResult all = run_on_device(options, problem);
+      Problem again(spec);
+      const RunResult capped = run_on_device(options, again, {.cap = all.workspace_size * 3 / 4});
+      EXPECT_EQ(again.out.bytes(), problem.out.bytes());
+      EXPECT_EQ(again.lse, problem.lse);
+      EXPECT_EQ(capped.trace.block, all.trace.block);
+    }
 }
 
 // A correction merges by log-sum-exps, which then are the plan's own.
@@ -252,8 +263,12 @@ TEST(CudaPlan, LongSequencesPlanUnderACap) {
   EXPECT_LE(Plan::create(pbs(0.7F), eighth, Device::cuda(), gib / 2).workspace_size(), gib / 2);
 }
 
-TEST(CudaPlan, TwentyRunsGiveTheSameBits) {
-  Problem problem(alike({.q_heads = 8, .kv_heads = 2, .q_len = 3000, .kv_len = 3000, .head_dim = 128}));
+class CudaWidths : public testing::TestWithParam<cuda::Widths> {};
+INSTANTIATE_TEST_SUITE_P(Widths, CudaWidths, testing::ValuesIn(cuda::widths),
+                         [](const auto& test) { return "dim" + name_of(test.param); });
+
+TEST_P(CudaWidths, TwentyRunsGiveTheSameBits) {
+  Problem problem(alike(with_widths({.q_heads = 8, .kv_heads = 2, .q_len = 3000, .kv_len = 3000}, GetParam())));
   DeviceProblem device(problem);
   const Plan plan = Plan::create(pbs(0.7F), problem.shape, Device::cuda());
   DeviceMemory workspace(plan.workspace_size());

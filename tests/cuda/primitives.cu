@@ -1,5 +1,6 @@
 #include "cuda/primitives.h"
 
+#include "cuda/attend/consumer.cuh"
 #include "cuda/attend/merger.cuh"
 #include "cuda/device_run.h"
 #include "cuda/permute/key_order.cuh"
@@ -9,6 +10,7 @@
 #include "cuda/sm90/online_sum.cuh"
 #include "cuda/sm90/prologue.cuh"
 #include "cuda/sm90/swizzled_tile.cuh"
+#include "cuda/sm90/tensor_map.h"
 
 namespace pbsattn::test {
 namespace {
@@ -124,6 +126,81 @@ void launch_multiply(const __half* a, const __half* b, int rows, const int* rows
   multiply<head_dim><<<1, product_threads, bytes>>>(a, b, rows, rows_of_a, product);
 }
 
+// ------------------------------------------------------------------------------------------------- attend's tiles
+
+template <int keys, int values>
+using Step = attention::Shared<__half, keys, values, 1>;
+
+template <class Tile, int width, int rows, int panel>
+__global__ void __launch_bounds__(128)
+    copy_step(const __grid_constant__ CUtensorMap map, int first, int bytes, float* to) {
+  struct Memory {
+    alignas(1024) Tile tile;
+    sm90::Barrier full;
+  };
+  auto& memory = aligned_shared<Memory>();
+  if (threadIdx.x == 0) {
+    memory.full.init(1);
+    sm90::fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    memory.full.arrive_expecting(bytes);
+    sm90::tma_load(&memory.tile, map, memory.full, 0, first, 0, 0, 0);
+  }
+  memory.full.wait(0);
+  for (int i = threadIdx.x; i < rows * width; i += 128) {
+    const int row = i / width;
+    const int column = i % width;
+    const int place = swizzled<panel>(column % panel / 8, row) * 8 + column % 8;
+    to[i] = __half2float(memory.tile[column / panel][row][place]);
+  }
+}
+
+// One warpgroup. V is written where the copy engine would, and ones as attend does.
+template <int keys, int values>
+__global__ void __launch_bounds__(128) sum_weighted(const __half* weights, const __half* v, float* sums) {
+  using Shared = Step<keys, values>;
+  constexpr int step = Shared::step;
+  constexpr int panel = Shared::panel_v;
+  constexpr int panel_bytes = step * panel * 2;
+  struct Memory {
+    alignas(1024) typename Shared::VStage stage;
+  };
+  auto& memory = aligned_shared<Memory>();
+  for (int i = threadIdx.x; i < step * values; i += 128) {
+    const int column = i % values;
+    const int row = i / values;
+    memory.stage.tile[column / panel][row][swizzled<panel>(column % panel / 8, row) * 8 + column % 8] = v[i];
+  }
+  for (int i = threadIdx.x; i < step * 8; i += 128)
+    memory.stage.ones[i / 8][swizzled<panel>(0, i / 8) * 8 + i % 8] = __half(1.0F);
+  sm90::fence_async_shared();
+  __syncthreads();
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const int column = threadIdx.x % 4 * 2;
+  std::uint32_t packed[step / 4];
+#pragma unroll
+  for (int i = 0; i < step / 4; ++i)
+    packed[i] = *reinterpret_cast<const std::uint32_t*>(weights + (row + i % 2 * 8) * 128 + i / 2 * 8 + column);
+  float o[values / 2 + 4];
+#pragma unroll
+  for (float& x : o) x = 0;
+  const std::uint64_t operand = sm90::operand<panel>(&memory.stage, panel_bytes);
+  sm90::pin(o);
+  sm90::wgmma_fence();
+#pragma unroll
+  for (int key = 0; key < step; key += 16)
+    attention::multiply_values<__half, panel>(o, packed + key / 4, sm90::advance(operand, key * panel * 2),
+                                              panel_bytes);
+  sm90::wgmma_commit();
+  sm90::wgmma_wait<0>();
+  sm90::pin(o);
+#pragma unroll
+  for (int i = 0; i < values / 2 + 4; ++i)
+    sums[(row + i / 2 % 2 * 8) * (values + 8) + i / 4 * 8 + column + i % 2] = o[i];
+}
+
 // ------------------------------------------------------------------------------------------------------ lanes, places
 
 __global__ void reduce(const float* lanes, float* reduced) {
@@ -201,11 +278,62 @@ std::vector<float> run_product(const std::vector<float>& a, const std::vector<fl
       device_b(std::vector<__half>(b.begin(), b.end()));
   const OnDevice<int> device_rows(rows_of_a == nullptr ? std::vector<int>(1) : *rows_of_a);
   const OnDevice<float> product(tile_tokens * tile_tokens);
-  const auto multiply_tiles = head_dim == 128 ? launch_multiply<128> : launch_multiply<64>;
-  multiply_tiles(device_a.data(), device_b.data(), rows, rows_of_a == nullptr ? nullptr : device_rows.data(),
-                 product.data());
+  expect_success(dispatch(DType::f16, head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
+    launch_multiply<dim>(device_a.data(), device_b.data(), rows, rows_of_a == nullptr ? nullptr : device_rows.data(),
+                         product.data());
+    return cudaSuccess;
+  }));
   expect_launched();
   return product.values();
+}
+
+std::vector<float> run_step_copy(const std::vector<float>& rows, Widths widths, bool values, int stride, int tokens,
+                                 int first) {
+  const OnDevice<__half> device_rows(std::vector<__half>(rows.begin(), rows.end()));
+  std::vector<float> copied;
+  const Shape shape{.head_dim = widths.keys, .head_dim_v = widths.values};
+  expect_success(dispatch(DType::f16, shape, [&](auto, auto keys, auto of_values) {
+    using OfTile = Step<keys(), of_values()>;
+    const auto copy = [&]<class Tile, int width, int panel>(std::type_identity<Tile>,
+                                                            std::integer_sequence<int, width, panel>) {
+      const OnDevice<float> to(OfTile::step * width);
+      CUtensorMap map;
+      if (!make_tensor_map(map, device_rows.data(), DType::f16, 0, 0, stride, 1, 1, tokens, width,
+                           Box{.tokens = OfTile::step, .columns = width, .panel = panel}))
+        return cudaErrorInvalidValue;
+      constexpr int bytes = sizeof(Tile) + 2 * shared_alignment;
+      const auto kernel = copy_step<Tile, width, OfTile::step, panel>;
+      expect_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+      kernel<<<1, 128, bytes>>>(map, first, sizeof(Tile), to.data());
+      expect_launched();
+      copied = to.values();
+      return cudaSuccess;
+    };
+    return values ? copy(std::type_identity<typename OfTile::VTile>{},
+                         std::integer_sequence<int, of_values(), OfTile::panel_v>{})
+                  : copy(std::type_identity<typename OfTile::KTile>{},
+                         std::integer_sequence<int, keys(), OfTile::panel>{});
+  }));
+  return copied;
+}
+
+WeightedSums run_weighted_sums(const std::vector<float>& weights, const std::vector<float>& v, Widths widths) {
+  const OnDevice<__half> device_weights(std::vector<__half>(weights.begin(), weights.end())),
+      device_v(std::vector<__half>(v.begin(), v.end()));
+  const OnDevice<float> sums(64 * (widths.values + 8));
+  int step = 0;
+  const Shape shape{.head_dim = widths.keys, .head_dim_v = widths.values};
+  expect_success(dispatch(DType::f16, shape, [&](auto, auto keys, auto values) {
+    using OfTile = Step<keys(), values()>;
+    step = OfTile::step;
+    constexpr int bytes = sizeof(typename OfTile::VStage) + 2 * shared_alignment;
+    const auto kernel = sum_weighted<keys(), values()>;
+    expect_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<1, 128, bytes>>>(device_weights.data(), device_v.data(), sums.data());
+    expect_launched();
+    return cudaSuccess;
+  }));
+  return {step, sums.values()};
 }
 
 Reduced run_reductions(const std::vector<float>& lanes) {

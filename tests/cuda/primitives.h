@@ -23,9 +23,23 @@ std::vector<std::int32_t> run_find_highest(const std::vector<float>& weights, fl
 std::vector<int> run_rank_keys(const std::vector<float>& scores);
 
 // The product of `a` and `b`, both [128][head_dim], of small integers, in [128][128]; by load_tile(), which takes the
-// first `rows` of a, or by gather_tile(), which takes those that `rows_of_a` names, -1: none. Head width 64 or 128.
+// first `rows` of a, or by gather_tile(), which takes those that `rows_of_a` names, -1: none. Head widths of
+// cuda::widths.
 std::vector<float> run_product(const std::vector<float>& a, const std::vector<float>& b, int head_dim, int rows,
                                const std::vector<int>* rows_of_a);
+
+// A step of K or V (attend/tile.cuh) that the copy engine brings from token `first` on of [tokens][stride], in f16, as
+// [keys][width].
+std::vector<float> run_step_copy(const std::vector<float>& rows, cuda::Widths widths, bool values, int stride,
+                                 int tokens, int first);
+
+// The product of weights [64][128], of which a step's `keys` are taken, and [V 1] as attend has it, V [keys][values],
+// all small integers: [64][values + 8].
+struct WeightedSums {
+  int keys;
+  std::vector<float> sums;
+};
+WeightedSums run_weighted_sums(const std::vector<float>& weights, const std::vector<float>& v, cuda::Widths widths);
 
 // warp_sum, warp_max, quad_sum and quad_max of 32 values, in each lane.
 struct Reduced {

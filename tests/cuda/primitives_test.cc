@@ -165,7 +165,48 @@ TEST_P(CudaTile, GatheredRowsMultiply) {
   expect_product(run_product(a, b, head_dim, 128, &rows), a, b, rows, head_dim);
 }
 
-INSTANTIATE_TEST_SUITE_P(HeadDim, CudaTile, testing::Values(64, 128));
+INSTANTIATE_TEST_SUITE_P(HeadDim, CudaTile, testing::Values(64, 96, 128, 192, 256));
+
+class CudaWidthsOfTiles : public testing::TestWithParam<cuda::Widths> {};
+
+// What the copy engine brings of rows that are `stride` apart, from a token before the first on.
+TEST_P(CudaWidthsOfTiles, CopiesLieWhereProductsReadThem) {
+  const cuda::Widths widths = GetParam();
+  for (const bool values : {false, true}) {
+    const int width = values ? widths.values : widths.keys;
+    const int stride = width + 24;
+    const int tokens = 200;
+    std::vector<float> rows(static_cast<std::size_t>(tokens * stride));
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<float>(i * 37 % 2039);
+    for (const int first : {0, 64, 150}) {
+      SCOPED_TRACE(std::to_string(width) + " columns from token " + std::to_string(first));
+      const std::vector<float> got = run_step_copy(rows, widths, values, stride, tokens, first);
+      ASSERT_EQ(got.size() % width, 0);
+      for (std::size_t i = 0; i < got.size(); ++i) {
+        const int token = first + static_cast<int>(i) / width;
+        ASSERT_EQ(got[i], token < tokens ? rows[token * stride + static_cast<int>(i) % width] : 0) << "element " << i;
+      }
+    }
+  }
+}
+
+// Weights of 64 queries times the values of as many keys as attend takes at a time, and the weights' sums.
+TEST_P(CudaWidthsOfTiles, WeightsMultiplyValuesAndOnes) {
+  const cuda::Widths widths = GetParam();
+  const auto weights = integers(128, 5), v = integers(widths.values, 6);
+  const WeightedSums got = run_weighted_sums(weights, v, widths);
+  for (int row = 0; row < 64; ++row)
+    for (int column = 0; column < widths.values + 8; ++column) {
+      float sum = 0;
+      for (int key = 0; key < got.keys; ++key)
+        sum += weights[row * 128 + key] * (column < widths.values ? v[key * widths.values + column] : 1);
+      ASSERT_EQ(got.sums[row * (widths.values + 8) + column], sum) << "row " << row << ", column " << column;
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Widths, CudaWidthsOfTiles, testing::ValuesIn(cuda::widths), [](const auto& test) {
+  return std::to_string(test.param.keys) + "v" + std::to_string(test.param.values);
+});
 
 TEST(CudaPrimitives, ReducesLanes) {
   std::vector<float> lanes = values(32, 100, 9);

@@ -164,13 +164,19 @@ std::vector<RandomPlan> random_plans(const PlanLimits& limits, int each) {
 
 std::vector<RandomPlan> plans_for_cuda() {
   PlanLimits limits{.dtypes = {DType::bf16, DType::f16},
-                    .head_dims = {64, 128},
+                    .head_dims = {64, 96, 128, 192, 256},
                     .blocks = {128},
                     .most_keys = 800,
                     .most_queries = 200};
   std::vector<RandomPlan> plans = random_plans(limits, 2);
   limits.layers = true;
   for (RandomPlan& plan : random_plans(limits, 2)) plans.push_back(std::move(plan));
+  for (RandomPlan& plan : plans) {
+    Shape& shape = plan.problem.shape;
+    if (shape.head_dim == 192) shape.head_dim_v = 128;
+    if (shape.head_dim != 64 && shape.head_dim != 128)
+      for (Options& head : plan.heads) head.softcap = 0;
+  }
   return plans;
 }
 

@@ -253,7 +253,8 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
                     shared_bytes, stream, start, params, maps, layer);
     };
     const Layer layer = layer_of(args.inputs, g.window);
-    if (args.softcap != 0.0F) return launch_for(capped_layer_of(layer, args.softcap, args.scale));
+    if constexpr (takes_caps(keys()))
+      if (args.softcap != 0.0F) return launch_for(capped_layer_of(layer, args.softcap, args.scale));
     if (args.inputs.sinks.empty() && !g.windowed()) return launch_for(PlainLayer{});
     return launch_for(layer);
   });

@@ -44,6 +44,17 @@ __device__ bool weigh_products(const CappedLayer& layer, const float (&s)[scores
   return __all_sync(0xFFFFFFFF, largest <= __float_as_uint(layer.reach)) != 0;
 }
 
+// Starts o += p [v 1] of 16 keys.
+template <class Element, int panel, int registers>
+__device__ void multiply_values(float (&o)[registers], const std::uint32_t* p, std::uint64_t v, int panel_bytes) {
+  if constexpr (registers > 128) {  // more columns than one product has
+    sm90::wgmma<Element>(sm90::part<0, 64>(o), p, v);
+    sm90::wgmma<Element>(sm90::part<64, registers - 64>(o), p, sm90::advance(v, 128 / panel * panel_bytes));
+  } else {
+    sm90::wgmma<Element>(o, p, v);
+  }
+}
+
 // Writes a thread's parts of two rows of outputs, of queries `query` and 8 more, to device memory, as far as the call
 // has those. Lanes of a row exchange theirs, so that each has 16 bytes of every 64.
 template <class Element, int outputs, int registers>
@@ -122,16 +133,9 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     sm90::pin(o);
     sm90::wgmma_fence();
 #pragma unroll
-    for (int key = 0; key < step; key += 16) {
-      const std::uint32_t* const p_of_keys = weights + key / 4;
-      const std::uint64_t v_of_keys = sm90::advance(v_operand, key * row_bytes_v);
-      if constexpr (outputs > 64) {  // more columns than one product has
-        sm90::wgmma<Element>(sm90::part<0, 64>(o), p_of_keys, v_of_keys);
-        sm90::wgmma<Element>(sm90::part<64, 68>(o), p_of_keys, sm90::advance(v_of_keys, 128 / panel_v * v_panel_bytes));
-      } else {
-        sm90::wgmma<Element>(o, p_of_keys, v_of_keys);
-      }
-    }
+    for (int key = 0; key < step; key += 16)
+      multiply_values<Element, panel_v>(o, weights + key / 4, sm90::advance(v_operand, key * row_bytes_v),
+                                        v_panel_bytes);
     sm90::wgmma_commit();
   };
   const auto free_k = [&] {

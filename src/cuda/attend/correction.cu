@@ -249,7 +249,7 @@ cudaError_t correct(const AttendArgs& args, const Pooled& pooled, std::int64_t d
     constexpr int shared_bytes = aligned_bytes<Shared<keys(), values()>>;
     static_assert(shared_bytes <= 227 * 1024);
     const dim3 thread_blocks(grid.heads, static_cast<unsigned>(rows));
-    return with_cap(args.softcap, args.scale, [&]<class Cap>(const Cap& cap) {
+    return with_cap<keys()>(args.softcap, args.scale, [&]<class Cap>(const Cap& cap) {
       return launch(correct_rows<decltype(element), keys(), values(), Cap>, thread_blocks, threads, shared_bytes,
                     stream, Start::after_earlier_kernels, p, cap);
     });

@@ -155,7 +155,7 @@ cudaError_t order_by_queries(const PermuteArgs& args, cudaStream_t stream) {
                           p.batch * p.grid.kv_heads);
     const dim3 segments_grid(static_cast<unsigned>(g.complete_segments() - p.known / g.segment), p.grid.kv_heads,
                              p.batch);
-    return with_cap(args.softcap, args.scale, [&]<class Cap>(const Cap& cap) {
+    return with_cap<dim>(args.softcap, args.scale, [&]<class Cap>(const Cap& cap) {
       return in_order(
           [&] {
             return launch(score_statistics<T, dim, Cap>, units_grid, statistics_threads, statistics_shared_bytes<dim>,

@@ -206,7 +206,7 @@ cudaError_t select(const SelectArgs& args, cudaStream_t stream) {
                   NoCap{});
   return dispatch(args.inputs.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     // Scores that are given are capped already.
-    return with_log2_cap(source == Source::pooled ? args.options.softcap : 0.0F, [&]<class Cap>(const Cap& cap) {
+    return with_log2_cap<dim>(source == Source::pooled ? args.options.softcap : 0.0F, [&]<class Cap>(const Cap& cap) {
       return launch(select_rows<T, dim, 1, Cap>, grid, select_threads, shared_bytes, stream, Start::early, p, cap);
     });
   });

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "cuda/limits.h"
 #include "cuda/sm90/ptx.cuh"
 
 namespace pbsattn::cuda {
@@ -58,15 +59,17 @@ inline SoftCap soft_cap_of(float softcap, float scale) {
 }
 
 // Calls f with what products go through before they are scaled; a softcap of 0: nothing.
-template <class F>
+template <int head_dim, class F>
 auto with_cap(float softcap, float scale, F&& f) {
-  return softcap == 0.0F ? f(NoCap{}) : f(soft_cap_of(softcap, scale));
+  if constexpr (takes_caps(head_dim))
+    if (softcap != 0.0F) return f(soft_cap_of(softcap, scale));
+  return f(NoCap{});
 }
 
 // Does the same of what scores that are logarithms of base 2 go through once they are scaled.
-template <class F>
+template <int head_dim, class F>
 auto with_log2_cap(float softcap, F&& f) {
-  return with_cap(softcap * 1.4426950408889634F, 1.0F, f);
+  return with_cap<head_dim>(softcap * 1.4426950408889634F, 1.0F, f);
 }
 
 }  // namespace pbsattn::cuda

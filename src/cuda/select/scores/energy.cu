@@ -128,7 +128,7 @@ cudaError_t score_energy(const SelectArgs& args, cudaStream_t stream) {
                  .scale_log2 = scale_log2(args.options.scale)};
   const dim3 thread_blocks(grid.heads, static_cast<unsigned>(rows));
   return dispatch(p.q.dtype, args.geometry.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return with_cap(args.options.softcap, args.options.scale, [&]<class Cap>(const Cap& cap) {
+    return with_cap<dim>(args.options.softcap, args.options.scale, [&]<class Cap>(const Cap& cap) {
       return launch(energies<T, dim, Cap>, thread_blocks, threads, aligned_bytes<Shared<dim>>, stream,
                     Start::after_earlier_kernels, p, cap);
     });

@@ -264,13 +264,13 @@ cudaError_t launch_all(const Params& p, float softcap, cudaStream_t stream) {
   const auto products = static_cast<unsigned>(ceil_div(p.grid.rows, pooled_rows));
   return in_order(
       [&] {
-        return with_cap(softcap, 1.0F, [&]<class Cap>(const Cap& cap) {
+        return with_cap<head_dim>(softcap, 1.0F, [&]<class Cap>(const Cap& cap) {
           return launch(judge<T, head_dim, Cap>, dim3(heads), judge_threads, 0, stream, Start::early, p, cap);
         });
       },
       [&] { return launch(cut_masses, dim3(2, heads), cut_threads, 0, stream, Start::early, p); },
       [&] {
-        return with_log2_cap(softcap, [&]<class Cap>(const Cap& cap) {
+        return with_log2_cap<head_dim>(softcap, [&]<class Cap>(const Cap& cap) {
           return launch(score_cells<T, head_dim, Cap>, dim3(products, heads), threads, 0, stream, Start::early, p, cap);
         });
       },

@@ -290,7 +290,7 @@ cudaError_t find_masses(const SelectArgs& args, KeepRule keep, std::int64_t quer
                  .scale_log2 = scale_log2(args.options.scale),
                  .masses = masses};
   return dispatch(p.q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return with_cap(args.options.softcap, args.options.scale, [&](const auto& cap) {
+    return with_cap<dim>(args.options.softcap, args.options.scale, [&](const auto& cap) {
       return most_queries == 64 ? launch_all<T, dim, 64>(p, cap, stream) : launch_all<T, dim, 128>(p, cap, stream);
     });
   });

@@ -238,7 +238,7 @@ cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
       !make_tensor_map(maps.k, k, g.shape.batch, g.shape.kv_heads, g.shape.kv_len, g.shape.head_dim, box))
     return cudaErrorInvalidValue;
   return dispatch(q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
-    return with_cap(args.options.softcap, args.options.scale / tokens_of_line, [&]<class Cap>(const Cap& cap) {
+    return with_cap<dim>(args.options.softcap, args.options.scale / tokens_of_line, [&]<class Cap>(const Cap& cap) {
       using First = FirstLaunch<Cap>;
       const First first =
           tokens_of_line == 1

@@ -189,7 +189,7 @@ cudaError_t score_means(const SelectArgs& args, cudaStream_t stream) {
           error != cudaSuccess)
         return error;
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, pooled_rows)), p.grid.heads, dual ? bands : 1);
-    return with_log2_cap(args.options.softcap, [&]<class Cap>(const Cap& cap) {
+    return with_log2_cap<dim>(args.options.softcap, [&]<class Cap>(const Cap& cap) {
       return launch(multiply_means<T, dim, Cap>, grid, product_threads, 0, stream, Start::after_earlier_kernels, p,
                     cap);
     });

@@ -276,7 +276,7 @@ cudaError_t score_per_query(const SelectArgs& args, cudaStream_t stream) {
     constexpr int shared_bytes = aligned_bytes<Shared<dim>>;
     static_assert(shared_bytes <= 227 * 1024);
     const dim3 thread_blocks(std::min(p.items(), multiprocessors));
-    return with_cap(args.options.softcap, args.options.scale, [&]<class Cap>(const Cap& cap) {
+    return with_cap<dim>(args.options.softcap, args.options.scale, [&]<class Cap>(const Cap& cap) {
       return launch(score_queries<T, dim, Cap>, thread_blocks, threads, shared_bytes, stream,
                     Start::after_earlier_kernels, p, maps, cap);
     });

@@ -166,7 +166,7 @@ cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
     constexpr int means_bytes = aligned_bytes<MeansShared<dim>>;
     constexpr int keys_bytes = aligned_bytes<KeyShared<dim>>;
     static_assert(means_bytes <= 227 * 1024 && keys_bytes <= 227 * 1024);
-    return with_cap(options.softcap, options.scale, [&]<class Cap>(const Cap& cap) {
+    return with_cap<dim>(options.softcap, options.scale, [&]<class Cap>(const Cap& cap) {
       const dim3 resident(static_cast<unsigned>(std::min(MeansItem::count(p), multiprocessors)));
       cudaError_t error = launch(score_sampled<T, dim, Cap>, resident, threads, means_bytes, stream,
                                  Start::after_earlier_kernels, p, MeansMaps{maps.pooled_k}, cap);
