@@ -63,24 +63,25 @@ ATTEND_CASES = (
 )
 
 
-def check_attend(library, generator, head_dim, dtype, case):
+def check_attend(library, generator, widths, dtype, case):
     batch, kv_heads, q_len, kv_len, segment, density, order_heads, layout = case
     heads = 4
 
-    def tensor(count, tokens):
-        shape = (batch, count, tokens, head_dim) if layout == "bhsd" else (batch, tokens, count, head_dim)
+    def tensor(count, tokens, width):
+        shape = (batch, count, tokens, width) if layout == "bhsd" else (batch, tokens, count, width)
         t = torch.randn(shape, device="cuda", generator=generator).to(dtype)
         return t if layout == "bhsd" else t.transpose(1, 2)
 
-    q, k, v = tensor(heads, q_len), tensor(kv_heads, kv_len), tensor(kv_heads, kv_len)
-    out = torch.full_like(q, math.nan)
+    head_dim, head_dim_v = widths
+    q, k, v = tensor(heads, q_len, head_dim), tensor(kv_heads, kv_len, head_dim), tensor(kv_heads, kv_len, head_dim_v)
+    out = torch.full_like(q[..., :head_dim_v], math.nan)
     lse = torch.full((batch, heads, q_len), math.nan, device="cuda")
     permuted, order = shuffle(k, v, order_heads, segment, generator) if order_heads else (None, None)
     mask = random_mask(batch, heads, q_len, kv_len, segment, density or 1, generator)
     lists = to_lists(mask) if density else None
     library.attend(q, k, v, out, lse, segment, permuted, lists)
     return judge(
-        f"attend {case} head_dim {head_dim} {dtype}", out, lse, q, k, v, token_mask(mask, order, q_len, kv_len, segment)
+        f"attend {case} head_dim {widths} {dtype}", out, lse, q, k, v, token_mask(mask, order, q_len, kv_len, segment)
     )
 
 
@@ -115,11 +116,12 @@ def define_pbs(q, k, top_p):
     return mask & (block <= row), order
 
 
-def check_pbs(library, head_dim):
+def check_pbs(library, widths):
     """The whole op; a block whose score lies at the threshold may fall on either side of it."""
-    q, k, v = structured_set(3001, 4, 2, head_dim, 3.0, seed=5)
-    out = torch.full_like(q, math.nan)
-    plan = library.plan("pbs", q, k)
+    head_dim, head_dim_v = widths
+    q, k, v = structured_set(3001, 4, 2, head_dim, 3.0, seed=5, head_dim_v=head_dim_v)
+    out = torch.full_like(q[..., :head_dim_v], math.nan)
+    plan = library.plan("pbs", q, k, head_dim_v=head_dim_v)
     plan.workspace.fill_(255)
     visited = plan.stats(q, k, v, out).visited_blocks
     mask, order = define_pbs(q, k, 0.9)
@@ -128,18 +130,18 @@ def check_pbs(library, head_dim):
     wanted = mask.sum().item()
     if abs(visited - wanted) <= 0.01 * wanted and error < 2e-2:
         return True
-    print(f"WRONG pbs head_dim {head_dim}: {visited} blocks visited, {wanted} wanted; error {error:.2e}")
+    print(f"WRONG pbs head_dim {widths}: {visited} blocks visited, {wanted} wanted; error {error:.2e}")
     return False
 
 
 def check(library):
     generator = torch.Generator("cuda").manual_seed(1)
     right = [
-        check_attend(library, generator, head_dim, dtype, case)
-        for head_dim in (64, 128)
+        check_attend(library, generator, widths, dtype, case)
+        for widths in library.widths
         for dtype in (torch.bfloat16, torch.float16)
         for case in ATTEND_CASES
     ]
-    right += [check_pbs(library, head_dim) for head_dim in (64, 128)]
+    right += [check_pbs(library, widths) for widths in library.widths]
     print(f"{sum(right)} of {len(right)} checks passed", flush=True)
     return all(right)

@@ -17,7 +17,7 @@ def random_set(n, heads, kv_heads, head_dim, seed, head_dim_v=None):
     return tuple(randn(generator, 1, h, n, width) for h, width in shapes)
 
 
-def structured_set(n, heads, kv_heads, head_dim, strength, seed):
+def structured_set(n, heads, kv_heads, head_dim, strength, seed, head_dim_v=None):
     """Queries share a direction; keys lie along it as strongly as their segment's and their own draw say.
 
     So some segments matter more than others, and in each segment some keys more than others, as in real heads. The
@@ -34,7 +34,7 @@ def structured_set(n, heads, kv_heads, head_dim, strength, seed):
     of_segment = draw(1, kv_heads, math.ceil(n / SEGMENT), 1).repeat_interleave(SEGMENT, 2)[:, :, :n]
     along = of_segment + draw(1, kv_heads, n, 1)
     k = draw(1, kv_heads, n, head_dim) + strength * along * direction
-    return q.bfloat16(), k.bfloat16(), draw(1, kv_heads, n, head_dim).bfloat16()
+    return q.bfloat16(), k.bfloat16(), draw(1, kv_heads, n, head_dim_v or head_dim).bfloat16()
 
 
 def with_density(library, target, n, heads, kv_heads, head_dim, seed, tolerance=0.01):

@@ -4,11 +4,11 @@
     python3 bench/gpu/kernels.py [--tokens N] [--runs N] [--control] [--only WORD...] BEFORE AFTER
 
 BEFORE and AFTER are two builds' libpbsattn-bench-gpu.so (./dev build cuda pbsattn-bench-gpu). Runs plans of every score
-and both head widths, so that every kernel runs: bf16 at --tokens, f16 at a quarter of them. Of a kernel that runs in many
-plans, the line tells of the one where it takes longest. With --control a second copy of BEFORE takes turns too, and its
-ratio stands beside that of AFTER: how far equal code is apart. Ends with 1 where the median of one, or of a stage, is
-above --limit times that before and further from it than the control's, and is so when measured again. Needs PyTorch with
-CUDA and a Hopper GPU.
+and every head width that both take, so that every kernel runs: bf16 at --tokens, f16 at a quarter of them. Of a kernel
+that runs in many plans, the line tells of the one where it takes longest. With --control a second copy of BEFORE takes
+turns too, and its ratio stands beside that of AFTER: how far equal code is apart. Ends with 1 where the median of one, or
+of a stage, is above --limit times that before and further from it than the control's, and is so when measured again.
+Needs PyTorch with CUDA and a Hopper GPU.
 """
 
 import argparse
@@ -56,13 +56,13 @@ CASES = {
 }
 
 
-def make_plan(library, method, q, k, by_head=False, **changes):
+def make_plan(library, method, q, k, v, by_head=False, **changes):
     options = library.options(method, **changes)
     if by_head:  # which differ
         heads = (Options * q.shape[1])(*[options] * q.shape[1])
         heads[0].top_p = 0.8
         options = heads
-    return Plan(library, options, q, k)
+    return Plan(library, options, q, k, head_dim_v=v.shape[3])
 
 
 def short(name):
@@ -110,7 +110,7 @@ def split(events, counts, order):
 def measure(plans, tensors, runs):
     """{"stage or kernel": [microseconds before, after and of the control]}: medians of runs in turns."""
     q, k, v = tensors
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
     order = turns(len(plans), runs)
     stats = [[] for _ in plans]
     for plan in plans:
@@ -162,15 +162,16 @@ def main():
     if arguments.control:
         with tempfile.TemporaryDirectory() as folder:  # one path would be one library
             libraries.append(Library(pathlib.Path(shutil.copy(arguments.before, folder))))
+    widths = [pair for pair in libraries[0].widths if pair in libraries[1].widths]
     longest = {}  # kernel or stage of a width -> (times, case)
     for dtype, tokens in ((torch.bfloat16, arguments.tokens), (torch.float16, arguments.tokens // 4)):
-        for head_dim in (128, 64):
-            tensors = [t.to(dtype) for t in structured_set(tokens, HEADS, KV_HEADS, head_dim, 4.0, 7)]
+        for head_dim, head_dim_v in widths:
+            tensors = [t.to(dtype) for t in structured_set(tokens, HEADS, KV_HEADS, head_dim, 4.0, 7, head_dim_v)]
             for case, (method, changes) in CASES.items():
                 if arguments.only and not any(word in case for word in arguments.only):
                     continue
                 try:
-                    plans = [make_plan(library, method, *tensors[:2], **changes) for library in libraries]
+                    plans = [make_plan(library, method, *tensors, **changes) for library in libraries]
                 except RuntimeError as error:  # a build from before it could
                     print(f"without {case}: {error}", flush=True)
                     continue

@@ -1,6 +1,7 @@
 """The library under test: the C API of pbsattn.h, and its attend stage alone (attend_shim.cc), on torch tensors."""
 
 import ctypes
+import functools
 import math
 
 import torch
@@ -8,6 +9,8 @@ import torch
 BLOCK = 128
 SEGMENT = 256
 NO_CAP = 2**64 - 1
+# (head_dim, head_dim_v) that are checked and timed.
+WIDTHS = ((128, 128), (64, 64), (96, 96), (256, 256), (192, 128))
 CUDA = 2
 LEARNED, ARRIVAL = 2, 3  # permutations
 KV_HEAD = 1  # order scope
@@ -75,6 +78,7 @@ class Shape(Struct):
         ("q_len", i64),
         ("kv_len", i64),
         ("head_dim", i64),
+        ("head_dim_v", i64),
     ]
 
 
@@ -139,7 +143,7 @@ def pointer(tensor):
 
 
 def view(tensor):
-    """[batch, head, token, head_dim] with any strides but the last."""
+    """[batch, head, token, width] with any strides but the last."""
     return View(tensor.data_ptr(), *tensor.stride()[:3], DTYPES[tensor.dtype])
 
 
@@ -163,16 +167,27 @@ class Library:
             setattr(options, name, value)
         return options
 
-    def plan(self, method, q, k, cap=NO_CAP, **changes):
-        return Plan(self, self.options(method, **changes), q, k, cap)
+    def plan(self, method, q, k, cap=NO_CAP, head_dim_v=0, **changes):
+        """head_dim_v: the values' width, 0 for that of q and k."""
+        return Plan(self, self.options(method, **changes), q, k, cap, head_dim_v)
+
+    @functools.cached_property
+    def widths(self):
+        """Those of WIDTHS that this library takes; it is said which it doesn't, and why."""
+        taken = []
+        for widths in WIDTHS:
+            refusal = self.refusal(*widths)
+            if refusal:
+                print(f"without head_dim {widths[0]}, head_dim_v {widths[1]}: {refusal}", flush=True)
+            else:
+                taken.append(widths)
+        return taken
 
     def refusal(self, head_dim, head_dim_v):
         """Returns why no dense plan takes these widths of keys and values; None if one does."""
-        if head_dim_v != head_dim and not hasattr(Shape, "head_dim_v"):
-            return "the library takes values as wide as keys alone"
         q = torch.empty(1, 1, BLOCK, head_dim, dtype=torch.bfloat16, device="cuda")
         try:
-            self.plan("full", q, q)
+            self.plan("full", q, q, head_dim_v=head_dim_v)
         except RuntimeError as error:
             return str(error)
         return None
@@ -188,13 +203,14 @@ class Library:
         )
         permuted_k, permuted_v = permuted or (None, None)
         permuted_heads = 0 if permuted_k is None else permuted_k.shape[1]
-        sizes = (i64 * 10)(
+        sizes = (i64 * 11)(
             batch,
             q_heads,
             kv_heads,
             q_len,
             kv_len,
             head_dim,
+            v.shape[3],
             segment,
             permuted_heads,
             q.dtype == torch.bfloat16,
@@ -219,10 +235,11 @@ class Library:
 class Plan:
     """Of options of all heads, or of an array of each head's."""
 
-    def __init__(self, library, options, q, k, cap=NO_CAP):
+    def __init__(self, library, options, q, k, cap=NO_CAP, head_dim_v=0):
         self.library = library
         batch, q_heads, q_len, head_dim = q.shape
-        shape = Shape(batch, q_heads, k.shape[1], q_len, k.shape[2], head_dim)
+        # 0 where they are alike, since libraries that know of no other width take that.
+        shape = Shape(batch, q_heads, k.shape[1], q_len, k.shape[2], head_dim, 0 if head_dim_v == head_dim else head_dim_v)
         self.handle = void_p()
         by_head = isinstance(options, ctypes.Array)
         create = library.c.pbsattn_plan_create_by_head if by_head else library.c.pbsattn_plan_create
