@@ -295,9 +295,10 @@ def attention(
 ) -> typing.Any:
     """Causal attention of the last Sq of Skv tokens, dense or block-sparse.
 
-    q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv], on a GPU of D too; Hkv divides Hq (they are never
+    q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv]; Hkv divides Hq (they are never
     repeated), and Sq <= Skv. With layout="bshd": [B, S, H, D]. The last dimension is contiguous, the others may
-    have any strides. float32, float16 or bfloat16 on the CPU; float16 or bfloat16 with D 64 or 128 on a Hopper GPU.
+    have any strides. float32, float16 or bfloat16 on the CPU; float16 or bfloat16 on a Hopper GPU, with D and Dv
+    64, 96, 128 or 256, or D 192 and Dv 128.
 
     method: a name of pbsattn.METHODS, with options of its own if you like, "pbs:top_p=0.95"; "full" is dense. The rest,
     where not None, replaces the method's own setting:

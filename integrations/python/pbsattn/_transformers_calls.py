@@ -124,18 +124,20 @@ def _reason_to_leave(
     softcap = kwargs.get("softcap")
     if softcap is not None and not 0 < softcap < math.inf:
         return f"its soft-cap is {softcap}, not a finite, positive number"
-    return _lacking(query, value)
+    return _lacking(query, value, softcap)
 
 
 _TAKEN = ("softcap", "s_aux")  # that others may not know
 
 
-def _lacking(query: torch.Tensor, value: torch.Tensor) -> str | None:
+def _lacking(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> str | None:
     """What the call has that its device's backend hasn't; said before, since a compiled call can't be refused."""
     width, width_v = query.shape[-1], value.shape[-1]
     if query.device.type == "cuda":
-        if width_v != width:
-            return f"its values have head_dim {width_v}, its keys {width}; on a GPU they are of one width"
+        if width_v != width and (width, width_v) != (192, 128):
+            return f"its values have head_dim {width_v}, its keys {width}; on a GPU they are of one width, or 128 and 192"
+        if softcap is not None and width not in (64, 128):
+            return f"its logits are soft-capped at head_dim {width}; on a GPU they are at 64 and 128"
     elif query.device.type == "cpu" and width_v != width and (width_v % 8 or width_v > 256):
         return f"its values have head_dim {width_v}; on a CPU they are of a multiple of 8 up to 256"
     return None
