@@ -175,7 +175,8 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   };
 
   // Scales and hands over the outputs of a tile, and frees its slot.
-  const auto finish = [&](const Tile& tile, const Ring<tile_slots>& slot) {
+  const auto finish = [&](const Tile& of_slot, const Ring<tile_slots>& slot) {
+    const Tile tile = Shared::wide ? shared.tile[slot.at] : of_slot;  // read again where registers are few
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -301,7 +302,7 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
 
     // The steps after it: this one's S and softmax beside the P V of the one before.
     bool k_full = false;
-    const auto take_step = [&]<bool masked>(int n, std::bool_constant<masked>) {
+    for (int n = 1; n < tile.count * steps; ++n) {
       const int place = n / steps;
       await_guard((n - 1) / steps, slot);
       if (!k_full) shared.k_full[k.at].wait(k.parity);
@@ -310,7 +311,6 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       sm90::wgmma_wait<1>();
       sm90::pin(s);
       free_q_and_k(tile, n);
-      if constexpr (masked) mask(n);
       // Asked now, so that the answers are there when they are needed: each takes as long as ten exponentials.
       Ring<Shared::v_stages> next_v = v;
       next_v.next();
@@ -331,15 +331,14 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       // product (C7513).
 #pragma unroll
       for (int j = 0; j < scores / 2; ++j) asm volatile("mov.b32 %0, %1;" : "=r"(weights[j]) : "r"(next_weights[j]));
-      if (exceeds || !settled || !holds || layer.has_edge(place)) {
+      const bool on_diagonal = steps > 1 && n < steps;
+      if (exceeds || !settled || !holds || on_diagonal || layer.has_edge(place)) {
         raise([&] {
-          if constexpr (masked) mask(n);
+          if (on_diagonal) mask(n);
           if (layer.has_edge(place)) hide_left(n);
         });
       }
-    };
-    if constexpr (steps == 2) take_step(1, std::true_type{});
-    for (int n = steps; n < tile.count * steps; ++n) take_step(n, std::false_type{});
+    }
     await_guard(tile.count - 1, slot);
 
     // The next tile's first product runs beside this tile's end.
