@@ -148,8 +148,12 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   };
 
   Softmax softmax;
-  const int row = wg * 64 + warp * 16 + lane / 4;  // of the tile, and 8 more
-  const int column = lane % 4 * 2;
+  // Wide heads leave no register for what is needed once a tile: it is made again from the thread's number.
+  const auto number = [&] { return Shared::wide ? sm90::thread_number() % warpgroup : warp * 32 + lane; };
+  const auto row_of = [&](int thread) {
+    return wg * 64 + thread / 32 * 16 + thread % 32 / 4;
+  };  // of the tile, and 8 more
+  const auto column_of = [&](int thread) { return thread % 4 * 2; };
   const auto weigh = [&](std::uint32_t(&into)[scores / 2]) {
 #pragma unroll
     for (int i = 0; i < scores / 2; ++i) {
@@ -177,6 +181,8 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   // Scales and hands over the outputs of a tile, and frees its slot.
   const auto finish = [&](const Tile& of_slot, const Ring<tile_slots>& slot) {
     const Tile tile = Shared::wide ? shared.tile[slot.at] : of_slot;  // read again where registers are few
+    const int row = row_of(number());
+    const int column = column_of(number());
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -246,7 +252,8 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   // Hides keys of the n-th step, in the block at a place of the list, that the window has left behind.
   const auto hide_left = [&](int n) {
     if constexpr (!Layer::plain) {
-      const int first = row + n / steps * block - n % steps * step - layer.window + 1;
+      const int column = column_of(number());
+      const int first = row_of(number()) + n / steps * block - n % steps * step - layer.window + 1;
 #pragma unroll
       for (int i = 0; i < scores; ++i) {
         if (i / 4 * 8 + column + i % 2 < first + i % 4 / 2 * 8) s[i] = -infinity;
@@ -275,6 +282,8 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   };
   // Hides the keys behind each query of the n-th of the diagonal block's steps.
   const auto mask = [&](int n) {
+    const int row = row_of(number());
+    const int column = column_of(number());
 #pragma unroll
     for (int i = 0; i < scores; ++i) {
       if (n * step + i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
