@@ -8,6 +8,7 @@
 #include <array>
 #include <nlohmann/json.hpp>
 #include <type_traits>
+#include <utility>
 
 #include "errors.h"
 #include "files.h"
@@ -30,22 +31,6 @@ void check(const pbsattn::Options& options) {
 bool is_part(std::string_view option) {
   constexpr std::array<std::string_view, 5> parts{"permutation", "score", "keep", "correction", "fallback"};
   return std::ranges::find(parts, option) != parts.end();
-}
-
-// Puts options under settings by layer and head, for every layer and head. Text of another form is the plug-in's to
-// judge.
-std::string put_under(const std::string& settings, const AttentionFlags::Given& given) {
-  using nlohmann::json;
-  json layers = settings.empty() ? json::object() : json::parse(settings, nullptr, /*allow_exceptions=*/false);
-  if (!layers.is_object() || (layers.contains("*") && !layers["*"].is_object())) return settings;
-  json& of_all = layers["*"]["*"];
-  if (!of_all.is_null() && !of_all.is_object()) return settings;
-  if (of_all.contains("method")) return settings;
-  json options = json::object();
-  for (const auto& [name, value] : given) options[name] = value;
-  if (of_all.is_object()) options.update(of_all);
-  of_all = options;
-  return layers.dump();
 }
 
 }  // namespace
@@ -81,7 +66,7 @@ void AttentionFlags::add_to(CLI::App& command) {
       defaults);
 }
 
-AttentionFlags::Given AttentionFlags::given(Role role) const {
+Given AttentionFlags::given(Role role) const {
   Given result = given_;
   if (role == Role::compared) std::erase_if(result, [](const auto& option) { return is_part(option.first); });
   return result;
@@ -102,15 +87,14 @@ Attention attention_named(const std::string& spec, const AttentionFlags& flags, 
   if (attention.by_ggml) return attention;
   if (spec.starts_with("ggml:")) throw UsageError(fmt::format("{}: ggml's kernel has no options; name it alone", spec));
   const pbsattn::MethodText parts = pbsattn::split_method(spec);
-  attention.learned = flags.learned();
   attention.by_learned = parts.name == learned_name;
-  if (attention.by_learned && attention.learned.empty())
+  if (attention.by_learned && flags.learned().empty())
     throw UsageError(fmt::format("{}: is what the file of a learned order says; name one with --learned", spec));
   pbsattn::Options& options = attention.options =
       attention.by_learned ? pbsattn::parse_method(pbsattn::learned::method) : pbsattn::method(parts.name);
   options.precision = pbsattn::Precision::bf16;
   flags.apply(role, &options);
-  AttentionFlags::Given given = flags.given(role);
+  Given given = flags.given(role);
   for (const auto& [name, value] : parts.options) {
     if (name == "settings") {
       attention.settings = read_settings(std::string(value));
@@ -120,8 +104,8 @@ Attention attention_named(const std::string& spec, const AttentionFlags& flags, 
     }
   }
   check(options);
-  if (attention.by_learned) attention.settings = put_under(attention.settings, given);
-  if (options.permutation == pbsattn::Permutation::learned && attention.learned.empty())
+  if (attention.by_learned) attention.over = std::move(given);
+  if (options.permutation == pbsattn::Permutation::learned && flags.learned().empty())
     throw UsageError(
         fmt::format("{}: permutation learned goes by weights, which a file has; name one with --learned", spec));
   return attention;

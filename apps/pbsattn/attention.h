@@ -1,12 +1,14 @@
 // The attentions a prompt can run under, and how the command line names them.
 #pragma once
 
+#include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "learned_file.h"
 #include "pbsattn/pbsattn.hpp"
 
 namespace CLI {
@@ -15,14 +17,17 @@ class App;
 
 namespace app {
 
+using Given = std::vector<std::pair<std::string, std::string>>;  // names of options, and values
+
 // llama.cpp's own kernel, or one of pbsattn's methods.
 struct Attention {
   std::string name;  // as asked for, options included
   bool by_ggml = false;
   pbsattn::Options options;  // unused by_ggml
   std::string settings;      // JSON of options by layer and head that change these; "" for none
-  std::string learned;       // the file of a learned order; "" for none
-  bool by_learned = false;   // the file's own settings change the options before those above do
+  bool by_learned = false;   // the settings of a learned order's file change the options before those above do
+  Given over;                // by_learned: what goes over the file's settings
+  std::shared_ptr<const pbsattn::learned::File> learned;  // the file, for a command that has read it; null for none
 };
 
 // Whether a method is under test, or stands beside it to be compared with.
@@ -33,8 +38,6 @@ enum class Role { under_test, compared };
 // fallback) are for the method under test alone: with them a baseline would be another method.
 class AttentionFlags {
  public:
-  using Given = std::vector<std::pair<std::string, std::string>>;  // names and values
-
   void add_to(CLI::App& command);
   // Returns what was given for a method in that role.
   Given given(Role role) const;

@@ -96,9 +96,9 @@ std::string read_settings(const std::string& path) {
   return text.str();
 }
 
-pbsattn::learned::File read_learned(const std::string& path) {
+std::shared_ptr<const pbsattn::learned::File> read_learned(const std::string& path) {
   try {
-    return pbsattn::learned::read(path);
+    return std::make_shared<const pbsattn::learned::File>(pbsattn::learned::read(path));
   } catch (const pbsattn::Error& error) {
     throw Failure(fmt::format("learned order {}", error.what()));
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <fstream>
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -13,7 +14,7 @@ namespace app {
 std::string read_prompt(const std::string& path);
 
 // The file of a learned order.
-pbsattn::learned::File read_learned(const std::string& path);
+std::shared_ptr<const pbsattn::learned::File> read_learned(const std::string& path);
 
 // Settings by layer and head: whatever text there is, for the plug-in to judge.
 std::string read_settings(const std::string& path);

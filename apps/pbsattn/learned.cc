@@ -92,8 +92,8 @@ void add_learned(CLI::App& program) {
   command->add_option("file", options->file, "the file, NAME.pbs")->required();
   command->add_flag("--json", options->json, "print JSON");
   command->callback([options] {
-    const File file = read_learned(options->file);
-    print(options->json ? to_json(file).dump(2) + "\n" : table(file));
+    const auto file = read_learned(options->file);
+    print(options->json ? to_json(*file).dump(2) + "\n" : table(*file));
   });
 }
 

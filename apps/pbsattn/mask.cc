@@ -7,9 +7,7 @@
 #include <cstring>
 #include <filesystem>
 #include <memory>
-#include <optional>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -20,7 +18,6 @@
 #include "errors.h"
 #include "files.h"
 #include "flags.h"
-#include "layer_settings.h"
 #include "mask_svg.h"
 #include "progress.h"
 #include "session.h"
@@ -109,17 +106,8 @@ MaskPanel panel(const std::string& title, const pbsattn::Options& options, const
 }
 
 // The options of one head under what the file of a learned order says, and what the command line says over that.
-pbsattn::Options options_of_head(const pbsattn::learned::File& learned, const Attention& attention, int layer, int head,
-                                 int q_heads) {
-  using pbsattn::ggml::LayerSettings;
-  const pbsattn_options base = pbsattn::to_c(attention.options);
-  std::vector<pbsattn_options> heads{base};
-  try {
-    for (const std::string& settings : {learned.settings, attention.settings})
-      heads = LayerSettings::parse(settings, base).heads(layer, q_heads, heads);
-  } catch (const std::runtime_error& error) {
-    throw Failure(fmt::format("learned order {}: settings: {}", learned.name, error.what()));
-  }
+pbsattn::Options options_of_head(const Attention& attention, int layer, int head, int q_heads) {
+  const auto heads = learned_layers(attention)->heads(layer, q_heads, {pbsattn::to_c(attention.options)});
   return pbsattn::to_cpp(heads[heads.size() == 1 ? 0 : static_cast<std::size_t>(head)]);
 }
 
@@ -130,12 +118,11 @@ void require_index(int value, int count, const char* option, const std::string& 
 }
 
 void mask(const MaskOptions& options) {
-  const Attention after = attention_named(options.attention.default_method(), options.attention, Role::under_test);
+  Attention after = attention_named(options.attention.default_method(), options.attention, Role::under_test);
   const Attention full = attention_named("full", options.attention, Role::compared);
   options.prompt.check_threads();
   const std::string text = read_prompt(options.prompt.prompt_file);
-  std::optional<pbsattn::learned::File> learned;
-  if (after.by_learned) learned = read_learned(after.learned);
+  if (after.by_learned) after.learned = read_learned(options.attention.learned());
   OutputFile file(options.out);
 
   Session session(options.prompt.model, options.prompt.verbose);
@@ -144,10 +131,10 @@ void mask(const MaskOptions& options) {
   pbsattn::Options permuted = after.options;
   std::vector<float> weights;
   pbsattn::RopePairs pairs = pbsattn::RopePairs::halves;
-  if (learned) {
-    session.require_own(*learned);
-    permuted = options_of_head(*learned, after, options.layer, options.head, session.info().q_heads);
-    std::tie(weights, pairs) = session.weights_of(*learned, options.layer);
+  if (after.by_learned) {
+    session.require_own(*after.learned);
+    permuted = options_of_head(after, options.layer, options.head, session.info().q_heads);
+    std::tie(weights, pairs) = session.weights_of(*after.learned, options.layer);
   }
   pbsattn::Options unpermuted = permuted;
   unpermuted.permutation = pbsattn::Permutation::none;
@@ -166,9 +153,10 @@ void mask(const MaskOptions& options) {
 
   Capture capture{.layer = options.layer, .head = options.head, .shape = {}, .q = {}, .k = {}, .v = {}};
   capture_head(session, capture, prompt, full);
-  const std::string title = fmt::format(
-      "{}, layer {}, head {}, {} tokens, {}", std::filesystem::path(options.prompt.model).stem().string(),
-      options.layer, options.head, length, learned ? "a learned order" : fmt::format("top-p {}", permuted.top_p));
+  const std::string title =
+      fmt::format("{}, layer {}, head {}, {} tokens, {}", std::filesystem::path(options.prompt.model).stem().string(),
+                  options.layer, options.head, length,
+                  after.by_learned ? "a learned order" : fmt::format("top-p {}", permuted.top_p));
   const std::size_t features = weights.size() / static_cast<std::size_t>(session.info().kv_heads);
   const int group = session.info().q_heads / session.info().kv_heads;
   const pbsattn::OrderWeights own{

@@ -173,7 +173,7 @@ std::string warm_up(Session& session, const std::vector<llama_token>& prompt, co
 }
 
 void prefill(const PrefillOptions& options) {
-  const std::vector<Attention> list = attentions(options);
+  std::vector<Attention> list = attentions(options);
   const int wanted_positions = positions_from(options.positions);
   constexpr int most_tokens = 1 << 24;
   require_between(options.generate, 0, most_tokens, "--generate", "0 generates nothing");
@@ -181,13 +181,14 @@ void prefill(const PrefillOptions& options) {
   require_between(options.context, 0, most_tokens, "--context", "0 takes what the prompt needs");
   options.prompt.check_threads();
   const std::string text = read_prompt(options.prompt.prompt_file);
-  std::optional<pbsattn::learned::File> learned;
+  std::shared_ptr<const pbsattn::learned::File> learned;
   if (!options.attention.learned().empty()) learned = read_learned(options.attention.learned());
+  for (Attention& attention : list) attention.learned = learned;
   std::optional<OutputFile> json_file;
   if (!options.json.empty() && options.json != "-") json_file.emplace(options.json);
 
   Session session(options.prompt.model, options.prompt.verbose);
-  if (learned) session.require_own(*learned);
+  if (learned != nullptr) session.require_own(*learned);
   const std::vector<llama_token> prompt = prompt_tokens(session, text, options, list.back().options.segment);
   const int length = static_cast<int>(prompt.size());
   const std::vector<int> positions = sample_positions(length, wanted_positions);

@@ -14,11 +14,13 @@
 #include <fstream>
 #include <limits>
 #include <set>
+#include <stdexcept>
 #include <string_view>
 #include <utility>
 
 #include "core/options/c_options.h"
 #include "errors.h"
+#include "settings.h"
 
 namespace app {
 namespace {
@@ -79,23 +81,29 @@ void check_model_file(const std::string& path) {
 }
 
 void configure_plugin(const Attention& attention) {
-  pbsattn_options options{};
+  pbsattn_options options = pbsattn::to_c(attention.options);
   ggml_pbsattn_config config{.struct_size = sizeof config};
   ggml_backend_pbsattn_get_config(&config);
   config.mode = attention.by_ggml ? GGML_PBSATTN_MODE_GGML : GGML_PBSATTN_MODE_PBSATTN;
-  if (!attention.by_ggml) {
-    options = pbsattn::to_c(attention.options);
-    config.options = &options;
-  }
+  if (!attention.by_ggml) config.options = &options;
   config.min_tokens = GGML_PBSATTN_MIN_TOKENS_FLOOR;
   const char* const settings = attention.settings.empty() ? nullptr : attention.settings.c_str();
-  const char* const learned = attention.learned.empty() ? nullptr : attention.learned.c_str();
-  if (!ggml_backend_pbsattn_configure(&config) || !ggml_backend_pbsattn_set_learned(learned, attention.by_learned) ||
-      !ggml_backend_pbsattn_set_layers(settings))
+  if (!ggml_backend_pbsattn_configure(&config) || !ggml_backend_pbsattn_set_layers(settings))
     throw Failure(fmt::format("{}: {}", attention.name, ggml_backend_pbsattn_last_error()));
+  pbsattn::ggml::set_learned(learned_layers(attention));
 }
 
 }  // namespace
+
+std::shared_ptr<const pbsattn::ggml::LearnedLayers> learned_layers(const Attention& attention) {
+  if (attention.learned == nullptr) return nullptr;
+  try {
+    return std::make_shared<const pbsattn::ggml::LearnedLayers>(attention.learned, attention.by_learned,
+                                                                pbsattn::to_c(attention.options), attention.over);
+  } catch (const std::runtime_error& error) {
+    throw Failure(fmt::format("learned order {}", error.what()));
+  }
+}
 
 Session::Session(const std::string& model_path, bool verbose) {
   the_log().verbose = verbose;

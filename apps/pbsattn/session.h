@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "ggml-pbsattn.h"
 #include "learned_file.h"
+#include "learned_layers.h"
 
 namespace app {
 
@@ -82,6 +83,10 @@ class Session {
   ModelInfo info_;
   std::size_t stop_after_ = 0;  // layers; 0: go on to the end
 };
+
+// Returns what the file of an attention's learned order says, over its options; null where it has none. Throws Failure
+// where the file's settings are wrong.
+std::shared_ptr<const pbsattn::ggml::LearnedLayers> learned_layers(const Attention& attention);
 
 // The plug-in's statistics of each layer since the last prefill() began.
 std::vector<ggml_pbsattn_layer_stats> layer_stats();

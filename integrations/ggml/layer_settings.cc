@@ -129,12 +129,6 @@ LayerSettings LayerSettings::read(const std::string& path, const pbsattn_options
   }
 }
 
-void LayerSettings::put_under(const Changes& changes) {
-  Changes& of_all = layers_[every][every];
-  const bool replaced = !of_all.empty() && of_all.front().first == "method";
-  if (!replaced) of_all.insert(of_all.begin(), changes.begin(), changes.end());
-}
-
 void LayerSettings::apply(const Changes& changes, pbsattn_options* options) {
   for (const auto& [name, value] : changes) {
     if (name == "method") {

@@ -35,8 +35,8 @@ class LayerSettings {
 
   using Changes = std::vector<std::pair<std::string, std::string>>;  // names and values, "method" first
 
-  // Puts options under these, for every layer and head.
-  void put_under(const Changes& changes);
+  // Sets options by name. Throws pbsattn::Error.
+  static void apply(const Changes& changes, pbsattn_options* options);
 
   // Options of each query head of a layer over `base`, or one for all where nothing is said of single heads: so are
   // both. Throws std::runtime_error for a head that the layer doesn't have.
@@ -45,8 +45,6 @@ class LayerSettings {
 
  private:
   static constexpr std::int64_t every = -1;
-
-  static void apply(const Changes& changes, pbsattn_options* options);
 
   std::map<std::int64_t, std::map<std::int64_t, Changes>> layers_;  // `every` comes first
 };

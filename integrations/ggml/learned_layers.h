@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "attention_op.h"
@@ -14,9 +14,10 @@ namespace pbsattn::ggml {
 
 class LearnedLayers {
  public:
-  // Reads a file. Its settings change options only `with_settings`; `base` is what each option starts from. Throws
-  // std::runtime_error naming what is wrong.
-  LearnedLayers(const std::string& path, bool with_settings, const pbsattn_options& base);
+  // A file's settings change options only `with_settings`, and `over` goes over those; `base` is what each option
+  // starts from. Throws std::runtime_error naming what is wrong with the settings.
+  LearnedLayers(std::shared_ptr<const learned::File> file, bool with_settings, const pbsattn_options& base,
+                LayerSettings::Changes over = {});
 
   // Options of the query heads of a layer over `base`, as LayerSettings has them.
   std::vector<pbsattn_options> heads(std::int32_t layer, std::int64_t q_heads,
@@ -33,8 +34,9 @@ class LearnedLayers {
   std::vector<float> weights(std::int32_t layer, const std::optional<Rope>& rope) const;
 
  private:
-  learned::File file_;
+  std::shared_ptr<const learned::File> file_;
   std::optional<LayerSettings> settings_;
+  LayerSettings::Changes over_;
 };
 
 }  // namespace pbsattn::ggml

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 #include "core/capi/c_structs.h"
 #include "core/options/c_options.h"
@@ -149,6 +150,10 @@ void write_config(ggml_pbsattn_config* caller, const Config& config) {
                 .reserved = 0});
 }
 
+std::shared_ptr<const learned::File> read_learned(const std::string& path) {
+  return std::make_shared<const learned::File>(learned::read(path));
+}
+
 }  // namespace
 
 Config default_config() {
@@ -229,18 +234,16 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
 
   if (learned) {
     try {
-      settings.learned = std::make_shared<LearnedLayers>(std::string(*learned), !method, config.options);
+      // What variables set goes over the file's settings.
+      settings.learned = std::make_shared<LearnedLayers>(read_learned(std::string(*learned)), !method, config.options,
+                                                         std::move(given));
     } catch (const std::exception& wrong) {
       reader.fail(fmt::format("PBSATTN_LEARNED {}", wrong.what()));
     }
   }
-  const auto path = reader.text("PBSATTN_SETTINGS");
-  const bool over_file = learned && !method && !given.empty();  // what variables set goes over the file's settings
-  if (path || over_file) {
+  if (const auto path = reader.text("PBSATTN_SETTINGS")) {
     try {
-      LayerSettings layers = path ? LayerSettings::read(std::string(*path), config.options) : LayerSettings{};
-      if (over_file) layers.put_under(given);
-      settings.layers = std::make_shared<LayerSettings>(std::move(layers));
+      settings.layers = std::make_shared<LayerSettings>(LayerSettings::read(std::string(*path), config.options));
     } catch (const std::exception& wrong) {
       reader.fail(fmt::format("PBSATTN_SETTINGS {}", wrong.what()));
     }
@@ -263,6 +266,12 @@ Config current_config() noexcept {
   State& shared = state();
   const std::lock_guard lock(shared.mutex);
   return shared.settings.config;
+}
+
+void set_learned(std::shared_ptr<const LearnedLayers> learned) {
+  State& shared = state();
+  const std::lock_guard lock(shared.mutex);
+  shared.settings.learned = std::move(learned);
 }
 
 Observer current_observer() {
@@ -314,7 +323,8 @@ bool ggml_backend_pbsattn_set_learned(const char* path, bool settings) {
     State& shared = state();
     const std::lock_guard lock(shared.mutex);
     shared.settings.learned =
-        path == nullptr ? nullptr : std::make_shared<LearnedLayers>(path, settings, shared.settings.config.options);
+        path == nullptr ? nullptr
+                        : std::make_shared<LearnedLayers>(read_learned(path), settings, shared.settings.config.options);
   });
 }
 

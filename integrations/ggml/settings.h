@@ -72,6 +72,8 @@ bool explained(Body&& body) noexcept {
 // it.
 Settings current_settings();
 Config current_config() noexcept;
+// Puts a learned order in force from the next op on, for programs that have read it; null: none.
+void set_learned(std::shared_ptr<const LearnedLayers> learned);
 Observer current_observer();
 
 }  // namespace pbsattn::ggml

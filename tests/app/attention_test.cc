@@ -6,11 +6,17 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "core/options/c_options.h"
+#include "errors.h"
+#include "layer_settings.h"
+#include "session.h"
 #include "support/options.h"
 
 namespace app {
@@ -106,39 +112,56 @@ Attention with_file(std::vector<std::string> arguments, const std::string& spec,
   return attention_named(spec, flags, role);
 }
 
+// The options of a query head of layer 0 when the file of the learned order has these settings.
+pbsattn::Options of_head(Attention attention, const std::string& of_file, std::size_t head) {
+  attention.learned = std::make_shared<const pbsattn::learned::File>(pbsattn::learned::File{.settings = of_file});
+  const pbsattn_options base = pbsattn::to_c(attention.options);
+  auto heads = learned_layers(attention)->heads(0, 4, {base});
+  if (!attention.settings.empty())
+    heads = pbsattn::ggml::LayerSettings::parse(attention.settings, base).heads(0, 4, heads);
+  return pbsattn::to_cpp(heads[heads.size() == 1 ? 0 : head]);
+}
+
 TEST(AttentionFlags, LearnedIsWhatTheFileSaysUnderTheCommandLine) {
-  using nlohmann::json;
   const Attention plain = with_file({}, "learned");
   EXPECT_TRUE(plain.by_learned);
-  EXPECT_EQ(plain.learned, "model.pbs");
   EXPECT_EQ(plain.options.permutation, pbsattn::Permutation::learned);
   EXPECT_EQ(plain.options.precision, pbsattn::Precision::bf16);
-  EXPECT_EQ(json::parse(plain.settings), json::parse(R"({"*": {"*": {}}})"));
+  EXPECT_EQ(plain.over, Given{});
   const Attention changed = with_file({"--dense-last-rows", "5", "--top-p=0.5"}, "learned:top_p=0.25");
   EXPECT_EQ(changed.options.dense_last_rows, 5);
   EXPECT_EQ(changed.options.top_p, 0.25F);
-  EXPECT_EQ(json::parse(changed.settings), json::parse(R"({"*": {"*": {"dense_last_rows": "5", "top_p": "0.25"}}})"));
-  const Attention other = with_file({}, "two-step:permutation=learned:order_scope=kv_head");
+  const std::string of_file = R"({"*": {"*": {"top_p": 0.7, "sink_blocks": 3}, "2": {"dense_last_rows": 2}}})";
+  for (const std::size_t head : {0, 2}) {
+    EXPECT_EQ(of_head(plain, of_file, head).top_p, 0.7F);
+    EXPECT_EQ(of_head(changed, of_file, head).top_p, 0.25F);
+    EXPECT_EQ(of_head(changed, of_file, head).dense_last_rows, 5);
+    EXPECT_EQ(of_head(changed, of_file, head).sink_blocks, 3);
+  }
+  EXPECT_EQ(of_head(plain, of_file, 2).dense_last_rows, 2);
+  EXPECT_THROW(static_cast<void>(of_head(plain, "{", 0)), Failure);
+  const Attention other = with_file({"--top-p=0.5"}, "two-step:permutation=learned:order_scope=kv_head");
   EXPECT_FALSE(other.by_learned);
-  EXPECT_EQ(other.learned, "model.pbs");
-  EXPECT_EQ(other.settings, "");
-  EXPECT_TRUE(with_file({}, "ggml").learned.empty());
+  EXPECT_EQ(other.over, Given{});
+  EXPECT_EQ(of_head(other, of_file, 0).top_p, 0.5F) << "a method names all options";
+  EXPECT_EQ(learned_layers(other), nullptr);
 }
 
 TEST(AttentionFlags, SettingsOfTheCommandLineStandOverItsFlags) {
-  using nlohmann::json;
   const auto file = std::filesystem::path(testing::TempDir()) / "pbsattn-attention-test.json";
-  const auto settings_of = [&](const std::string& text) {
+  const auto with_settings = [&](const std::string& text) {
     std::ofstream(file) << text;
-    return with_file({"--top-p", "0.5", "--dense-last-rows", "1"}, "learned:settings=" + file.string()).settings;
+    Attention made = with_file({"--top-p", "0.5", "--dense-last-rows", "1"}, "learned:settings=" + file.string());
+    EXPECT_EQ(made.settings, text);
+    return of_head(std::move(made), R"({"*": {"*": {"top_p": 0.7, "dense_last_rows": 2}}})", 0);
   };
-  EXPECT_EQ(json::parse(settings_of(R"({"3": {"*": {"keep": "all"}}})")),
-            json::parse(R"({"3": {"*": {"keep": "all"}}, "*": {"*": {"top_p": "0.5", "dense_last_rows": "1"}}})"));
-  EXPECT_EQ(json::parse(settings_of(R"({"*": {"*": {"top_p": 0.7}, "2": {"top_k": 3}}})")),
-            json::parse(R"({"*": {"*": {"top_p": 0.7, "dense_last_rows": "1"}, "2": {"top_k": 3}}})"));
-  const std::string replacing = R"({"*":{"*":{"method":"pbs"}}})";
-  EXPECT_EQ(settings_of(replacing), replacing);
-  for (const std::string wrong : {"{", "[]", R"({"*": 3})", R"({"*": {"*": 3}})"}) EXPECT_EQ(settings_of(wrong), wrong);
+  const pbsattn::Options of_another = with_settings(R"({"3": {"*": {"top_p": 0.25}}})");
+  EXPECT_EQ(of_another.top_p, 0.5F);
+  EXPECT_EQ(of_another.dense_last_rows, 1);
+  const pbsattn::Options changed = with_settings(R"({"*": {"*": {"top_p": 0.25}, "2": {"top_p": 0.75}}})");
+  EXPECT_EQ(changed.top_p, 0.25F);
+  EXPECT_EQ(changed.dense_last_rows, 1);
+  EXPECT_EQ(with_settings(R"({"*": {"*": {"method": "pbs"}}})").top_p, pbsattn::method("pbs").top_p);
   std::filesystem::remove(file);
 }
 
