@@ -183,6 +183,19 @@ def test_a_file_of_another_model_is_refused(path):
         enable(build("llama"), learned=path.with_name("absent.pbs"))
 
 
+def test_keys_of_mla_are_as_wide_as_both_their_parts(path):
+    """Whatever head_dim its config names, which is the width of the part with RoPE."""
+    widths = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_key_value_heads=4, head_dim=64)
+    model, sizes = build("DeepseekV3", **widths), {**SIZES, "kv_heads": 4}
+    save_learned(path, sizes=sizes)
+    with pytest.raises(ValueError, match="tiny.pbs: of tiny with 64 numbers in a head, the model has 192"):
+        enable(model, learned=path)
+    save_learned(path, sizes={**sizes, "head_dim": 192})
+    with torch.no_grad(), enable(model, learned=path):
+        model(prompt())
+        assert [(layer.taken, layer.left) for layer in pt.stats(model)] == [(1, 0)] * 2
+
+
 def test_a_learned_order_needs_its_file():
     for given in (
         dict(method="pbs:permutation=learned:order_scope=kv_head"),

@@ -33,7 +33,9 @@ def rope_pairs(module: torch.nn.Module) -> str:
 
 
 def _head_dim(module: typing.Any) -> int:
-    own = getattr(module, "head_dim", None) or getattr(module.config, "head_dim", None)
+    """The width of its keys. With MLA that is the sum of two parts, and its config's head_dim the second of them."""
+    names = ((module, "qk_head_dim"), (module, "head_dim"), (module.config, "head_dim"))
+    own = next(filter(None, (getattr(whose, name, None) for whose, name in names)), None)
     return own or module.config.hidden_size // module.config.num_attention_heads
 
 
