@@ -174,9 +174,9 @@ def test_opcheck(device, layout):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     for return_lse in (False, True):
         torch.library.opcheck(OP, (q, k, v), dict(layout=layout, return_lse=return_lse, settings="top_p=0.8"))
-    if device == "cpu":  # a GPU takes neither
-        layer = dict(sinks=torch.randn(4), settings="softcap=2.0,window=100")
-        torch.library.opcheck(OP, (q, k, v[..., :24].contiguous()), dict(layout=layout, return_lse=True, **layer))
+    layer = dict(sinks=torch.randn(4, device=device), settings="softcap=2.0,window=100")
+    values = v[..., :24].contiguous() if device == "cpu" else v  # a GPU's are as wide as these keys
+    torch.library.opcheck(OP, (q, k, values), dict(layout=layout, return_lse=True, **layer))
 
 
 def test_compiles_without_a_graph_break(device):

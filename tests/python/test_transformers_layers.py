@@ -34,11 +34,10 @@ def build_carrying(family, device):
     return model
 
 
-def takes_all(model, family, device):
-    """Whether every layer of the last prefill was computed: on a GPU not those whose values are of another width."""
+def takes_all(model):
+    """Whether every layer of the last prefill was computed."""
     layers = pt.stats(model)
-    left = device == "cuda" and family == "deepseek"
-    return len(layers) == 2 and (left or all(layer.taken and not layer.left for layer in layers))
+    return len(layers) == 2 and all(layer.taken and not layer.left for layer in layers)
 
 
 @pytest.mark.parametrize("family", CARRYING)
@@ -47,13 +46,13 @@ def test_what_layers_carry_is_computed(family, device):
     ids = prompt(device)
     expected = model(ids).logits
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if (device, family) == ("cuda", "deepseek") else "error", pt.FallbackWarning)
+        warnings.simplefilter("error", pt.FallbackWarning)
         with enable(model, top_p=1.0):
             close(model(ids).logits, expected)
-            assert takes_all(model, family, device)
+            assert takes_all(model)
             short = ids[:, :110]
             close(model(short).logits, expected[:, :110])
-            assert takes_all(model, family, device)
+            assert takes_all(model)
             cache, logits = None, []
             for chunk in ids.split([100, 250, 129, 70, 51], dim=1):
                 out = model(chunk, past_key_values=cache, use_cache=True)
@@ -100,7 +99,7 @@ def test_what_layers_carry_is_generated_with(family, device):
     options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
     expected = torch.stack(model.generate(ids, **options).logits)
     with enable(model, top_p=1.0), warnings.catch_warnings():
-        warnings.simplefilter("ignore" if (device, family) == ("cuda", "deepseek") else "error", pt.FallbackWarning)
+        warnings.simplefilter("error", pt.FallbackWarning)
         close(torch.stack(model.generate(ids, **options).logits), expected)
 
 
