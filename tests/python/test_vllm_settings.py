@@ -171,8 +171,6 @@ LEFT = {
     "kind": ("ChunkedLocalAttention", "ChunkedLocalAttention"),
     "attn_type": ("encoder_only", "encoder_only"),
     "alibi": (True, "ALiBi"),
-    "softcap": (True, "capped"),
-    "sinks": (True, "sinks"),
     "head_dim_v": (128, "head_dim is 128"),
     "cache_dtype": ("float8_e4m3fn", "KV cache is float8_e4m3fn"),
     "shares_cache": (True, "shares"),
@@ -199,7 +197,7 @@ def test_layers_that_are_left(field, value, told):
 def test_every_rule_has_a_case():
     asked = {field.name for field in dataclasses.fields(Facts)} - set(LEFT)
     numbers = {"q_heads", "kv_heads", "head_dim", "scale", "dtype", "window", "model_layers", "rank", "ranks", "device"}
-    assert asked == numbers
+    assert asked == numbers | {"softcap", "sinks"}
     assert reason_to_leave(FACTS) is None
 
 
@@ -210,6 +208,14 @@ def test_a_layer_that_is_taken():
     assert plan is layer_of(FACTS, Settings(method="pbs:top_p=0.5"), 300, 700).plan(300, 700, None), "plans are kept"
     assert plan.options["top_p"] == 0.5 and plan.options["scale"] == 0.125
     assert most_memory(layer, 300, 700, 2) >= plan.workspace_size + 700 * 2 * 2 * 64 * 2
+
+
+def test_a_layer_brings_its_soft_cap():
+    layer = layer_of(dataclasses.replace(FACTS, softcap=30.0, sinks=True), Settings(), 300, 700)
+    assert isinstance(layer, Layer) and layer.plan(300, 700, None).options["softcap"] == 30
+    assert layer_of(FACTS, Settings(), 300, 700).plan(300, 700, None).options["softcap"] == 0
+    told = layer_of(dataclasses.replace(FACTS, softcap=-1.0), Settings(), 300, 700)
+    assert isinstance(told, str) and "softcap -1" in told
 
 
 def test_layers_that_the_user_left():

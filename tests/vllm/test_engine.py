@@ -1,12 +1,16 @@
 """The plug-in in vLLM's engine: with every block kept, its tokens are those of vLLM's own attention."""
 
+import functools
 import re
 
 import pytest
+import torch
+from vllm.model_executor.models import llama
 
 from conftest import REQUESTS, run
 
 ALL_BLOCKS = {"PBSATTN_METHOD": "pbs:top_p=1"}
+SINKS = torch.tensor([2.0, 4.0, -1.0, 3.0], dtype=torch.bfloat16)  # of each query head; what vLLM takes on the CPU
 TIE = 1e-3  # of log-probabilities; far above what the order of sums makes of them
 
 
@@ -104,6 +108,19 @@ def test_a_window(models):
     ran = run(models["mistral"], sets=sets, variables=ALL_BLOCKS, aborting=False)
     compare(ran, dense, sets)
     assert rows_of(ran, "chunks") == [(256, 256)] and rows_of(ran, "whole") == [(200, 200)]
+
+
+@pytest.mark.parametrize("carried", [{"sinks": SINKS}, {"logits_soft_cap": 1.5}], ids=lambda each: next(iter(each)))
+def test_what_layers_carry(models, dense, monkeypatch, carried):
+    """Rows of layers with sinks (GPT-OSS) and with capped logits (Gemma 2): tokens are vLLM's own, by which these matter."""
+    monkeypatch.setattr(llama, "Attention", functools.partial(llama.Attention, **carried))
+    sets = {name: REQUESTS[name] for name in ("chunks", "whole", "mixed")}
+    own = run(models["llama"], sets=sets, aborting=False)
+    ran = run(models["llama"], sets=sets, variables=ALL_BLOCKS, aborting=False)
+    compare(ran, own, sets)
+    assert rows_of(ran, "chunks") == [(256, 256), (256, 512), (256, 768)] and rows_of(ran, "whole") == [(200, 200)]
+    (a,), (b,) = own.answers["chunks"], dense.answers["chunks"]
+    assert max(abs(x - y) for x, y in zip(a.best, b.best)) > 10 * TIE
 
 
 def test_settings_of_another_model(models, dense, tmp_path):

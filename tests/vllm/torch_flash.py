@@ -5,7 +5,6 @@ import typing
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 VERSION = 3  # with schedules made ahead, as on a Hopper GPU
 
@@ -48,11 +47,13 @@ def flash_attn_varlen_func(
     window_size: list[int] | None,
     block_table: torch.Tensor,
     scheduler_metadata: torch.Tensor | None,
+    softcap: float,
+    s_aux: torch.Tensor | None,
     **rest: typing.Any,
 ) -> None:
     """Attention of q [T, Hq, D] over pages of k and v [pages, tokens, Hkv, D], row by row."""
     assert causal is True
-    assert rest["alibi_slopes"] is None and not rest["softcap"] and rest["s_aux"] is None and rest["mask_mod"] is None
+    assert rest["alibi_slopes"] is None and rest["mask_mod"] is None
     starts, lens = cu_seqlens_q.tolist(), seqused_k.tolist()
     assert starts[0] == 0 and starts[-1] <= q.shape[0] == out.shape[0]
     assert len(starts) == len(lens) + 1 == block_table.shape[0] + 1
@@ -71,13 +72,18 @@ def flash_attn_varlen_func(
         if tokens == 0:
             continue
         pages = block_table[i, : -(-kv_len // k.shape[1])].long()
-        keys, values = (each[pages].flatten(0, 1)[:kv_len].transpose(0, 1)[None] for each in (k, v))
+        heads = q.shape[1] // k.shape[2]
+        keys, values = (each[pages].flatten(0, 1)[:kv_len].transpose(0, 1).repeat_interleave(heads, 0) for each in (k, v))
         sees = torch.ones(tokens, kv_len, dtype=torch.bool).tril(kv_len - tokens)
         if window_size is not None and window_size[0] >= 0:
             sees = sees.triu(kv_len - tokens - window_size[0])
-        queries = q[starts[i] : starts[i + 1]].transpose(0, 1)[None]
-        result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=sees, scale=softmax_scale, enable_gqa=True)
-        out[starts[i] : starts[i + 1]] = result[0].transpose(0, 1)
+        logits = q[starts[i] : starts[i + 1]].transpose(0, 1) @ keys.mT * softmax_scale
+        if softcap:
+            logits = softcap * (logits / softcap).tanh()
+        logits = logits.masked_fill(~sees, -torch.inf)
+        if s_aux is not None:
+            logits = torch.cat([logits, s_aux.to(logits)[:, None, None].expand(-1, tokens, 1)], -1)
+        out[starts[i] : starts[i + 1]] = (logits.softmax(-1)[..., :kv_len] @ values).transpose(0, 1)
         calls.tokens += tokens
 
 
@@ -97,5 +103,6 @@ def install() -> None:
 
     for function in (flash_attn_varlen_func, reshape_and_cache_flash, get_scheduler_metadata):
         setattr(flash_attn, function.__name__, function)
+    flash_attn.flash_attn_supports_sinks = lambda: True
     for module in (fa_utils, flash_attn):
         module.get_flash_attn_version = lambda *_, **__: VERSION

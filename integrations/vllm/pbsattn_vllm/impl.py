@@ -52,9 +52,11 @@ class RowsImpl:
 
         for run, metadata in split.runs:
             dense(run.begin, run.end, metadata)
+        # In float32, from the model's weights as they are now.
+        sinks = self.sinks.detach().float() if taken.facts.sinks else None  # type: ignore[attr-defined]
         for row in split.rows:
             try:
-                self._row(taken, row, query, key, value, kv_cache, split.block_table, output)
+                self._row(taken, row, query, key, value, kv_cache, split.block_table, output, sinks)
             # FlashAttention writes the whole row, whatever of it was written before.
             except (MemoryError, torch.OutOfMemoryError) as error:
                 told = f"{taken.facts.name}: a row of {row.tokens} tokens over {row.kv_len} goes to FlashAttention: {error}"
@@ -73,6 +75,7 @@ class RowsImpl:
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         output: torch.Tensor,
+        sinks: torch.Tensor | None,
     ) -> None:
         q, out = query[row.begin : row.end], output[row.begin : row.end]
         pages = kv_cache.transpose(1, 2)  # [pages, tokens, Hkv, 2 D]
@@ -86,6 +89,8 @@ class RowsImpl:
             both = space.view(kv_cache.dtype).view(count, *pages.shape[1:])
             torch.index_select(pages, 0, block_table[row.index, :count], out=both)
             k, v = both.flatten(0, 1)[: row.kv_len].split(taken.facts.head_dim, dim=-1)
-        stats = plan.run(q[None], k[None], v[None], out[None], workspace, layout="bshd", stats=settings().stats)
+        stats = plan.run(
+            q[None], k[None], v[None], out[None], workspace, layout="bshd", stats=settings().stats, sinks=sinks
+        )
         if stats is not None:
             recorder.add(row, taken.index, stats)

@@ -26,7 +26,7 @@ class Facts:
     cache_dtype: str  # of the cached keys and values
     window: int | None = None  # tokens that a query sees, itself among them; None is all
     alibi: bool = False
-    softcap: bool = False
+    softcap: float = 0.0  # 0 is none
     sinks: bool = False
     shares_cache: bool = False
     bidirectional_ranges: bool = False  # of images in a prompt
@@ -57,8 +57,6 @@ def reason_to_leave(facts: Facts) -> str | None:
         f"it is {facts.kind}, not vLLM's plain Attention": facts.kind != "Attention",
         f"its attention is of type {facts.attn_type}": facts.attn_type != "decoder",
         "it has ALiBi slopes": facts.alibi,
-        "its logits are capped": facts.softcap,
-        "it has attention sinks": facts.sinks,
         f"its values' head_dim is {facts.head_dim_v}, its keys' {facts.head_dim}": facts.head_dim_v != facts.head_dim,
         f"its KV cache is {facts.cache_dtype}, the model {facts.dtype}": facts.cache_dtype != facts.dtype,
         "it shares another layer's KV cache": facts.shares_cache,
@@ -83,7 +81,8 @@ class Layer:
     def plan(self, tokens: int, kv_len: int, memory: int | None) -> pbsattn.Plan:
         """The plan of a row; layers, chunks and requests of one shape share it. Raises what pbsattn.plan raises."""
         f = self.facts
-        return _plan(self.heads, f.q_heads, f.kv_heads, f.head_dim, f.scale, tokens, kv_len, f.device, memory)
+        of_layer = self.heads, f.q_heads, f.kv_heads, f.head_dim, f.scale, f.softcap
+        return _plan(*of_layer, tokens, kv_len, f.device, memory)
 
 
 @functools.lru_cache(maxsize=2048)  # chunks of a long prompt, times layers with options of their own
@@ -93,6 +92,7 @@ def _plan(
     kv_heads: int,
     head_dim: int,
     scale: float,
+    softcap: float,
     tokens: int,
     kv_len: int,
     device: str,
@@ -108,6 +108,7 @@ def _plan(
         device=device,
         workspace_cap=memory,
         scale=scale,
+        softcap=softcap,
         **(by_head[0] if all(each == by_head[0] for each in by_head) else {"heads": dict(enumerate(by_head))}),
     )
 

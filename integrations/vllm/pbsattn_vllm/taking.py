@@ -60,7 +60,7 @@ def facts_of(layer: typing.Any, config: typing.Any) -> Facts:
         cache_dtype=str(layer.kv_cache_torch_dtype).removeprefix("torch."),
         window=layer.sliding_window,
         alibi=impl.alibi_slopes is not None,
-        softcap=bool(impl.logits_soft_cap),
+        softcap=float(impl.logits_soft_cap or 0),
         sinks=layer.has_sink or impl.sinks is not None,
         shares_cache=layer.kv_sharing_target_layer_name is not None,
         bidirectional_ranges=layer.use_mm_prefix,
