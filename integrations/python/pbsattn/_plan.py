@@ -341,8 +341,6 @@ def plan(
     `attention`. Raises ValueError, NotImplementedError (this device doesn't take it) or MemoryError (the cap).
     """
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     core = _make(
         head_options(method, options, heads, q_heads),
         device,
@@ -356,4 +354,6 @@ def plan(
         threads,
         workspace_cap,
     )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return Plan(core, device, (batch, q_heads, q_len, head_dim, kv_heads, kv_len, head_dim_v or head_dim))

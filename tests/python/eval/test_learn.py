@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pbsattn
-from conftest import RECORD_KEYS, TEXT, python
+from conftest import RECORD_KEYS, TEXT, has_gpu, python
 
 pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
@@ -252,7 +252,8 @@ def test_bad_input(folder, texts, tmp_path, capsys):
         (["--thresholds", "0.1,2"], "--thresholds 0.1,2: pass two shares or more, above 0 and up to 1"),
         (["--thresholds", "nan,0.1,0.2"], "--thresholds nan,0.1,0.2: pass two shares or more, above 0 and up to 1"),
         (["--thresholds", "0.1,0.2,0.10000001"], "two are the same in six digits"),
-        (["--device", "cuda"], "--device cuda: learned orders aren't computed there yet; pass cpu"),
+        (["--device", "meta"], "device meta: pbsattn computes on cpu and cuda"),
+        (["--device", "cuda", "--dtype", "float32"], "--dtype float32: --device cuda has products of 16 bits alone; pass"),
         (["--to", str(tmp_path / "none" / "made.pbs")], "made.pbs: its folder isn't there"),
         (["--json", str(tmp_path / "none" / "rows.json")], "rows.json: its folder isn't there"),
     ):
@@ -262,17 +263,36 @@ def test_bad_input(folder, texts, tmp_path, capsys):
         assert "loading" not in err or "--tokens" in message
 
 
-@pytest.mark.parametrize("cuda", [False, True])
-def test_it_runs_on_the_cpu_unless_told(folder, texts, finished, monkeypatch, capsys, cuda):
-    """Whatever the machine has: what is finished on the CPU is taken for its own. What isn't in the rows is told beside."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    given = arguments(folder, texts, finished, "--json", "-")
+def without_device(given):
     at = given.index("--device")
-    del given[at : at + 2]
-    assert commands.main(given) == 0
+    return given[:at] + given[at + 2 :]
+
+
+def test_it_runs_on_the_cpu_where_there_is_no_gpu(folder, texts, finished, monkeypatch, capsys):
+    """What is finished there is taken for its own. What isn't in the rows is told beside."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert commands.main(without_device(arguments(folder, texts, finished, "--json", "-"))) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((finished / "rows.json").read_text())
     assert any(said.err.rstrip().endswith(f"made.pbs: {name}") for name in judge.ORDERS)
+
+
+def test_a_gpu_is_the_default_and_needs_the_backend(folder, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(pbsattn._core, "has_cuda", False)
+    assert commands.run_main(without_device(arguments(folder, texts, tmp_path))) == 1
+    err = capsys.readouterr().err
+    assert "device cuda: this build of pbsattn has no CUDA backend" in err and "loading" not in err
+
+
+@pytest.mark.parametrize("more", [["--dtype", "bfloat16"], *([["--device", "cuda"]] if has_gpu() else [])], ids=" ".join)
+def test_it_learns_in_bfloat16_and_on_a_gpu(folder, texts, finished, tmp_path, more):
+    """The same weights, but for what rounding of keys and queries makes of them."""
+    assert commands.main(arguments(folder, texts, tmp_path, *more)) == 0
+    made, whole = (file.read(out / "run" / "learned.pbs")[1] for out in (tmp_path, finished))
+    assert torch.nn.functional.cosine_similarity(made, whole, dim=-1).min() > 0.99
+    records = list(map(json.loads, (tmp_path / "run" / "items.jsonl").read_text().splitlines()))
+    assert records and not [record["error"] for record in records if "error" in record]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,17 @@ def test_the_runtime_has_the_same_order(pairs):
         assert chosen[head // 2].nonzero()[:, 0].tolist() == slots.sort().values.tolist()
 
 
+def test_everything_stays_on_the_device_and_nothing_waits_for_it():
+    """On a device that holds no numbers, where whatever reads one or brings a tensor of the CPU in fails."""
+    q, k = (torch.empty(heads, TOKENS, WIDTH, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    a, b = order.equations(q, k, 1.0, "neighbours")
+    scores = order.scores(k, order.solve(a, b), "neighbours")
+    costs = order.costs(q, k, 1.0, [order.upper(torch.zeros_like(scores)), order.upper(scores)], [0.01, 0.02])
+    assert costs.device.type == "meta" and costs.shape == (2, 4, TOKENS // order.BLOCK)
+    with pytest.raises(NotImplementedError):
+        a.cpu()
+
+
 def test_query_heads_of_a_group_share_an_order():
     """Two query heads, each of which looks at keys of its own: both kinds stand in front."""
     k = torch.randn(1, TOKENS, WIDTH)
@@ -124,7 +135,7 @@ def test_costs_are_what_the_best_choice_of_blocks_loses():
 class Engine:
     """A model of one layer, whose queries and keys are those of a text's name."""
 
-    layers, rope_pairs = 1, "halves"
+    layers, rope_pairs, device = 1, "halves", torch.device("cpu")
 
     def __init__(self, texts):
         self.texts = texts
@@ -157,6 +168,14 @@ def test_heads_that_it_does_not_pay_for_get_zeros(tmp_path):
     assert made.weights.shape == (1, 2, 24) and made.weights.any(-1).all()
     torch.testing.assert_close(made.paying[0, 0], made.weights[0, 0])
     assert not made.paying[0, 1].any()
+
+
+def test_models_with_layers_of_another_kind_are_refused(tmp_path):
+    engine = Engine({"fit": heads(attended_by(torch.randn(TOKENS)))})
+    engine.layers = 3
+    with pytest.raises(ValueError, match="model: 1 of its 3 layers have attention; an order is learned for models that"):
+        steps.Fitted(engine, {"text": ("fit", "try")}, tmp_path, [0.01])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_fewest_heads_that_gain_most():

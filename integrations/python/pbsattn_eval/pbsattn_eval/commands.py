@@ -35,7 +35,7 @@ def _parser():
     order = commands.add_parser(
         "learn", help=learn.HELP, description=learn.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    _add_model(order, device="cpu, which is the default: learned orders aren't computed elsewhere yet")
+    _add_model(order)
     learn.add_arguments(order)
     again = commands.add_parser("table", help="print the table of a run's folder again")
     again.add_argument("folder")
@@ -52,11 +52,11 @@ def _parser():
     return parser
 
 
-def _add_model(command, device="cpu or cuda (default cuda where there is one)"):
+def _add_model(command):
     command.add_argument(
         "--model", required=True, help="a GGUF file (dequantised by transformers), or a folder that save_pretrained wrote"
     )
-    command.add_argument("--device", help=device)
+    command.add_argument("--device", help="cpu or cuda (default cuda where there is one)")
     command.add_argument(
         "--dtype",
         choices=["bfloat16", "float16", "float32"],

@@ -25,13 +25,11 @@ def run(given, argv, say):
 
     thresholds = _thresholds(given)
     _check_paths(given)
-    given.device = given.device or "cpu"
-    if given.device != "cpu":
-        raise ValueError(f"--device {given.device}: learned orders aren't computed there yet; pass cpu")
     the_kind = judge.Judged()
     given.kind = "ppl"  # what the folder's records are of: `table` and `report` read them
     given.engine, given.judge, given.lengths = engines.Engine.name, "half", str(given.tokens)
     engines.fill_in(given)
+    _check_device(given)
     the_kind.check(given)
     out = pathlib.Path(given.out or pathlib.Path("eval-runs", f"learn-{pathlib.Path(given.model).stem}"))
     orders = {name: [judge.attention(name, threshold) for threshold in thresholds] for name in judge.ORDERS}
@@ -84,6 +82,14 @@ def _check_paths(given):
     for option, path in (("--to", given.to), ("--json", given.json)):
         if path and path != "-" and not pathlib.Path(path).parent.is_dir():
             raise ValueError(f"{option} {path}: its folder isn't there; make it, or name a file elsewhere")
+
+
+def _check_device(given):
+    """Refuses a device by which no order could be judged, before hours are spent on the fit."""
+    if torch.device(given.device).type != "cpu" and given.dtype == "float32":
+        raise ValueError(f"--dtype float32: --device {given.device} has products of 16 bits alone; pass bfloat16 or float16")
+    sizes = dict(q_heads=1, kv_heads=1, q_len=given.tokens, kv_len=given.tokens, head_dim=64)
+    pbsattn.plan(device=given.device, method=judge.METHOD, **sizes)
 
 
 def _moved(fitted):

@@ -1,7 +1,8 @@
 """The fit of an order: features of a key, the attention that it gets from later queries, ridge regression of one on the
 other, and what an order is worth to blocks that a threshold keeps or leaves.
 
-All of a layer's: queries q [query heads, tokens, D], keys k [KV heads, tokens, D]. Sums of the regression are float64.
+All of a layer's: queries q [query heads, tokens, D], keys k [KV heads, tokens, D], of any dtype. Sums of the regression are
+float64. Everything is computed where q and k are, and nothing waits for it there.
 """
 
 import torch
@@ -71,13 +72,13 @@ def equations(q, k, scale, pairs):
     given = (given - given.mean(2, keepdim=True)).flatten(1, 2)
     wanted = _by_segment(wanted)[:, :segments].double()
     wanted = (wanted - wanted.mean(2, keepdim=True)).flatten(1, 2)
-    return (given.mT @ given).cpu(), (given.mT @ wanted[..., None])[..., 0].cpu()
+    return given.mT @ given, (given.mT @ wanted[..., None])[..., 0]
 
 
 def solve(a, b):
     """Weights [..., F] float32 of normal equations a [..., F, F], b [..., F]."""
     diagonal = a.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return torch.linalg.solve(a + RIDGE * diagonal * torch.eye(a.shape[-1], dtype=a.dtype), b).float()
+    return torch.linalg.solve(a + RIDGE * diagonal * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device), b).float()
 
 
 def scores(k, weights, pairs):
