@@ -14,28 +14,32 @@ namespace {
 constexpr Shape shape{.q_heads = 2, .kv_heads = 1, .q_len = 600, .kv_len = 600, .head_dim = 64};
 constexpr int block = 128;
 
-Problem make(cuda::Widths widths = cuda::widths[0]) {
-  return Problem(alike(with_widths(shape, widths)));
+Problem make(cuda::Widths widths = cuda::widths[0], DType dtype = DType::bf16) {
+  return Problem(alike(with_widths(shape, widths), dtype));
 }
 
 struct WideCase {
   cuda::Widths widths;
+  DType dtype;
   HostileCase hostile;
+
+  std::string name() const { return hostile.name + (dtype == DType::f16 ? "_f16_dim" : "_dim") + name_of(widths); }
 };
 void PrintTo(const WideCase& c, std::ostream* stream) {
-  *stream << c.hostile.name << ", head_dim " << name_of(c.widths);
+  *stream << c.name();
 }
 std::vector<WideCase> cases() {
   std::vector<WideCase> all;
   for (const cuda::Widths widths : cuda::widths)
-    for (const HostileCase& hostile : hostile_cases(shape, block)) all.push_back({widths, hostile});
+    for (const DType dtype : {DType::bf16, DType::f16})
+      for (const HostileCase& hostile : hostile_cases(shape, block)) all.push_back({widths, dtype, hostile});
   return all;
 }
 
 class CudaHostileInputs : public testing::TestWithParam<WideCase> {
  protected:
   static Problem changed() {
-    Problem problem = make(GetParam().widths);
+    Problem problem = make(GetParam().widths, GetParam().dtype);
     GetParam().hostile.change(problem);
     return problem;
   }
@@ -52,7 +56,7 @@ TEST_P(CudaHostileInputs, DenseAndSparseAgreeWithTheReference) {
     options.dense_last_rows = std::min(options.dense_last_rows, 1);
     options.local_blocks = std::min(options.local_blocks, 1);
     options.sink_blocks = 0;
-    expect_right(problem, run_on_device(options, problem), DType::bf16);
+    expect_right(problem, run_on_device(options, problem), GetParam().dtype);
   }
 }
 
@@ -65,13 +69,12 @@ TEST_P(CudaHostileInputs, CorrectionsAgreeWithTheReference) {
     options.top_p = 0.4F;
     options.local_blocks = 0;
     options.correction = Correction::mean;
-    expect_right(problem, run_on_device(options, problem), DType::bf16);
+    expect_right(problem, run_on_device(options, problem), GetParam().dtype);
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Values, CudaHostileInputs, testing::ValuesIn(cases()), [](const auto& test) {
-  return test.param.hostile.name + "_dim" + name_of(test.param.widths);
-});
+INSTANTIATE_TEST_SUITE_P(Values, CudaHostileInputs, testing::ValuesIn(cases()),
+                         [](const auto& test) { return test.param.name(); });
 
 RunResult run_here(const Options& options, Problem& problem) {
   return run_on_device(options, problem);

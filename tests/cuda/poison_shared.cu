@@ -3,9 +3,8 @@
 namespace pbsattn::test {
 namespace {
 
-// The attend kernel's operands. Not all that a block may have: tools that watch a kernel may want a
-// share.
-constexpr int bytes = 224 * 1024;
+// All that a block may have, which attend takes at keys of 128 and 192 numbers.
+constexpr int bytes = 227 * 1024;
 
 __global__ void fill_shared_memory() {
   extern __shared__ volatile unsigned memory[];

@@ -12,6 +12,14 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 const double nan = std::nan("");
 
+// About the largest number of a tensor's type, and a very small one.
+double huge(const Tensor& tensor) {
+  return tensor.dtype == DType::f16 ? 6e4 : 1e30;
+}
+double tiny(const Tensor& tensor) {
+  return tensor.dtype == DType::f16 ? 0x1p-24 : 1e-30;
+}
+
 // Scores in whole numbers of steps, so that a backend's rounding of weights doesn't grow with them.
 void stairs(Problem& p, double query) {
   p.q.fill(query);
@@ -40,17 +48,18 @@ std::vector<HostileCase> hostile_cases(const Shape& shape, int block) {
        [=](Problem& p) {
          for (const std::int64_t token : {std::int64_t{5}, n / 3, n / 2, 3 * n / 4, last}) {
            set_row(p.k, token, 0);
-           p.k.set(0, 0, token, 0, token % 2 == 0 ? 1e30 : -1e30);
+           p.k.set(0, 0, token, 0, token % 2 == 0 ? huge(p.k) : -huge(p.k));
          }
        }},
       {"huge_queries",
        [=](Problem& p) {
          for (const std::int64_t token : {std::int64_t{0}, std::int64_t{block} + 2, last})
-           p.q.set(0, 0, token, 1, 1e30);
+           p.q.set(0, 0, token, 1, huge(p.q));
        }},
       {"huge_and_tiny_values",
        [=](Problem& p) {
-         for (std::int64_t token = 0; token < n; ++token) p.v.set(0, 0, token, 3, token % 3 == 0 ? 1e30 : 1e-30);
+         for (std::int64_t token = 0; token < n; ++token)
+           p.v.set(0, 0, token, 3, token % 3 == 0 ? huge(p.v) : tiny(p.v));
        }},
       {"maximum_grows_with_every_block", [](Problem& p) { stairs(p, 0.5); }},
       {"maximum_falls_with_every_block", [](Problem& p) { stairs(p, -0.5); }},

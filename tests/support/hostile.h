@@ -12,7 +12,7 @@ namespace pbsattn::test {
 
 struct HostileCase {
   std::string name;
-  std::function<void(Problem&)> change;  // of a problem of random bf16 values, without batch
+  std::function<void(Problem&)> change;  // of a problem of random values of 16 bits, without batch
 };
 
 // Lists cases for problems of at least three segments of two blocks, the last one incomplete.
