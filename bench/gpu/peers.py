@@ -130,7 +130,10 @@ def dense():
 
 
 def of_layer(softcap=0.0, window=None, sinks=None):
-    """Returns peers whose causal attention takes what a layer carries: FlashAttention-3 no sinks, -4 all of it."""
+    """Returns peers whose causal attention takes what a layer carries: FlashAttention-3 no sinks, -4 all of it.
+
+    fa3-fwd 0.0.3 is built without windows and refuses them when it is called, which leaves it out there with a word.
+    """
     peers = []
     fa3 = load("FlashAttention-3") if sinks is None else None
     if fa3:
