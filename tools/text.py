@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Writes a long real text that this machine already has, for the demo, the benchmarks and the tests.
 
-    tools/text.py prose  [--bytes N]    the distribution's licence texts
-    tools/text.py manual [--bytes N]    Python's language reference, as its help() has it
-    tools/text.py code   [--bytes N]    the source of Python's standard library
+    tools/text.py prose  [--skip N] [--bytes N]    the distribution's licence texts
+    tools/text.py manual [--skip N] [--bytes N]    Python's language reference, as its help() has it
+    tools/text.py code   [--skip N] [--bytes N]    the source of Python's standard library
 
-Prints the path of the text, in the user's cache folder.
+Prints the path of the text, in the user's cache folder. Parts that don't overlap are texts of their own.
 """
 
 import argparse
@@ -27,6 +27,7 @@ def passages(kind):
         return [topics.topics[name] for name in sorted(topics.topics)]
     if kind == "prose":
         first = ["GPL-3", "MPL-2.0", "LGPL-2.1", "Apache-2.0", "Artistic", "GPL-2"]
+        first += ["GFDL-1.3", "MPL-1.1", "CC0-1.0", "LGPL-3", "GPL-1"]
         found = [LICENSES / name for name in first if (LICENSES / name).is_file()]
         if not found:
             raise Failure(f"{LICENSES}: holds no licence texts; run `pbsattn prefill` on a text of your own")
@@ -52,13 +53,15 @@ def passages(kind):
     return [(library / name).read_text(encoding="utf-8", errors="replace") for name in first if (library / name).is_file()]
 
 
-def write(kind, size=250_000):
-    """Writes about `size` bytes of a text into the cache; returns the path."""
-    whole = "\n".join(passages(kind))
-    target = cache_dir() / "texts" / f"{kind}-{size}.txt"
+def write(kind, size=250_000, skip=0):
+    """Writes about `size` bytes of a text, from about byte `skip` on, into the cache; returns the path."""
+    whole = "\n".join(passages(kind)).encode()
+    if skip >= len(whole):
+        raise Failure(f"--skip {skip}: the text {kind} has {len(whole)} bytes here; skip fewer")
+    target = cache_dir() / "texts" / (f"{kind}-{size}.txt" if skip == 0 else f"{kind}-{skip}-{size}.txt")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}")
-    partial.write_text(whole.encode()[:size].decode(errors="ignore"), encoding="utf-8")
+    partial.write_text(whole[skip : skip + size].decode(errors="ignore"), encoding="utf-8")
     os.replace(partial, target)
     return target
 
@@ -66,9 +69,10 @@ def write(kind, size=250_000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--bytes", type=int, default=250_000, help="cut the text at about this length")
+    parser.add_argument("--bytes", type=int, default=250_000, help="cut the text at about this length (default 250000)")
+    parser.add_argument("--skip", type=int, default=0, help="leave out about so many bytes at its beginning (default 0)")
     arguments = parser.parse_args()
-    print(write(arguments.kind, arguments.bytes))
+    print(write(arguments.kind, arguments.bytes, arguments.skip))
     return 0
 
 

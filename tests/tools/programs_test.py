@@ -146,6 +146,21 @@ common.run_main(main)
         self.assertEqual(target.read_text(), "old")
         self.assertEqual(list(self.folder.glob("*partial*")), [])
 
+    def test_parts_of_a_text_make_the_whole(self):
+        def made(*options):
+            told = subprocess.check_output(
+                [TOOLS / "text.py", "manual", *options], text=True, env=self.environment(), encoding="utf-8"
+            )
+            return pathlib.Path(told.strip()).read_text(encoding="utf-8")
+
+        whole = made("--bytes", "9000")
+        self.assertEqual(made("--bytes", "5000") + made("--skip", "5000", "--bytes", "4000"), whole)
+        beyond = subprocess.run(
+            [TOOLS / "text.py", "manual", "--skip", "9" * 9], capture_output=True, text=True, env=self.environment()
+        )
+        self.assertEqual(beyond.returncode, 1)
+        self.assertIn(f"--skip {'9' * 9}: the text manual has", beyond.stderr)
+
 
 if __name__ == "__main__":
     unittest.main(verbosity=2)
