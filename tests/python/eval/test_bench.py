@@ -1,6 +1,8 @@
 """python -m pbsattn_eval bench, on a small random model."""
 
+import importlib.machinery
 import json
+import sys
 import types
 
 import pytest
@@ -51,6 +53,33 @@ def test_prefill(folder, tmp_path, capsys):
     assert "<svg" in (tmp_path / "out.svg").read_text()
     commands.main(["plot", str(tmp_path / "out.json"), "--to", str(tmp_path / "again"), "--attn", "math,pbs:top_p=0.1"])
     assert "pbs:top_p=1.0" not in (tmp_path / "again.svg").read_text()
+
+
+def test_flash_attention_3_computes_the_models_attention(folder, monkeypatch):
+    """By a stand-in that takes what the package's function takes: tokens before heads, and K and V not repeated."""
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention
+        return attended(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+
+    package = types.ModuleType("fa3_fwd_interface")
+    package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None)
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    base, fa3 = run(folder, "--lengths", "600", "--attn", "math,fa3")
+    assert fa3.differing == 0.0 and fa3.perplexity == pytest.approx(base.perplexity, rel=1e-4) and fa3.density is None
+    assert fa3.attention_seconds > 0
+    q, k, v = torch.randn(1, 4, 300, 64), torch.randn(1, 2, 300, 64), torch.randn(1, 2, 300, 64)
+    torch.testing.assert_close(Attention.parse("fa3").compute(q, k, v), Attention.parse("math").compute(q, k, v))
+
+
+def test_flash_attention_3_is_refused_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", None)
+    with pytest.raises(ValueError, match='attention "fa3": its package is missing; pip install fa3-fwd'):
+        Attention.parse("fa3")
+    with pytest.raises(ValueError, match="have no settings"):
+        Attention.parse("fa3:top_p=0.5")
 
 
 def test_op(tmp_path, capsys):

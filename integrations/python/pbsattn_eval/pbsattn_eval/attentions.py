@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 import pbsattn.transformers
 
@@ -18,15 +20,34 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+FA3 = "fa3"  # FlashAttention-3, of the package fa3-fwd; also its name among transformers' attentions
 
 
 # What a spec may say beside a method's options: how pbsattn.transformers.enable() takes the method.
 _OF_ENABLE = {"min_tokens": int, "settings": str, "learned": str}
 
 
+def _flash_attention_3(q, k, v, scale=None):
+    """The causal attention of q [B, Hq, S, D] over k, v [B, Hkv, S, D], as [B, S, Hq, D]."""
+    from fa3_fwd_interface import flash_attn_func
+
+    return flash_attn_func(*(each.transpose(1, 2) for each in (q, k, v)), softmax_scale=scale, causal=True)
+
+
+def _register_fa3():
+    if importlib.util.find_spec("fa3_fwd_interface") is None:
+        raise ValueError(f'attention "{FA3}": its package is missing; pip install fa3-fwd, on a machine with a Hopper GPU')
+
+    def forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        return _flash_attention_3(query, key, value, scaling), None
+
+    AttentionInterface.register(FA3, forward)
+    AttentionMaskInterface.register(FA3, flash_attention_mask)
+
+
 @dataclasses.dataclass
 class Attention:
-    """One way to compute a model's attention: a backend of SDPA, or a method of pbsattn."""
+    """One way to compute a model's attention: a backend of SDPA, FlashAttention-3, or a method of pbsattn."""
 
     name: str
     method: str | None = None  # with its options, as "pbs:top_p=0.8"
@@ -36,12 +57,15 @@ class Attention:
     def parse(cls, text):
         """From "cudnn", "pbs" or "pbs:top_p=0.8:dense_last_rows=1". Raises ValueError for what is none of those."""
         head, *parts = text.split(":")
-        if head in SDPA:
+        others = [*SDPA, FA3]
+        if head in others:
             if parts:
-                raise ValueError(f'attention "{text}": PyTorch\'s backends have no settings')
+                raise ValueError(f'attention "{text}": PyTorch\'s backends and FlashAttention-3 have no settings')
+            if head == FA3:
+                _register_fa3()
             return cls(text)
         if head not in pbsattn.METHODS:
-            raise ValueError(f'attention "{text}": no such attention; there are {", ".join([*SDPA, *pbsattn.METHODS])}')
+            raise ValueError(f'attention "{text}": no such attention; there are {", ".join([*others, *pbsattn.METHODS])}')
         settings, method = {}, [head]
         for part in parts:
             name, equals, value = part.partition("=")
@@ -64,8 +88,8 @@ class Attention:
             with pbsattn.transformers.enable(model, method=self.method, stats=stats, **self.settings):
                 yield
             return
-        model.set_attn_implementation("sdpa")
-        backend = SDPA[self.name]
+        model.set_attn_implementation(self.implementation)
+        backend = SDPA.get(self.name)
         with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
             yield
 
@@ -73,6 +97,8 @@ class Attention:
         """The attention of q [B, Hq, S, D] over k, v [B, Hkv, S, D]."""
         if self.method is not None:
             return pbsattn.attention(q, k, v, method=self.method, **kwargs)
+        if self.name == FA3:
+            return _flash_attention_3(q, k, v, kwargs.get("scale")).transpose(1, 2)
         backend = SDPA[self.name]
         with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], **kwargs)
@@ -80,7 +106,9 @@ class Attention:
     @property
     def implementation(self):
         """Its name among transformers' attentions."""
-        return "sdpa" if self.method is None else pbsattn.transformers.NAME
+        if self.method is not None:
+            return pbsattn.transformers.NAME
+        return FA3 if self.name == FA3 else "sdpa"
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def _parser():
     written.add_argument("--commit", help="what to write there as the commit (default: that of the source tree)")
     shared = argparse.ArgumentParser(add_help=False, parents=[written])
     shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    kinds = "sdpa, flash, cudnn, efficient, math, or a method with settings, as pbs:top_p=0.8"
+    kinds = "sdpa, flash, cudnn, efficient, math, fa3 (pip install fa3-fwd), or a method with settings, as pbs:top_p=0.8"
     heads = argparse.ArgumentParser(add_help=False)
     heads.add_argument("--heads", type=int, default=12, help="query heads (default 12)")
     heads.add_argument("--kv-heads", type=int, default=2, help="key heads (default 2)")
