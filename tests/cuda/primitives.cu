@@ -185,14 +185,14 @@ __global__ void __launch_bounds__(128) sum_weighted(const __half* weights, const
     packed[i] = *reinterpret_cast<const std::uint32_t*>(weights + (row + i % 2 * 8) * 128 + i / 2 * 8 + column);
   float o[values / 2 + 4];
 #pragma unroll
-  for (float& x : o) x = 0;
+  for (float& x : o) x = NAN;  // which the first product doesn't add to
   const std::uint64_t operand = sm90::operand<panel>(&memory.stage, panel_bytes);
   sm90::pin(o);
   sm90::wgmma_fence();
 #pragma unroll
   for (int key = 0; key < step; key += 16)
-    attention::multiply_values<__half, panel>(o, packed + key / 4, sm90::advance(operand, key * panel * 2),
-                                              panel_bytes);
+    attention::multiply_values<__half, panel>(o, packed + key / 4, sm90::advance(operand, key * panel * 2), panel_bytes,
+                                              key > 0);
   sm90::wgmma_commit();
   sm90::wgmma_wait<0>();
   sm90::pin(o);

@@ -2,24 +2,27 @@
 //
 //     for each tile (batch, query head, row):   for each key block in its list, diagonal first, then descending:
 //         S = Q K^T    P = exp2(scale (S - m))
-//         where a weight of a warp's 16 rows exceeds 256, or a row has no m yet, or one beyond fused arithmetic:
+//         where a weight of a warp's 16 rows exceeds a limit, or a row's m is beyond fused arithmetic:
 //             m before = m    m = max(m, rows of S)    O = O exp2(scale (m before - m))    P = exp2(scale (S - m))
 //         O = O + P [V 1]
 //     out = O / its last column    lse = scale m + log(O's last column)
-//     where logits are capped: S = cap(Q K^T), by a polynomial in P's exponent; where that doesn't hold, m is looked
-//     for where the head has a sink: both are merged with a key of that logit and a value of zeros a window's blocks
-//     are the list, and where its edge passes through a block, m is looked for with what it leaves
 //
-// So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it. 256 leaves
-// f16 a margin, and is seldom exceeded. The sums of P are of P as rounded for the product, so that a key with all the
-// weight gives its value whatever m is. As a warp's rows decide together, a query's last bits depend on those beside
-// it.
+// Where logits are capped S = cap(Q K^T), by a polynomial in P's exponent, and where that doesn't hold m is looked for.
+// Where a head has a sink both are merged with a key of that logit and a value of zeros. A window's blocks are the list,
+// and where its edge passes through a block the keys beyond it are hidden.
+//
+// So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it. A list's
+// first block takes that of its first 8 columns. The limit, 2^24 in bf16 and 2^14 in f16, is seldom exceeded, and the
+// more weights exceed 1 the better small ones are kept; values above 2^103 may overflow. The sums of P are of P as
+// rounded for the product, so that a key with all the weight gives its value whatever m is. As a warp's rows decide
+// together, a query's last bits depend on those beside it.
 //
 // A thread block has three warpgroups and stays resident, taking tiles until none is left:
 //   - two *consumers* of 64 queries each. Each exponentiates a block beside its own P V of the block before, and the
-//     two drift apart by themselves, so that one multiplies while the other exponentiates. A tile's last product runs
-//     beside the next one's first;
-//   - one *producer*, of four warps with a role each: `schedule` takes tiles, after the first from a counter, `load`
+//     two drift apart by themselves, so that one multiplies while the other exponentiates. A tile's end runs beside the
+//     next one's first product;
+//   - one *producer*, of four warps with a role each: `schedule` takes tiles, after the first from a counter, or dealt
+//     out where they are few, `load`
 //     brings Q, K and V into shared memory, `guard` looks for values that masked queries must not see,
 //     `store` takes finished outputs away.
 //
@@ -61,12 +64,25 @@ namespace {
 
 using namespace attention;
 
+constexpr int scheduler = 96;  // thread
+
 template <class Element, int head_dim, int head_dim_v, class Layer>
 __global__ void __launch_bounds__(threads, 1)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps,
                   const __grid_constant__ Layer layer) {
   auto& shared = aligned_shared<Shared<Element, head_dim, head_dim_v, Layer::guards>>();
-  if (threadIdx.x == 0) shared.init_barriers();
+  Tile first_tile{};
+  switch (threadIdx.x) {  // beside each other
+    case 0:
+      for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) sm90::prefetch_map(*map);
+      shared.init_barriers();
+      break;
+    case scheduler:
+      if constexpr (!Layer::plain) wait_for_earlier_kernels();  // they may have written the sinks
+      first_tile = tile_at(p, layer, static_cast<int>(blockIdx.x));
+      break;
+    default: break;
+  }
   shared.init_ones();
   __syncthreads();
   const int role = threadIdx.x / warpgroup;
@@ -78,7 +94,7 @@ __global__ void __launch_bounds__(threads, 1)
       case 1: store(p, maps, shared, lane); break;
       case 2: guard(layer, shared, lane); break;
       case 3:
-        if (lane == 0) schedule(p, layer, shared);
+        if (lane == 0) schedule(p, layer, shared, first_tile);
         break;
     }
   } else {
@@ -90,6 +106,9 @@ __global__ void __launch_bounds__(threads, 1)
 // K and V of a section's heads should stay in L2 while its rows are worked off. An H100 has 50 MB in two halves that
 // may both hold a line.
 constexpr std::int64_t section_bytes = 24 << 20;
+
+// So many dense tiles of each multiprocessor are dealt out beforehand: a counter would have to be set to zero first.
+constexpr int few_tiles = 4;
 
 struct Scratch {
   int next_place;
@@ -232,15 +251,16 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
                                          params.order, params.lists.row_count, scratch);
         error != cudaSuccess)
       return error;
-  } else if (tiles <= multiprocessors) {
+  } else if (tiles <= few_tiles * multiprocessors) {
     params.next_place = nullptr;
   } else if (const cudaError_t error =
                  launch(reset_places, dim3(1), 1, 0, stream, Start::after_earlier_kernels, params.next_place);
              error != cudaSuccess) {
     return error;
   }
-  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places.
-  const Start start = dense && params.next_place != nullptr ? Start::early : Start::after_earlier_kernels;
+  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places, or get ready beside
+  // kernels that write what it reads.
+  const Start start = dense ? Start::early : Start::after_earlier_kernels;
   return dispatch(args.inputs.q.dtype, shape, [&](auto element, auto keys, auto values) {
     using T = decltype(element);
     const auto launch_for = [&]<class L>(const L& layer) {

@@ -4,54 +4,19 @@
 #include "cuda/attend/layer.cuh"
 #include "cuda/attend/merger.cuh"
 #include "cuda/attend/tile.cuh"
+#include "cuda/attend/weights.cuh"
 
 namespace pbsattn::cuda::attention {
 
-// Returns whether one of packed weights, none of them negative, exceeds the largest or is no number, in any lane of the
-// warp.
-template <class Element, int count>
-__device__ bool any_exceeds(const std::uint32_t (&weights)[count]) {
-  std::uint32_t most[2] = {0, 0};  // of each half
-#pragma unroll
-  for (int i = 0; i < count; i += 2) most[i / 2 % 2] = __vimax3_u16x2(most[i / 2 % 2], weights[i], weights[i + 1]);
-  most[0] = __vmaxu2(most[0], most[1]);
-  constexpr std::uint32_t limit = Bits<Element>::largest_weight;
-  return __any_sync(0xFFFFFFFF, (most[0] & 0xFFFF) > limit || most[0] >> 16 > limit);
-}
-
-// Weighs products whose logits are capped. Returns whether the layer's polynomial holds for all of the warp's.
-template <class Element, int scores>
-__device__ bool weigh_products(const CappedLayer& layer, const float (&s)[scores], const float (&offset)[2],
-                               std::uint32_t (&weights)[scores / 2]) {
-  std::uint32_t largest = 0;  // square, by its bits, where NaN is above all numbers
-#pragma unroll
-  for (int i = 0; i < scores / 2; ++i) {
-    float weight[2];
-    std::uint32_t squares[2];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float score = s[2 * i + c];
-      const float square = score * score;
-      float factor = layer.term[tanh_terms - 1];
-#pragma unroll
-      for (int term = tanh_terms - 2; term >= 0; --term) factor = fmaf(factor, square, layer.term[term]);
-      weight[c] = sm90::exp2_fast(fmaf(score, factor, -offset[i % 2]));
-      squares[c] = __float_as_uint(square);
-    }
-    weights[i] = pack<Element>(weight[0], weight[1]);
-    largest = __vimax3_u32(largest, squares[0], squares[1]);
-  }
-  return __all_sync(0xFFFFFFFF, largest <= __float_as_uint(layer.reach)) != 0;
-}
-
-// Starts o += p [v 1] of 16 keys.
+// Starts o = p [v 1] (+ o if add) of 16 keys.
 template <class Element, int panel, int registers>
-__device__ void multiply_values(float (&o)[registers], const std::uint32_t* p, std::uint64_t v, int panel_bytes) {
+__device__ void multiply_values(float (&o)[registers], const std::uint32_t* p, std::uint64_t v, int panel_bytes,
+                                int add) {
   if constexpr (registers > 128) {  // more columns than one product has
-    sm90::wgmma<Element>(sm90::part<0, 64>(o), p, v);
-    sm90::wgmma<Element>(sm90::part<64, registers - 64>(o), p, sm90::advance(v, 128 / panel * panel_bytes));
+    sm90::wgmma<Element>(sm90::part<0, 64>(o), p, v, add);
+    sm90::wgmma<Element>(sm90::part<64, registers - 64>(o), p, sm90::advance(v, 128 / panel * panel_bytes), add);
   } else {
-    sm90::wgmma<Element>(o, p, v);
+    sm90::wgmma<Element>(o, p, v, add);
   }
 }
 
@@ -127,15 +92,17 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     }
     sm90::wgmma_commit();
   };
-  // O += P [V 1], once V is there
-  const auto multiply_pv = [&] {
+  // Whether O is set to zero for a tile's first step, which otherwise writes it: takes fewer registers.
+  constexpr bool zeroes = !Layer::plain && Shared::head_dim_v > 128;
+  // O += P [V 1], once V is there; of a tile's first step O = P [V 1]
+  const auto multiply_pv = [&](bool first) {
     const std::uint64_t v_operand = sm90::operand<panel_v>(&shared.v[v.at], v_panel_bytes);
     sm90::pin(o);
     sm90::wgmma_fence();
 #pragma unroll
     for (int key = 0; key < step; key += 16)
       multiply_values<Element, panel_v>(o, weights + key / 4, sm90::advance(v_operand, key * row_bytes_v),
-                                        v_panel_bytes);
+                                        v_panel_bytes, zeroes || key > 0 || !first);
     sm90::wgmma_commit();
   };
   const auto free_k = [&] {
@@ -154,17 +121,18 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     return wg * 64 + thread / 32 * 16 + thread % 32 / 4;
   };  // of the tile, and 8 more
   const auto column_of = [&](int thread) { return thread % 4 * 2; };
-  const auto weigh = [&](std::uint32_t(&into)[scores / 2]) {
+  // Weighs scores for some of the packed weights: all of them, or from one to before another.
+  const auto weigh = [&](std::uint32_t(&into)[scores / 2], int begin = 0, int end = block) {
 #pragma unroll
     for (int i = 0; i < scores / 2; ++i) {
       const auto weight = [&](int j) { return sm90::exp2_fast(fmaf(s[j], p.scale_log2, -softmax.offset[j % 4 / 2])); };
-      into[i] = pack<Element>(weight(2 * i), weight(2 * i + 1));
+      if (i >= begin && i < end) into[i] = pack<Element>(weight(2 * i), weight(2 * i + 1));
     }
   };
-  // Looks for the maxima with this block's scores, but those that hide() hides, rescales what was weighed before, and
-  // weighs this block by them.
+  // Looks for the maxima with this block's scores, but those that hide() hides, rescales what was weighed before, if it
+  // isn't the tile's first step, and weighs this block by them.
   bool settled = false;
-  const auto raise = [&](auto&& hide) {
+  const auto raise = [&](auto first, auto&& hide) {
     if constexpr (Layer::caps) {
 #pragma unroll
       for (float& x : s) x = layer.cap(x);
@@ -172,15 +140,17 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     hide();
     float factor[2];
     softmax.raise(s, p.scale_log2, factor);
+    if constexpr (!decltype(first)::value) {
 #pragma unroll
-    for (int i = 0; i < outputs + 4; ++i) o[i] *= factor[i % 4 / 2];
+      for (int i = 0; i < outputs + 4; ++i) o[i] *= factor[i % 4 / 2];
+    }
     weigh(weights);
     settled = softmax.settle(p.scale_log2);
   };
 
   // Scales and hands over the outputs of a tile, and frees its slot.
   const auto finish = [&](const Tile& of_slot, const Ring<tile_slots>& slot) {
-    const Tile tile = Shared::wide ? shared.tile[slot.at] : of_slot;  // read again where registers are few
+    const Tile& tile = Shared::wide ? shared.tile[slot.at] : of_slot;  // read again where registers are few
     const int row = row_of(number());
     const int column = column_of(number());
     float inverse[2];
@@ -191,8 +161,12 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       const auto log_sum = [&] { return sum == 0 ? -infinity : fmaf(softmax.maximum[r], p.scale, logf(sum)); };
       Merger merger;
       if constexpr (!Layer::plain) {
-        merger = {log_sum(), layer.sink(tile.head)};
-        inverse[r] *= merger.a;
+        if (!Shared::wide && tile.sink == -infinity) {
+          merger.lse = log_sum();
+        } else {
+          merger = {log_sum(), tile.sink};
+          inverse[r] *= merger.a;
+        }
       }
       const int query = tile.token + row + 8 * r - p.grid.q_offset;
       if (p.lse != nullptr && lane % 4 == 0 && query >= 0 && query < p.grid.q_len) {
@@ -280,13 +254,49 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     free_k();
     if (Shared::wide && n + 1 == tile.count * steps) release(shared.q_free[0][wg]);
   };
-  // Hides the keys behind each query of the n-th of the diagonal block's steps.
-  const auto mask = [&](int n) {
+  // Hides the keys behind each query of the n-th of the diagonal block's steps, in all registers of S or some.
+  const auto mask = [&](int n, int begin = 0, int end = block) {
     const int row = row_of(number());
     const int column = column_of(number());
 #pragma unroll
     for (int i = 0; i < scores; ++i) {
-      if (n * step + i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
+      if (i >= begin && i < end && n * step + i / 4 * 8 + column + i % 2 > row + i % 4 / 2 * 8) s[i] = -infinity;
+    }
+  };
+  // Weighs a tile's first step by the maxima of a few columns, which will do unless others are far above them.
+  const auto weigh_first = [&] {
+    const auto hide = [&] {
+      mask(0);
+      if (layer.has_edge(0)) hide_left(0);
+    };
+    if constexpr (Layer::caps) {
+      raise(std::true_type{}, hide);
+      return;
+    }
+    constexpr bool halves =
+        steps == 1;  // of S: the first consumer's queries see nothing of the second, the other's all of the first
+    if (!halves)
+      mask(0);
+    else if (wg == 0)
+      mask(0, 0, scores / 2);
+    else
+      mask(0, scores / 2);
+    if (layer.has_edge(0)) hide_left(0);
+    softmax.start(s);
+    settled = softmax.settle(p.scale_log2);
+    weigh(weights, 0, halves ? scores / 4 : scores / 2);
+    if (halves) {
+      if (wg == 0) {
+#pragma unroll
+        for (int i = scores / 4; i < scores / 2; ++i) weights[i] = 0;
+      } else {
+        weigh(weights, scores / 4);
+      }
+    }
+    if (any_exceeds<Element>(weights) || !settled) {
+      raise(std::true_type{}, [&] {
+        if (halves && wg == 0) mask(0, scores / 2);
+      });
     }
   };
 
@@ -297,15 +307,14 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   multiply_qk();
   for (;;) {
     softmax = {};
+    if constexpr (zeroes) {
 #pragma unroll
-    for (int i = 0; i < outputs + 4; ++i) o[i] = 0;
+      for (float& x : o) x = 0;
+    }
     sm90::wgmma_wait<0>();
     sm90::pin(s);
     free_q_and_k(tile, 0);
-    raise([&] {
-      mask(0);
-      if (layer.has_edge(0)) hide_left(0);
-    });
+    weigh_first();
     shared.guarded[slot.at][0].wait(slot.parity);
     shared.v_full[v.at].wait(v.parity);
 
@@ -316,7 +325,7 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       await_guard((n - 1) / steps, slot);
       if (!k_full) shared.k_full[k.at].wait(k.parity);
       multiply_qk();
-      multiply_pv();
+      multiply_pv(n == 1);
       sm90::wgmma_wait<1>();
       sm90::pin(s);
       free_q_and_k(tile, n);
@@ -325,6 +334,15 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       next_v.next();
       const bool v_full = shared.v_full[next_v.at].test(next_v.parity);
       k_full = shared.k_full[k.at].test(k.parity);
+      const bool on_diagonal = steps > 1 && n < steps;
+      const auto hide = [&] {
+        if (on_diagonal) mask(n);
+        if (layer.has_edge(place)) hide_left(n);
+      };
+      // Hidden keys need no new maxima; hiding them here takes registers that the widest heads don't have.
+      constexpr bool hides = !Layer::plain && !Layer::caps && Shared::head_dim_v <= 128;
+      if constexpr (hides)
+        if (layer.has_edge(place)) hide_left(n);
       std::uint32_t next_weights[scores / 2];
       bool holds = true;
       if constexpr (Layer::caps)
@@ -340,32 +358,28 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       // product (C7513).
 #pragma unroll
       for (int j = 0; j < scores / 2; ++j) asm volatile("mov.b32 %0, %1;" : "=r"(weights[j]) : "r"(next_weights[j]));
-      const bool on_diagonal = steps > 1 && n < steps;
-      if (exceeds || !settled || !holds || on_diagonal || layer.has_edge(place)) {
-        raise([&] {
-          if (on_diagonal) mask(n);
-          if (layer.has_edge(place)) hide_left(n);
-        });
-      }
+      if (exceeds || !settled || !holds || on_diagonal || (!hides && layer.has_edge(place)))
+        raise(std::false_type{}, hide);
     }
     await_guard(tile.count - 1, slot);
 
-    // The next tile's first product runs beside this tile's end.
+    // The next tile's first product runs beside this tile's end, but for the last product: sharing the tensor cores
+    // with it, that would end later, and the end begin so.
     Ring<tile_slots> next_slot = slot;
     next_slot.next();
     const Tile next = next_tile(shared, next_slot);
     if (next.count == 0) break;
     await(next_slot);
-    multiply_pv();
-    multiply_qk();
-    sm90::wgmma_wait<1>();
+    multiply_pv(tile.count * steps == 1);
+    sm90::wgmma_wait<0>();
     sm90::pin(o);
     free_v();
+    multiply_qk();
     finish(tile, slot);
     tile = next;
     slot = next_slot;
   }
-  multiply_pv();
+  multiply_pv(tile.count * steps == 1);
   sm90::wgmma_wait<0>();
   sm90::pin(o);
   free_v();

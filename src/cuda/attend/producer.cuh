@@ -7,37 +7,47 @@
 
 namespace pbsattn::cuda::attention {
 
+// Returns the tile at a place of the order; without blocks where there is none.
+template <class Layer>
+__device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
+  Tile tile{};
+  if (place >= p.order.tiles()) return tile;
+  const int index = p.tile_order != nullptr ? p.tile_order[place] : p.order.tile(place);
+  const int head = index / p.order.rows;
+  const int diagonal = p.grid.diagonal(index % p.order.rows);
+  tile.head = head % p.grid.q_heads;
+  tile.batch = head / p.grid.q_heads;
+  tile.token = diagonal * block;
+  tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : layer.blocks(p.grid, diagonal);
+  tile.list = p.lists.row_start != nullptr ? p.lists.row_start[index] : 0;
+  if constexpr (!Layer::plain) tile.sink = layer.sink(tile.head);
+  return tile;
+}
+
+// `tile` is the thread block's first one; there are as many tiles as thread blocks, or more.
 template <class Layer, class Shared>
-__device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shared) {
+__device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shared, Tile tile) {
+  const int grid = static_cast<int>(gridDim.x);
+  const int own = static_cast<int>(blockIdx.x);
   Ring<tile_slots> slot;
-  int place = static_cast<int>(blockIdx.x);  // there are as many tiles as thread blocks, or more
-  for (bool more = true; more; slot.next()) {
-    Tile tile{};
-    more = place < p.order.tiles();
-    if (more) {
-      const int index = p.tile_order != nullptr ? p.tile_order[place] : p.order.tile(place);
-      const int head = index / p.order.rows;
-      const int diagonal = p.grid.diagonal(index % p.order.rows);
-      tile.head = head % p.grid.q_heads;
-      tile.batch = head / p.grid.q_heads;
-      tile.token = diagonal * block;
-      tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : layer.blocks(p.grid, diagonal);
-      tile.list = p.lists.row_start != nullptr ? p.lists.row_start[index] : 0;
-    }
+  for (int turn = 1;; ++turn) {
     shared.tile_free[slot.at].wait(slot.parity ^ 1);
     shared.tile[slot.at] = tile;
     shared.tile_full[slot.at].arrive();
-    if (p.next_place == nullptr) {
-      place = p.order.tiles();
+    if (tile.count == 0) return;
+    slot.next();
+    if (p.next_place == nullptr) {  // there and back: whose row was the longest has the shortest then
+      tile = tile_at(p, layer, grid * turn + (turn % 2 == 0 ? own : grid - 1 - own));
     } else {
       wait_for_earlier_kernels();  // they set the counter to zero
-      place = static_cast<int>(gridDim.x) + atomicAdd(p.next_place, 1);
+      tile = tile_at(p, layer, grid + atomicAdd(p.next_place, 1));
     }
   }
 }
 
 template <class Layer, class Shared>
 __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer& layer, Shared& shared, int lane) {
+  if (p.next_place == nullptr) wait_for_earlier_kernels();  // else a kernel of ours has waited
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
   const auto load_step = [&](auto& stage, auto& tile, sm90::Barrier* full, sm90::Barrier* free, const CUtensorMap& map,

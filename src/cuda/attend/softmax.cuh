@@ -22,6 +22,18 @@ struct Softmax {
   float sum[2] = {0, 0};                      // this thread's part, of weights not rounded; attend has its own
   float offset[2];                            // a weight is 2 to the scaled score less this
 
+  // Takes the largest scores of the first eight columns for maxima.
+  template <int scores>
+  __device__ void start(const float (&s)[scores]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = fmaxf(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFF, top, step));
+      maximum[r] = top;
+    }
+  }
+
   // Raises the maxima to those of scores s. What was summed before must then be multiplied by factor[r]; returns
   // whether any factor of the warp is not 1. Where maxima are too large, scores become differences to them.
   template <int scores>

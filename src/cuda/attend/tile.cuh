@@ -50,23 +50,24 @@ struct Tile {
   int batch;
   int token;          // of its first query; a multiple of 128, before the first query if a chunk starts inside a block
   int count;          // key blocks; 0 ends the work
+  float sink;         // the logit of one more key of its head, which has no value; -inf: there is none
   std::int64_t list;  // place of its list
 };
 
 template <class Element>
-struct Bits;  // of infinity, which NaN's exceed, and of the largest weight, 256; of elements not below 0 they are in
-              // order
+struct Bits;  // of infinity, which NaN's exceed, and of the largest weight that needs no new maximum; of elements not
+              // below 0 they are in order
 template <>
 struct Bits<__nv_bfloat16> {
   using Pair = __nv_bfloat162;
   static constexpr std::uint32_t infinite = 0x7F80;
-  static constexpr std::uint32_t largest_weight = 0x4380;
+  static constexpr std::uint32_t largest_weight = 0x4B80;
 };
 template <>
 struct Bits<__half> {
   using Pair = __half2;
   static constexpr std::uint32_t infinite = 0x7C00;
-  static constexpr std::uint32_t largest_weight = 0x5C00;
+  static constexpr std::uint32_t largest_weight = 0x7400;
 };
 
 template <class Element_, int head_dim_, int head_dim_v_, int guards_>

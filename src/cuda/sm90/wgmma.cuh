@@ -114,52 +114,52 @@ __device__ void wgmma(float (&d)[32], std::uint64_t a, std::uint64_t b, int add)
 
 // Starts d += a b with `a` 64 x 16 in registers; b, 16 x 128, is in shared memory with rows along d's.
 template <class Element>
-__device__ void wgmma(float (&d)[64], const std::uint32_t* a, std::uint64_t b) {
+__device__ void wgmma(float (&d)[64], const std::uint32_t* a, std::uint64_t b, int add = 1) {
   PBSATTN_WGMMA(Element, "m64n128k16", PBSATTN_NAMES_64, "{%64, %65, %66, %67}, %68, add, 1, 1, 1", "%69",
                 : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_32(d, 32)
-                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+                : PBSATTN_LEFT(a), "l"(b), "r"(add));
 }
 
 // Does the same with 64, 96 and 256 columns, and with 72, 104 and 136.
 template <class Element>
-__device__ void wgmma(float (&d)[32], const std::uint32_t* a, std::uint64_t b) {
+__device__ void wgmma(float (&d)[32], const std::uint32_t* a, std::uint64_t b, int add = 1) {
   PBSATTN_WGMMA(Element, "m64n64k16", PBSATTN_NAMES_32, "{%32, %33, %34, %35}, %36, add, 1, 1, 1", "%37",
                 : PBSATTN_REGISTERS_32(d, 0)
-                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+                : PBSATTN_LEFT(a), "l"(b), "r"(add));
 }
 template <class Element>
-__device__ void wgmma(float (&d)[48], const std::uint32_t* a, std::uint64_t b) {
+__device__ void wgmma(float (&d)[48], const std::uint32_t* a, std::uint64_t b, int add = 1) {
   PBSATTN_WGMMA(Element, "m64n96k16", PBSATTN_NAMES_48, "{%48, %49, %50, %51}, %52, add, 1, 1, 1", "%53",
                 : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_16(d, 32)
-                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+                : PBSATTN_LEFT(a), "l"(b), "r"(add));
 }
 template <class Element>
-__device__ void wgmma(float (&d)[128], const std::uint32_t* a, std::uint64_t b) {
+__device__ void wgmma(float (&d)[128], const std::uint32_t* a, std::uint64_t b, int add = 1) {
   PBSATTN_WGMMA(Element, "m64n256k16", PBSATTN_NAMES_128, "{%128, %129, %130, %131}, %132, add, 1, 1, 1", "%133",
                 : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_32(d, 32), PBSATTN_REGISTERS_32(d, 64),
                   PBSATTN_REGISTERS_32(d, 96)
-                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+                : PBSATTN_LEFT(a), "l"(b), "r"(add));
 }
 template <class Element>
-__device__ void wgmma(float (&d)[52], const std::uint32_t* a, std::uint64_t b) {
+__device__ void wgmma(float (&d)[52], const std::uint32_t* a, std::uint64_t b, int add = 1) {
   PBSATTN_WGMMA(Element, "m64n104k16", PBSATTN_NAMES_48 ", %48, %49, %50, %51",
                 "{%52, %53, %54, %55}, %56, add, 1, 1, 1", "%57",
                 : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_16(d, 32), PBSATTN_REGISTERS_4(d, 48)
-                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+                : PBSATTN_LEFT(a), "l"(b), "r"(add));
 }
 template <class Element>
-__device__ void wgmma(float (&d)[68], const std::uint32_t* a, std::uint64_t b) {
+__device__ void wgmma(float (&d)[68], const std::uint32_t* a, std::uint64_t b, int add = 1) {
   PBSATTN_WGMMA(Element, "m64n136k16", PBSATTN_NAMES_64 ", %64, %65, %66, %67",
                 "{%68, %69, %70, %71}, %72, add, 1, 1, 1", "%73",
                 : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_32(d, 32), PBSATTN_REGISTERS_4(d, 64)
-                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+                : PBSATTN_LEFT(a), "l"(b), "r"(add));
 }
 template <class Element>
-__device__ void wgmma(float (&d)[36], const std::uint32_t* a, std::uint64_t b) {
+__device__ void wgmma(float (&d)[36], const std::uint32_t* a, std::uint64_t b, int add = 1) {
   PBSATTN_WGMMA(Element, "m64n72k16", PBSATTN_NAMES_32 ", %32, %33, %34, %35",
                 "{%36, %37, %38, %39}, %40, add, 1, 1, 1", "%41",
                 : PBSATTN_REGISTERS_32(d, 0), PBSATTN_REGISTERS_4(d, 32)
-                : PBSATTN_LEFT(a), "l"(b), "r"(1));
+                : PBSATTN_LEFT(a), "l"(b), "r"(add));
 }
 
 #undef PBSATTN_WGMMA_TEXT
