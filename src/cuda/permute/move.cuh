@@ -28,6 +28,7 @@ struct MoveParams {
   KeyOrder known;
   Permuted permuted;
   void* pooled_k;
+  void* pooled_own;  // null: not wanted, nor where orders are known
 };
 
 constexpr int move_threads = 256;
@@ -116,6 +117,8 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
   const T* source_k = head_of<T>(p.k, batch, kv_head) + first_token * p.k.token_stride;
   const T* source_v = head_of<T>(p.v, batch, kv_head) + first_token * p.v.token_stride;
 
+  const RowShare<head_dim, move_threads> of_k(thread);
+  const RowShare<head_dim_v, move_threads> of_v(thread);
   if (p.weights != nullptr) {
     bool moves = false;
     for (int first = 0; first < p.segment; first += moved_at_once) {
@@ -139,6 +142,20 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
         score[key] = moves ? sortable_signed(learned_score<T, head_dim>(keys + thread / tile_tokens * Swizzled::bytes,
                                                                         thread % tile_tokens, weights, p.neighbours))
                            : 0;
+      for (int i = 0; i < tiles && p.pooled_own != nullptr; ++i) {
+        float sum[8] = {};
+        if (of_k.any())
+#pragma unroll
+          for (int row = of_k.first; row < tile_tokens; row += of_k.rows_at_once)
+            add_to<T>(sum,
+                      *reinterpret_cast<const uint4*>(keys + i * Swizzled::bytes + Swizzled::offset(row, of_k.chunk)));
+        const std::int64_t block = (std::int64_t{batch} * p.grid.kv_heads + kv_head) * p.grid.blocks +
+                                   (first_token + first) / block_tokens + i;
+        write_block_mean<T>(
+            sum, block_sums, thread, [] { __syncthreads(); },
+            static_cast<std::uint32_t*>(p.pooled_own) + block * (head_dim / 2));
+        __syncthreads();  // the sums are read
+      }
     }
     __syncthreads();
     rank_keys<move_threads>(score, p.segment, thread, from);
@@ -165,8 +182,6 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
     if (thread == 0) p.permuted.sink_block[out_head] = sink;
   }
 
-  const RowShare<head_dim, move_threads> of_k(thread);
-  const RowShare<head_dim_v, move_threads> of_v(thread);
   const auto write = [&](auto&& key_chunk) {
 #pragma unroll 1
     for (int block = 0; block < p.segment / block_tokens; ++block) {

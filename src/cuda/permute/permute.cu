@@ -40,7 +40,8 @@ Units units_of(const Geometry& g) {
 // ----------------------------------------------------------------------------------------------------------- pool
 
 constexpr int pool_warps = 4;
-constexpr int pool_items_of_warp = 4;  // so that copies of one run under sums of another
+constexpr int most_pool_items_of_warp = 4;  // so that copies of one run under sums of another,
+constexpr int fewest_pool_warps = 2048;     // where there are enough to fill the device
 
 template <class T, int width>
 __global__ void __launch_bounds__(pool_warps * 32)
@@ -61,8 +62,9 @@ struct Sinks {
 
 cudaError_t launch_pool(const PoolArgs& args, const Geometry& g, std::int64_t width, cudaStream_t stream,
                         Sinks sinks = {}) {
-  const dim3 grid(
-      static_cast<unsigned>(ceil_div(g.shape.batch * args.heads * args.rows, pool_warps * pool_items_of_warp)));
+  const std::int64_t items = g.shape.batch * args.heads * (args.rows - args.skipped);
+  const std::int64_t of_warp = std::clamp<std::int64_t>(items / fewest_pool_warps, 1, most_pool_items_of_warp);
+  const dim3 grid(static_cast<unsigned>(ceil_div(items, pool_warps * of_warp)));
   return dispatch(args.view.dtype, width, [&]<class T, int w>(T, std::integral_constant<int, w>) {
     return launch(pool_rows<T, w>, grid, pool_warps * 32, pool_warps * pool_stage_bytes<w>, stream,
                   Start::after_earlier_kernels, args, g.shape.batch, sinks.block, sinks.count);
@@ -91,8 +93,8 @@ PoolArgs whole_blocks(const Geometry& g, const ConstView& view, std::int64_t hea
           .out = means};
 }
 
-// All blocks of keys where they are, the last one maybe a part of a block.
-PoolArgs own_keys(const PermuteArgs& args) {
+// All blocks of keys where they are but the first `skipped`, the last one maybe a part of a block.
+PoolArgs own_keys(const PermuteArgs& args, std::int64_t skipped) {
   const Geometry& g = args.geometry;
   return {.view = args.inputs.k,
           .heads = g.shape.kv_heads,
@@ -100,6 +102,7 @@ PoolArgs own_keys(const PermuteArgs& args) {
           .first = 0,
           .tokens = g.shape.kv_len,
           .divide_by_count = args.divide_by_count,
+          .skipped = skipped,
           .out = args.pooled.own};
 }
 
@@ -187,7 +190,8 @@ cudaError_t move(const PermuteArgs& args, std::int64_t segments, cudaStream_t st
                      .neighbours = learned.pairs == RopePairs::neighbours,
                      .known = args.kept,
                      .permuted = args.permuted,
-                     .pooled_k = args.pooled.k};
+                     .pooled_k = args.pooled.k,
+                     .pooled_own = args.pooled.own};
   const dim3 grid(static_cast<unsigned>(segments), p.grid.kv_heads, static_cast<unsigned>(g.shape.batch));
   return dispatch(args.inputs.k.dtype, g.shape, [&](auto element, auto keys, auto values) {
     using Shared = MoveShared<keys()>;
@@ -230,8 +234,9 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
   const auto where = [](bool wanted, auto&& call) { return wanted ? call() : cudaSuccess; };
   return in_order(
       [&] {
-        return where(args.pooled.own != nullptr,
-                     [&] { return launch_pool(own_keys(args), g, g.shape.head_dim, stream); });
+        const std::int64_t pooled = learned ? permuted_blocks(g) : 0;  // by move_keys, which has them at hand
+        return where(args.pooled.own != nullptr && pooled < g.blocks(),
+                     [&] { return launch_pool(own_keys(args, pooled), g, g.shape.head_dim, stream); });
       },
       [&] { return where(moved > 0, [&] { return move(args, moved, stream); }); },
       [&] {
@@ -266,7 +271,7 @@ cudaError_t pool(const PermuteArgs& args, cudaStream_t stream) {
                                                       g, value_dim(g.shape), stream);
       },
       [&] {
-        return launch_pool(args.pooled.own != nullptr ? own_keys(args)
+        return launch_pool(args.pooled.own != nullptr ? own_keys(args, 0)
                                                       : whole_blocks(g, args.inputs.k, g.shape.kv_heads, args.pooled.k),
                            g, g.shape.head_dim, stream);
       });

@@ -17,6 +17,7 @@ struct PoolArgs {
   std::int64_t heads, rows;
   std::int64_t first, tokens;  // first <= 0: where a head's first block begins, relative to its first token
   bool divide_by_count;        // by the tokens present, else by 128
+  std::int64_t skipped = 0;    // of each head the first rows, which are pooled elsewhere
   void* out;                   // [batch][heads][rows][width]
 };
 
@@ -38,13 +39,15 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
   const int lane = threadIdx.x % 32;
   const std::uint64_t policy = evict_first();
   const std::uint32_t to = sm90::shared_address(stages) + lane * 16;
-  const int rows = static_cast<int>(args.rows);
+  const int skipped = static_cast<int>(args.skipped);
+  const int rows = static_cast<int>(args.rows) - skipped;
   const int heads = static_cast<int>(args.heads);
   const int items = static_cast<int>(batch) * heads * rows;
 
-  const auto begin_of = [&](int item) { return max(args.first + item % rows * block_tokens, std::int64_t{0}); };
+  const auto row_of = [&](int item) { return skipped + item % rows; };
+  const auto begin_of = [&](int item) { return max(args.first + row_of(item) * block_tokens, std::int64_t{0}); };
   const auto count_of = [&](int item) {
-    return static_cast<int>(min(args.first + (item % rows + 1) * block_tokens, args.tokens) - begin_of(item));
+    return static_cast<int>(min(args.first + (row_of(item) + 1) * block_tokens, args.tokens) - begin_of(item));
   };
   const auto copy = [&](int step) {
     const int item = warp + step / parts * warps;
@@ -83,7 +86,8 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
       mean.y = pack<T>(sum[2] / divisor, sum[3] / divisor);
       mean.z = pack<T>(sum[4] / divisor, sum[5] / divisor);
       mean.w = pack<T>(sum[6] / divisor, sum[7] / divisor);
-      reinterpret_cast<uint4*>(static_cast<T*>(args.out) + static_cast<std::int64_t>(item) * width)[lane] = mean;
+      const std::int64_t to_row = item / rows * args.rows + row_of(item);
+      reinterpret_cast<uint4*>(static_cast<T*>(args.out) + to_row * width)[lane] = mean;
     }
 #pragma unroll
     for (float& x : sum) x = 0;
