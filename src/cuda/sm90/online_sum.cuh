@@ -38,14 +38,15 @@ struct Statistics {
           other.sum * sm90::exp2_fast((other.max - shift) * scale_log2);
     max = larger;
   }
+  __device__ void merge_with_lane(int offset, float scale_log2) {
+    Statistics other;
+    other.max = __shfl_xor_sync(~0U, max, offset);
+    other.sum = __shfl_xor_sync(~0U, sum, offset);
+    merge(other, scale_log2);
+  }
   __device__ void merge_across_lanes(float scale_log2) {  // the four lanes that share a row of a product
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2) {
-      Statistics other;
-      other.max = __shfl_xor_sync(~0U, max, offset);
-      other.sum = __shfl_xor_sync(~0U, sum, offset);
-      merge(other, scale_log2);
-    }
+    merge_with_lane(1, scale_log2);
+    merge_with_lane(2, scale_log2);
   }
 };
 

@@ -40,6 +40,12 @@ struct KeyShared {
     for (Barrier& barrier : free) barrier.init(groups * 4);
     sm90::fence_barrier_init();
   }
+  // Returns which of 32 blocks some strip reads.
+  __device__ std::uint32_t that_any_reads(int word) const {
+    std::uint32_t blocks = 0;
+    for (const auto& of_strip : any) blocks |= of_strip[word];
+    return blocks;
+  }
 };
 
 // 64 lines of a head, or none where `head` is -1.
@@ -69,9 +75,10 @@ struct Strip {
 struct KeyItem {
   __device__ explicit KeyItem(const Params& p)
       // The last rows have the most keys, so they start first.
-      : first_strip(static_cast<int>(gridDim.y - 1 - blockIdx.y) * groups),
-        own(static_cast<int>(blockIdx.x) == p.parts) {
-    begin = own ? INT_MAX : static_cast<int>(blockIdx.x) * p.part_blocks;
+      : first_strip(static_cast<int>(gridDim.x - 1 - blockIdx.x) * groups),
+        part(static_cast<int>(blockIdx.y)),
+        own(part == p.parts) {
+    begin = own ? INT_MAX : part * p.part_blocks;
     end = 0;
     for (int group = 0; group < groups; ++group) {
       const Strip strip(p, first_strip + group);
@@ -85,6 +92,7 @@ struct KeyItem {
   __device__ int mean_tiles() const { return own ? 0 : (end - begin + tile_tokens - 1) / tile_tokens; }
 
   int first_strip;
+  int part;
   bool own;
   int begin, end;
 };
@@ -97,9 +105,8 @@ __device__ void for_each_block(const KeyItem& item, const KeyShared<head_dim>& s
     return;
   }
   for (int word = 0; word < item.words(); ++word) {
-    std::uint32_t left = 0;
-    for (const auto& of_strip : shared.any) left |= of_strip[word];
-    for (; left != 0; left &= left - 1) use(word * 32 + __ffs(static_cast<int>(left)) - 1);
+    for (std::uint32_t left = shared.that_any_reads(word); left != 0; left &= left - 1)
+      use(word * 32 + __ffs(static_cast<int>(left)) - 1);
   }
 }
 
@@ -119,9 +126,15 @@ __device__ void find_reads(const Params& p, const KeyItem& item, KeyShared<head_
     const int visible = there ? min(p.visible(row), item.end) : 0;
     const float least = there ? p.least_share(strip.head, row) : INFINITY;
     const float* shares = p.scores + (there ? p.grid.list_start(strip.head, row) : 0);
-    for (int word = 0; word < item.words(); ++word) {
+    float share[most_words];
+#pragma unroll
+    for (int word = 0; word < most_words; ++word) {
       const int block = item.begin + word * 32 + lane;
-      const std::uint32_t reads = __ballot_sync(~0U, block < visible && shares[block] >= least);
+      share[word] = block < visible ? shares[block] : -INFINITY;
+    }
+#pragma unroll
+    for (int word = 0; word < most_words; ++word) {
+      const std::uint32_t reads = __ballot_sync(~0U, share[word] >= least);
       if (lane == 0) {
         shared.reads[group][of_strip][word] = reads;
         atomicOr(&shared.any[group][word], reads);
@@ -157,21 +170,23 @@ __device__ void consume_keys(const Params& p, const Cap& cap, const KeyItem& ite
   const unsigned char* queries = shared.q[group / 2];
   const int first_line = group % 2 * group_lines;
   const Strip strip(p, item.first_strip + group);
-  // Of this thread's two lines: the row, counted from the strip's first, its blocks before the own segment, the last
-  // key that the query sees, -1 where there is none, and the place of its sums.
-  int of_strip[2], visible[2], last_key[2], sums[2];
+  // Return of the r-th of this thread's two lines the row, counted from the strip's first, its blocks before the own
+  // segment, and the last key that the query sees. They are found anew where they are used, for want of registers.
+  const auto of_strip = [&](int r) { return p.exact.row_of(strip.line_of(r)) - strip.row; };
+  const auto visible_of = [&](int r) {
+    const int row = p.exact.row_of(strip.line_of(r));
+    return strip.head >= 0 && row <= strip.last_row ? p.visible(row) : 0;
+  };
+  const auto last_key_of = [&](int r) {
+    const int line = strip.line_of(r);
+    const int diagonal = p.grid.diagonal(p.exact.row_of(line));
+    return diagonal * block_tokens + p.exact.place(p.grid.queries_of(diagonal), p.exact.of_row(line));
+  };
+  int sums[2];  // where they are
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int line = strip.line_of(r);
-    const int row = p.exact.row_of(line);
-    const bool there = strip.head >= 0 && row <= strip.last_row;
-    const int diagonal = p.grid.diagonal(row);
-    of_strip[r] = row - strip.row;
-    visible[r] = there ? p.visible(row) : 0;
-    last_key[r] = visible[r] == 0
-                      ? -1
-                      : diagonal * block_tokens + p.exact.place(p.grid.queries_of(diagonal), p.exact.of_row(line));
-    sums[r] = p.of_head(strip.head) + p.sums_before(row) + p.exact.of_row(line);
+    sums[r] = p.of_head(strip.head) + p.sums_before(p.exact.row_of(line)) + p.exact.of_row(line);
   }
   float s[64];
   float max[2] = {-INFINITY, -INFINITY};
@@ -190,10 +205,10 @@ __device__ void consume_keys(const Params& p, const Cap& cap, const KeyItem& ite
     release();
     apply(cap, s);
   };
-  // Adds a block's log-sum-exp for line r, and keeps it.
+  // Adds a block's log-sum-exp for line r to this lane's share of the total, and keeps it.
   const auto keep = [&](int r, int block, float log_sum) {
     total[r].merge({log_sum, 1}, 1);
-    if (lane == r) p.sums[sums[r] + (block << p.exact.log_lines)] = log_sum;
+    p.sums[sums[r] + (block << p.exact.log_lines)] = log_sum;
   };
 
   for (int tile = 0; tile < item.mean_tiles(); ++tile) {
@@ -201,26 +216,31 @@ __device__ void consume_keys(const Params& p, const Cap& cap, const KeyItem& ite
     multiply([] {});
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int valid = min(visible[r], item.end) - item.begin - tile * tile_tokens;
+      const int valid = min(visible_of(r), item.end) - item.begin - tile * tile_tokens;
 #pragma unroll
       for (int i = 0; i < 64; i += 4) {
         // Those of word i / 16 that are counted, from this thread's first column on.
-        const std::uint32_t read = shared.reads[group][of_strip[r]][tile * 4 + i / 16] >> (lane * 2);
+        const std::uint32_t read = shared.reads[group][of_strip(r)][tile * 4 + i / 16] >> (lane * 2);
 #pragma unroll
         for (int c = 0; c < 2; ++c)
           if ((read >> (i % 16 * 2 + c) & 1) != 0 || i * 2 + lane * 2 + c >= valid) s[i + 2 * r + c] = -INFINITY;
       }
       const float largest = quad_max(largest_of(s, r));
       const float sum = quad_sum(sum_exactly(s, r, p.scale_log2, Statistics::finite_or_zero(largest)));
-      total[r].merge({largest * p.scale_log2, sum * block_tokens}, 1);
+      if (lane == 0) total[r].merge({largest * p.scale_log2, sum * block_tokens}, 1);
     }
   }
   if (item.own) {
+    const int visible[2] = {visible_of(0), visible_of(1)};
+    const int last_key[2] = {visible[0] == 0 ? -1 : last_key_of(0), visible[1] == 0 ? -1 : last_key_of(1)};
     for_each_block(item, shared, [&](int i) {
       const int block = item.begin + i;
       shared.full[stage.at].wait(stage.parity);
       if (strip.head >= 0 && block >= strip.own_begin(p) && block < strip.own_end(p)) {
         multiply([] {});
+        const bool mine[2] = {block >= visible[0] && last_key[0] >= block * block_tokens,
+                              block >= visible[1] && last_key[1] >= block * block_tokens};
+        if (!__any_sync(~0U, mine[0] || mine[1])) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int last = last_key[r] - block * block_tokens;
@@ -230,40 +250,66 @@ __device__ void consume_keys(const Params& p, const Cap& cap, const KeyItem& ite
             for (int c = 0; c < 2; ++c)
               if (j * 2 + lane * 2 + c > last) s[j + 2 * r + c] = -INFINITY;
           const float log_sum = mass::log_sum_exactly(s, r, p.scale_log2, max[r]);
-          if (block >= visible[r] && last >= 0) keep(r, block, log_sum);
+          if (lane == r && mine[r]) keep(r, block, log_sum);
         }
       } else {
         release();
       }
     });
   } else {
+#ifdef TS_NO_TURNS
+    struct {
+      __device__ void wait() const {}
+      __device__ void pass() const {}
+      __device__ void finish() const {}
+    } turns;
+#else
     const Turns<groups> turns(group);
-    for_each_block(item, shared, [&](int i) {
-      const auto reads = [&](const std::uint32_t* words) { return (words[i / 32] >> i % 32 & 1) != 0; };
-      shared.full[stage.at].wait(stage.parity);
-      turns.wait();
-      if (reads(shared.any[group])) {
+#endif
+    // Each of the four lanes that share lines takes every fourth block's sums.
+    float held[2];
+    for (int word = 0; word < item.words(); ++word) {
+      std::uint32_t left = shared.that_any_reads(word);
+      const std::uint32_t of_strip_any = shared.any[group][word];
+      const std::uint32_t mine[2] = {shared.reads[group][of_strip(0)][word], shared.reads[group][of_strip(1)][word]};
+      const std::uint32_t of_warp = __reduce_or_sync(~0U, mine[0] | mine[1]);
+      std::uint32_t held_bit = 0;
+      for (; left != 0; left &= left - 1) {
+        const std::uint32_t bit = left & -left;
+        shared.full[stage.at].wait(stage.parity);
+        turns.wait();
+        if ((of_strip_any & bit) == 0) {
+          turns.pass();
+          release();
+          continue;
+        }
         multiply([&] { turns.pass(); });
-        const bool mine[2] = {reads(shared.reads[group][of_strip[0]]), reads(shared.reads[group][of_strip[1]])};
-        if (!__any_sync(~0U, mine[0] || mine[1])) return;
+        if ((of_warp & bit) == 0) continue;
         float log_sum[2];
         mass::log_sum_block(s, p.scale_log2, max, log_sum);
+        const int held_by = __popc(of_warp & (bit - 1)) % 4;
+        if (lane == held_by) {
+          held[0] = log_sum[0];
+          held[1] = log_sum[1];
+          held_bit = bit;
+        }
+        if (held_by < 3 && (of_warp & (left - bit)) != 0) continue;
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          if (mine[r]) keep(r, item.begin + i, log_sum[r]);
-      } else {
-        turns.pass();
-        release();
+          if ((mine[r] & held_bit) != 0)
+            keep(r, item.begin + word * 32 + __ffs(static_cast<int>(held_bit)) - 1, held[r]);
+        held_bit = 0;
       }
-    });
+    }
     turns.finish();
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    if (lane != r || visible[r] <= (item.own ? 0 : item.begin)) continue;
+    total[r].merge_across_lanes(1);
+    if (lane != r || visible_of(r) <= (item.own ? 0 : item.begin)) continue;
     const int line = strip.line_of(r);
     float* const to = p.sums + p.of_head(strip.head) + p.totals_before(p.exact.row_of(line)) +
-                      (p.exact.of_row(line) * (p.parts + 1) + static_cast<int>(blockIdx.x)) * 2;
+                      (p.exact.of_row(line) * (p.parts + 1) + item.part) * 2;
     to[0] = total[r].max;
     to[1] = total[r].sum;
   }

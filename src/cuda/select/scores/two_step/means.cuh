@@ -36,6 +36,12 @@ struct MeansShared {
   LogSum log_sums[slots][item_tiles][tile_tokens];
   float shifts[slots][item_tiles][tile_tokens];                            // log_sums in one number
   float own[slots][item_tiles][tile_tokens / warp_lines][max_own_blocks];  // a warp's part of the own segment's scores
+  struct Row {
+    float* scores;
+    int end;      // blocks before its own segment; none where it isn't scored
+    float share;  // of each of its queries
+  };
+  Row rows[slots][item_tiles][tile_tokens / warp_lines];
   Barrier q_full[slots], q_free[slots], k_full[stages], k_free[stages];
 
   __device__ void init() {
@@ -93,31 +99,43 @@ __device__ void gather_means(const Params& p, MeansShared<head_dim>& shared, int
   }
 }
 
+// Returns the sum over four lanes of the lane's own of four numbers.
+__device__ inline float sum_transposed(const float (&x)[4]) {
+  const bool odd = threadIdx.x % 2 != 0;
+  const bool high = threadIdx.x % 4 >= 2;
+  const float low = (odd ? x[1] : x[0]) + __shfl_xor_sync(~0U, odd ? x[0] : x[1], 1);
+  const float up = (odd ? x[3] : x[2]) + __shfl_xor_sync(~0U, odd ? x[2] : x[3], 1);
+  return (high ? up : low) + __shfl_xor_sync(~0U, high ? low : up, 2);
+}
+
 // Sums a product's weights over the lines of each row: of two lines side by side, load(first) brings what
-// weight(product, that, which of the two) takes. Calls store(whether it is of the tile's second four rows, sums of this
-// thread's two blocks) in the lane of four that takes a row.
+// weight(product, that, which of the two) takes. Calls store(row of the tile, sums of this thread's two blocks), of
+// each row in one of four lanes at least.
 template <class Load, class Weight, class Store>
 __device__ void sum_lines(const float (&s)[64], int log_lines, Load&& load, Weight&& weight, Store&& store) {
+  constexpr int log_warp_lines = 4;
   const int lane = static_cast<int>(threadIdx.x) % 4;
-  const int eights = 1 << (log_lines - 3);  // of a row: 2 to 16
-  float sum[2] = {};
-  float mine[2] = {};
+  float mine[2] = {};  // of 16 lines at first: those that this lane takes of 64
 #pragma unroll
-  for (int n8 = 0; n8 < tile_tokens / 8; ++n8) {
-    const auto of_lines = load(n8 * 8 + lane * 2);
+  for (int half = 0; half < 2; ++half) {
+    float sum[2][4] = {};
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      sum[r] += weight(s[4 * n8 + 2 * r], of_lines, 0) + weight(s[4 * n8 + 2 * r + 1], of_lines, 1);
-    if (n8 % 2 == 1 && ((n8 + 1) & (eights - 1)) == 0) {
-      const int row = n8 >> (log_lines - 3);
+    for (int n8 = 0; n8 < 8; ++n8) {
+      const auto of_lines = load((half * 8 + n8) * 8 + lane * 2);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float of_row = quad_sum(sum[r]);
-        if (row % 4 == lane) mine[r] = of_row;
-        sum[r] = 0;
+        const int i = 4 * (half * 8 + n8) + 2 * r;
+        sum[r][n8 / 2] += weight(s[i], of_lines, 0) + weight(s[i + 1], of_lines, 1);
       }
-      if (row % 4 == 3 || n8 == tile_tokens / 8 - 1) store(row >= 4, mine);
     }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float of_row = sum_transposed(sum[r]);
+      if (log_lines > 4) of_row += __shfl_xor_sync(~0U, of_row, 1);
+      if (log_lines > 5) of_row += __shfl_xor_sync(~0U, of_row, 2);
+      mine[r] = log_lines > 6 ? mine[r] + of_row : of_row;
+    }
+    if (half == 1 || log_lines <= 6) store((half * 4 + lane) >> (log_lines - log_warp_lines), mine);
   }
 }
 
@@ -165,21 +183,29 @@ __device__ void consume_means(const Params& p, const Cap& cap, MeansShared<head_
     const int visible = p.visible(row);
     const int diagonal = p.grid.diagonal(row);
     const unsigned char* queries = shared.q[slot.at()][tile_of_item];
-    // Calls use(products, first of eight own blocks) for the warp's lines.
-    const auto for_each_own = [&](auto&& use) {
+    // Calls use(products, first of eight own blocks) for the warp's lines; the first eight are multiplied once.
+    float of_first[4];
+    const auto for_each_own = [&](bool again, auto&& use) {
       const std::int64_t first_own = std::int64_t{p.grid.kv_head(item.head)} * p.grid.blocks + visible;
       const T* own_keys = static_cast<const T*>(p.pooled_own) + first_own * head_dim;
       for (int own = 0; visible > 0 && visible + own <= diagonal; own += 8) {
         float d[4];
-        multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, diagonal + 1 - visible - own,
-                                  cap);
+        if (!again || own > 0)
+          multiply_own<T, head_dim>(d, queries, first_of_warp, own_keys + own * head_dim, diagonal + 1 - visible - own,
+                                    cap);
+#pragma unroll
+        for (int x = 0; x < 4; ++x)
+          if (own == 0 && again)
+            d[x] = of_first[x];
+          else if (own == 0)
+            of_first[x] = d[x];
         use(d, own);
       }
     };
     shared.q_full[slot.at()].wait(slot.parity());
 
     Statistics statistics[2];
-    for_each_own([&](const float(&d)[4], int) {
+    for_each_own(false, [&](const float(&d)[4], int) {
 #pragma unroll
       for (int x = 0; x < 4; ++x) statistics[x / 2].merge({d[x], 1}, p.scale_log2);
     });
@@ -205,7 +231,7 @@ __device__ void consume_means(const Params& p, const Cap& cap, MeansShared<head_
         shifts[line] = shift;
       }
     }
-    for_each_own([&](const float(&d)[4], int own) {
+    for_each_own(true, [&](const float(&d)[4], int own) {
       float sum[2] = {};
 #pragma unroll
       for (int x = 0; x < 4; ++x)
@@ -217,15 +243,16 @@ __device__ void consume_means(const Params& p, const Cap& cap, MeansShared<head_
         if (lane < 4) shared.own[slot.at()][tile_of_item][first_of_warp / warp_lines][own + lane * 2 + c] = sum[c];
       }
     });
+    const int thread = static_cast<int>(threadIdx.x) % (groups_of_tile * 128);
+    if (const int of = first_row + thread; thread < rows_of_tile && p.visible(of) > 0)
+      shared.rows[slot.at()][tile_of_item][thread] = {
+          p.scores + p.grid.list_start(item.head, of), p.visible(of),
+          1.0F / static_cast<float>(p.means.count(p.grid.queries_of(p.grid.diagonal(of))))};
+    else if (thread < rows_of_tile)
+      shared.rows[slot.at()][tile_of_item][thread] = {};
     tame = wait_all(1 + tile_of_item, groups_of_tile * 128, tame);
 
-    // Returns where a row's scores are, and the share of each of its queries.
-    const auto scores_of_row = [&](int of) { return p.scores + p.grid.list_start(item.head, of); };
-    const auto share_of_row = [&](int of) {
-      return 1.0F / static_cast<float>(p.means.count(p.grid.queries_of(p.grid.diagonal(of))));
-    };
-    for (int i = static_cast<int>(threadIdx.x) % (groups_of_tile * 128); i < rows_of_tile * max_own_blocks;
-         i += groups_of_tile * 128) {
+    for (int i = thread; i < rows_of_tile * max_own_blocks; i += groups_of_tile * 128) {
       const int of_tile = i / max_own_blocks;
       const int own = i % max_own_blocks;
       const int of = first_row + of_tile;
@@ -234,28 +261,18 @@ __device__ void consume_means(const Params& p, const Cap& cap, MeansShared<head_
       float sum = 0;
       for (int i_warp = 0; i_warp < warps_of_row; ++i_warp)
         sum += shared.own[slot.at()][tile_of_item][of_tile * warps_of_row + i_warp][own];
-      scores_of_row(of)[p.visible(of) + own] = sum * share_of_row(of);
+      const auto to = shared.rows[slot.at()][tile_of_item][of_tile];
+      to.scores[to.end + own] = sum * to.share;
     }
-    // Of the row that this lane stores, of the tile's first four; of its second four it is made anew.
-    const auto end_of_row = [&](int of_tile) {
-      return of_tile < rows_of_tile ? p.visible(first_row + of_tile) - first_of_warp - lane / 4 : 0;
-    };
-    const auto place_of_row = [&](int of_tile) {
-      return scores_of_row(min(first_row + of_tile, p.grid.rows - 1)) + first_of_warp + lane / 4;
-    };
-    float* const to = place_of_row(lane % 4);
-    const int end = end_of_row(lane % 4);
-    const float share = share_of_row(min(first_row + lane % 4, p.grid.rows - 1));
     for_each_tile(
         item, tiles, [&](const unsigned char* keys) { start_product<T, head_dim>(s, keys, first_of_half, queries); },
         [&](int tile) {
-          const auto store = [&](bool second, const float(&sums)[2]) {
-            float* const of = second ? place_of_row(4 + lane % 4) : to;
-            const int last = second ? end_of_row(4 + lane % 4) : end;
-            const float factor = second ? share_of_row(min(first_row + 4 + lane % 4, p.grid.rows - 1)) : share;
+          const auto store = [&](int of_tile, const float(&sums)[2]) {
+            const auto of = shared.rows[slot.at()][tile_of_item][of_tile];
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-              if (const int block = tile * tile_tokens + 8 * r; block < last) of[block] = sums[r] * factor;
+              if (const int block = tile * tile_tokens + first_of_warp + lane / 4 + 8 * r; block < of.end)
+                of.scores[block] = sums[r] * of.share;
           };
           if (tame)
             sum_lines(

@@ -21,7 +21,7 @@ namespace {
 
 using namespace two_step;
 
-constexpr int adding_threads = 256;
+constexpr int adding_warps = 4;
 constexpr std::int64_t most_numbers = std::int64_t{68} << 20;  // in memory at a time
 
 // A row's lines are a power of two, so that they fill tiles; some may be of no use.
@@ -34,45 +34,78 @@ Sample sample_of(int most, int min_log_lines) {
 // same bits however heads are grouped. Of short rows a few parts each fill the device.
 int part_blocks_of(const Geometry& g) {
   constexpr std::int64_t least = 16;
-  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(g.blocks() / 4, least) * least, least, most_part_blocks));
+#ifdef TS_ENV
+  const auto number = [](const char* name, int usual) {
+    const char* text = getenv(name);
+    return text ? atoi(text) : usual;
+  };
+  const int TS_DIV = number("TS_DIV", 8), TS_MOST = number("TS_MOST", 128);
+#else
+#define TS_DIV 8
+#define TS_MOST 128
+#endif
+  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(g.blocks() / TS_DIV, least) * least, least, TS_MOST));
 }
 
-// Adds to each score the share of the second step.
-__global__ void __launch_bounds__(adding_threads) add_shares(const __grid_constant__ Params p) {
-  __shared__ LogSum totals[block_tokens];  // of each query, as logarithms of base 2
-  const int row = p.row_begin + static_cast<int>(blockIdx.x);
+// Adds to each score the share of the second step. A warp takes a row.
+__global__ void __launch_bounds__(adding_warps * 32) add_shares(const __grid_constant__ Params p) {
+  __shared__ LogSum totals_of_warps[adding_warps][block_tokens];  // of each query, as logarithms of base 2
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  LogSum* const totals = totals_of_warps[threadIdx.x / 32];
+  // The last rows have the most blocks, so they start first.
+  const int row = p.row_end - 1 - static_cast<int>(blockIdx.x * adding_warps + threadIdx.x / 32);
   const int head = p.first_order_head * p.grid.order_group + static_cast<int>(blockIdx.y);
-  const int visible = p.visible(row);
+  const int visible = row < p.row_begin ? 0 : p.visible(row);
   wait_for_earlier_kernels();
   if (visible == 0) return;
   const int diagonal = p.grid.diagonal(row);
   const int count = p.exact.count(p.grid.queries_of(diagonal));
   const float* of_head = p.sums + blockIdx.y * p.head_sums;
-  for (int line = static_cast<int>(threadIdx.x); line < p.exact.lines(); line += adding_threads) {
+  // Some lanes of the warp share a line's parts.
+  const int lanes_of_line = max(32 >> p.exact.log_lines, 1);
+  for (int line = lane / lanes_of_line; line < p.exact.lines(); line += 32 / lanes_of_line) {
     const float* parts = of_head + p.totals_before(row) + line * (p.parts + 1) * 2;
-    Statistics total{parts[p.parts * 2], parts[p.parts * 2 + 1]};
-    for (int part = 0; part * p.part_blocks < visible; ++part) total.merge({parts[part * 2], parts[part * 2 + 1]}, 1);
-    totals[line] = line < count ? LogSum{total.max, log2f(total.sum)} : LogSum{0, INFINITY};
+    Statistics total;
+    for (int part = lane % lanes_of_line; part <= p.parts; part += lanes_of_line)
+      if (part == p.parts || part * p.part_blocks < visible) total.merge({parts[part * 2], parts[part * 2 + 1]}, 1);
+    for (int offset = 1; offset < lanes_of_line; offset *= 2) total.merge_with_lane(offset, 1);
+    if (lane % lanes_of_line == 0)
+      totals[line] = line < count ? LogSum{total.max, log2f(total.sum)} : LogSum{0, INFINITY};
   }
-  __syncthreads();
+  __syncwarp();
   float* scores = p.scores + p.grid.list_start(head, row);
   const float* sums = of_head + p.sums_before(row);
   const float least = p.least_share(head, row);
-  for (int block = static_cast<int>(threadIdx.x); block <= diagonal; block += adding_threads) {
-    const float first = scores[block];
-    float second = 0;
-    if (block >= visible || first >= least) {
-      const float* of_block = sums + (block << p.exact.log_lines);
-      for (int line = 0; line < count; line += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(of_block + line);
-        const float log_sums[4] = {four.x, four.y, four.z, four.w};
+  constexpr int at_once = 4;  // of a lane, so that their loads are under way together
+  for (int begin = lane; begin <= diagonal; begin += 32 * at_once) {
+    float first[at_once];
+    float second[at_once] = {};
+    bool read[at_once];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          second += sm90::exp2_fast(log_sums[i] - totals[line + i].max - totals[line + i].log2_sum);
-      }
-      second /= static_cast<float>(count);
+    for (int i = 0; i < at_once; ++i) {
+      const int block = begin + 32 * i;
+      first[i] = block <= diagonal ? scores[block] : 0.0F;
+      read[i] = block <= diagonal && (block >= visible || first[i] >= least);
     }
-    scores[block] = 0.5F * (first + second);
+    for (int line = 0; line < count; line += 4) {
+      float4 four[at_once];
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        four[i] = {};
+        if (read[i]) four[i] = *reinterpret_cast<const float4*>(sums + ((begin + 32 * i) << p.exact.log_lines) + line);
+      }
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        const float log_sums[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          second[i] += sm90::exp2_fast(log_sums[j] - totals[line + j].max - totals[line + j].log2_sum);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < at_once; ++i)
+      if (begin + 32 * i <= diagonal)
+        scores[begin + 32 * i] = 0.5F * (first[i] + (read[i] ? second[i] / static_cast<float>(count) : 0.0F));
   }
 }
 
@@ -181,15 +214,17 @@ cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
           p.row_end = static_cast<int>(row_end);
           p.head_sums = work.numbers(row, row_end);
           const std::int64_t strips = ceil_div((row_end - row) * work.lines, group_lines) * p.grid.order_group;
-          const dim3 items(static_cast<unsigned>(p.parts + 1), static_cast<unsigned>(ceil_div(strips, groups)),
+          // Thread blocks that read the same keys start together.
+          const dim3 items(static_cast<unsigned>(ceil_div(strips, groups)), static_cast<unsigned>(p.parts + 1),
                            static_cast<unsigned>(heads_now));
-          const dim3 rows(static_cast<unsigned>(row_end - row), static_cast<unsigned>(heads_now * p.grid.order_group));
+          const dim3 rows(static_cast<unsigned>(ceil_div(row_end - row, adding_warps)),
+                          static_cast<unsigned>(heads_now * p.grid.order_group));
           error = in_order(
               [&] {
                 return launch(score_likely<T, dim, Cap>, items, threads, keys_bytes, stream, Start::early, p, maps,
                               cap);
               },
-              [&] { return launch(add_shares, rows, adding_threads, 0, stream, Start::early, p); });
+              [&] { return launch(add_shares, rows, adding_warps * 32, 0, stream, Start::early, p); });
         }
       return error;
     });
