@@ -44,12 +44,18 @@ K = 1024
 MIB = 1 << 20
 # What the paper measured (arXiv 2510.21270), at which the whole op is timed.
 PAPER_DENSITY = {8 * K: 0.579, 32 * K: 0.405, 128 * K: 0.219}
-# Orders of two-step scores, and what it costs to read half the queries in a quarter of the way.
+# Orders of two-step scores, and what twice the queries cost that reach twice as far.
 TWO_STEP = {
     "no order": {},
     "learned": {"permutation": LEARNED, "order_scope": KV_HEAD},
     "arrival": {"permutation": ARRIVAL, "order_scope": KV_HEAD},
-    "learned, 4 of 4": {"permutation": LEARNED, "order_scope": KV_HEAD, "two_step_exact": 4, "two_step_reach": 4},
+    "learned, 8 of 8": {
+        "permutation": LEARNED,
+        "order_scope": KV_HEAD,
+        "two_step_queries": 32,
+        "two_step_exact": 8,
+        "two_step_reach": 8,
+    },
 }
 # What `choosing` times: every score that there is on CUDA, with settings that keep few blocks, so that it's over soon.
 CHOOSING = {

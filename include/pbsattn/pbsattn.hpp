@@ -206,9 +206,9 @@ struct Options {
   // that it falls as a prompt goes on, however it is cut into chunks. 128, the block, is the mean share. 0 turns it
   // off.
   float threshold_tokens = 0;
-  int two_step_queries = 32;  // of BlockScore::two_step: queries of a row in the first step, the last among them
-  int two_step_exact = 8;     // and queries whose attention is exact in the second
-  int two_step_reach = 8;     // and how far under the threshold a share may lie for its block to be read exactly
+  int two_step_queries = 16;  // of BlockScore::two_step: queries of a row in the first step, the last among them
+  int two_step_exact = 4;     // and queries whose attention is exact in the second
+  int two_step_reach = 4;     // and how far under the threshold a share may lie for its block to be read exactly
 };
 
 struct MethodInfo {

@@ -74,7 +74,7 @@ constexpr std::array table{
                        .score = BlockScore::sampled,
                        .keep = KeepRule::threshold,
                        .dense_last_rows = 1}},
-    MethodInfo{"pbs-two-step", "keys in pbs order, all blocks by their means, then likely ones by 8 queries exactly",
+    MethodInfo{"pbs-two-step", "keys in pbs order, all blocks by their means, then likely ones by 4 queries exactly",
                two_step_options(Permutation::last_queries)},
     MethodInfo{"two-step", "pbs-two-step with keys in their order", two_step_options(Permutation::none)},
 };

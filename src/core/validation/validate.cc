@@ -130,9 +130,9 @@ void validate(const Options& options) {
   const auto require_positive = [](int value, const char* name, int usual) {
     require(value >= 1, "{} {}: not positive; {} is usual", name, value, usual);
   };
-  require_positive(options.two_step_queries, "two_step_queries", 32);
-  require_positive(options.two_step_exact, "two_step_exact", 8);
-  require_positive(options.two_step_reach, "two_step_reach", 8);
+  require_positive(options.two_step_queries, "two_step_queries", 16);
+  require_positive(options.two_step_exact, "two_step_exact", 4);
+  require_positive(options.two_step_reach, "two_step_reach", 4);
   require((options.permutation != Permutation::learned && options.permutation != Permutation::arrival) ||
               options.order_scope == OrderScope::kv_head,
           "order_scope {} with permutation {}: it has one order per KV head; set order_scope to kv_head",

@@ -55,9 +55,9 @@ TEST(Methods, TwoStep) {
   EXPECT_EQ(options.score, BlockScore::two_step);
   EXPECT_EQ(options.keep, KeepRule::threshold);
   EXPECT_EQ(options.threshold_tokens, 128.0F);
-  EXPECT_EQ(options.two_step_queries, 32);
-  EXPECT_EQ(options.two_step_exact, 8);
-  EXPECT_EQ(options.two_step_reach, 8);
+  EXPECT_EQ(options.two_step_queries, 16);
+  EXPECT_EQ(options.two_step_exact, 4);
+  EXPECT_EQ(options.two_step_reach, 4);
   EXPECT_EQ(method("two-step").permutation, Permutation::none);
 }
 

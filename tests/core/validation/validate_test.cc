@@ -83,9 +83,9 @@ TEST(Validate, Options) {
   expect_bad_options([](Options& o) { o.threshold_tokens = std::nanf(""); }, {"threshold_tokens nan"});
   expect_bad_options([](Options& o) { o.threshold_tokens = std::numeric_limits<float>::infinity(); },
                      {"threshold_tokens inf"});
-  expect_bad_options([](Options& o) { o.two_step_queries = 0; }, {"two_step_queries 0", "positive", "32"});
-  expect_bad_options([](Options& o) { o.two_step_exact = -3; }, {"two_step_exact -3", "8"});
-  expect_bad_options([](Options& o) { o.two_step_reach = 0; }, {"two_step_reach 0", "8"});
+  expect_bad_options([](Options& o) { o.two_step_queries = 0; }, {"two_step_queries 0", "positive", "16"});
+  expect_bad_options([](Options& o) { o.two_step_exact = -3; }, {"two_step_exact -3", "4"});
+  expect_bad_options([](Options& o) { o.two_step_reach = 0; }, {"two_step_reach 0", "4"});
   expect_bad_options([](Options& o) { o.score = BlockScore::two_step; },
                      {"two_step", "top_p", "set keep to threshold"});
   for (const Permutation permutation : {Permutation::learned, Permutation::arrival})
