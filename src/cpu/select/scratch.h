@@ -19,7 +19,7 @@ struct CellBin {
 };
 inline constexpr int cell_bins = 1 << 11;
 
-inline constexpr int most_two_step_rows = 4;  // that BlockScore::two_step scores together
+inline constexpr int most_two_step_rows = 8;  // that BlockScore::two_step scores together
 
 struct SelectScratch {
   // Without memory it counts bytes.
