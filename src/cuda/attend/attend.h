@@ -25,7 +25,7 @@ struct AttendArgs {
   Permuted permuted = {};             // k and v are read, if not null
   BlockLists lists = {};              // with null: dense causal attention
   Outputs outputs = {};               // [batch][q_heads][q_len][head_dim_v]; lse at lse_batch_stride, optional: of
-                                      // weights as rounded, by 2^-9 of themselves in bf16 and 2^-12 in f16
+                                      // weights as rounded, each by 2^-8 of itself at most in bf16 and 2^-11 in f16
   std::int64_t lse_batch_stride = 0;  // elements from one batch entry to the next
   void* scratch = nullptr;            // attend_scratch_size() bytes, 16-byte aligned
 };

@@ -273,8 +273,8 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       raise(std::true_type{}, hide);
       return;
     }
-    constexpr bool halves =
-        steps == 1;  // of S: the first consumer's queries see nothing of the second, the other's all of the first
+    // The first consumer's queries see nothing of a block's second half, the other's all of its first.
+    constexpr bool halves = steps == 1;
     if (!halves)
       mask(0);
     else if (wg == 0)
@@ -363,8 +363,8 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     }
     await_guard(tile.count - 1, slot);
 
-    // The next tile's first product runs beside this tile's end, but for the last product: sharing the tensor cores
-    // with it, that would end later, and the end begin so.
+    // The next tile's first product runs beside this tile's end. Beside this tile's last product it would only make
+    // that end later.
     Ring<tile_slots> next_slot = slot;
     next_slot.next();
     const Tile next = next_tile(shared, next_slot);
