@@ -169,6 +169,16 @@ typedef struct pbsattn_key_order {
   int64_t known; /* tokens whose order is read; the others' is written */
 } pbsattn_key_order;
 
+/* Where keys and values lie that are in pages; see pbsattn::Pages. The views of k and v are then
+ * [page][kv_head][place][head_dim or head_dim_v], with batch_stride from page to page. */
+typedef struct pbsattn_pages {
+  size_t struct_size;
+  const int32_t* table; /* [batch][ceil(kv_len / size)]: pages 0 .. count - 1 */
+  int64_t batch_stride; /* of the table, in entries */
+  int64_t size;         /* tokens of a page, a multiple of 16 */
+  int64_t count;        /* pages of the cache */
+} pbsattn_pages;
+
 /* What one run reads and writes; see pbsattn::Plan::run. */
 typedef struct pbsattn_run {
   size_t struct_size;
@@ -181,6 +191,7 @@ typedef struct pbsattn_run {
   const float* sinks;                         /* [q_heads], see pbsattn::Inputs; may be NULL */
   const pbsattn_order_weights* order_weights; /* of learned orders, else NULL is fine */
   const pbsattn_key_order* order;             /* of orders of arrival; may be NULL where none is known */
+  const pbsattn_pages* pages;                 /* of k and v; NULL where they lie contiguous */
 } pbsattn_run;
 
 typedef struct pbsattn_plan pbsattn_plan;

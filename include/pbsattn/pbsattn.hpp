@@ -71,9 +71,7 @@ template <class Void>
 struct BasicView {
   Void* data = nullptr;
   DType dtype = DType::f32;
-  std::int64_t batch_stride = 0;
-  std::int64_t head_stride = 0;
-  std::int64_t token_stride = 0;
+  std::int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
 };
 using ConstView = BasicView<const void>;
 using View = BasicView<void>;
@@ -145,8 +143,7 @@ enum class Correction : std::uint8_t {
 
 // Two rules on which the paper and its reference code differ.
 enum class Rules : std::uint8_t {
-  reference_code,  // a row whose scores never sum to top_p keeps none of them; a tail block's pooled
-                   // query is its sum divided by the block size
+  reference_code,  // a row whose scores never sum to top_p keeps none; a tail block's pooled query is its sum / block
   paper,           // such a row keeps all of them; a tail block's pooled query is its mean
 };
 
@@ -278,20 +275,29 @@ struct OrderWeights {
 // earlier calls completed, and writes the others.
 struct KeyOrder {
   std::int32_t* data = nullptr;  // optional where none is known
-  std::int64_t batch_stride = 0;
-  std::int64_t head_stride = 0;
+  std::int64_t batch_stride = 0, head_stride = 0;
   std::int64_t known = 0;
+};
+
+// Where keys and values lie in a server's cache, in pages: token t at place t % size of page table[batch][t / size].
+// Views of k and v are then [page][kv_head][place][head_dim or head_dim_v], batch_stride from page to page: heads or
+// places first, keys and values apart or in one row are strides. CUDA takes none yet.
+struct Pages {
+  const std::int32_t* table = nullptr;  // [batch][ceil(kv_len / size)]; null with size 0: k and v lie contiguous
+  std::int64_t batch_stride = 0;        // of the table, in entries
+  std::int64_t size = 0, count = 0;     // tokens of a page, a multiple of 16; pages of the cache: 0 .. count - 1
 };
 
 struct Inputs {
   ConstView q;  // [batch][q_heads][q_len][head_dim]
-  ConstView k;  // [batch][kv_heads][kv_len][head_dim]
-  ConstView v;  // [batch][kv_heads][kv_len][head_dim_v]
+  ConstView k;  // [batch][kv_heads][kv_len][head_dim], or pages
+  ConstView v;  // [batch][kv_heads][kv_len][head_dim_v], or pages
   // [q_heads], or none: a learned logit of each query head (GPT-OSS), which enters every query's softmax as one more
   // key without a value, and the log-sum-exp. Scores of blocks leave it out. Finite ones beyond 2.3e38 count as that.
   // On CUDA in device memory.
   std::span<const float> sinks = {};
   OrderWeights order_weights = {};  // read where the plan's permutation is learned
+  Pages pages = {};                 // of k and v
 };
 
 struct Outputs {

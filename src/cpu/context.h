@@ -101,16 +101,27 @@ struct StageContext {
   }
 
   Rows q_rows(std::int64_t q_head, std::int64_t query) const {
-    return rows_of(inputs.q, heads.q_begin + q_head, query);
+    return rows_of(inputs.q, heads.batch, heads.q_begin + q_head, query);
   }
-  // Returns the rows of a head of the call, from a token on.
-  Rows rows_of(const ConstView& view, std::int64_t head, std::int64_t token) const {
-    const std::int64_t offset = heads.batch * view.batch_stride + head * view.head_stride + token * view.token_stride;
-    return {static_cast<const std::byte*>(view.data) + offset * (view.dtype == DType::f32 ? 4 : 2), view.dtype,
-            view.token_stride, nullptr};
+  // Returns the rows of keys, or of values, of a KV head of the call, from a token on.
+  Rows kv_rows(const ConstView& view, std::int64_t kv_head, std::int64_t token) const {
+    const Pages& pages = inputs.pages;
+    if (pages.table == nullptr) return rows_of(view, heads.batch, kv_head, token);
+    Rows rows = rows_of(view, 0, kv_head, 0);
+    rows.pages = pages.table + heads.batch * pages.batch_stride;
+    rows.page_stride = view.batch_stride;
+    rows.page_size = static_cast<std::int32_t>(pages.size);
+    rows.first = static_cast<std::int32_t>(token);
+    return rows;
   }
 
  private:
+  static Rows rows_of(const ConstView& view, std::int64_t batch, std::int64_t head, std::int64_t token) {
+    const std::int64_t offset = batch * view.batch_stride + head * view.head_stride + token * view.token_stride;
+    return {.data = static_cast<const std::byte*>(view.data) + offset * (view.dtype == DType::f32 ? 4 : 2),
+            .dtype = view.dtype,
+            .stride = view.token_stride};
+  }
   std::int64_t pooled_rows(std::int64_t q_head) const {
     return order_head(q_head) * up_to_tile(layout.permuted_blocks);
   }

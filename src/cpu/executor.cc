@@ -35,7 +35,7 @@ class CpuExecutor final : public detail::Executor {
   void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
            Trace* trace) const override {
     const Geometry& g = spec.geometry;
-    validate_order_contents(inputs, outputs, g);
+    validate_contents(inputs, outputs, g);
     const bool bf16 = inputs.q.dtype == DType::bf16 && inputs.k.dtype == DType::bf16 && inputs.v.dtype == DType::bf16;
     const Kernels& kernels = bf16 ? bf16_path() : *automatic_;
     Stats total;

@@ -114,6 +114,11 @@ void check_buffers(const detail::PlanSpec& spec, const Inputs& inputs, const Out
                    const std::byte* workspace) {
   const Shape& s = spec.geometry.shape;
   const DType dtype = inputs.q.dtype;
+  if (inputs.pages.table != nullptr)
+    refuse(
+        fmt::format("pages of {} tokens: the CUDA backend takes keys and values that lie contiguous; gather them, or "
+                    "use Device::cpu()",
+                    inputs.pages.size));
   check_view(inputs.q, "q", s, s.q_heads, s.q_len, dtype, spec.device_index);
   check_view(inputs.k, "k", s, s.kv_heads, s.kv_len, dtype, spec.device_index);
   check_view(inputs.v, "v", s, s.kv_heads, s.kv_len, dtype, spec.device_index);

@@ -91,7 +91,7 @@ class ReferenceExecutor final : public detail::Executor {
            Trace* trace) const override {
     Stats own_stats;
     Trace own_trace;
-    validate_order_contents(inputs, outputs, spec.geometry);
+    validate_contents(inputs, outputs, spec.geometry);
     decide_timed(inputs, spec.option_sets(), spec.geometry, outputs.order, own_trace, own_stats);
     Stopwatch watch;
     attend(inputs, spec.options, spec.geometry, own_trace, outputs);

@@ -11,12 +11,15 @@ namespace pbsattn::reference {
 namespace {
 
 Matrix load_matrix(const ConstView& view, std::int64_t batch, std::int64_t head, std::int64_t tokens,
-                   std::int64_t head_dim) {
+                   std::int64_t head_dim, const Pages& pages = {}) {
+  const bool paged = pages.table != nullptr;
   Matrix matrix(tokens, head_dim);
-  for (std::int64_t n = 0; n < tokens; ++n)
-    for (std::int64_t d = 0; d < head_dim; ++d)
-      matrix[n][d] =
-          load(view.dtype, view.data, batch * view.batch_stride + head * view.head_stride + n * view.token_stride + d);
+  for (std::int64_t n = 0; n < tokens; ++n) {
+    const std::int64_t part = paged ? pages.table[batch * pages.batch_stride + n / pages.size] : batch;
+    const std::int64_t place = paged ? n % pages.size : n;
+    const std::int64_t row = part * view.batch_stride + head * view.head_stride + place * view.token_stride;
+    for (std::int64_t d = 0; d < head_dim; ++d) matrix[n][d] = load(view.dtype, view.data, row + d);
+  }
   return matrix;
 }
 
@@ -26,8 +29,8 @@ Head load_head(const Inputs& inputs, const Geometry& geometry, std::int64_t batc
   const Shape& shape = geometry.shape;
   const std::int64_t kv_head = geometry.kv_head(q_head);
   Head head{.q = load_matrix(inputs.q, batch, q_head, shape.q_len, shape.head_dim),
-            .k = load_matrix(inputs.k, batch, kv_head, shape.kv_len, shape.head_dim),
-            .v = load_matrix(inputs.v, batch, kv_head, shape.kv_len, value_dim(shape)),
+            .k = load_matrix(inputs.k, batch, kv_head, shape.kv_len, shape.head_dim, inputs.pages),
+            .v = load_matrix(inputs.v, batch, kv_head, shape.kv_len, value_dim(shape), inputs.pages),
             .q_dtype = inputs.q.dtype,
             .k_dtype = inputs.k.dtype,
             .v_dtype = inputs.v.dtype};

@@ -104,6 +104,7 @@ static struct Call {
   LATER(run) run;
   LATER(order_weights) order_weights;
   LATER(key_order) order;
+  LATER(pages) pages;
   float q[elements], result[elements];
 } call;
 
@@ -131,9 +132,11 @@ static void fill_call(void) {
                                  .out = &call.out.known,
                                  .stats = &call.stats.known,
                                  .order_weights = &call.order_weights.known,
-                                 .order = &call.order.known};
+                                 .order = &call.order.known,
+                                 .pages = &call.pages.known};
   call.order_weights.known.struct_size = sizeof call.order_weights;
   call.order.known.struct_size = sizeof call.order;
+  call.pages.known.struct_size = sizeof call.pages; /* none */
 }
 
 /* Plans by one options struct and by one of each head, and runs. */
@@ -200,9 +203,10 @@ static void what_is_new_and_set_is_refused_by_name(void) {
     REFUSED(call.device, device, "device", "reserved")
     REFUSED(call.view, view, "q", "reserved")
     REFUSED(call.out, view, "out", "reserved")
-    REFUSED(call.run, run, "run", "order")
+    REFUSED(call.run, run, "run", "pages")
     REFUSED(call.order_weights, order_weights, "order_weights", "reserved")
     REFUSED(call.order, key_order, "order", "known")
+    REFUSED(call.pages, pages, "pages", "count")
   }
 }
 
@@ -228,6 +232,7 @@ static void a_size_that_nobody_set_is_refused(void) {
     REFUSED_SIZE(call.run, run)
     REFUSED_SIZE(call.order_weights, order_weights)
     REFUSED_SIZE(call.order, key_order)
+    REFUSED_SIZE(call.pages, pages)
     fill_call();
     call.options[0].known.struct_size = wrong[i];
     CHECK(pbsattn_method("pbs", &call.options[0].known) == PBSATTN_INVALID_ARGUMENT && says(value));

@@ -66,8 +66,37 @@ static void dense_is_the_running_mean(int device_kind) {
       for (d = 0; d < head_dim; ++d)
         CHECK(fabs(out[t * head_dim + d] - (t / 2.0 + d - 150) * (t + 1.0) / (t + 2.0)) < 1e-3);
     }
-    /* lse, stats and sinks may be NULL; q may not. */
     run.sinks = NULL;
+    /* Pages of 16 tokens, the last first. */
+    {
+      enum { page = 16, pages = (tokens + page - 1) / page };
+      float* const cache = calloc(pages * page * head_dim, sizeof(float));
+      int32_t table[pages];
+      pbsattn_pages paged = {.struct_size = sizeof paged, .table = table, .size = page, .count = pages};
+      pbsattn_view cache_view = view;
+      for (t = 0; t < tokens; ++t)
+        memcpy(cache + ((pages - 1 - t / page) * page + t % page) * head_dim, v + t * head_dim,
+               head_dim * sizeof(float));
+      for (t = 0; t < pages; ++t) table[t] = pages - 1 - t;
+      cache_view.data = cache;
+      cache_view.batch_stride = page * head_dim;
+      k_view.batch_stride = page * head_dim;
+      k_view.data = calloc(pages * page * head_dim, sizeof(float));
+      run.v = &cache_view;
+      run.pages = &paged;
+      CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
+      for (t = 0; t < tokens; ++t)
+        for (d = 0; d < head_dim; ++d) CHECK(fabs(out[t * head_dim + d] - (t / 2.0 + d - 150)) < 1e-3);
+      table[3] = pages;
+      CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_INVALID_ARGUMENT);
+      CHECK(strstr(pbsattn_last_error(), "page table: page 19 at entry 3 of batch entry 0") != NULL);
+      run.v = &v_view;
+      run.pages = NULL;
+      free(k_view.data);
+      k_view.data = k;
+      free(cache);
+    }
+    /* lse, stats and sinks may be NULL; q may not. */
     run.lse = NULL;
     run.stats = NULL;
     CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);

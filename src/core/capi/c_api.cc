@@ -89,6 +89,12 @@ pbsattn::KeyOrder read_key_order(const pbsattn_key_order* order) {
   return {.data = o.data, .batch_stride = o.batch_stride, .head_stride = o.head_stride, .known = o.known};
 }
 
+pbsattn::Pages read_pages(const pbsattn_pages* pages) {
+  if (pages == nullptr) return {};
+  const pbsattn_pages p = read_struct(pages, "pages");
+  return {.table = p.table, .batch_stride = p.batch_stride, .size = p.size, .count = p.count};
+}
+
 // Translates shape and device, and makes the plan.
 template <class Create>
 pbsattn_status make_plan(const pbsattn_shape* shape, const pbsattn_device* device, pbsattn_plan** plan,
@@ -189,7 +195,8 @@ pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_run* run
                                  .k = read_view<const void>(r.k, "k"),
                                  .v = read_view<const void>(r.v, "v"),
                                  .sinks = {r.sinks, r.sinks == nullptr ? 0 : q_heads},
-                                 .order_weights = read_order_weights(r.order_weights)};
+                                 .order_weights = read_order_weights(r.order_weights),
+                                 .pages = read_pages(r.pages)};
     const pbsattn::Outputs outputs{
         .out = read_view<void>(r.out, "out"), .lse = r.lse, .order = read_key_order(r.order)};
     if (r.workspace_size > 0) require_pointer(r.workspace, "workspace");

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -63,6 +64,32 @@ Region region_of(const V& view, std::int64_t batch, std::int64_t heads, std::int
   return {.begin = reinterpret_cast<std::uintptr_t>(view.data),
           .row_bytes = head_dim * size,
           .axes = {axis(batch, view.batch_stride), axis(heads, view.head_stride), axis(tokens, view.token_stride)}};
+}
+
+// Counts what views of k and v hold: batch entries of tokens, or pages of places.
+struct KvExtents {
+  std::int64_t parts, tokens;
+};
+KvExtents kv_extents(const Pages& pages, const Shape& s) {
+  return pages.table == nullptr ? KvExtents{s.batch, s.kv_len} : KvExtents{pages.count, pages.size};
+}
+
+// A page table's entries as elements of rows, one of each batch entry.
+ConstView view_of(const Pages& pages) {
+  static_assert(sizeof *pages.table == sizeof(float));
+  return {.data = pages.table, .dtype = DType::f32, .batch_stride = pages.batch_stride};
+}
+
+void validate_pages(const Pages& pages, const Shape& s) {
+  if (pages.table == nullptr && pages.size == 0) return;
+  require(pages.size > 0 && pages.size <= max_kv_len && pages.size % page_step == 0,
+          "pages: size {}: no multiple of {} from {} to {}; give the tokens of a page, or 0 and no table for keys that "
+          "lie contiguous",
+          pages.size, page_step, page_step, max_kv_len);
+  validate_view(view_of(pages), "page table", s.batch, 1, 1, ceil_div(s.kv_len, pages.size));
+  require(pages.count > 0 && pages.count <= std::numeric_limits<std::int32_t>::max(),
+          "pages: count {}: outside 1 .. {}; give how many pages k and v hold", pages.count,
+          std::numeric_limits<std::int32_t>::max());
 }
 
 // An order's numbers as elements of rows, one of each KV head.
@@ -198,8 +225,10 @@ void validate(std::span<const Options> heads, const Shape& shape) {
 
 void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
   validate_view(inputs.q, "q", s.batch, s.q_heads, s.q_len, s.head_dim);
-  validate_view(inputs.k, "k", s.batch, s.kv_heads, s.kv_len, s.head_dim);
-  validate_view(inputs.v, "v", s.batch, s.kv_heads, s.kv_len, value_dim(s));
+  validate_pages(inputs.pages, s);
+  const auto [parts, tokens] = kv_extents(inputs.pages, s);
+  validate_view(inputs.k, "k", parts, s.kv_heads, tokens, s.head_dim);
+  validate_view(inputs.v, "v", parts, s.kv_heads, tokens, value_dim(s));
   validate_view(outputs.out, "out", s.batch, s.q_heads, s.q_len, value_dim(s), "head_dim_v");
   require(inputs.sinks.empty() || std::ssize(inputs.sinks) == s.q_heads,
           "sinks of {} heads: q_heads is {}; give the logit of each query head, or none", inputs.sinks.size(),
@@ -240,7 +269,18 @@ void validate_order(const Inputs& inputs, const Outputs& outputs, Permutation pe
     validate_view(view_of(order), "order", s.batch, s.kv_heads, 1, tokens, "its length");
 }
 
-void validate_order_contents(const Inputs& inputs, const Outputs& outputs, const Geometry& g) {
+void validate_contents(const Inputs& inputs, const Outputs& outputs, const Geometry& g) {
+  const Pages& pages = inputs.pages;
+  const std::int64_t entries = pages.table == nullptr ? 0 : ceil_div(g.shape.kv_len, pages.size);
+  for (std::int64_t batch = 0; batch < g.shape.batch; ++batch)
+    for (std::int64_t i = 0; i < entries; ++i) {
+      const std::int32_t page = pages.table[batch * pages.batch_stride + i];
+      require(
+          page >= 0 && page < pages.count,
+          "page table: page {} at entry {} of batch entry {}: k and v have pages 0 to {}; give a page of theirs for "
+          "every {} tokens",
+          page, i, batch, pages.count - 1, pages.size);
+    }
   for (const float weight : inputs.order_weights.values)
     require(std::isfinite(weight), "order_weights: {} among them; all are finite numbers, 0 leaves a feature out",
             weight);
@@ -289,16 +329,33 @@ void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<con
       !overlaps_itself(order_region),
       "order: strides {} and {} of batch and head put orders of {} tokens over each other; give each KV head its own",
       outputs.order.batch_stride, outputs.order.head_stride, geometry.permuted_len());
+  const auto [parts, tokens] = kv_extents(inputs.pages, s);
+  const Region k_region = region_of(inputs.k, parts, s.kv_heads, tokens, s.head_dim);
+  const Region v_region = region_of(inputs.v, parts, s.kv_heads, tokens, value_dim(s));
+  Region table_region;
+  if (const Pages& pages = inputs.pages; pages.table != nullptr) {
+    const auto require_apart = [](const char* name, const ConstView& view, const Region& region) {
+      require(
+          !overlaps_itself(region),
+          "{}: strides {}, {} and {} of page, head and place put rows over each other; pass the cache's, the one from "
+          "page to page as batch_stride",
+          name, view.batch_stride, view.head_stride, view.token_stride);
+    };
+    require_apart("k", inputs.k, k_region);
+    require_apart("v", inputs.v, v_region);
+    table_region = region_of(view_of(pages), s.batch, 1, 1, ceil_div(s.kv_len, pages.size));
+  }
   const auto weight_bytes = static_cast<std::int64_t>(inputs.order_weights.values.size_bytes());
-  const std::array<Named, 9> all{{{"out", out_region},
-                                  {"lse", region_of(outputs.lse, lse_bytes)},
-                                  {"order", order_region},
-                                  {"workspace", region_of(workspace.data(), workspace_bytes)},
-                                  {"q", region_of(inputs.q, s.batch, s.q_heads, s.q_len, s.head_dim)},
-                                  {"k", region_of(inputs.k, s.batch, s.kv_heads, s.kv_len, s.head_dim)},
-                                  {"v", region_of(inputs.v, s.batch, s.kv_heads, s.kv_len, value_dim(s))},
-                                  {"sinks", region_of(inputs.sinks.data(), std::ssize(std::as_bytes(inputs.sinks)))},
-                                  {"order_weights", region_of(inputs.order_weights.values.data(), weight_bytes)}}};
+  const std::array<Named, 10> all{{{"out", out_region},
+                                   {"lse", region_of(outputs.lse, lse_bytes)},
+                                   {"order", order_region},
+                                   {"workspace", region_of(workspace.data(), workspace_bytes)},
+                                   {"q", region_of(inputs.q, s.batch, s.q_heads, s.q_len, s.head_dim)},
+                                   {"k", k_region},
+                                   {"v", v_region},
+                                   {"page table", table_region},
+                                   {"sinks", region_of(inputs.sinks.data(), std::ssize(std::as_bytes(inputs.sinks)))},
+                                   {"order_weights", region_of(inputs.order_weights.values.data(), weight_bytes)}}};
   constexpr std::size_t written = 4;
   for (std::size_t i = 0; i < written; ++i)
     for (std::size_t other = i + 1; other < all.size(); ++other)

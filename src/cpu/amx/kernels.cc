@@ -21,7 +21,7 @@ void pack_keys(const Rows& rows, int count, int padded, int head_dim, void* pack
   for (int key = 0; key < all; ++key) {
     std::byte* out =
         static_cast<std::byte*>(packed) + key / group_keys * pairs * 2 * tile_bytes + key % group_keys * tile_row_bytes;
-    const void* const row = row_at(rows, key < count ? key : 0);
+    const void* const row = rows.at(key < count ? key : 0);
     for (int d = 0; d < 2 * pairs * lanes; d += lanes, out += d % 32 == 0 ? 2 * tile_bytes - 32 : 32) {
       const int left = key < count && d < head_dim ? head_dim - d : 0;
       const U16 x = left > 0 ? load_as_bf16<T>(row, d, left) : U16{};
@@ -36,17 +36,19 @@ bool pack_values(const Rows& rows, int count, int padded, int head_dim, void* pa
   auto* out = static_cast<std::byte*>(packed);
   U16 special{};
   for (int first = 0; first < padded; first += group_keys) {
+    const void* row[group_keys];
+    for (int i = 0; i < group_keys; ++i) row[i] = first + i < count ? rows.at(first + i) : nullptr;
     for (int tile = 0; tile < tiles; ++tile, out += tile_bytes) {
       const int left = head_dim - tile * tile_rows;
       U32 pairs[lanes];
       U32 columns[lanes];
       for (int i = 0; i < lanes; ++i) {
         const auto value = [&](int key) {
-          if (key >= count || left <= 0) return U16{};
-          return load_as_bf16<T>(row_at(rows, key), tile * tile_rows, left);
+          if (row[key] == nullptr || left <= 0) return U16{};
+          return load_as_bf16<T>(row[key], tile * tile_rows, left);
         };
-        const U16 low = value(first + i);
-        const U16 high = value(first + i + tile_rows);
+        const U16 low = value(i);
+        const U16 high = value(i + tile_rows);
         special |= reinterpret_cast<U16>((low & 0x7F80) == 0x7F80) | reinterpret_cast<U16>((high & 0x7F80) == 0x7F80);
         pairs[i] = widen(low) | widen(high) << 16;
       }

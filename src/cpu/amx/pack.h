@@ -6,12 +6,6 @@
 namespace pbsattn::cpu::amx {
 namespace {
 
-// Does what cpu::Rows::at does, which other files compile for other instructions.
-PBSATTN_INLINE const void* row_at(const Rows& rows, int i) {
-  const std::int64_t offset = (rows.index != nullptr ? rows.index[i] : i) * rows.stride;
-  return static_cast<const std::byte*>(rows.data) + offset * (rows.dtype == DType::f32 ? 4 : 2);
-}
-
 template <DType T>
 void pack_queries(const Rows& rows, int count, int head_dim, void* packed) {
   auto* out = static_cast<std::byte*>(packed);
@@ -19,7 +13,7 @@ void pack_queries(const Rows& rows, int count, int head_dim, void* packed) {
     for (int half = 0; half < 2; ++half, out += tile_bytes) {
       const auto part = [&](int query, int first) __attribute__((always_inline)) {
         const int left = query < count ? head_dim - first : 0;
-        return left > 0 ? load_as_bf16<T>(row_at(rows, query), first, left) : U16{};
+        return left > 0 ? load_as_bf16<T>(rows.at(query), first, left) : U16{};
       };
       U32 in[lanes];
       U32 pairs[lanes];

@@ -65,10 +65,12 @@ bool pack_values(const Rows& rows, int count, int padded, int head_dim, void* pa
   __mmask16 special = 0;
   int i = 0;
   for (; i < count; i += 2, out += head_dim) {
+    const void* const first = rows.at(i);
+    const void* const second = i + 1 < count ? rows.at(i + 1) : nullptr;
     for (int d = 0; d < head_dim; d += lanes) {
       const __mmask16 mask = head_mask(head_dim - d);
-      const __m256i low = load_bf16(rows.at(i), rows.dtype, d, mask);
-      const __m256i high = i + 1 < count ? load_bf16(rows.at(i + 1), rows.dtype, d, mask) : _mm256_setzero_si256();
+      const __m256i low = load_bf16(first, rows.dtype, d, mask);
+      const __m256i high = second != nullptr ? load_bf16(second, rows.dtype, d, mask) : _mm256_setzero_si256();
       special |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(low, exponent_bits), exponent_bits);
       special |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(high, exponent_bits), exponent_bits);
       _mm512_mask_storeu_epi32(out + d, mask, interleave(low, high));
@@ -117,9 +119,10 @@ inline void transpose16(const Pair* in, std::int64_t in_stride, Pair* out, std::
 void pack_queries(const Rows& rows, int count, int head_dim, void* packed) {
   alignas(64) Pair pairs[strip][max_head_dim / 2 + lanes];  // a tile may read past a row's end
   for (int i = 0; i < strip; ++i) {
+    const void* const row = i < count ? rows.at(i) : nullptr;
     for (int d = 0; d < head_dim; d += lanes) {
-      const __mmask16 mask = i < count ? head_mask(head_dim - d) : 0;
-      const __m256i bits = mask == 0 ? _mm256_setzero_si256() : load_bf16(rows.at(i), rows.dtype, d, mask);
+      const __m256i bits =
+          row == nullptr ? _mm256_setzero_si256() : load_bf16(row, rows.dtype, d, head_mask(head_dim - d));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs[i] + d / 2), bits);
     }
   }

@@ -94,7 +94,7 @@ HWY_INLINE void convert_row(const void* row, DType dtype, int head_dim, float* H
 
 // Sums rows. Columns stay in registers while the rows go by.
 template <DType dtype>
-HWY_INLINE void sum_rows_of(const Rows& rows, int count, int head_dim, float* HWY_RESTRICT sum) {
+HWY_INLINE void sum_rows_of(const void* const* rows, int count, int head_dim, float* HWY_RESTRICT sum) {
   constexpr Narrow d32;
   constexpr int vectors = 8;
   int d = 0;
@@ -103,7 +103,7 @@ HWY_INLINE void sum_rows_of(const Rows& rows, int count, int head_dim, float* HW
     HWY_UNROLL(8)
     for (int j = 0; j < vectors; ++j) total[j] = hn::Zero(d32);
     for (int i = 0; i < count; ++i) {
-      const void* const row = rows.at(i);
+      const void* const row = rows[i];
       HWY_UNROLL(8)
       for (int j = 0; j < vectors; ++j) total[j] = hn::Add(total[j], load_narrow<dtype>(row, d + j * narrow_lanes));
     }
@@ -112,7 +112,7 @@ HWY_INLINE void sum_rows_of(const Rows& rows, int count, int head_dim, float* HW
   }
   for (; d < head_dim; d += narrow_lanes) {
     auto total = hn::Zero(d32);
-    for (int i = 0; i < count; ++i) total = hn::Add(total, load_narrow<dtype>(rows.at(i), d));
+    for (int i = 0; i < count; ++i) total = hn::Add(total, load_narrow<dtype>(rows[i], d));
     hn::StoreU(total, d32, sum + d);
   }
 }

@@ -290,12 +290,14 @@ void score_factors(float* max, const float* sum, std::int64_t blocks, std::int64
 }
 
 void sum_rows(const Rows& rows, int count, int head_dim, float* sum) {
+  const void* all[max_block];
+  for (int i = 0; i < count; ++i) all[i] = rows.at(i);
   if (rows.dtype == DType::f32)
-    sum_rows_of<DType::f32>(rows, count, head_dim, sum);
+    sum_rows_of<DType::f32>(all, count, head_dim, sum);
   else if (rows.dtype == DType::bf16)
-    sum_rows_of<DType::bf16>(rows, count, head_dim, sum);
+    sum_rows_of<DType::bf16>(all, count, head_dim, sum);
   else
-    sum_rows_of<DType::f16>(rows, count, head_dim, sum);
+    sum_rows_of<DType::f16>(all, count, head_dim, sum);
 }
 
 void round_row(DType dtype, int count, float* row) {

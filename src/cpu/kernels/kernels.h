@@ -26,15 +26,27 @@ inline constexpr int max_head_dim = 256;  // bounds the kernels' stack buffers
 inline constexpr int max_block = 256;
 inline constexpr int cache_line = 64;
 
-// Rows of head_dim elements: row i is at data + (index ? index[i] : i) * stride elements.
+// Rows of head_dim elements: row i is at data + (index ? index[i] : i) * stride elements. Of a cache in pages that is
+// token first + (index ? index[i] : i), at place token % page_size of page pages[token / page_size].
 struct Rows {
   const void* data = nullptr;
   DType dtype = DType::f32;
   std::int64_t stride = 0;
   const std::int32_t* index = nullptr;
+  const std::int32_t* pages = nullptr;
+  std::int64_t page_stride = 0;
+  std::int32_t page_size = 0;
+  std::int32_t first = 0;
 
-  const void* at(int i) const {
-    const std::int64_t offset = (index != nullptr ? index[i] : i) * stride;
+  // Inline everywhere: files are compiled for other instructions, and a call might reach another file's copy.
+  [[gnu::always_inline]] const void* at(int i) const {
+    const std::int32_t row = index != nullptr ? index[i] : i;
+    std::int64_t offset = row * stride;
+    if (pages != nullptr) [[unlikely]] {
+      const auto token = static_cast<std::uint32_t>(first + row);  // whose division is the shorter one
+      const auto size = static_cast<std::uint32_t>(page_size);
+      offset = pages[token / size] * page_stride + token % size * stride;
+    }
     return static_cast<const std::byte*>(data) + offset * (dtype == DType::f32 ? 4 : 2);
   }
 };
@@ -180,7 +192,7 @@ struct Kernels {
   void (*cap)(float* products, std::int64_t count, const Logits& logits) = nullptr;
   // scores[key][query] = keys . queries, unscaled.
   void (*scores)(const void* keys, const void* queries, int count, int head_dim, float* scores) = nullptr;
-  // sum[:] = the sum of `count` rows; and the rounding of float32 values to a dtype, in place.
+  // sum[:] = the sum of `count` rows, a block at most; and the rounding of float32 values to a dtype, in place.
   void (*sum_rows)(const Rows& rows, int count, int head_dim, float* sum) = nullptr;
   void (*round_row)(DType dtype, int count, float* row) = nullptr;
   // scores[row] = the sum of weight * feature of Permutation::learned, for `count` rows.

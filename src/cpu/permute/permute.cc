@@ -84,8 +84,8 @@ void pack_original(const StageContext& c, std::int64_t head, std::int64_t block,
   const int dim = c.head_dim();
   const int count = c.block_keys(block);
   const std::int64_t place = head * g.blocks() + block;
-  const Rows k = c.rows_of(c.inputs.k, c.heads.kv_begin + head, block * g.block);
-  const Rows v = c.rows_of(c.inputs.v, c.heads.kv_begin + head, block * g.block);
+  const Rows k = c.kv_rows(c.inputs.k, c.heads.kv_begin + head, block * g.block);
+  const Rows v = c.kv_rows(c.inputs.v, c.heads.kv_begin + head, block * g.block);
   std::byte* const keys = c.layout.k + place * c.layout.k_block_bytes;
   c.kernels.pack.keys(k, count, padded(c, count), dim, keys);
   if (scores && block < c.layout.scored_blocks) score_block(c, head, block, keys);
@@ -165,7 +165,7 @@ void weigh_by_features(const StageContext& c, std::int64_t kv_head, std::int64_t
     std::fill_n(weights, c.geometry().segment, 0.0F);
     return;
   }
-  c.f32_kernels.learned_scores(c.rows_of(c.inputs.k, kv_head, begin), c.geometry().segment, c.head_dim(),
+  c.f32_kernels.learned_scores(c.kv_rows(c.inputs.k, kv_head, begin), c.geometry().segment, c.head_dim(),
                                of_head.data(), pairs, weights);
 }
 
@@ -201,8 +201,8 @@ void move_segment(const StageContext& c, std::int64_t order_head, std::int64_t b
   const std::int64_t kv_head = c.heads.kv_begin + (c.layout.shared_order ? order_head : c.kv_head(order_head));
   const std::int64_t end = std::min((begin + g.segment) / g.block, c.layout.permuted_blocks);
   for (std::int64_t block = begin / g.block; block < end; ++block) {
-    Rows k = c.rows_of(c.inputs.k, kv_head, 0);
-    Rows v = c.rows_of(c.inputs.v, kv_head, 0);
+    Rows k = c.kv_rows(c.inputs.k, kv_head, 0);
+    Rows v = c.kv_rows(c.inputs.v, kv_head, 0);
     k.index = v.index = c.layout.order + order_head * g.permuted_len() + block * g.block;
     pool_permuted(c, order_head, block, k, v);
     if (c.kernels.gathers) continue;

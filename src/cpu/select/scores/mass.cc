@@ -37,7 +37,7 @@ void add_masses(const StageContext& c, std::int64_t head, std::int64_t row, cons
 int pack_block(const StageContext& c, std::int64_t head, std::int64_t block, bool moved, float* keys) {
   const Geometry& g = c.geometry();
   const int count = c.block_keys(block);
-  Rows rows = c.rows_of(c.inputs.k, c.heads.kv_begin + c.kv_head(head), moved ? 0 : block * g.block);
+  Rows rows = c.kv_rows(c.inputs.k, c.heads.kv_begin + c.kv_head(head), moved ? 0 : block * g.block);
   if (moved) rows.index = c.order(head, block);
   c.f32_kernels.pack.keys(rows, count, std::max(g.block, patch_tokens * row_tile), c.head_dim(), keys);
   return count;
