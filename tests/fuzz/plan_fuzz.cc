@@ -7,6 +7,8 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <string>
 
 #include "call.h"
@@ -22,6 +24,7 @@ using namespace pbsattn::fuzz;
 
 Share ran("calls that are run", 0.3);
 Share compared("of those, calls compared with the reference", 0.1);
+Share paged("of those, calls whose keys and values lie in pages", 0.02);
 Share overlapping("of those, calls whose output lies over an input", 0.01);
 Ties other_orders("heads whose keys stand in another order than the reference's");
 Ties other_lists("rows that list other blocks than the reference in the same order of keys");
@@ -40,10 +43,10 @@ float take_sink(Bytes& bytes) {
 
 struct Tensors {
   Tensors(Bytes& bytes, const Shape& s)
-      : q(bytes, s.batch, s.q_heads, s.q_len, s.head_dim),
-        k(bytes, s.batch, s.kv_heads, s.kv_len, s.head_dim),
-        v(bytes, s.batch, s.kv_heads, s.kv_len, value_dim(s)),
-        out(bytes, s.batch, s.q_heads, s.q_len, value_dim(s)),
+      : q(bytes, Tensor::take_dtype(bytes), s.batch, s.q_heads, s.q_len, s.head_dim),
+        k(bytes, Tensor::take_dtype(bytes), s.batch, s.kv_heads, s.kv_len, s.head_dim),
+        v(bytes, Tensor::take_dtype(bytes), s.batch, s.kv_heads, s.kv_len, value_dim(s)),
+        out(bytes, Tensor::take_dtype(bytes), s.batch, s.q_heads, s.q_len, value_dim(s)),
         lse(static_cast<std::size_t>(s.batch * s.q_heads * s.q_len)) {
     if (!bytes.take_rarely(3)) return;
     for (std::int64_t h = 0; h < s.q_heads; ++h) sinks.push_back(take_sink(bytes));
@@ -78,6 +81,40 @@ struct Tensors {
     return {.data = order.data(), .batch_stride = s.kv_heads * head_stride, .head_stride = head_stride, .known = known};
   }
 
+  // Moves keys and values into pages of a cache, now and then; of hostile bytes nearly so.
+  void take_pages(Bytes& bytes, const Shape& s) {
+    if (!bytes.take_rarely(3)) return;
+    const std::int64_t size = 16 * (1 + bytes.take<std::uint8_t>() % 5);
+    const std::int64_t entries = ceil_div(s.kv_len, size);
+    const std::int64_t count = s.batch * entries + bytes.take<std::uint8_t>() % 3;
+    Tensor k_pages(bytes, k.view.dtype, count, s.kv_heads, size, s.head_dim);
+    Tensor v_pages(bytes, v.view.dtype, count, s.kv_heads, size, value_dim(s));
+    if (!k_pages.fits || !v_pages.fits) return;
+    table.resize(static_cast<std::size_t>(count));
+    std::iota(table.begin(), table.end(), 0);
+    std::ranges::shuffle(table, std::mt19937_64(bytes.hash()));
+    table.resize(static_cast<std::size_t>(s.batch * entries));
+    pages = {.table = nullptr, .batch_stride = entries, .size = size, .count = count};
+    for (const auto& [from, to] : {std::pair{&k, &k_pages}, {&v, &v_pages}}) {
+      std::ranges::fill(*to->memory, std::uint8_t{0xFF});  // NaN, which nothing reads
+      const bool refused = !from->runs_forward() || !to->runs_forward();
+      for (std::int64_t b = 0; b < s.batch && !refused; ++b)
+        for (std::int64_t h = 0; h < s.kv_heads; ++h)
+          for (std::int64_t t = 0; t < s.kv_len; ++t)
+            std::copy_n(from->row(b, h, t), from->row_bytes(),
+                        to->row(table[static_cast<std::size_t>(b * entries + t / size)], h, t % size));
+      *from = *to;
+    }
+    if (!bytes.hostile()) return;
+    // What a run must refuse: it can't know how long a table is, nor how much memory pages have.
+    if (bytes.take_rarely(4)) {
+      const auto page = bytes.take<std::int32_t>();
+      table[bytes.take<std::uint16_t>() % table.size()] = page >= 0 && page < count ? -1 : page;
+    }
+    if (bytes.take_rarely(4)) pages.size -= 1 + bytes.take<std::uint8_t>() % 15;
+    if (bytes.take_rarely(4)) pages.count = bytes.take<std::uint8_t>() % count;  // or refuse, or need no more
+  }
+
   bool fit() const { return q.fits && k.fits && v.fits && out.fits; }
   Tensors copy() const {
     Tensors result = *this;
@@ -86,6 +123,8 @@ struct Tensors {
   }
 
   Tensor q, k, v, out;
+  std::vector<std::int32_t> table;  // of pages, if k and v lie in some
+  Pages pages;                      // but for the pointer to that
   std::vector<float> lse, sinks;
   std::vector<float> weights;
   RopePairs pairs = RopePairs::halves;
@@ -131,6 +170,12 @@ pbsattn_status run_through_c(const pbsattn_plan* plan, const Shape& shape, Tenso
   order.head_stride = kept.head_stride;
   order.known = kept.known;
   run.order = &order;
+  auto pages = sized<pbsattn_pages>();
+  pages.table = t.table.empty() ? nullptr : t.table.data();
+  pages.batch_stride = t.pages.batch_stride;
+  pages.size = t.pages.size;
+  pages.count = t.pages.count;
+  run.pages = &pages;
   return pbsattn_plan_run(plan, &run);
 }
 
@@ -230,6 +275,7 @@ void run(const pbsattn_plan* plan, const Call& call, Bytes& bytes) {
   }
   tensors.take_order(bytes, call.heads.front(), call.shape);
   Tensors apart = tensors.copy();
+  tensors.take_pages(bytes, call.shape);
   Tensor* const inputs[] = {&tensors.q, &tensors.k, &tensors.v};
   const unsigned over = bytes.take<std::uint8_t>() % 16;
   const bool overlaps = over >= 1 && over <= std::size(inputs);
@@ -246,6 +292,7 @@ void run(const pbsattn_plan* plan, const Call& call, Bytes& bytes) {
   const pbsattn_status status = run_through_c(plan, call.shape, tensors, wants_lse ? tensors.lse.data() : nullptr,
                                               bytes.take<std::uint8_t>() % 2, &stats);
   ran.count(status == PBSATTN_OK ? 1 : 0);
+  paged.count(status == PBSATTN_OK && !tensors.table.empty() ? 1 : 0);
   overlapping.count(overlaps ? 1 : 0);
   if (status != PBSATTN_OK) {
     require_line(pbsattn_last_error());
@@ -257,11 +304,12 @@ void run(const pbsattn_plan* plan, const Call& call, Bytes& bytes) {
   require(tensors.out.only_view_changed(before), "a run writes its output and nothing else");
   require(0 < stats.visited_blocks && stats.visited_blocks <= stats.causal_blocks, "a run counts its blocks");
 
-  // The same with nothing over anything else, through the C++ interface.
+  // The same with nothing over anything else, nor in pages, through the C++ interface.
   const Plan again = plan_of(call, call.device, call.cap);
   const Trace trace = run_apart(again, apart);
   require(static_cast<std::int64_t>(trace.block.size()) == stats.visited_blocks, "a trace has the blocks counted");
-  expect_outputs(tensors.out, apart.out, "a run computes the same bits, whatever lies over what", same);
+  expect_outputs(tensors.out, apart.out, "a run computes the same bits, whatever lies over what and in pages or not",
+                 same);
   require(tensors.order == apart.order, "a run writes the same order");
   for (std::size_t i = 0; wants_lse && i < tensors.lse.size(); ++i)
     require(same(tensors.lse[i], apart.lse[i]), "log-sum-exps are the same bits");

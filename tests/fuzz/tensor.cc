@@ -19,10 +19,10 @@ Contents Contents::take(Bytes& bytes) {
   return {kind == 6 ? special : kind == 7 ? bits : normal, bytes.hash()};
 }
 
-Tensor::Tensor(Bytes& bytes, std::int64_t batch_size, std::int64_t head_count, std::int64_t token_count,
+Tensor::Tensor(Bytes& bytes, DType dtype, std::int64_t batch_size, std::int64_t head_count, std::int64_t token_count,
                std::int64_t dim)
     : batch(batch_size), heads(head_count), tokens(token_count), head_dim(dim) {
-  view.dtype = static_cast<DType>(bytes.take_near(0, 2) & 0xFF);
+  view.dtype = dtype;
   // Token by token in each head, or head by head of each token, with gaps; of hostile bytes nearly so.
   const std::int64_t gap = bytes.take_near(bytes.hostile() ? -1 : 0, 3);
   if (bytes.take_rarely(2)) {
@@ -90,8 +90,8 @@ bool Tensor::only_view_changed(const std::vector<std::uint8_t>& before) const {
   for (std::int64_t b = 0; b < batch; ++b)
     for (std::int64_t h = 0; h < heads; ++h)
       for (std::int64_t t = 0; t < tokens; ++t) {
-        const std::int64_t from = index(b, h, t, 0) * static_cast<std::int64_t>(element());
-        std::copy_n(memory->begin() + from, static_cast<std::size_t>(head_dim) * element(), expected.begin() + from);
+        const std::int64_t from = offset(b, h, t);
+        std::copy_n(memory->begin() + from, row_bytes(), expected.begin() + from);
       }
   return expected == *memory;
 }
