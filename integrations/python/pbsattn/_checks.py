@@ -45,7 +45,7 @@ def refuse_negated(**tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name}: lazily negated, so its memory holds the other sign; pass a tensor of its own")
 
 
-def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, paged: bool = False) -> None:
     """Raises what is wrong with the tensors of a call; the rest is the plan's to check."""
     check_layout(layout)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -58,7 +58,7 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str)
         )
     batch, _, _, head_dim = sizes_of(q.shape, layout)
     k_batch, _, _, k_head_dim = sizes_of(k.shape, layout)
-    if k_batch != batch or k_head_dim != head_dim:
+    if (k_batch != batch and not paged) or k_head_dim != head_dim:
         raise ValueError(
             f"k: shape {tuple(k.shape)} does not go with q's {tuple(q.shape)} (layout {layout}); "
             "batch and head_dim must be equal"
@@ -74,6 +74,8 @@ class Carried(typing.NamedTuple):
     sinks: torch.Tensor | None = None
     order_weights: torch.Tensor | None = None
     rope_pairs: str = PAIRS[0]
+    page_table: torch.Tensor | None = None  # of k and v in pages, of which this many tokens count:
+    kv_len: int | None = None
 
     def check(self, q: torch.Tensor, k: torch.Tensor, layout: str) -> None:
         """Raises what is wrong with it."""
@@ -85,6 +87,43 @@ class Carried(typing.NamedTuple):
             _check_array("order_weights", self.order_weights, "of k's heads and 3 D / 2", shape, q.device)
         if self.rope_pairs not in PAIRS:
             raise ValueError(f'rope_pairs {self.rope_pairs!r}: no such pairs; there are "halves" and "neighbours"')
+        if (self.page_table is None) != (self.kv_len is None):
+            raise ValueError(
+                f"kv_len {self.kv_len} {'without' if self.page_table is None else 'with'} a page_table; pass both, or none "
+                "for k and v that lie contiguous"
+            )
+        if self.page_table is not None and self.kv_len is not None:
+            _check_table(self.page_table, self.kv_len, q.shape[0], sizes_of(k.shape, layout)[2], q.device)
+
+    def sizes(self, q: torch.Tensor, v: torch.Tensor, layout: str) -> tuple[int, int, int, int, int, int, int]:
+        """A plan's: batch, q_heads, kv_heads, q_len, kv_len, head_dim, head_dim_v."""
+        batch, q_heads, q_len, head_dim = sizes_of(q.shape, layout)
+        _, kv_heads, kv_len, head_dim_v = sizes_of(v.shape, layout)
+        kv_len = kv_len if self.kv_len is None else self.kv_len
+        return batch, q_heads, kv_heads, q_len, kv_len, head_dim, head_dim_v
+
+    def pages(self, k: torch.Tensor, layout: str) -> tuple[int, int, int, int]:
+        """The table's address and stride, the tokens of a page, and the pages of the cache."""
+        if self.page_table is None:
+            return 0, 0, 0, 0
+        return self.page_table.data_ptr(), self.page_table.stride(0), sizes_of(k.shape, layout)[2], k.shape[0]
+
+
+def _check_table(table: object, kv_len: object, batch: int, page_size: int, device: torch.device) -> None:
+    if not isinstance(table, torch.Tensor):
+        raise TypeError(f"page_table: a {type(table).__name__}; pass a torch.Tensor")
+    if not isinstance(kv_len, int):
+        raise TypeError(f"kv_len {kv_len!r}: a {type(kv_len).__name__}; pass an int, the tokens of each batch entry")
+    entries = -(-kv_len // page_size)
+    if table.dtype != torch.int32 or table.dim() != 2 or table.shape[0] != batch or table.shape[1] < entries:
+        raise ValueError(
+            f"page_table: {table.dtype} {tuple(table.shape)}; pass an int32 tensor of the pages of each batch entry, "
+            f"({batch}, {entries}) or wider, as kv_len {kv_len} takes in pages of {page_size}"
+        )
+    if table.shape[1] > 1 and table.stride(1) != 1:
+        raise ValueError(f"page_table: its last dimension has stride {table.stride(1)}, not 1; call page_table.contiguous()")
+    if table.device != device:
+        raise ValueError(f"page_table on {table.device} but q on {device}; move them to one device")
 
 
 def _check_array(name: str, array: object, what: str, shape: Shape, device: torch.device) -> None:

@@ -10,6 +10,8 @@ _View = tuple[int, int, int, int, int]
 _Array = tuple[int, int]
 # the same of the order's weights, and pbsattn::RopePairs
 _Weights = tuple[int, int, int]
+# (address of int32, batch stride, tokens of a page, pages of the cache); 0 where keys and values lie contiguous
+_Pages = tuple[int, int, int, int]
 
 def version() -> str: ...
 def methods() -> list[tuple[str, str]]: ...
@@ -103,6 +105,7 @@ class Plan:
         stream: int,
         sinks: _Array,
         order_weights: _Weights,
+        pages: _Pages,
         stats: bool,
     ) -> Stats | None: ...
     def trace(
@@ -117,4 +120,5 @@ class Plan:
         stream: int,
         sinks: _Array,
         order_weights: _Weights,
+        pages: _Pages,
     ) -> tuple[Stats, Trace]: ...

@@ -17,7 +17,8 @@ _library = torch.library.Library("pbsattn", "DEF")
 # as easily as the library's options. `heads` are those of query heads, as JSON.
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str heads='', str layout='bhsd', "
-    "bool return_lse=False, Tensor? sinks=None, Tensor? order_weights=None, str rope_pairs='halves') "
+    "bool return_lse=False, Tensor? sinks=None, Tensor? order_weights=None, str rope_pairs='halves', "
+    "Tensor? page_table=None, SymInt? kv_len=None) "
     "-> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
@@ -86,9 +87,16 @@ def compute(
         k.get_device(),
         v.get_device(),
         torch.get_num_threads() if index < 0 else 0,
+        carried.kv_len,
     )
     plan = plan_of(
-        key, lambda q_heads: head_options(method, _read_settings(settings), read_heads(heads), q_heads), q, k, v, layout
+        key,
+        lambda q_heads: head_options(method, _read_settings(settings), read_heads(heads), q_heads),
+        q,
+        k,
+        v,
+        layout,
+        carried,
     )
     carried.check(q, k, layout)
     out = _empty_out(q, v)
@@ -139,8 +147,10 @@ def _attention(
     sinks: torch.Tensor | None = None,
     order_weights: torch.Tensor | None = None,
     rope_pairs: str = PAIRS[0],
+    page_table: torch.Tensor | None = None,
+    kv_len: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    carried = Carried(sinks, order_weights, rope_pairs)
+    carried = Carried(sinks, order_weights, rope_pairs, page_table, kv_len)
     out, lse, _ = compute(q, k, v, method, settings, heads, layout, return_lse, carried, False)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
@@ -152,7 +162,7 @@ def _attention_fake(
     *,
     layout: str = "bhsd",
     return_lse: bool = False,
-    **_: str | torch.Tensor | None,
+    **_: str | int | torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse = _empty_lse(q, layout) if return_lse else q.new_empty(0, dtype=torch.float32)
     return q.new_empty((*q.shape[:3], v.shape[3])), lse
@@ -202,6 +212,8 @@ def attention(
     sinks: torch.Tensor | None = ...,
     order_weights: torch.Tensor | None = ...,
     rope_pairs: str = ...,
+    page_table: torch.Tensor | None = ...,
+    kv_len: int | None = ...,
     return_lse: typing.Literal[False] = ...,
     return_stats: typing.Literal[False] = ...,
     **options: Value,
@@ -224,6 +236,8 @@ def attention(
     sinks: torch.Tensor | None = ...,
     order_weights: torch.Tensor | None = ...,
     rope_pairs: str = ...,
+    page_table: torch.Tensor | None = ...,
+    kv_len: int | None = ...,
     return_lse: typing.Literal[True],
     return_stats: typing.Literal[False] = ...,
     **options: Value,
@@ -246,6 +260,8 @@ def attention(
     sinks: torch.Tensor | None = ...,
     order_weights: torch.Tensor | None = ...,
     rope_pairs: str = ...,
+    page_table: torch.Tensor | None = ...,
+    kv_len: int | None = ...,
     return_lse: typing.Literal[False] = ...,
     return_stats: typing.Literal[True],
     **options: Value,
@@ -268,6 +284,8 @@ def attention(
     sinks: torch.Tensor | None = ...,
     order_weights: torch.Tensor | None = ...,
     rope_pairs: str = ...,
+    page_table: torch.Tensor | None = ...,
+    kv_len: int | None = ...,
     return_lse: typing.Literal[True],
     return_stats: typing.Literal[True],
     **options: Value,
@@ -289,6 +307,8 @@ def attention(
     sinks: torch.Tensor | None = None,
     order_weights: torch.Tensor | None = None,
     rope_pairs: str = PAIRS[0],
+    page_table: torch.Tensor | None = None,
+    kv_len: int | None = None,
     return_lse: bool = False,
     return_stats: bool = False,
     **options: Value,
@@ -319,15 +339,20 @@ def attention(
     lengths of its key's D / 2 pairs, then of its D numbers (docs/learned.md); finite, on q's device. rope_pairs: which
     columns RoPE turns together, "halves" or "neighbours". Other permutations leave both unread.
 
+    page_table: int32 [B, pages], for keys and values in a server's cache, on the CPU: token t of a batch entry is at place
+    t % N of page page_table[entry, t // N]. k and v are then [P, Hkv, N, D] and [P, Hkv, N, Dv], with layout="bshd"
+    [P, N, Hkv, D], of any strides, as slices of one tensor; N is a multiple of 16. kv_len: the tokens, Skv.
+
     Returns out [B, Hq, Sq, Dv], of q's dtype and contiguous; with return_lse also the natural log-sum-exp of each
     query's logits, float32 [B, Hq, Sq]; with return_stats also Stats (density, seconds), for which it waits for the work.
 
     Forward only. Works under torch.compile and, without return_stats, in CUDA graphs.
     Raises TypeError, ValueError, NotImplementedError (this device doesn't take it) or MemoryError.
     """
-    plain = type(q) is type(k) is type(v) is torch.Tensor and {type(sinks), type(order_weights)} <= _PLAIN
+    plain = type(q) is type(k) is type(v) is torch.Tensor and {type(sinks), type(order_weights), type(page_table)} <= _PLAIN
     if not plain:
-        for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", sinks), ("order_weights", order_weights)):
+        others = (("sinks", sinks), ("order_weights", order_weights), ("page_table", page_table))
+        for name, tensor in (("q", q), ("k", k), ("v", v), *others):
             if not isinstance(tensor, torch.Tensor) and (tensor is not None or name in "qkv"):
                 check_tensor(name, tensor)
     refuse_gradient("pbsattn.attention", q, k, v, sinks, order_weights)
@@ -338,7 +363,7 @@ def attention(
     else:
         settings = ""
     heads = write_heads(heads)
-    carried = Carried(sinks, order_weights, rope_pairs)
+    carried = Carried(sinks, order_weights, rope_pairs, page_table, kv_len)
     if return_stats:
         out, lse, stats = compute(q, k, v, method, settings, heads, layout, return_lse, carried, True)
         return (out, lse, stats) if return_lse else (out, stats)
@@ -357,5 +382,7 @@ def attention(
         sinks=sinks,
         order_weights=order_weights,
         rope_pairs=rope_pairs,
+        page_table=page_table,
+        kv_len=kv_len,
     )
     return (out, lse) if return_lse else out

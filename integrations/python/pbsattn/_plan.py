@@ -8,18 +8,7 @@ from collections.abc import Callable
 import torch
 
 from . import _core
-from ._checks import (
-    DTYPES,
-    PAIRS,
-    Carried,
-    Shape,
-    check_inputs,
-    check_stride,
-    check_tensor,
-    refuse_gradient,
-    refuse_negated,
-    sizes_of,
-)
+from ._checks import DTYPES, PAIRS, Carried, Shape, check_inputs, check_stride, check_tensor, refuse_gradient, refuse_negated
 from ._settings import HeadChanges, Heads, Value, library_options
 
 METHODS = dict(_core.methods())
@@ -27,8 +16,10 @@ METHODS = dict(_core.methods())
 
 _View = tuple[int, int, int, int, int]  # address, dtype, and the strides of batch, head and token
 # What a plan's run and trace take: views of q, k, v and the output, log-sum-exp, workspace and its size, stream, the address
-# and number of sinks and of the order's weights, with their pairs.
-_Addresses = tuple[_View, _View, _View, _View, int, int, int, int, tuple[int, int], tuple[int, int, int]]
+# and number of sinks and of the order's weights, with their pairs, and what Carried.pages tells.
+_Addresses = tuple[
+    _View, _View, _View, _View, int, int, int, int, tuple[int, int], tuple[int, int, int], tuple[int, int, int, int]
+]
 
 _MOST_PLANS = 512  # kept; a chunked prefill makes one for each chunk
 
@@ -102,15 +93,15 @@ def plan_of(
     k: torch.Tensor,
     v: torch.Tensor,
     layout: str,
+    carried: Carried,
 ) -> _core.Plan:
     """The plan of a call. `key` decides everything a plan depends on; a new one is checked first."""
     found = _plans.get(key)
     if found is None:
-        check_inputs(q, k, v, layout)
-        batch, q_heads, q_len, head_dim = sizes_of(q.shape, layout)
-        _, kv_heads, kv_len, head_dim_v = sizes_of(v.shape, layout)
-        sizes = batch, q_heads, kv_heads, q_len, kv_len, head_dim, head_dim_v
-        found = _make(options(q_heads), q.device, *sizes, torch.get_num_threads())
+        check_inputs(q, k, v, layout, carried.page_table is not None)
+        carried.check(q, k, layout)
+        sizes = carried.sizes(q, v, layout)
+        found = _make(options(sizes[1]), q.device, *sizes, torch.get_num_threads())
         while len(_plans) >= _MOST_PLANS:
             _plans.pop(next(iter(_plans)), None)
         _plans[key] = found
@@ -157,7 +148,7 @@ def _addresses(
     carried: Carried,
 ) -> _Addresses:
     """Tensors as a plan's run and trace take them."""
-    sinks, weights, pairs = carried
+    sinks, weights, pairs, *_ = carried
     q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
     if q_stride[3] != 1 or k_stride[3] != 1 or v_stride[3] != 1:
         for name, stride in (("q", q_stride), ("k", k_stride), ("v", v_stride)):
@@ -174,6 +165,7 @@ def _addresses(
         current_stream(index) if index >= 0 else 0,
         (0, 0) if sinks is None else (sinks.data_ptr(), sinks.numel()),
         (0, 0, 0) if weights is None else (weights.data_ptr(), weights.numel(), PAIRS.index(pairs)),
+        carried.pages(k, layout),
     )
 
 
@@ -181,14 +173,12 @@ def run_reference(
     options: list[_core.Options], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, carried: Carried
 ) -> tuple[torch.Tensor, _core.Stats, _core.Trace]:
     """What the definition gives: output, Stats and Trace. q, k, v are on the CPU; options as head_options() makes them."""
-    check_inputs(q, k, v, layout)
+    check_inputs(q, k, v, layout, carried.page_table is not None)
     if q.device.type != "cpu":
         raise ValueError(f"q on {q.device}: the reference computes on the CPU; move q, k and v there")
-    batch, q_heads, q_len, head_dim = sizes_of(q.shape, layout)
-    _, kv_heads, kv_len, head_dim_v = sizes_of(v.shape, layout)
-    sizes = batch, q_heads, kv_heads, q_len, kv_len, head_dim, head_dim_v
+    sizes = carried.sizes(q, v, layout)
     plan = _core.Plan(options[0] if len(options) == 1 else options, "reference", 0, 1, sizes)
-    out = q.new_empty((*q.shape[:3], head_dim_v))
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
     workspace = torch.empty(plan.workspace_size, dtype=torch.uint8)
     stats, raw = run(plan, q, k, v, out, None, workspace, layout, carried, trace=True)
     return out, stats, raw
@@ -231,19 +221,20 @@ class Plan:
         sinks: torch.Tensor | None = None,
         order_weights: torch.Tensor | None = None,
         rope_pairs: str = PAIRS[0],
+        page_table: torch.Tensor | None = None,
     ) -> _core.Stats | None:
         """Computes attention of q [B, Hq, Sq, D] over k [B, Hkv, Skv, D] and v [B, Hkv, Skv, Dv] into out [B, Hq, Sq, Dv],
         of q's dtype, without allocating.
 
         workspace: a uint8 tensor of at least workspace_size bytes on the plan's device. lse: a contiguous float32
-        tensor [B, Hq, Sq], or None. sinks, order_weights, rope_pairs: as in `attention`. layout="bshd" reads
-        all four tensors as [B, S, H, D]. On CUDA the work joins the current stream. With stats=True it waits for its work
-        and returns Stats.
+        tensor [B, Hq, Sq], or None. sinks, order_weights, rope_pairs, page_table: as in `attention`; kv_len is the
+        plan's. layout="bshd" reads all four tensors as [B, S, H, D]. On CUDA the work joins the current stream. With
+        stats=True it waits for its work and returns Stats.
 
         Raises TypeError or ValueError for what is not the plan's, MemoryError for too small a workspace and
         NotImplementedError where an input wants a gradient.
         """
-        carried = Carried(sinks, order_weights, rope_pairs)
+        carried = self._carried(sinks, order_weights, rope_pairs, page_table)
         self._check("Plan.run", q, k, v, out, workspace, lse, layout, carried)
         ran: _core.Stats | None = run(self._core, q, k, v, out, lse, workspace, layout, carried, stats)
         return ran
@@ -261,12 +252,13 @@ class Plan:
         sinks: torch.Tensor | None = None,
         order_weights: torch.Tensor | None = None,
         rope_pairs: str = PAIRS[0],
+        page_table: torch.Tensor | None = None,
     ) -> Callable[[], None]:
         """Returns a function that does what `run` does with these tensors, as often as it is called, checking nothing again.
 
         It keeps them alive. On CUDA its work joins the stream that is current when it is made. Raises what `run` does.
         """
-        carried = Carried(sinks, order_weights, rope_pairs)
+        carried = self._carried(sinks, order_weights, rope_pairs, page_table)
         self._check("Plan.bind", q, k, v, out, workspace, lse, layout, carried)
         refuse_negated(q=q, k=k, v=v)
         core, given = self._core, _addresses(q, k, v, out, lse, workspace, layout, carried)
@@ -275,6 +267,16 @@ class Plan:
             core.run(*given, False)
 
         return run_again
+
+    def _carried(
+        self,
+        sinks: torch.Tensor | None,
+        order_weights: torch.Tensor | None,
+        rope_pairs: str,
+        page_table: torch.Tensor | None,
+    ) -> Carried:
+        kv_len = None if page_table is None else self._shape[5]
+        return Carried(sinks, order_weights, rope_pairs, page_table, kv_len)
 
     def _check(
         self,
@@ -289,11 +291,12 @@ class Plan:
         carried: Carried,
     ) -> None:
         """Raises what is wrong with the tensors of a run."""
-        check_inputs(q, k, v, layout)
+        check_inputs(q, k, v, layout, carried.page_table is not None)
         carried.check(q, k, layout)
         check_tensor("out", out)
         check_stride("out", out.stride())
-        shape = (*sizes_of(q.shape, layout), *sizes_of(v.shape, layout)[1:])
+        batch, q_heads, kv_heads, q_len, kv_len, head_dim, head_dim_v = carried.sizes(q, v, layout)
+        shape = (batch, q_heads, q_len, head_dim, kv_heads, kv_len, head_dim_v)
         if shape != self._shape:
             raise ValueError(
                 f"q {tuple(q.shape)}, v {tuple(v.shape)}: not the plan's shape (B, Hq, Sq, D, Hkv, Skv, Dv) = "

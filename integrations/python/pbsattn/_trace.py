@@ -34,6 +34,8 @@ def trace(
     sinks: torch.Tensor | None = None,
     order_weights: torch.Tensor | None = None,
     rope_pairs: str = PAIRS[0],
+    page_table: torch.Tensor | None = None,
+    kv_len: int | None = None,
     **options: Value,
 ) -> tuple[torch.Tensor, Trace]:
     """The output of `attention` and what was decided on the way, for which it waits. Arguments: those of `attention`.
@@ -41,8 +43,8 @@ def trace(
     reference: computed by the definition, naive loops in double precision on one thread, which takes tensors on the CPU
     alone. Raises what `attention` does.
     """
-    check_inputs(q, k, v, layout)
-    carried = Carried(sinks, order_weights, rope_pairs)
+    carried = Carried(sinks, order_weights, rope_pairs, page_table, kv_len)
+    check_inputs(q, k, v, layout, page_table is not None)
     carried.check(q, k, layout)
     refuse_gradient("pbsattn.trace", q, k, v, sinks, order_weights)
     batch, q_heads = q.shape[0], q.shape[1 if layout == "bhsd" else 2]

@@ -142,6 +142,9 @@ using ArrayPair = std::pair<std::uintptr_t, std::size_t>;
 // The same of the order's weights, and pbsattn::RopePairs
 using WeightsTuple = std::tuple<std::uintptr_t, std::size_t, int>;
 
+// (address of int32, batch stride, tokens of a page, pages of the cache), all 0 where keys and values lie contiguous
+using PagesTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+
 template <class View>
 View to_view(const ViewTuple& v) {
   return {.data = reinterpret_cast<decltype(View::data)>(std::get<0>(v)),
@@ -153,15 +156,19 @@ View to_view(const ViewTuple& v) {
 
 void run_plan(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
               const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace, std::size_t workspace_size,
-              std::uintptr_t stream, const ArrayPair& sinks, const WeightsTuple& weights, pbsattn::Stats* stats,
-              pbsattn::Trace* trace) {
+              std::uintptr_t stream, const ArrayPair& sinks, const WeightsTuple& weights, const PagesTuple& pages,
+              pbsattn::Stats* stats, pbsattn::Trace* trace) {
   const nb::gil_scoped_release unlocked;
   plan.run({.q = to_view<pbsattn::ConstView>(q),
             .k = to_view<pbsattn::ConstView>(k),
             .v = to_view<pbsattn::ConstView>(v),
             .sinks = {reinterpret_cast<const float*>(sinks.first), sinks.second},
             .order_weights = {.values = {reinterpret_cast<const float*>(std::get<0>(weights)), std::get<1>(weights)},
-                              .pairs = static_cast<pbsattn::RopePairs>(std::get<2>(weights))}},
+                              .pairs = static_cast<pbsattn::RopePairs>(std::get<2>(weights))},
+            .pages = {.table = reinterpret_cast<const std::int32_t*>(std::get<0>(pages)),
+                      .batch_stride = std::get<1>(pages),
+                      .size = std::get<2>(pages),
+                      .count = std::get<3>(pages)}},
            {.out = to_view<pbsattn::View>(out), .lse = reinterpret_cast<float*>(lse)},
            {reinterpret_cast<std::byte*>(workspace), workspace_size}, pbsattn::Stream{reinterpret_cast<void*>(stream)},
            stats, trace);
@@ -170,11 +177,11 @@ void run_plan(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k,
 std::optional<pbsattn::Stats> run(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
                                   const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace,
                                   std::size_t workspace_size, std::uintptr_t stream, const ArrayPair& sinks,
-                                  const WeightsTuple& weights, bool want_stats) {
+                                  const WeightsTuple& weights, const PagesTuple& pages, bool want_stats) {
   std::optional<pbsattn::Stats> stats;
   if (want_stats) stats.emplace();
-  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, weights, want_stats ? &*stats : nullptr,
-           nullptr);
+  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, weights, pages,
+           want_stats ? &*stats : nullptr, nullptr);
   return stats;
 }
 
@@ -182,9 +189,9 @@ std::tuple<pbsattn::Stats, pbsattn::Trace> trace(const pbsattn::Plan& plan, cons
                                                  const ViewTuple& v, const ViewTuple& out, std::uintptr_t lse,
                                                  std::uintptr_t workspace, std::size_t workspace_size,
                                                  std::uintptr_t stream, const ArrayPair& sinks,
-                                                 const WeightsTuple& weights) {
+                                                 const WeightsTuple& weights, const PagesTuple& pages) {
   std::tuple<pbsattn::Stats, pbsattn::Trace> made;
-  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, weights, &std::get<0>(made),
+  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, weights, pages, &std::get<0>(made),
            &std::get<1>(made));
   return made;
 }
@@ -324,9 +331,9 @@ NB_MODULE(_core, module) {
       .def_prop_ro("path", [](const pbsattn::Plan& plan) { return std::string(plan.path()); })
       .def_prop_ro("options", [](const pbsattn::Plan& plan) { return plan.options(); })
       .def("run", &run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a, "sinks"_a,
-           "order_weights"_a, "stats"_a)
+           "order_weights"_a, "pages"_a, "stats"_a)
       .def("trace", &trace, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a,
-           "sinks"_a, "order_weights"_a, "A run that waits for its work and tells what it did and decided.");
+           "sinks"_a, "order_weights"_a, "pages"_a, "A run that waits for its work and tells what it did and decided.");
 
   add_learned(module);
 }
