@@ -1,7 +1,7 @@
 // The second step of two_step.cu: products of sampled queries and the keys of blocks that may be kept, and of each such
 // block a log-sum-exp for each query; of each query also those of all that its softmax is over.
 //
-// A thread block takes four *strips*, a warpgroup each: 64 lines of one head, 8 rows of 8 queries. Strips of the heads
+// A thread block takes four *strips*, a warpgroup each: 64 lines of one head, 16 rows of 4 queries. Strips of the heads
 // that share keys stand side by side, then those of the next rows, so that a tile of keys serves 256 lines. Of the key
 // blocks before the rows' own segments it takes a part, or as one part more the own segments:
 //     masks: which of the part's blocks each row reads, from the first step's shares
@@ -257,15 +257,7 @@ __device__ void consume_keys(const Params& p, const Cap& cap, const KeyItem& ite
       }
     });
   } else {
-#ifdef TS_NO_TURNS
-    struct {
-      __device__ void wait() const {}
-      __device__ void pass() const {}
-      __device__ void finish() const {}
-    } turns;
-#else
     const Turns<groups> turns(group);
-#endif
     // Each of the four lanes that share lines takes every fourth block's sums.
     float held[2];
     for (int word = 0; word < item.words(); ++word) {

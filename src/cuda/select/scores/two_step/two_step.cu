@@ -6,10 +6,9 @@
 //   3. add_shares: score[row][block] = half the sum of both shares, or half of the first where a block isn't read.
 // The log-sum-exps of some order heads, or of some rows of one, are in memory at a time.
 //
-// The least work at 128K tokens, 32 heads of 128 and 32 queries a row is in the first step 2 x .14 TFLOP of products
-// and 2 x .54 G exponentials, .4 ms; in the second, with 8 queries a row and all blocks read, 4.4 TFLOP and 17 G
-// exponentials, 6.3 and 4.8 ms which overlap, times the share of the blocks that is read: of .35 and half the
-// queries 1.1 ms.
+// The least work at 128K tokens, 32 heads of 128 and 16 queries a row is in the first step 2 x .07 TFLOP of products
+// and 2 x .27 G exponentials, .2 ms; in the second, with 4 queries a row and all blocks read, 2.2 TFLOP and 8.6 G
+// exponentials, 2.4 ms each which overlap, times the share of the blocks that is read: of .45 1.1 ms.
 #include <algorithm>
 #include <bit>
 
@@ -34,17 +33,7 @@ Sample sample_of(int most, int min_log_lines) {
 // same bits however heads are grouped. Of short rows a few parts each fill the device.
 int part_blocks_of(const Geometry& g) {
   constexpr std::int64_t least = 16;
-#ifdef TS_ENV
-  const auto number = [](const char* name, int usual) {
-    const char* text = getenv(name);
-    return text ? atoi(text) : usual;
-  };
-  const int TS_DIV = number("TS_DIV", 8), TS_MOST = number("TS_MOST", 128);
-#else
-#define TS_DIV 8
-#define TS_MOST 128
-#endif
-  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(g.blocks() / TS_DIV, least) * least, least, TS_MOST));
+  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(g.blocks() / 4, least) * least, least, most_part_blocks));
 }
 
 // Adds to each score the share of the second step. A warp takes a row.
