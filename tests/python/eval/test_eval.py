@@ -269,44 +269,41 @@ def test_a_page_of_results(finished, tmp_path, capsys):
     assert again == "before\n" + page + "after\n", "what people wrote stays, tables are new"
 
 
+HEADER = {
+    "format": 1,
+    "kind": "needle",
+    "model": {"name": "m"},
+    "device": "d",
+    "versions": {"torch": "2"},
+    "commit": "c",
+    "date": "today",
+    "methods": {"full": {}, "pbs": {}},
+}
+
+
+def write_run(run, places, header=HEADER):
+    """A run of needles, of which pbs finds those at depth 0."""
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps(header))
+    lines = [
+        {
+            "kind": "needle",
+            "item": f"{place}-{depth}",
+            "group": f"{place} 4096",
+            "method": method,
+            "density": 0.5,
+            "params": {"depth": depth},
+            "metrics": {"found": 100 * (method == "full" or depth == 0)},
+        }
+        for place in places
+        for depth in (0, 1)
+        for method in header["methods"]
+    ]
+    (run / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_a_page_has_a_column_for_each_group_of_prompts(tmp_path):
-    header = {
-        "format": 1,
-        "kind": "needle",
-        "model": {"name": "m"},
-        "device": "d",
-        "versions": {"torch": "2"},
-        "commit": "c",
-        "date": "today",
-        "methods": {"full": {}, "pbs": {}},
-    }
-
-    def record(place, depth, method, found):
-        return (
-            json.dumps(
-                {
-                    "kind": "needle",
-                    "item": f"{place}-{depth}",
-                    "group": f"{place} 4096",
-                    "method": method,
-                    "density": 0.5,
-                    "params": {"depth": depth},
-                    "metrics": {"found": found},
-                }
-            )
-            + "\n"
-        )
-
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps(header))
-    (tmp_path / "run" / "items.jsonl").write_text(
-        "".join(
-            record(place, depth, method, 100 * (method == "full" or depth == 0))
-            for place in ("end", "start")
-            for depth in (0, 1)
-            for method in ("full", "pbs")
-        )
-    )
+    write_run(tmp_path / "run", ("end", "start"))
     commands.main(["page", str(tmp_path / "run"), "--to", str(tmp_path / "found")])
     text = (tmp_path / "found.md").read_text()
     assert "Found (%) in 4 prompts of 4096 tokens; change against full, 95 % interval:" in text
@@ -314,3 +311,30 @@ def test_a_page_has_a_column_for_each_group_of_prompts(tmp_path):
     assert "| `full` | 0.500 | 100.0 | 100.0 | 100.0 |  |" in text
     assert "| `pbs` | 0.500 | 50.0 | 50.0 | 50.0 | -50.0 [-100.0, +0.0] |" in text
     assert "<summary>found by depth" in text and "  end 4096  pbs     *0" in text and "  pbs: 2 of 4 (50.0%)" in text
+
+
+def test_parts_of_a_run_make_one_table(tmp_path):
+    for name, places in (("whole", ("end", "start")), ("one", ("end",)), ("two", ("start",))):
+        write_run(tmp_path / name, places)
+    write_run(tmp_path / "more", ("start",), HEADER | {"methods": {"full": {}, "streaming": {}}})
+    commands.main(["page", f"run={tmp_path / 'whole'}", "--to", str(tmp_path / "a")])
+    commands.main(["page", f"run={tmp_path / 'one'},{tmp_path / 'two'},{tmp_path / 'one'}", "--to", str(tmp_path / "b")])
+    assert (tmp_path / "a.md").read_text() == (tmp_path / "b.md").read_text()
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    commands.main(["page", f"run={tmp_path / 'whole'},{tmp_path / 'more'}", "--to", str(tmp_path / "c")])
+    assert "| `streaming` | 0.500 |  | 50.0 | 50.0 | -50.0 [-100.0, +0.0] |" in (tmp_path / "c.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"device": "e"}, "two: device is not that of run's first part"),
+        ({"methods": {"full": {}, "pbs": {"top_p": 0.5}}}, "two: pbs has other options there"),
+    ],
+)
+def test_parts_of_another_run_are_refused(tmp_path, capsys, change, message):
+    write_run(tmp_path / "one", ("end",))
+    write_run(tmp_path / "two", ("start",), HEADER | change)
+    arguments = ["page", f"run={tmp_path / 'one'},{tmp_path / 'two'}", "--to", str(tmp_path / "page")]
+    assert commands.run_main(arguments) == 1 and message in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()

@@ -67,6 +67,18 @@ def test_changes_at_equal_density():
     assert cells[0] is None and cells[3] is None, "b has no such density"
     assert cells[1][0] == pytest.approx((0.5 + 0.5 + 1) / 3) and cells[1][1] == pytest.approx(0.5 / 3)
 
+    methods |= {f"other:top_p={p}": {"keep": "top_p"} for p in (".1", ".9")}
+    records += [
+        record(i, f"other:top_p=.{n}", d, *nll) for i, nll in (("a", (4, 4)), ("b", (9,))) for n, d in ((1, 0.1), (9, 0.2))
+    ]
+    against = {name: cells for _, name, cells in curves.by_density(records, methods, "nll", (0.12, 0.25), base="pbs")}
+    assert list(against) == ["other"] and against["other"][1] is None, "a family isn't compared with itself"
+    assert against["other"][0][0] == pytest.approx((4 - 1.5 + 4 - 2.5 + 9 - 6) / 3)
+    for each in records[3:6] + records[8:]:
+        each["group"] = "h"
+    groups = [group for group, _, _ in curves.by_density(records, methods, "nll", (0.12,), base="pbs")]
+    assert groups == ["g", "h", "all"]
+
 
 def test_settings_against_the_published_one():
     from pbsattn_eval import page

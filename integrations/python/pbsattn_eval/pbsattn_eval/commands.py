@@ -8,7 +8,7 @@ import sys
 
 from pbsattn import program
 
-from . import budgets, folder, kind, page, runs, summary
+from . import budgets, curves, folder, kind, page, runs, summary
 from .learn import arguments as learn
 
 
@@ -41,8 +41,22 @@ def _parser():
     again.add_argument("folder")
     again.add_argument("--json", metavar="FILE", help="write the table's rows as JSON; - for the standard output")
     results = commands.add_parser("page", help="put the tables and plots of runs into a page of results")
-    results.add_argument("folder", nargs="+")
+    results.add_argument("folder", nargs="+", help="of a run, or NAME=FOLDER,FOLDER,...: parts of one run")
     results.add_argument("--to", required=True, metavar="BASE", help="writes BASE.md, BASE.json and BASE-RUN.svg")
+    results.add_argument(
+        "--against",
+        default=[],
+        nargs="+",
+        metavar="METHOD",
+        help="compare with these methods' settings too, at equal density",
+    )
+    results.add_argument(
+        "--densities",
+        type=_densities,
+        default=curves.DENSITIES,
+        metavar="D,D,...",
+        help="at which methods are compared (default %(default)s)",
+    )
     report = commands.add_parser("report", help="make one HTML page, with figures, of runs")
     report.add_argument("folder", nargs="+", help="of a run, which may still go on")
     report.add_argument("--to", metavar="FILE", help="the page (default FOLDER/report.html, of the first folder)")
@@ -50,6 +64,10 @@ def _parser():
         "bench", help="measure time: of a model's prefill, and of the op (bench --help lists the benchmarks)"
     )
     return parser
+
+
+def _densities(text):
+    return tuple(map(float, text.split(",")))
 
 
 def _add_model(command):
@@ -212,7 +230,7 @@ def main(argv=None):
     if given.kind == "table":
         return _again(given)
     if given.kind == "page":
-        return page.write(given.folder, given.to)
+        return page.write(given.folder, given.to, given.against, given.densities)
     if given.kind == "budgets":
         return budgets.run(given, _say)
     if given.kind == "learn":

@@ -69,21 +69,27 @@ def crossing(densities, values, wanted):
     return found if points[-1][1] <= wanted else None
 
 
-def by_density(records, methods, metric):
-    """Changes against full at equal density, [(group, family, [None or (change, standard error), ...])] for DENSITIES.
+def by_density(records, methods, metric, densities=DENSITIES, base=None):
+    """Changes at equal density, [(group, family, [None or (change, standard error), ...])], against the family `base`, by
+    default against full.
 
-    Each item is interpolated unit by unit, so that pairs stay pairs; a density counts that all items of a group reach.
+    Each item is interpolated unit by unit, so that pairs stay pairs; a density counts that all items of a group reach. Against
+    a base several groups are compared together as well, as "all".
     """
     groups = {}
     for record in records:
         if "error" not in record:
             groups.setdefault(record["group"], {}).setdefault(record["item"], {})[record["method"]] = record
+    if base and len(groups) > 1:
+        groups["all"] = {item: by_method for items in groups.values() for item, by_method in items.items()}
+    named = families(methods)
     made = []
     for group, items in groups.items():
-        for name, specs in families(methods).items():
-            cells = [_change(items.values(), specs, metric, wanted) for wanted in DENSITIES]
-            if any(cells):
-                made.append((group, name, cells))
+        for name, specs in named.items():
+            if name != base:
+                cells = [_change(items.values(), specs, named[base] if base else None, metric, each) for each in densities]
+                if any(cells):
+                    made.append((group, name, cells))
     return made
 
 
@@ -92,17 +98,29 @@ def standard_error(values):
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def _change(items, specs, metric, wanted):
+def _change(items, specs, base, metric, wanted):
+    """Of settings at a density, over items, against those of another family, or full where `base` is None: its mean and
+    standard error; None where an item doesn't reach that density."""
     differences = []
     for by_method in items:
-        points = [by_method[spec] for spec in specs if spec in by_method]
-        place = at([point["density"] for point in points], wanted) if len(points) > 1 and "full" in by_method else None
-        if place is None:
+        own = _at(by_method, specs, metric, wanted)
+        other = _at(by_method, base, metric, wanted) if base else _full(by_method, metric)
+        if own is None or other is None:
             return None
-        full = np.asarray(units(by_method["full"], metric), float)
-        differences.append(place.of([units(point, metric) for point in points]) - full)
+        differences.append(own - other)
     values = np.concatenate(differences)
     return float(values.mean()), standard_error(values) or 0.0
+
+
+def _at(by_method, specs, metric, wanted):
+    """An item's units at a density between settings."""
+    points = [by_method[spec] for spec in specs if spec in by_method]
+    place = at([point["density"] for point in points], wanted) if len(points) > 1 else None
+    return None if place is None else place.of([units(point, metric) for point in points])
+
+
+def _full(by_method, metric):
+    return np.asarray(units(by_method["full"], metric), float) if "full" in by_method else None
 
 
 def units(record, metric):

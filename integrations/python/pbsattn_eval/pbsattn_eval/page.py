@@ -13,30 +13,58 @@ from . import curves, folder, kind, summary
 PUBLISHED = "pbs:top_p=0.9"  # what other settings have to beat
 
 
-def write(runs, base):
-    """Puts the tables of every run folder into BASE.md, its curves into BASE-NAME.svg, and all rows into BASE.json.
+def write(runs, base, against=(), densities=curves.DENSITIES):
+    """Puts the tables of every run into BASE.md, its curves into BASE-NAME.svg, and all rows into BASE.json.
 
-    A run's place in the page is between <!-- run NAME --> and <!-- /run -->, NAME its folder's; what isn't there yet is
-    added at the end. The rest of the page, which people write, stays as it is.
+    A run is a folder, or NAME=FOLDER,FOLDER,...: parts of one run. Its place in the page is between <!-- run NAME --> and
+    <!-- /run -->, NAME its folder's; what isn't there yet is added at the end. The rest of the page, which people write,
+    stays as it is. Runs are compared with each family of `against` too that they have.
     """
     page = pathlib.Path(f"{base}.md")
     text = page.read_text(encoding="utf-8") if page.exists() else "# Methods compared\n"
     rows = []
-    for run in map(pathlib.Path, runs):
-        header = folder.read_header(run)
-        records = list(folder.read_items(run / "items.jsonl"))
+    for run in runs:
+        name, header, records = _read(run)
         the_kind = kind.load(header["kind"])
         made = summary.rows(records, the_kind.metrics, list(header["methods"]))
-        rows += [dict(run=run.name, **row) for row in summary.as_json(made, header)]
-        block = _block(header, records, made, the_kind)
-        if header["kind"] == "ppl" and plot(records, header, f"{base}-{run.name}.svg"):
-            block += f"\n![Change of loss by density]({page.stem}-{run.name}.svg)\n"
-        mark = f"<!-- run {run.name} -->\n{block}<!-- /run -->"
-        found = re.compile(rf"<!-- run {re.escape(run.name)} -->\n.*?<!-- /run -->", re.DOTALL)
+        rows += [dict(run=name, **row) for row in summary.as_json(made, header)]
+        block = _block(header, records, made, the_kind, against, densities)
+        if header["kind"] == "ppl" and plot(records, header, f"{base}-{name}.svg"):
+            block += f"\n![Change of loss by density]({page.stem}-{name}.svg)\n"
+        mark = f"<!-- run {name} -->\n{block}<!-- /run -->"
+        found = re.compile(rf"<!-- run {re.escape(name)} -->\n.*?<!-- /run -->", re.DOTALL)
         before = found.search(text)
         text = text.replace(before[0], mark) if before else f"{text.rstrip()}\n\n{mark}\n"
     write_whole(page, text)
     write_whole(f"{base}.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def _read(run):
+    """Name, header and records of a folder, or of a run's parts, NAME=FOLDER,FOLDER,...: what several measured counts once.
+
+    ValueError for parts that aren't of one kind, model, device, version and day, or give a method other options.
+    """
+    name, equals, parts = str(run).partition("=")
+    if not equals:
+        path = pathlib.Path(run)
+        return path.name, folder.read_header(path), list(folder.read_items(path / "items.jsonl"))
+    whole, records = {}, {}
+    for part in parts.split(","):
+        header = folder.read_header(part)
+        whole = whole or {**header, "methods": {}}
+        for key in ("kind", "model", "device", "versions", "engine", "commit", "date"):
+            if header.get(key) != whole.get(key):
+                raise ValueError(
+                    f"{part}: {key} is not that of {name}'s first part; name runs that differ in items or methods alone"
+                )
+        for method, options in header["methods"].items():
+            if whole["methods"].setdefault(method, options) != options:
+                raise ValueError(
+                    f"{part}: {method} has other options there than in {name}'s other parts; name runs of one version"
+                )
+        for record in folder.read_items(pathlib.Path(part) / "items.jsonl"):
+            records.setdefault((record["item"], record["method"]), record)
+    return name, whole, list(records.values())
 
 
 def markdown(header, lines):
@@ -46,17 +74,21 @@ def markdown(header, lines):
     return cells(header) + cells(["---"] * len(header)) + "".join(map(cells, lines))
 
 
-def _block(header, records, made, the_kind):
+def _block(header, records, made, the_kind, against, densities):
     where = f"{header['model']['name']}; {header['device']}, torch {header['versions']['torch']}"
     parts = [f"{where}; commit {header['commit']}, {header['date']}.\n"]
-    equal = curves.by_density(records, header["methods"], the_kind.metrics[0].name) if header["kind"] == "ppl" else []
-    if equal:
+    families = curves.families(header["methods"]) if header["kind"] == "ppl" else {}
+    for base in [None, *(each for each in against if each in families)] if families else []:
+        equal = curves.by_density(records, header["methods"], the_kind.metrics[0].name, densities, base)
+        if not equal:
+            continue
         lines = [
             [group, f"`{name}`", *(f"{c[0]:+.4f} ±{c[1]:.4f}" if c else "" for c in cells)] for group, name, cells in equal
         ]
+        told = f", against `{base}`" if base else ""
         parts.append(
-            "Change of the loss (nats a token, ± standard error) at equal density:\n\n"
-            + markdown(["texts", "method", *(f"{d:g}" for d in curves.DENSITIES)], lines)
+            f"Change of the loss (nats a token, ± standard error) at equal density{told}:\n\n"
+            + markdown(["texts", "method", *(f"{d:g}" for d in densities)], lines)
         )
     sparser = _against(records, list(header["methods"])) if header["kind"] == "ppl" else ([], [])
     if sparser[1]:
