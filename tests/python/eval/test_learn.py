@@ -70,9 +70,16 @@ def test_the_file_is_what_the_runtime_reads(finished):
     assert learned.weights.shape == (2, 1, 96) and learned.weights.any(-1).all() and learned.settings == {}
 
 
-def test_the_file_of_the_demo_model_is_read():
-    read = pbsattn.read_learned(ROOT / "integrations/learned/models/smollm2-135m.pbs")
-    read.require_model(layers=30, query_heads=9, kv_heads=3, head_dim=64)
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("smollm2-135m", dict(layers=30, query_heads=9, kv_heads=3, head_dim=64)),
+        ("qwen2.5-coder-1.5b", dict(layers=28, query_heads=12, kv_heads=2, head_dim=128)),
+    ],
+)
+def test_the_files_of_the_demo_models_are_read(name, sizes):
+    read = pbsattn.read_learned(ROOT / f"integrations/learned/models/{name}.pbs")
+    read.require_model(**sizes)
     assert "manual-600000.txt" in read.fitted_on and "code-600000.txt" in read.fitted_on
 
 
