@@ -145,7 +145,7 @@ def models_table(records):
         rows = [r for r in records if (r["params"]["model"], r["params"]["text"], r["commit"]) == source]
         value = {(r["params"]["n"], r["case"], r["metric"]): r["value"] for r in rows}
         cases = list(dict.fromkeys((r["params"]["n"], r["case"]) for r in rows))
-        baselines = [b for b in ("flash", "cudnn") if any(case == b for _, case in cases)]
+        baselines = [b for b in ("flash", "cudnn", "fa3") if any(case == b for _, case in cases)]
         first = rows[0]
         timed = [r for r in rows if r["metric"] == "time to first token"]
         runs, spread = ({r["runs"] for r in timed}, [r["spread"] for r in timed])
@@ -204,6 +204,23 @@ def fidelity_table(records):
     return (
         f"`./dev bench fidelity` on {'; '.join(stamps)}; {records[0]['params']['n']} tokens, "
         f"{records[0]['params']['positions']} positions:\n\n" + "\n".join(lines)
+    )
+
+
+def learned_table(records):
+    """A row for each order that `./dev learn` judged, a column for each of its texts."""
+    groups = list(dict.fromkeys(r["params"]["group"] for r in records))
+    if len(groups) == 2:  # one text, and all of it
+        groups = groups[:1]
+    value = {(r["case"], r["params"]["group"]): r for r in records}
+    lines = [f"| order | {' | '.join(groups)} |", "| --- " * (1 + len(groups)) + "|"]
+    for case in dict.fromkeys(r["case"] for r in records):
+        cells = [f"{value[case, group]['value']:+.4f} ± {value[case, group]['spread']:.4f}" for group in groups]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    first = records[0]
+    return (
+        f"{first['params']['model']} on {stamp(first)}; nats a token against no order, at densities about "
+        f"{first['params']['density']:.3f}:\n\n" + "\n".join(lines)
     )
 
 
@@ -310,6 +327,10 @@ TABLES = [
     ("results/fidelity.md", "fidelity", fidelity_table, ["fidelity.json"]),
     ("results/gpu.md", "results", table, ["gpu.json"]),
     ("results/gpu.md", "h200", table, ["gpu-h200.json"]),
+    ("results/learned.md", "smollm2", learned_table, ["learned.json"]),
+    ("results/learned.md", "qwen-32k", learned_table, ["learned-qwen-32k.json"]),
+    ("results/learned.md", "qwen-8k", learned_table, ["learned-qwen-8k.json"]),
+    ("results/learned.md", "qwen-manual", learned_table, ["learned-qwen-manual.json"]),
     ("results/lists.md", "lists", lists_table, ["lists.json"]),
     ("results/python.md", "op", op_table, ["python-op-cpu.json", "python-overhead.json"]),
     (
@@ -318,6 +339,7 @@ TABLES = [
         models_table,
         ["prefill-h100.json", "prefill-h100-prose.json", "prefill-h100-shape.json"],
     ),
+    ("results/transformers.md", "h200", models_table, ["prefill-h200.json"]),
 ]
 
 
