@@ -325,6 +325,7 @@ TABLES = [
     ("README.md", "summary", summary_table, []),
     ("docs/start.md", "demo", demo_block, []),
     ("results/fidelity.md", "fidelity", fidelity_table, ["fidelity.json"]),
+    ("results/fidelity.md", "two-step", fidelity_table, ["fidelity-two-step.json"]),
     ("results/gpu.md", "results", table, ["gpu.json"]),
     ("results/gpu.md", "h200", table, ["gpu-h200.json"]),
     ("results/learned.md", "smollm2", learned_table, ["learned.json"]),
