@@ -1,8 +1,8 @@
 // The first step of two_step.cu: for each row the mean over its sampled queries of softmax over causal blocks of query
 // . pooled key, as per_query.cu has it for all queries.
 //
-// An *item* is 256 lines of one head, 16 rows of 16 queries, in two tiles of 128. Four warpgroups, two for each tile, go
-// through its pooled keys, 128 at a time, twice:
+// An *item* is 256 lines of one head, 16 rows of 16 queries, in two tiles of 128. Four warpgroups, two for each tile,
+// go through its pooled keys, 128 at a time, twice:
 //     S[line][block] = Q K^T      max and sum of exp2 of each line, in registers
 //     S^T[block][line] = K Q^T    weights exp2(S^T - log-sum-exp), summed over each row's lines
 // A tile's two warpgroups share its lines in the first sweep and each tile's blocks in the second. The few blocks of a
