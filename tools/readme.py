@@ -62,9 +62,17 @@ def table(records):
     return "\n".join(lines)
 
 
-MODEL = {"suite": "prefill", "metric": "time to first token", "text": "source of Python 3.12.3"}
+MODEL = {"suite": "prefill", "metric": "time to first token", "device": "NVIDIA H200, torch 2.11.0+cu130"}
 CALL = {"suite": "gpu", "case": "pbs", "metric": "time", "n": 131072}
-DENSE = {"suite": "gpu", "case": "dense", "metric": "rate", "n": 131072, "head_dim": 128, "peer": "FlashAttention-3"}
+DENSE = {
+    "suite": "gpu",
+    "case": "dense",
+    "metric": "rate",
+    "n": 131072,
+    "head_dim": 128,
+    "peer": "FlashAttention-3",
+    "commit": "b6283e7",
+}
 CORE = {
     "suite": "cpu-torch",
     "case": "dense",
@@ -80,17 +88,17 @@ CORE = {
 SUMMARY = [
     (
         "first token of a 131,072-token prompt, 1.5B model",
-        "H100, transformers",
-        "cuDNN's attention",
-        {**MODEL, "case": "pbs", "n": 131072},
-        {**MODEL, "case": "cudnn", "n": 131072},
+        "H200, transformers",
+        "FlashAttention-3",
+        {**MODEL, "case": "two-step", "n": 131072},
+        {**MODEL, "case": "fa3", "n": 131072},
     ),
     (
         "first token of a 32,768-token prompt, the same model",
-        "H100, transformers",
-        "cuDNN's attention",
-        {**MODEL, "case": "pbs", "n": 32768},
-        {**MODEL, "case": "cudnn", "n": 32768},
+        "H200, transformers",
+        "FlashAttention-3",
+        {**MODEL, "case": "two-step", "n": 32768},
+        {**MODEL, "case": "fa3", "n": 32768},
     ),
     ("one attention call, 131,072 tokens, 32 heads", "H100", "cuDNN's attention", {**CALL, "peer": "cuDNN"}, None),
     ("dense attention of 131,072 tokens, nothing left out", "H200", "FlashAttention-3", DENSE, None),
@@ -328,6 +336,7 @@ TABLES = [
     ("results/fidelity.md", "two-step", fidelity_table, ["fidelity-two-step.json"]),
     ("results/gpu.md", "results", table, ["gpu.json"]),
     ("results/gpu.md", "h200", table, ["gpu-h200.json"]),
+    ("results/gpu.md", "h200-peers", table, ["gpu-h200-peers.json"]),
     ("results/learned.md", "smollm2", learned_table, ["learned.json"]),
     ("results/learned.md", "qwen-32k", learned_table, ["learned-qwen-32k.json"]),
     ("results/learned.md", "qwen-8k", learned_table, ["learned-qwen-8k.json"]),
