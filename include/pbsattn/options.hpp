@@ -146,7 +146,7 @@ constexpr void visit_option_rows(Visitor&& visit, AnyOptions&... options) {
         options.scale...);
   visit(
       Row{"expected_density", "a number in [0, 1]",
-          "share of causal blocks that the fallback reckons with, in [0, 1]; 0: what the paper measured at the length"},
+          "share of causal blocks that the fallback reckons with, in [0, 1]; 0: what was measured at about the length"},
       options.expected_density...);
   visit(Row{"softcap", "a number from 0 up",
             "c of logits c * tanh(q . k * scale / c); 0: none; in llama.cpp the model's own is taken"},

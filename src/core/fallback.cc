@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <span>
 
 namespace pbsattn {
 namespace {
@@ -13,6 +14,8 @@ struct Point {
 // arXiv 2510.21270 from 8K on; before it, down to two segments, where nothing can be left out.
 constexpr std::array<Point, 6> paper{
     {{512, 1.0}, {8192, .579}, {16'384, .485}, {32'768, .405}, {65'536, .287}, {131'072, .219}}};
+// Qwen2.5-Coder-1.5B, two-step at its own setting: results/learned.md.
+constexpr std::array<Point, 4> two_step{{{512, 1.0}, {8192, .38}, {32'768, .14}, {131'072, .12}}};
 
 constexpr double tolerated_loss = 0.1;
 
@@ -22,7 +25,7 @@ bool method_is_faster(const Options& options, const Geometry& g, const CostModel
   double dense_rows = 0;  // their pairs
   for (std::int64_t row = std::max<std::int64_t>(g.rows() - options.dense_last_rows, 0); row < g.rows(); ++row)
     dense_rows += static_cast<double>(g.diagonal(row) + 1);
-  const double extra = model.call / heads + model.key_block * static_cast<double>(g.blocks());
+  const double extra = model.call / heads + model.key_block * static_cast<double>(g.blocks()) + model.pair * full;
   const double density = expected_density(options, g.shape.kv_len);
   const bool vouched_for = options.expected_density > 0.0F;
   return dense_rows + density * (full - dense_rows) + extra < full && (vouched_for || extra <= tolerated_loss * full);
@@ -33,9 +36,11 @@ bool method_is_faster(const Options& options, const Geometry& g, const CostModel
 double expected_density(const Options& options, std::int64_t kv_len) {
   if (options.expected_density > 0.0F) return options.expected_density;
   const auto tokens = static_cast<double>(kv_len);
-  if (tokens <= paper.front().tokens) return paper.front().density;
-  const auto* const next = std::ranges::find_if(paper, [&](const Point& point) { return tokens < point.tokens; });
-  if (next == paper.end()) return paper.back().density;
+  const std::span<const Point> points =
+      options.score == BlockScore::two_step ? std::span<const Point>(two_step) : std::span<const Point>(paper);
+  if (tokens <= points.front().tokens) return points.front().density;
+  const auto next = std::ranges::find_if(points, [&](const Point& point) { return tokens < point.tokens; });
+  if (next == points.end()) return points.back().density;
   const Point& before = *(next - 1);
   const double way = std::log2(tokens / before.tokens) / std::log2(next->tokens / before.tokens);
   return before.density + way * (next->density - before.density);

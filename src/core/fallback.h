@@ -10,10 +10,11 @@ namespace pbsattn {
 struct CostModel {
   double call = 0;       // of a call, whatever its size
   double key_block = 0;  // of a key block of one query head: scoring its keys, moving them, choosing among blocks
+  double pair = 0;       // of a pair of one query head: scoring it
 };
 
-// The share of causal blocks that a method is expected to visit: options.expected_density, or what the paper measured
-// at top_p 0.9 for this many tokens.
+// The share of causal blocks that a method is expected to visit: options.expected_density, or what was measured at this
+// many tokens: of two-step scores by us, of all others by the paper at top_p 0.9.
 double expected_density(const Options& options, std::int64_t kv_len);
 
 // The spec with the fallback resolved: the options as they are, or those of full attention. Full attention is taken

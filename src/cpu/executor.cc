@@ -15,8 +15,13 @@ namespace pbsattn::cpu {
 namespace {
 
 // From ./dev bench cpu at 8K tokens, where permute and select took 5 to 8 % of full attention: 64 blocks a head, 2080
-// pairs.
-constexpr CostModel cost_model{.call = 0, .key_block = 2.5};
+// pairs. Two-step scores of keys that no query orders took 4.1 % there and 2.0 % at 32K, at head_dim 64
+// (results/log/cpu-select.md); of keys in pbs order 7.4 %.
+CostModel cost_model_of(const Options& options) {
+  const bool by_queries = options.permutation != Permutation::none && options.permutation != Permutation::learned;
+  if (options.score != BlockScore::two_step) return {.key_block = 2.5};
+  return {.key_block = by_queries ? 2.5 : 0.9, .pair = .013};
+}
 
 class CpuExecutor final : public detail::Executor {
  public:
@@ -151,7 +156,7 @@ std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   if (spec.options.block % strip != 0 || spec.options.block > max_block)
     refuse(fmt::format("block {}: the CPU backend takes multiples of {} up to {}; use 128, or Device::reference()",
                        spec.options.block, strip, max_block));
-  return std::make_unique<CpuExecutor>(with_fallback_resolved(spec, cost_model));
+  return std::make_unique<CpuExecutor>(with_fallback_resolved(spec, cost_model_of(spec.options)));
 }
 
 }  // namespace pbsattn::cpu

@@ -27,13 +27,19 @@ namespace {
 // From ./dev bench gpu on an H100, head_dim 128: a pair of blocks takes 12 ns of the full device; permute and select
 // took 52 to 59 ns for each key block of a query head at 8K to 128K tokens; a call's launches and first loads about 20
 // us. The other widths but 64 are reckoned from that: a pair and a key block take as much more as there are more
-// columns, and keys of wide heads are read twice.
-CostModel cost_model_of(const Shape& shape) {
+// columns, and keys of wide heads are read twice. Two-step scores of keys that stand in no order took .0908, .449 and
+// 3.94 ms at 8K, 32K and 128K tokens of 32 heads on an H200, where a pair takes 11.3 ns: 39 ns a key block and .16 ns a
+// pair; a learned order up to 8 ns a key block more.
+CostModel cost_model_of(const Options& options, const Shape& shape) {
   constexpr double call = 1500;
-  constexpr double key_block = 5;
+  const bool two_step = options.score == BlockScore::two_step;
+  double key_block = 5;
+  if (two_step && options.permutation == Permutation::none) key_block = 3.5;
+  if (two_step && options.permutation == Permutation::learned) key_block = 4;
+  const double pair = two_step ? .014 : 0;
   const auto columns = static_cast<double>(shape.head_dim + value_dim(shape));
-  if (shape.head_dim == 64) return {.call = call, .key_block = key_block};
-  return {.call = call * 256 / columns, .key_block = shape.head_dim > 128 ? 1.5 * key_block : key_block};
+  if (shape.head_dim == 64) return {.call = call, .key_block = key_block, .pair = pair};
+  return {.call = call * 256 / columns, .key_block = shape.head_dim > 128 ? 1.5 * key_block : key_block, .pair = pair};
 }
 
 template <class V>
@@ -245,7 +251,7 @@ class CudaExecutor final : public detail::Executor {
 std::unique_ptr<detail::Executor> make_executor(const detail::PlanSpec& spec) {
   check_limits(spec);
   check_device(spec.device_index);
-  return std::make_unique<CudaExecutor>(with_fallback_resolved(spec, cost_model_of(spec.geometry.shape)));
+  return std::make_unique<CudaExecutor>(with_fallback_resolved(spec, cost_model_of(spec.options, spec.geometry.shape)));
 }
 
 }  // namespace pbsattn::cuda

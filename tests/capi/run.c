@@ -161,7 +161,7 @@ static void a_plan_tells_its_options(void) {
   pbsattn_plan* plan = NULL;
 
   CHECK(pbsattn_method("auto", &options) == PBSATTN_OK);
-  CHECK(options.keep == PBSATTN_KEEP_TOP_P && options.fallback == PBSATTN_FALLBACK_WHEN_FASTER);
+  CHECK(options.keep == PBSATTN_KEEP_THRESHOLD && options.fallback == PBSATTN_FALLBACK_WHEN_FASTER);
   CHECK(pbsattn_plan_create(&options, &shape, &cpu, SIZE_MAX, &plan) == PBSATTN_OK);
   CHECK(pbsattn_plan_options(plan, &options) == PBSATTN_OK);
   CHECK(options.keep == PBSATTN_KEEP_ALL && options.fallback == PBSATTN_FALLBACK_NEVER);

@@ -2,11 +2,19 @@
 
 #include <gtest/gtest.h>
 
+#include "pbsattn/options.hpp"
+
 namespace pbsattn {
 namespace {
 
 // One block pair costs 1, a head's key block 4, a call 100.
 constexpr CostModel model{.call = 100, .key_block = 4};
+
+Options pbs_or_full() {
+  Options options = method("pbs");
+  options.fallback = Fallback::when_faster;
+  return options;
+}
 
 KeepRule resolved(Options options, std::int64_t q_len, std::int64_t kv_len, std::int64_t heads = 8) {
   const detail::PlanSpec spec{
@@ -18,7 +26,7 @@ KeepRule resolved(Options options, std::int64_t q_len, std::int64_t kv_len, std:
 }
 
 TEST(Fallback, ExpectedDensityFollowsThePaper) {
-  const Options options = method("auto");
+  const Options options = pbs_or_full();
   EXPECT_EQ(expected_density(options, 100), 1.0);
   EXPECT_EQ(expected_density(options, 512), 1.0);
   EXPECT_DOUBLE_EQ(expected_density(options, 8192), .579);
@@ -33,14 +41,23 @@ TEST(Fallback, ExpectedDensityFollowsThePaper) {
   }
 }
 
+TEST(Fallback, ExpectedDensityOfTwoStepIsOurMeasurement) {
+  const Options options = method("auto");
+  EXPECT_EQ(expected_density(options, 512), 1.0);
+  EXPECT_DOUBLE_EQ(expected_density(options, 8192), .38);
+  EXPECT_DOUBLE_EQ(expected_density(options, 16'384), (.38 + .14) / 2);
+  EXPECT_DOUBLE_EQ(expected_density(options, 32'768), .14);
+  EXPECT_EQ(expected_density(options, 1 << 20), .12);
+}
+
 TEST(Fallback, LongSequencesAreSparseAndShortOnesFull) {
-  EXPECT_EQ(resolved(method("auto"), 1024, 1024), KeepRule::all);
-  EXPECT_EQ(resolved(method("auto"), 32'768, 32'768), KeepRule::top_p);
+  EXPECT_EQ(resolved(pbs_or_full(), 1024, 1024), KeepRule::all);
+  EXPECT_EQ(resolved(pbs_or_full(), 32'768, 32'768), KeepRule::top_p);
 }
 
 // 64 blocks: 2080 pairs, and 256 + 100 / 8 before attend: more than a tenth, so a loss were possible.
 TEST(Fallback, AnUnknownDensityMustNotRiskATenth) {
-  Options options = method("auto");
+  Options options = pbs_or_full();
   EXPECT_EQ(resolved(options, 8192, 8192), KeepRule::all);
   options.expected_density = 0.5F;
   EXPECT_EQ(resolved(options, 8192, 8192), KeepRule::top_p) << "the caller answers for the density";
@@ -49,12 +66,12 @@ TEST(Fallback, AnUnknownDensityMustNotRiskATenth) {
 }
 
 TEST(Fallback, AShortChunkPermutesAllKeysForFewRows) {
-  EXPECT_EQ(resolved(method("auto"), 128, 32'768), KeepRule::all);
-  EXPECT_EQ(resolved(method("auto"), 16'384, 32'768), KeepRule::top_p);
+  EXPECT_EQ(resolved(pbs_or_full(), 128, 32'768), KeepRule::all);
+  EXPECT_EQ(resolved(pbs_or_full(), 16'384, 32'768), KeepRule::top_p);
 }
 
 TEST(Fallback, FewHeadsPayForTheCall) {
-  Options options = method("auto");
+  Options options = pbs_or_full();
   options.expected_density = 0.8F;
   EXPECT_EQ(resolved(options, 8192, 8192, 8), KeepRule::top_p);
   EXPECT_EQ(resolved(options, 8192, 8192, 1), KeepRule::top_p);
@@ -64,9 +81,24 @@ TEST(Fallback, FewHeadsPayForTheCall) {
 }
 
 TEST(Fallback, DenseRowsSaveNothing) {
-  Options options = method("auto");
+  Options options = pbs_or_full();
   options.dense_last_rows = 1000;
   EXPECT_EQ(resolved(options, 32'768, 32'768), KeepRule::all);
+}
+
+// 64 blocks: 2080 pairs; 64 of them in the dense row, 268.5 before attend but for pairs.
+TEST(Fallback, PairsHaveAPrice) {
+  Options options = method("auto");
+  options.expected_density = 0.8F;
+  const auto keep = [&](double pair) {
+    const detail::PlanSpec spec{
+        .options = options,
+        .geometry = {.shape = {.q_heads = 8, .kv_heads = 8, .q_len = 8192, .kv_len = 8192, .head_dim = 64}}};
+    return with_fallback_resolved(spec, {.call = 100, .key_block = 4, .pair = pair}).options.keep;
+  };
+  EXPECT_EQ(keep(0), KeepRule::threshold);
+  EXPECT_EQ(keep(.06), KeepRule::threshold) << "of 403 pairs saved 393 are spent";
+  EXPECT_EQ(keep(.07), KeepRule::all);
 }
 
 TEST(Fallback, OnlyWhereAskedFor) {
@@ -74,14 +106,20 @@ TEST(Fallback, OnlyWhereAskedFor) {
   EXPECT_EQ(resolved(method("full"), 32'768, 32'768), KeepRule::all);
 }
 
-// The pages tell this length: 48 rows of blocks.
-TEST(Fallback, OnACpuAutoIsFullUpTo6144Tokens) {
-  const auto keep = [](std::int64_t tokens) {
+// The pages tell these lengths: 19 rows of blocks, and 48 of pbs.
+TEST(Fallback, OnACpuAutoIsFullUpTo2432Tokens) {
+  const auto keep = [](const Options& options, std::int64_t tokens) {
     const Shape shape{.q_heads = 2, .q_len = tokens, .kv_len = tokens, .head_dim = 64};
-    return Plan::create(method("auto"), shape, Device::cpu(1)).options().keep;
+    return Plan::create(options, shape, Device::cpu(1)).options().keep;
   };
-  EXPECT_EQ(keep(6144), KeepRule::all);
-  EXPECT_EQ(keep(6145), KeepRule::top_p);
+  EXPECT_EQ(keep(method("auto"), 2432), KeepRule::all);
+  EXPECT_EQ(keep(method("auto"), 2433), KeepRule::threshold);
+  EXPECT_EQ(keep(parse_method("auto:permutation=learned:order_scope=kv_head"), 2432), KeepRule::all);
+  EXPECT_EQ(keep(parse_method("auto:permutation=learned:order_scope=kv_head"), 2433), KeepRule::threshold);
+  EXPECT_EQ(keep(pbs_or_full(), 6144), KeepRule::all);
+  EXPECT_EQ(keep(pbs_or_full(), 6145), KeepRule::top_p);
+  EXPECT_EQ(keep(parse_method("auto:permutation=last_queries"), 8192), KeepRule::threshold);
+  EXPECT_EQ(keep(parse_method("auto:permutation=last_queries"), 7168), KeepRule::all);
 }
 
 // What is taken is full attention to the last option, and the plan says so.
@@ -93,7 +131,7 @@ TEST(Fallback, PlansTellWhatTheyTook) {
   EXPECT_EQ(plan.options().permutation, full.permutation);
   EXPECT_EQ(plan.options().score, full.score);
   EXPECT_EQ(plan.options().scale, full.scale);
-  EXPECT_EQ(Plan::create(method("auto"), shape, Device::reference()).options().keep, KeepRule::top_p);
+  EXPECT_EQ(Plan::create(method("auto"), shape, Device::reference()).options().keep, KeepRule::threshold);
 }
 
 }  // namespace

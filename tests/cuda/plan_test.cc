@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "cuda/device_run.h"
+#include "pbsattn/options.hpp"
 #include "support/judge.h"
 #include "support/refusal.h"
 
@@ -97,7 +98,17 @@ TEST(CudaPlan, AutoIsDenseWhereItIsShort) {
   shape.q_len = shape.kv_len = 32'768;
   const Plan sparse = Plan::create(method("auto"), shape, Device::cuda());
   EXPECT_EQ(sparse.path(), "sm90");
-  EXPECT_EQ(sparse.options().keep, KeepRule::top_p);
+  EXPECT_EQ(sparse.options().keep, KeepRule::threshold);
+  const auto path = [&](const char* text, std::int64_t tokens) {
+    shape.q_len = shape.kv_len = tokens;
+    return Plan::create(parse_method(text), shape, Device::cuda()).path();
+  };
+  // The pages tell these lengths: 92 rows of blocks, and with a learned order 102.
+  EXPECT_EQ(path("auto", 11'776), "sm90_dense");
+  EXPECT_EQ(path("auto", 11'777), "sm90");
+  constexpr const char* learned = "auto:permutation=learned:order_scope=kv_head";
+  EXPECT_EQ(path(learned, 13'056), "sm90_dense");
+  EXPECT_EQ(path(learned, 13'057), "sm90");
   Options known = method("auto");
   known.expected_density = 0.4F;
   shape.q_len = shape.kv_len = 8192;

@@ -15,11 +15,6 @@ namespace {
 constexpr Options pbs_options{
     .permutation = Permutation::last_queries, .score = BlockScore::mean_pool, .keep = KeepRule::top_p};
 
-constexpr Options with_fallback(Options options) {
-  options.fallback = Fallback::when_faster;
-  return options;
-}
-
 // The threshold is the mean share of a block, but for short rows, of which up to .008 lost nothing (docs/methods.md).
 constexpr Options two_step_options(Permutation permutation) {
   Options options{.permutation = permutation,
@@ -31,11 +26,16 @@ constexpr Options two_step_options(Permutation permutation) {
   return options;
 }
 
+constexpr Options with_fallback(Options options) {
+  options.fallback = Fallback::when_faster;
+  return options;
+}
+
 constexpr std::array table{
     MethodInfo{"full", "dense causal attention: the baseline every error is measured against", Options{}},
     MethodInfo{"pbs", "permuted block-sparse attention as published (arXiv 2510.21270)", pbs_options},
-    MethodInfo{"auto", "pbs, or full attention where the sequence is too short for pbs to be faster",
-               with_fallback(pbs_options)},
+    MethodInfo{"auto", "two-step, or full attention where the sequence is too short for two-step to be faster",
+               with_fallback(two_step_options(Permutation::none))},
     MethodInfo{
         "pbs+", "pbs with XAttention's antidiagonal scores of the permuted keys",
         Options{.permutation = Permutation::last_queries, .score = BlockScore::antidiagonal, .keep = KeepRule::top_p}},
