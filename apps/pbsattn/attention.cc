@@ -39,7 +39,7 @@ void AttentionFlags::add_to(CLI::App& command) {
   command.add_option(
       "--learned", learned_,
       "the file of a learned order (pbsattn learned shows it): the weights of permutation learned, and what "
-      "the method \"learned\" is");
+      "the methods \"learned\" and \"auto\" are");
   const pbsattn::Options defaults;
   pbsattn::visit_option_rows(
       [&](const pbsattn::OptionInfo& info, auto field) {
@@ -76,10 +76,6 @@ void AttentionFlags::apply(Role role, pbsattn::Options* options) const {
   for (const auto& [name, value] : given(role)) pbsattn::set_option(*options, name, value);
 }
 
-std::string AttentionFlags::default_method() const {
-  return learned_.empty() ? "pbs" : std::string(learned_name);
-}
-
 Attention attention_named(const std::string& spec, const AttentionFlags& flags, Role role) {
   Attention attention;
   attention.name = spec;
@@ -87,7 +83,7 @@ Attention attention_named(const std::string& spec, const AttentionFlags& flags, 
   if (attention.by_ggml) return attention;
   if (spec.starts_with("ggml:")) throw UsageError(fmt::format("{}: ggml's kernel has no options; name it alone", spec));
   const pbsattn::MethodText parts = pbsattn::split_method(spec);
-  attention.by_learned = parts.name == learned_name;
+  attention.by_learned = parts.name == learned_name || (parts.name == default_method && !flags.learned().empty());
   if (attention.by_learned && flags.learned().empty())
     throw UsageError(fmt::format("{}: is what the file of a learned order says; name one with --learned", spec));
   pbsattn::Options& options = attention.options =

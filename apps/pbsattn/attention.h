@@ -45,21 +45,21 @@ class AttentionFlags {
   void apply(Role role, pbsattn::Options* options) const;
   // Returns the file of a learned order, or "".
   const std::string& learned() const { return learned_; }
-  // Returns the method under test where the command line names none.
-  std::string default_method() const;
 
  private:
   Given given_;
   std::string learned_;
 };
 
+// The method under test where the command line names none. With the file of a learned order it is what the file says.
+inline constexpr std::string_view default_method = "auto";
 // The name of what the file of a learned order says: its settings by layer and head, under the flags.
 inline constexpr std::string_view learned_name = "learned";
 
 // Returns the attention that "ggml" stands for, or a method of the table with the flags for its role applied and then
 // options of its own: "pbs:top_p=0.95:segment=512". "settings=FILE" among them names a file of options by layer and
-// head. With --learned, "learned" is what its file says. Throws for an unknown name (with the nearest) and for a value
-// out of its range.
+// head. With --learned, "learned" and "auto" are what its file says. Throws for an unknown name (with the nearest) and
+// for a value out of its range.
 Attention attention_named(const std::string& spec, const AttentionFlags& flags, Role role);
 
 // Returns all options by name.

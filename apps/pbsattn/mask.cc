@@ -118,7 +118,9 @@ void require_index(int value, int count, const char* option, const std::string& 
 }
 
 void mask(const MaskOptions& options) {
-  Attention after = attention_named(options.attention.default_method(), options.attention, Role::under_test);
+  // What the picture shows is an order, which auto has none of without a file.
+  Attention after = attention_named(options.attention.learned().empty() ? "pbs" : std::string(learned_name),
+                                    options.attention, Role::under_test);
   const Attention full = attention_named("full", options.attention, Role::compared);
   options.prompt.check_threads();
   const std::string text = read_prompt(options.prompt.prompt_file);
@@ -136,6 +138,7 @@ void mask(const MaskOptions& options) {
     permuted = options_of_head(after, options.layer, options.head, session.info().q_heads);
     std::tie(weights, pairs) = session.weights_of(*after.learned, options.layer);
   }
+  permuted.fallback = pbsattn::Fallback::never;  // which would keep every block of a short prompt
   pbsattn::Options unpermuted = permuted;
   unpermuted.permutation = pbsattn::Permutation::none;
   std::vector<llama_token> prompt = session.tokenize(text);

@@ -50,7 +50,7 @@ int positions_from(const std::string& text) {
 // The attentions to run, in the order of the table: the ones to compare with, then the method.
 std::vector<Attention> attentions(const PrefillOptions& options) {
   std::vector<Attention> list;
-  const std::string method = options.method.empty() ? options.attention.default_method() : options.method;
+  const std::string method(options.method.empty() ? default_method : options.method);
   const auto add = [&](const std::string& name) {
     if (std::ranges::find(list, name, &Attention::name) == list.end()) {
       list.push_back(attention_named(name, options.attention, name == method ? Role::under_test : Role::compared));
@@ -246,7 +246,7 @@ void add_prefill(CLI::App& program) {
   command->add_option("--context", options->context, "tokens the KV cache holds; 0: as many as needed")
       ->capture_default_str();
   command->add_option("--method", options->method, "the method under test; `pbsattn methods` lists them")
-      ->default_str("pbs, or with --learned what its file says");
+      ->default_str("auto, with --learned as its file says");
   command
       ->add_option(
           "--compare", options->compare,

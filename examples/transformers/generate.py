@@ -16,7 +16,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("text")
-    parser.add_argument("--method", default="pbs")
+    parser.add_argument("--method", default="auto")
     parser.add_argument("--min-tokens", type=int, default=None, help="shorter calls go to PyTorch's attention")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text, at most")
     given = parser.parse_args()

@@ -47,7 +47,7 @@ enum ggml_pbsattn_mode {
 struct ggml_pbsattn_config {
   size_t struct_size;
   pbsattn_options*
-      options; /* default "pbs" with bf16 products; `scale` is ignored, and `softcap` and `window` may not be set: the
+      options; /* default "auto" with bf16 products; `scale` is ignored, and `softcap` and `window` may not be set: the
                   op brings its own. NULL: get_config() doesn't fill them, configure() leaves those in force */
   int64_t min_tokens;   /* queries an op needs to be taken; default 512 */
   size_t workspace_cap; /* bytes a plan may use; SIZE_MAX (default): no cap */

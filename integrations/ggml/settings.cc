@@ -158,7 +158,7 @@ std::shared_ptr<const learned::File> read_learned(const std::string& path) {
 
 Config default_config() {
   Config config;
-  pbsattn_method("pbs", &config.options);
+  pbsattn_method("auto", &config.options);
   config.options.precision = PBSATTN_PRECISION_BF16;
   return config;
 }
@@ -207,18 +207,23 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
                                                                              {"ggml", GGML_PBSATTN_MODE_GGML},
                                                                              {"off", GGML_PBSATTN_MODE_OFF}}}))
     config.mode = *mode;
-  const auto method = reader.text("PBSATTN_METHOD");
+  const std::string method(reader.text("PBSATTN_METHOD").value_or("auto"));
   const auto learned = reader.text("PBSATTN_LEARNED");
+  bool by_file = false;
+  LayerSettings::Changes given;
   try {
-    if (method)
-      set_method(*method, &config.options);
-    else if (learned)
+    set_method(method, &config.options);
+    const MethodText parts = split_method(method);
+    by_file = learned && parts.name == "auto";
+    if (by_file) {
       set_method(learned::method, &config.options);
+      for (const auto& [name, value] : parts.options) given.emplace_back(name, value);
+      LayerSettings::apply(given, &config.options);
+    }
   } catch (const Error& wrong) {
     reader.fail(fmt::format("PBSATTN_METHOD: {}", wrong.what()));
   }
   Options options = to_cpp(config.options);
-  LayerSettings::Changes given;
   visit_option_rows([&](const OptionInfo& info, const auto& field) { reader.option(info, field, &options, &given); },
                     options);
   config.options = to_c(options);
@@ -234,8 +239,8 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
 
   if (learned) {
     try {
-      // What variables set goes over the file's settings.
-      settings.learned = std::make_shared<LearnedLayers>(read_learned(std::string(*learned)), !method, config.options,
+      // What variables set, PBSATTN_METHOD's options among them, goes over the file's settings.
+      settings.learned = std::make_shared<LearnedLayers>(read_learned(std::string(*learned)), by_file, config.options,
                                                          std::move(given));
     } catch (const std::exception& wrong) {
       reader.fail(fmt::format("PBSATTN_LEARNED {}", wrong.what()));

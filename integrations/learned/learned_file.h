@@ -16,8 +16,8 @@ namespace pbsattn::learned {
 inline constexpr std::string_view format = "pbsattn-learned-1";
 // The largest file, in bytes. One of 128 layers with 128 KV heads of head_dim 256 has 24 MiB.
 inline constexpr std::size_t largest_file = std::size_t{64} << 20;
-// What a file's settings change where the caller names no method.
-inline constexpr std::string_view method = "two-step:permutation=learned:order_scope=kv_head";
+// What a file's settings change where the caller names no method, or "auto": that method with the file's order.
+inline constexpr std::string_view method = "auto:permutation=learned:order_scope=kv_head";
 
 // What a file must have in common with a model.
 struct Sizes {

@@ -33,7 +33,7 @@ class Prefill(Case):
 
     def test_table_and_json(self):
         out = self.folder / "out.json"
-        result = pbsattn(*PREFILL, *"--tokens 1500 --generate 4 --positions 40 --top-p 0.5 --json".split(), out)
+        result = pbsattn(*PREFILL, *"--tokens 1500 --generate 4 --positions 40 --method pbs --top-p 0.5 --json".split(), out)
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         for word in ("first token", "ggml ", "full ", "pbs ", "Greedy continuations"):
             self.assertIn(word, result.stdout)
@@ -66,12 +66,13 @@ class Prefill(Case):
         file = self.learned(30, 9, 3, 64, settings='{"4": {"*": {"keep": "all"}}}')
         result = pbsattn(
             *PREFILL,
-            *"--tokens 800 --generate 0 --compare none --positions 1 --threshold 0.2 --json --learned".split(),
+            *"--tokens 800 --generate 0 --compare none --positions 1 --threshold 0.2 --fallback never".split(),
+            *("--json", "--learned"),
             file,
         )
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         (run,) = json.loads(result.stdout)["runs"]
-        self.assertEqual((run["name"], run["options"]["permutation"]), ("learned", "learned"))
+        self.assertEqual((run["name"], run["options"]["permutation"]), ("auto", "learned"))
         densities = [layer["density"] for layer in run["layers"]]
         self.assertEqual([layer for layer, density in enumerate(densities) if density == 1], [4])
         picture = self.folder / "mask.svg"
@@ -113,7 +114,8 @@ class Prefill(Case):
 
     def test_top_p_one_is_dense(self):
         result = pbsattn(
-            *PREFILL, *"--tokens 700 --generate 0 --compare full,pbs:top_p=0.5:segment=128 --top-p 1 --json".split()
+            *PREFILL,
+            *"--tokens 700 --generate 0 --compare full,pbs:top_p=0.5:segment=128 --method pbs --top-p 1 --json".split(),
         )
         runs = json.loads(result.stdout)["runs"]
         self.assertEqual([run["name"] for run in runs], ["full", "pbs:top_p=0.5:segment=128", "pbs"])

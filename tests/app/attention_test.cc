@@ -108,7 +108,6 @@ Attention with_file(std::vector<std::string> arguments, const std::string& spec,
   arguments.insert(arguments.begin(), {"--learned", "model.pbs"});
   std::ranges::reverse(arguments);
   command.parse(arguments);
-  EXPECT_EQ(flags.default_method(), "learned");
   return attention_named(spec, flags, role);
 }
 
@@ -123,12 +122,16 @@ pbsattn::Options of_head(Attention attention, const std::string& of_file, std::s
 }
 
 TEST(AttentionFlags, LearnedIsWhatTheFileSaysUnderTheCommandLine) {
-  const Attention plain = with_file({}, "learned");
-  EXPECT_TRUE(plain.by_learned);
+  for (const char* name : {"learned", "auto"}) {
+    EXPECT_TRUE(with_file({}, name).by_learned);
+    EXPECT_EQ(with_file({}, name, Role::compared).options.permutation, pbsattn::Permutation::learned);
+  }
+  const Attention plain = with_file({}, std::string(default_method));
+  EXPECT_EQ(plain.options.fallback, pbsattn::Fallback::when_faster);
   EXPECT_EQ(plain.options.permutation, pbsattn::Permutation::learned);
   EXPECT_EQ(plain.options.precision, pbsattn::Precision::bf16);
   EXPECT_EQ(plain.over, Given{});
-  const Attention changed = with_file({"--dense-last-rows", "5", "--top-p=0.5"}, "learned:top_p=0.25");
+  const Attention changed = with_file({"--dense-last-rows", "5", "--top-p=0.5"}, "auto:top_p=0.25");
   EXPECT_EQ(changed.options.dense_last_rows, 5);
   EXPECT_EQ(changed.options.top_p, 0.25F);
   const std::string of_file = R"({"*": {"*": {"top_p": 0.7, "sink_blocks": 3}, "2": {"dense_last_rows": 2}}})";

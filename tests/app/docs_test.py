@@ -59,7 +59,7 @@ class Commands(unittest.TestCase):
         for command in told:
             with self.subTest(command):
                 printed = self.run_command(command, LETTERS)
-                self.assertIn("pbs" if " prefill" in command or " methods" in command else "cpu", printed)
+                self.assertIn("auto" if " prefill" in command or " methods" in command else "cpu", printed)
 
     def test_of_the_plug_in(self):
         told = sorted({command for _, command in commands(PROGRAM[1:])})

@@ -16,6 +16,7 @@
 #include "core/options/c_options.h"
 #include "interface.h"
 #include "support/learned.h"
+#include "support/options.h"
 
 namespace pbsattn::ggml::test {
 namespace {
@@ -263,6 +264,14 @@ TEST_F(LearnedOrder, VariablesStandOverTheFilesSettings) {
   EXPECT_EQ(options({}, 0).top_p, 0.5F);
   EXPECT_EQ(options({}, 0).sink_blocks, 3);
   EXPECT_EQ(options({}, 0).precision, Precision::bf16);
+  EXPECT_EQ(options({}, 0).fallback, Fallback::when_faster);
+  EXPECT_TRUE(pbsattn::test::same(options({{"PBSATTN_METHOD", "auto"}}, 0), options({}, 0)));
+  EXPECT_EQ(options({{"PBSATTN_METHOD", "auto:top_p=0.25"}}, 0).top_p, 0.25F);
+  EXPECT_EQ(options({{"PBSATTN_METHOD", "auto:top_p=0.25"}}, 0).sink_blocks, 3);
+  EXPECT_EQ(options({{"PBSATTN_METHOD", "auto:top_p=0.25"}, {"PBSATTN_TOP_P", "0.75"}}, 0).top_p, 0.75F);
+  EXPECT_EQ(options({{"PBSATTN_METHOD", "two-step"}}, 0).permutation, Permutation::none)
+      << "a method names all options";
+  EXPECT_EQ(options({{"PBSATTN_METHOD", "two-step"}}, 0).sink_blocks, 0);
   EXPECT_EQ(options({}, 1).keep, KeepRule::all);
   EXPECT_EQ(options({{"PBSATTN_TOP_P", "0.75"}}, 0).top_p, 0.75F);
   EXPECT_EQ(options({{"PBSATTN_TOP_P", "0.75"}}, 0).sink_blocks, 3);

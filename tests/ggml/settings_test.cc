@@ -34,14 +34,14 @@ Outcome read(const std::map<std::string, std::string>& variables) {
   return outcome;
 }
 
-TEST(Settings, DefaultsArePbsWithBfloat16Products) {
+TEST(Settings, DefaultsAreAutoWithBfloat16Products) {
   const Outcome outcome = read({});
   EXPECT_EQ(outcome.error, "");
   const Config& config = outcome.settings.config;
   EXPECT_EQ(config.mode, GGML_PBSATTN_MODE_PBSATTN);
-  EXPECT_EQ(config.options.keep, PBSATTN_KEEP_TOP_P);
-  EXPECT_EQ(config.options.permutation, PBSATTN_PERMUTATION_LAST_QUERIES);
-  EXPECT_EQ(config.options.precision, PBSATTN_PRECISION_BF16);
+  Options expected = method("auto");
+  expected.precision = Precision::bf16;
+  EXPECT_TRUE(pbsattn::test::same(to_cpp(config.options), expected));
   EXPECT_EQ(config.min_tokens, 512);
   EXPECT_EQ(config.workspace_cap, SIZE_MAX);
   EXPECT_FALSE(config.check);
@@ -85,13 +85,15 @@ TEST(Settings, EveryVariableIsHeard) {
 }
 
 TEST(Settings, EveryOptionHasItsVariableAndItsKey) {
-  const pbsattn_options base = default_config().options;
+  pbsattn_options base = default_config().options;
+  set_method("pbs", &base);
   pbsattn::test::each_option_value([&](const OptionInfo& info, const std::string& value, Options expected) {
     if (info.name != "precision") expected.precision = Precision::bf16;
     const std::string name(info.name), method = "pbs:" + name + "=" + value;
-    for (const auto& variable : {std::pair{variable_of(name), value}, {"PBSATTN_METHOD", method}})
-      EXPECT_TRUE(pbsattn::test::same(to_cpp(read({variable}).settings.config.options), expected))
-          << variable.first << "=" << variable.second;
+    using Variables = std::map<std::string, std::string>;
+    for (const auto& variables :
+         {Variables{{"PBSATTN_METHOD", "pbs"}, {variable_of(name), value}}, Variables{{"PBSATTN_METHOD", method}}})
+      EXPECT_TRUE(pbsattn::test::same(to_cpp(read(variables).settings.config.options), expected)) << method;
     if (name == "softcap" || name == "window") return;  // refused there
     for (const auto& [key, text] : {std::pair{name, value}, {"method", method}}) {
       const std::string json = R"({"*": {"*": {")" + key + R"(": ")" + text + R"("}}})";

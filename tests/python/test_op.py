@@ -57,11 +57,11 @@ def test_what_layers_of_models_carry(layer, layout):
     truth, true_lse = dense(q, k, v, sinks=sinks, **layer)
     given = [t.transpose(1, 2) for t in (q, k, v)] if layout == "bshd" else [q, k, v]
     for call in (pbsattn.attention, torch.compile(pbsattn.attention, backend="eager", fullgraph=True, dynamic=False)):
-        out, lse = call(*given, layout=layout, top_p=1.0, sinks=sinks, return_lse=True, **layer)
+        out, lse = call(*given, layout=layout, method="pbs", top_p=1.0, sinks=sinks, return_lse=True, **layer)
         assert error(out.transpose(1, 2) if layout == "bshd" else out, truth) < f32_tolerance(1e-5, 1e-2)
         torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=f32_tolerance(1e-4, 1e-1))
     if layout == "bhsd":
-        by_definition, _ = pbsattn.trace(q, k, v, top_p=1.0, sinks=sinks, reference=True, **layer)
+        by_definition, _ = pbsattn.trace(q, k, v, method="pbs", top_p=1.0, sinks=sinks, reference=True, **layer)
         assert error(by_definition, truth) < 1e-6
 
 
@@ -106,16 +106,16 @@ def test_what_layers_carry_is_checked(change, says):
 def test_sinks_that_want_a_gradient_are_refused():
     q, k, v = qkv("cpu", 300)
     with pytest.raises(NotImplementedError, match="no gradient"):
-        pbsattn.attention(q, k, v, sinks=torch.zeros(4, requires_grad=True))
+        pbsattn.attention(q, k, v, sinks=torch.zeros(4, requires_grad=True), method="pbs")
     with pytest.raises(TypeError, match="sinks: a list"):
-        pbsattn.attention(q, k, v, sinks=[0.0] * 4)
+        pbsattn.attention(q, k, v, sinks=[0.0] * 4, method="pbs")
 
 
 def test_options_choose_blocks(device):
     q, k, v = qkv(device, 3000)
-    whole, all_blocks = pbsattn.attention(q, k, v, top_p=1.0, return_stats=True)
-    _, some = pbsattn.attention(q, k, v, top_p=0.5, return_stats=True)
-    last, more = pbsattn.attention(q, k, v, top_p=0.5, dense_last_rows=2, return_stats=True)
+    whole, all_blocks = pbsattn.attention(q, k, v, top_p=1.0, return_stats=True, method="pbs")
+    _, some = pbsattn.attention(q, k, v, top_p=0.5, return_stats=True, method="pbs")
+    last, more = pbsattn.attention(q, k, v, top_p=0.5, dense_last_rows=2, return_stats=True, method="pbs")
     assert all_blocks.density == 1.0
     assert some.density < more.density < 1.0
     assert all_blocks.seconds > 0
@@ -125,27 +125,30 @@ def test_options_choose_blocks(device):
 def test_layouts_agree(device):
     q, k, v = qkv(device, 1500, batch=2)
     across = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
-    out, lse = pbsattn.attention(q, k, v, return_lse=True)
-    moved, moved_lse = pbsattn.attention(*across, layout="bshd", return_lse=True)
+    out, lse = pbsattn.attention(q, k, v, return_lse=True, method="pbs")
+    moved, moved_lse = pbsattn.attention(*across, layout="bshd", return_lse=True, method="pbs")
     assert moved.is_contiguous() and moved.shape == across[0].shape
     assert torch.equal(moved.transpose(1, 2), out)
     assert torch.equal(moved_lse, lse)
     views = [t.transpose(1, 2) for t in across]  # BHSD by strides alone
-    assert torch.equal(pbsattn.attention(*views), out)
+    assert torch.equal(pbsattn.attention(*views, method="pbs"), out)
 
 
 def test_slices_of_a_cache(device):
     q, k, v = qkv(device, 200, 900)
     cache = torch.full((2, 1, 2, 1024, 64), float("nan"), dtype=q.dtype, device=q.device)
     cache[0, :, :, :900], cache[1, :, :, :900] = k, v
-    assert torch.equal(pbsattn.attention(q, cache[0, :, :, :900], cache[1, :, :, :900]), pbsattn.attention(q, k, v))
+    assert torch.equal(
+        pbsattn.attention(q, cache[0, :, :, :900], cache[1, :, :, :900], method="pbs"),
+        pbsattn.attention(q, k, v, method="pbs"),
+    )
 
 
 def test_lazily_negated_tensors(device):
     """Their memory holds the other sign; every way in has to mind that."""
     q, k, v = qkv(device, 300, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-    expected = pbsattn.attention(q, k, v)
-    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=64, device=device)
+    expected = pbsattn.attention(q, k, v, method="pbs")
+    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=300, kv_len=300, head_dim=64, device=device, method="pbs")
     workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
     for which in range(3):
         given = [q, k, v]
@@ -154,10 +157,10 @@ def test_lazily_negated_tensors(device):
         out = torch.empty_like(q)
         plan.run(*given, out, workspace)
         for got in (
-            pbsattn.attention(*given),
-            pbsattn.attention(*given, return_stats=True)[0],
-            pbsattn.trace(*given)[0],
-            OP(*given)[0],
+            pbsattn.attention(*given, method="pbs"),
+            pbsattn.attention(*given, return_stats=True, method="pbs")[0],
+            pbsattn.trace(*given, method="pbs")[0],
+            OP(*given, method="pbs")[0],
             out,
         ):
             assert torch.equal(got, expected)
@@ -181,7 +184,7 @@ def test_opcheck(device, layout):
 
 def test_compiles_without_a_graph_break(device):
     def block(q, k, v):
-        out, lse = pbsattn.attention(q * 0.5, k, v, top_p=0.8, return_lse=True)
+        out, lse = pbsattn.attention(q * 0.5, k, v, top_p=0.8, return_lse=True, method="pbs")
         return out + 1, lse
 
     inputs = qkv(device, 600)
@@ -196,40 +199,40 @@ def test_cuda_graph(device):
     if device == "cpu":
         pytest.skip("graphs are CUDA's")
     q, k, v = qkv(device, 1500)
-    pbsattn.attention(q, k, v)
+    pbsattn.attention(q, k, v, method="pbs")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = pbsattn.attention(q, k, v)
+        out = pbsattn.attention(q, k, v, method="pbs")
     for source in (q, k, v):
         source.copy_(torch.randn_like(source))
     graph.replay()
-    assert torch.equal(out, pbsattn.attention(q, k, v))
+    assert torch.equal(out, pbsattn.attention(q, k, v, method="pbs"))
 
 
 def test_side_stream(device):
     if device == "cpu":
         pytest.skip("streams are CUDA's")
     q, k, v = qkv(device, 4000)
-    expected = pbsattn.attention(q, k, v)
+    expected = pbsattn.attention(q, k, v, method="pbs")
     late = torch.zeros_like(q)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late.copy_(q)
-        out = pbsattn.attention(late, k, v)
+        out = pbsattn.attention(late, k, v, method="pbs")
     stream.synchronize()
     assert torch.equal(out, expected)
 
 
 def test_many_threads(device):
     inputs = [qkv(device, n) for n in (300, 500, 700, 900)]
-    expected = [pbsattn.attention(*each) for each in inputs]
+    expected = [pbsattn.attention(*each, method="pbs") for each in inputs]
     wrong = []
 
     def work(i):
         for _ in range(5):
-            if not torch.equal(pbsattn.attention(*inputs[i % 4]), expected[i % 4]):
+            if not torch.equal(pbsattn.attention(*inputs[i % 4], method="pbs"), expected[i % 4]):
                 wrong.append(i)
 
     in_threads(work, 8)
@@ -239,13 +242,13 @@ def test_many_threads(device):
 def test_plan(device):
     q, k, v = qkv(device, 1500)
     shape = dict(q_heads=4, kv_heads=2, q_len=1500, kv_len=1500, head_dim=64, device=device)
-    plan = pbsattn.plan(top_p=0.8, **shape)
+    plan = pbsattn.plan(method="pbs", top_p=0.8, **shape)
     assert plan.options["top_p"] == pytest.approx(0.8) and plan.options["scale"] == pytest.approx(0.125)
     assert plan.path
     out, lse = torch.empty_like(q), torch.empty(1, 4, 1500, device=device)
     workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
     assert plan.run(q, k, v, out, workspace, lse=lse) is None
-    expected, expected_lse = pbsattn.attention(q, k, v, top_p=0.8, return_lse=True)
+    expected, expected_lse = pbsattn.attention(q, k, v, top_p=0.8, return_lse=True, method="pbs")
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     assert 0 < plan.run(q, k, v, out, workspace, stats=True).density <= 1
     with pytest.raises(ValueError, match="plan's shape"):
@@ -297,13 +300,13 @@ def test_every_method_by_name(device, method):
 
 def test_bound_tensors(device):
     q, k, v = qkv(device, 600)
-    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=600, kv_len=600, head_dim=64, device=device)
+    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=600, kv_len=600, head_dim=64, device=device, method="pbs")
     out, workspace = torch.empty_like(q), torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
     again = plan.bind(q, k, v, out, workspace)
     for _ in range(2):
         q.copy_(torch.randn_like(q))
         assert again() is None
-        assert torch.equal(out, pbsattn.attention(q, k, v))
+        assert torch.equal(out, pbsattn.attention(q, k, v, method="pbs"))
     with pytest.raises(ValueError, match="plan's shape"):
         plan.bind(q[:, :, :10], k, v, out[:, :, :10], workspace)
     with pytest.raises(ValueError, match="k: lazily negated"):
@@ -319,8 +322,26 @@ def test_options_and_processor():
     assert cpu.processor and cpu.threads >= 1 and {cpu.f32_path, cpu.bf16_path} <= set(cpu.paths)
 
 
+def test_who_names_no_method_gets_two_step_where_that_is_faster():
+    shape = dict(q_heads=4, kv_heads=2, head_dim=64)
+    assert pbsattn.options() == pbsattn.options("auto") == pbsattn.options("two-step", fallback="when_faster")
+    short = dict(q_len=600, kv_len=600, **shape)
+    assert pbsattn.plan(**short).options["keep"] == "all"
+    long = dict(q_len=2500, kv_len=2500, **shape)
+    assert pbsattn.plan(**long).options == pbsattn.plan(method="two-step", **long).options
+    q, k, v = qkv("cpu", 2500)
+    weights = torch.randn(2, 96)
+    for order in ({}, dict(permutation="learned", order_scope="kv_head", order_weights=weights)):
+        out = pbsattn.attention(q, k, v, **order)
+        assert torch.equal(out, pbsattn.attention(q, k, v, method="two-step", **order))
+        traced, trace = pbsattn.trace(q, k, v, **order)
+        assert torch.equal(out, traced) and trace.kept.float().mean() < 1
+    assert torch.equal(pbsattn.attention(q, k, v), OP(q, k, v, method="auto")[0])
+    assert torch.equal(pbsattn.attention(q, k, v, method="pbs"), OP(q, k, v)[0]), "graphs of 0.2 name no pbs"
+
+
 def test_workspace_cap(device):
-    shape = dict(q_heads=4, kv_heads=2, q_len=4096, kv_len=4096, head_dim=64, device=device)
+    shape = dict(q_heads=4, kv_heads=2, q_len=4096, kv_len=4096, head_dim=64, device=device, method="pbs")
     whole = pbsattn.plan(**shape)
     capped = pbsattn.plan(workspace_cap=whole.workspace_size * 3 // 4, **shape)
     assert capped.workspace_size <= whole.workspace_size * 3 // 4
@@ -337,8 +358,8 @@ def test_workspace_cap(device):
 
 def test_trace_tells_what_was_decided(device):
     q, k, v = qkv(device, q_len=300, kv_len=1000, q_heads=4, kv_heads=2)
-    out, trace = pbsattn.trace(q, k, v, top_p=0.5)
-    assert torch.equal(out, pbsattn.attention(q, k, v, top_p=0.5))
+    out, trace = pbsattn.trace(q, k, v, top_p=0.5, method="pbs")
+    assert torch.equal(out, pbsattn.attention(q, k, v, top_p=0.5, method="pbs"))
     assert trace.first_row == 5 and trace.kept.shape == (1, 4, 3, 8) and trace.order.shape == (1, 4, 1000)
     assert int(trace.kept.sum()) == trace.stats.visited_blocks
     assert all(sorted(order) == list(range(1000)) for order in trace.order[0].tolist())

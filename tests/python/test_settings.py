@@ -169,8 +169,8 @@ def test_each_head_keeps_what_its_options_keep(device):
         2: {"keep": "none", "local_blocks": 2},
         "3": {"keep": "top_k", "top_k": 1},
     }
-    out, trace = pbsattn.trace(q, k, v, heads=heads)
-    assert torch.equal(out, pbsattn.attention(q, k, v, heads=json.dumps(heads)))
+    out, trace = pbsattn.trace(q, k, v, heads=heads, method="pbs")
+    assert torch.equal(out, pbsattn.attention(q, k, v, heads=json.dumps(heads), method="pbs"))
     for h, options in enumerate(Heads(heads).over([{"method": "pbs"}], 4)):
         alone, alone_trace = pbsattn.trace(q, k, v, **options)
         assert torch.equal(trace.kept[:, h], alone_trace.kept[:, h])
@@ -183,13 +183,15 @@ def test_each_head_keeps_what_its_options_keep(device):
 def test_a_plan_and_a_compiled_call_take_heads():
     q, k, v = qkv("cpu", 600)
     heads = {"0": {"keep": "all"}, "1": {"top_p": 0.3}}
-    wanted = pbsattn.attention(q, k, v, heads=heads)
-    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=600, kv_len=600, head_dim=64, heads=heads)
+    wanted = pbsattn.attention(q, k, v, heads=heads, method="pbs")
+    plan = pbsattn.plan(q_heads=4, kv_heads=2, q_len=600, kv_len=600, head_dim=64, heads=heads, method="pbs")
     out = torch.empty_like(q)
     plan.run(q, k, v, out, torch.empty(plan.workspace_size, dtype=torch.uint8))
     assert torch.equal(out, wanted)
     text = json.dumps(heads)
-    compiled = torch.compile(lambda q, k, v: pbsattn.attention(q, k, v, heads=text), backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda q, k, v: pbsattn.attention(q, k, v, heads=text, method="pbs"), backend="eager", fullgraph=True
+    )
     assert torch.equal(compiled(q, k, v), wanted)
 
 
@@ -206,5 +208,5 @@ def test_a_plan_and_a_compiled_call_take_heads():
 def test_errors_of_a_call(heads, message):
     q, k, v = qkv("cpu", 40)
     with pytest.raises(ValueError) as raised:
-        pbsattn.attention(q, k, v, heads=heads)
+        pbsattn.attention(q, k, v, heads=heads, method="pbs")
     assert message in str(raised.value)

@@ -43,7 +43,8 @@ def build(family, device="cpu", **changes):
 
 
 def enable(model, **settings):
-    return pt.enable(model, **{"min_tokens": 64, **settings})
+    """By pbs, which is sparse at any length, where no other method is named."""
+    return pt.enable(model, **{"min_tokens": 64, "method": "pbs", **settings})
 
 
 def prompt(device="cpu", tokens=TOKENS, batch=1):
@@ -238,7 +239,7 @@ def test_short_calls_go_to_sdpa_silently(device):
 def test_the_least_tokens_depend_on_the_device(device):
     least = {"cpu": 512, "cuda": 2560}[device]
     model = build("llama", device, max_position_embeddings=4096)
-    with pt.enable(model):
+    with pt.enable(model, method="pbs"):
         model(prompt(device, least - 1))
         assert pt.stats(model) == []
         model(prompt(device, least))

@@ -52,7 +52,7 @@ def agree(got, expected):
 def check(model, call):
     """A call gives the same with every block kept as it does through SDPA; what became of its layers."""
     expected = call()
-    with pt.enable(model, min_tokens=64, top_p=1.0), warnings.catch_warnings():
+    with pt.enable(model, min_tokens=64, top_p=1.0, method="pbs"), warnings.catch_warnings():
         warnings.simplefilter("ignore", pt.FallbackWarning)
         agree(call(), expected)
         return pt.stats(model)
@@ -161,7 +161,7 @@ def test_a_decoder_that_is_told_to_see_everything_does(how, length):
 def test_bidirectional_gemma3_is_refused():
     model = made("Gemma3TextModel", {"use_bidirectional_attention": True})
     with pytest.raises(ValueError, match="Gemma3TextModel: has no causal attention"):
-        pt.enable(model)
+        pt.enable(model, method="pbs")
 
 
 # ----------------------------------------------------------------------- arguments that pbsattn doesn't know
@@ -171,7 +171,7 @@ def test_bidirectional_gemma3_is_refused():
 def test_models_with_an_indexer_are_refused_by_name(family):
     model = made(f"{family}ForCausalLM")
     with pytest.raises(ValueError, match=rf"{family}ForCausalLM: it is sparse already: its {family}\w*Indexer picks the"):
-        pt.enable(model)
+        pt.enable(model, method="pbs")
     assert model.config._attn_implementation in ("sdpa", "eager")
 
 
@@ -186,7 +186,7 @@ def test_an_unknown_argument_raises(q_len, enabled):
         return INTERFACE["pbsattn"](module, q, k, v, None, scaling=0.2, **arguments)
 
     if enabled:
-        pt.enable(model, min_tokens=64, top_p=1.0)
+        pt.enable(model, min_tokens=64, top_p=1.0, method="pbs")
     call(position_ids=torch.arange(q_len), cu_seq_lens_q=None, block_indices=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pt.FallbackWarning)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from learned_files import SIZES, save_learned
-from test_transformers import build, enable, prompt
+from test_transformers import build, prompt
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
@@ -18,6 +18,11 @@ import pbsattn.transformers as pt  # noqa: E402
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "tiny.pbs"
+
+
+def enable(model, **settings):
+    """By auto, which these prompts are too short for, without its fallback."""
+    return pt.enable(model, **{"min_tokens": 64, "fallback": "never", **settings})
 
 
 def options_of(model):
@@ -135,7 +140,7 @@ def test_what_the_file_says_stands_under_what_the_caller_says(path):
 
     def made(**given):
         model = build("llama")
-        with enable(model, learned=path, **given):
+        with pt.enable(model, min_tokens=64, learned=path, **given):
             return [
                 [
                     pbsattn.options(**head)
@@ -156,6 +161,8 @@ def test_what_the_file_says_stands_under_what_the_caller_says(path):
     first, second = made(threshold=0.125, settings={"1": {"2": {"threshold": 0.5}}})
     assert [head["threshold"] for head in second] == [0.125, 0.125, 0.5, 0.125] and first[0]["threshold"] == 0.125
     assert second[3]["keep"] == "all" and second[0]["permutation"] == "none"
+    assert made(method="auto") == made()
+    assert made(method="auto:threshold=0.125", settings={"1": {"2": {"threshold": 0.5}}}) == [first, second]
     first, second = made(method="pbs:permutation=learned:order_scope=kv_head")  # which names all options
     assert first == second == [pbsattn.options("pbs", permutation="learned", order_scope="kv_head")]
 

@@ -33,7 +33,7 @@ def test_a_static_cache_leaves_the_next_call_alone(fails):
     model, features = whisper_model(), torch.randn(1, 16, 2 * FRAMES)
     encoder = model.model.encoder
     expected = encoder(features).last_hidden_state
-    with pt.enable(model, min_tokens=64), warnings.catch_warnings():
+    with pt.enable(model, min_tokens=64, method="pbs"), warnings.catch_warnings():
         warnings.simplefilter("ignore", pt.FallbackWarning)
         if fails:
             hook = model.model.decoder.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)

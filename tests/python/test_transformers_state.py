@@ -34,7 +34,7 @@ def test_models_of_one_config_share_no_state(twins):
         with pytest.raises(RuntimeError, match="not enabled"):
             pt.stats(two)
         assert pt.stats(one) == []
-        with pt.enable(two, min_tokens=64, top_p=1.0):
+        with pt.enable(two, min_tokens=64, top_p=1.0, method="pbs"):
             agree(two(ids).logits, others)
             one(ids)
             assert [layer.density for layer in pt.stats(two)] == [1.0, 1.0]
@@ -52,7 +52,7 @@ def test_models_of_one_config_are_disabled_in_any_order(twins):
     ids = tokens(200)
     others = two(ids).logits
     pt.enable(one, **SPARSE)
-    pt.enable(two, min_tokens=64, top_p=1.0)
+    pt.enable(two, min_tokens=64, top_p=1.0, method="pbs")
     pt.disable(one)
     agree(two(ids).logits, others)
     assert pt.stats(two)[0].taken == 1
@@ -64,7 +64,7 @@ def test_a_copy_of_an_enabled_model_is_enabled_by_itself():
     model = small("LlamaForCausalLM")
     ids = tokens(200)
     expected = model(ids).logits
-    with pt.enable(model, min_tokens=64, top_p=1.0):
+    with pt.enable(model, min_tokens=64, top_p=1.0, method="pbs"):
         twin = copy.deepcopy(model)
         agree(twin(ids).logits, expected)
         assert pt.stats(twin)[0].taken == 1 and pt.stats(model) == []
@@ -83,7 +83,7 @@ def test_a_model_made_of_an_enabled_models_config_has_sdpa():
             pt.disable(other)
     ids = tokens(200)
     got = other(ids).logits
-    with pt.enable(other):
+    with pt.enable(other, method="pbs"):
         pass
     assert other.config._attn_implementation == "sdpa"
     agree(other(ids).logits, got)
@@ -91,7 +91,7 @@ def test_a_model_made_of_an_enabled_models_config_has_sdpa():
 
 def test_nothing_of_it_is_saved(tmp_path):
     model = small("LlamaForCausalLM")
-    with pt.enable(model):
+    with pt.enable(model, method="pbs"):
         model.save_pretrained(tmp_path)
         assert not any("pbsattn" in name for name in model.state_dict())
     assert "pbsattn" not in (tmp_path / "config.json").read_text()
@@ -108,14 +108,14 @@ def test_a_state_goes_with_its_model():
     gc.collect()
     assert state() is None
     again = ready(transformers.LlamaForCausalLM(config))
-    with pt.enable(again):
+    with pt.enable(again, method="pbs"):
         pass
     assert config._attn_implementation == "sdpa"
 
 
 def test_layers_without_an_index_are_listed_last():
     model, call = whisper()  # its encoder's
-    with pt.enable(model, min_tokens=64, top_p=1.0), pytest.warns(pt.FallbackWarning, match="not causal"):
+    with pt.enable(model, min_tokens=64, top_p=1.0, method="pbs"), pytest.warns(pt.FallbackWarning, match="not causal"):
         call(tokens(200))
         layers = pt.stats(model)
     assert [(each.layer, each.taken, each.left) for each in layers] == [
@@ -140,8 +140,8 @@ def test_a_model_whose_layers_have_no_index():
         return model(ids, use_cache=False).logits
 
     expected = call()
-    with pt.enable(model, min_tokens=64, settings={"*": {"*": {"top_p": 1.0}}}):
+    with pt.enable(model, min_tokens=64, settings={"*": {"*": {"top_p": 1.0}}}, method="pbs"):
         agree(call(), expected)
         assert [(each.layer, each.taken) for each in pt.stats(model)] == [(None, 1), (None, 1)]
     with pytest.raises(ValueError, match=r"layers \[0\]: .* none with an index"):
-        pt.enable(model, layers=[0])
+        pt.enable(model, layers=[0], method="pbs")

@@ -14,7 +14,7 @@ from pbsattn_vllm.settings import _FIELDS, REFUSE, Settings, read
 
 
 def test_defaults():
-    assert read({}) == Settings() == Settings(method="pbs", min_tokens=2560, unsupported="leave", layers=None)
+    assert read({}) == Settings() == Settings(method="auto", min_tokens=2560, unsupported="leave", layers=None)
 
 
 def test_variables():
@@ -128,10 +128,10 @@ def test_settings_go_over_each_other(tmp_path):
         "*": {"*": {"top_p": 0.5, "segment": 512}, "2": {"method": "minference"}},
     }
     settings = with_changes(tmp_path, changes)
-    assert settings.head_options(0, 1, 2) == [{"method": "pbs", "top_p": 0.5, "segment": 512}, {"method": "minference"}]
+    assert settings.head_options(0, 1, 2) == [{"method": "auto", "top_p": 0.5, "segment": 512}, {"method": "minference"}]
     assert settings.head_options(5, 2, 2) == [
         {"method": "minference", "segment": 128},
-        {"method": "pbs", "top_p": 0.5, "segment": 128, "keep": "none"},
+        {"method": "auto", "top_p": 0.5, "segment": 128, "keep": "none"},
     ]
 
 
@@ -143,7 +143,7 @@ def test_the_runtime_makes_the_same_of_them(tmp_path):
         "*": {"*": {"top_p": 0.5}, "7": {"vertical": 3500}},
         "0": {"*": {"keep": "all"}, "2": {"method": "pbs:top_p=0.3"}},
     }
-    settings, layers = with_changes(tmp_path, changes), Layers(changes)
+    settings, layers = with_changes(tmp_path, changes, PBSATTN_METHOD="pbs"), Layers(changes)
     for layer in range(3):
         ours, theirs = settings.head_options(layer, 0, 8), layers.of(layer, {"method": "pbs"}, 8)
         assert [pbsattn.options(**each) for each in ours] == [pbsattn.options(**each) for each in theirs]

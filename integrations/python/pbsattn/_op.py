@@ -15,6 +15,7 @@ from ._settings import HeadChanges, Value, shown
 _library = torch.library.Library("pbsattn", "DEF")
 # `settings` are the options that replace the method's own, written as "name=value,name=value": a schema can't be added to
 # as easily as the library's options. `heads` are those of query heads, as JSON.
+# The method that graphs of 0.2 leave out is "pbs"; `attention` always names one.
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, *, str method='pbs', str settings='', str heads='', str layout='bhsd', "
     "bool return_lse=False, Tensor? sinks=None, Tensor? order_weights=None, str rope_pairs='halves', "
@@ -297,7 +298,7 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    method: str = "pbs",
+    method: str = "auto",
     top_p: float | None = None,
     threshold: float | None = None,
     dense_last_rows: int | None = None,
@@ -320,8 +321,8 @@ def attention(
     have any strides. float32, float16 or bfloat16 on the CPU; float16 or bfloat16 on a Hopper GPU, with D and Dv
     64, 96, 128 or 256, or D 192 and Dv 128.
 
-    method: a name of pbsattn.METHODS, with options of its own if you like, "pbs:top_p=0.95"; "full" is dense. The rest,
-    where not None, replaces the method's own setting:
+    method: a name of pbsattn.METHODS, with options of its own if you like, "pbs:top_p=0.95"; "full" is dense, "auto"
+    two-step where that is faster. The rest, where not None, replaces the method's own setting:
       top_p            methods that keep by share: keep the blocks whose scores sum to this; 1 keeps all
       threshold        methods that keep by threshold: keep the blocks whose score is at least this; 0 keeps all
       dense_last_rows  this many of the last query blocks attend to everything

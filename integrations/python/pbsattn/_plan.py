@@ -31,7 +31,7 @@ def _view(tensor: torch.Tensor, stride: Shape, layout: str) -> _View:
     return (tensor.data_ptr(), DTYPES[tensor.dtype], stride[0], stride[2], stride[1])
 
 
-def options(method: str = "pbs", **overrides: Value) -> dict[str, float | int | str]:
+def options(method: str = "auto", **overrides: Value) -> dict[str, float | int | str]:
     """Every option of a method with its value: {"top_p": 0.9, "keep": "top_p", ...}; enumerators are names.
 
     overrides: options of `attention` that replace the method's own, where not None. Raises TypeError or ValueError.
@@ -330,7 +330,7 @@ def plan(
     head_dim: int,
     head_dim_v: int = 0,
     device: str | torch.device = "cpu",
-    method: str = "pbs",
+    method: str = "auto",
     workspace_cap: int | None = None,
     threads: int = 0,
     heads: HeadChanges | None = None,

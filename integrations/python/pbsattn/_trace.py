@@ -27,7 +27,7 @@ def trace(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    method: str = "pbs",
+    method: str = "auto",
     heads: HeadChanges | str | None = None,
     layout: str = "bhsd",
     reference: bool = False,

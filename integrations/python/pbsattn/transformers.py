@@ -150,6 +150,12 @@ def _require_no_weights(options: dict[str, typing.Any]) -> None:
         raise ValueError('permutation "learned": it goes by weights, which a file has; pass it, learned="model.pbs"')
 
 
+def _named_options(method: str) -> dict[str, Value]:
+    """The options that a method's text names, "auto:threshold=0.01", with their values."""
+    values = _core.options(method).as_dict()
+    return {name: values[name] for name in (part.partition("=")[0] for part in method.split(":")[1:])}
+
+
 def enable(
     model: PreTrainedModel,
     *,
@@ -163,11 +169,13 @@ def enable(
 ) -> Enabled:
     """Sends the prefill of a transformers model to pbsattn, until disable() or the end of a `with` block.
 
-    method and options: those of pbsattn.attention (top_p, dense_last_rows, ...); by default "pbs", or what `learned` says.
+    method and options: those of pbsattn.attention (top_p, dense_last_rows, ...); by default "auto"
+    (two-step, or dense where that is faster).
     settings: options of single layers and query heads over those: the path of a JSON file, or the same as a dict:
     {"*": {"*": {"method": "minference"}, "7": {"vertical": 3500}}, "0": {"*": {"keep": "all"}}} (layer, head, options).
     learned: the file of a learned order of this model (docs/learned.md), or what pbsattn.read_learned gives: the weights of
-    permutation="learned" in each layer. Where no method is named the file's settings count, under options and settings.
+    permutation="learned" in each layer. With method "auto" keys take this order and the file's settings count, under options
+    and settings.
     min_tokens: calls with fewer queries go to SDPA (by default fewer than 512 on the CPU and than 2560 on CUDA); so do
     layers whose index is not in `layers`, if that is given.
     stats: measure density and time on CUDA too, where that waits for every layer; on the CPU they are always measured.
@@ -181,7 +189,11 @@ def enable(
     if _layers(model):
         raise RuntimeError(f"{name}: pbsattn is enabled already; disable it first, to change its settings")
     # Checks the options now, not in the middle of a prefill; the reference takes whatever one of the devices takes.
-    base: dict[str, typing.Any] = {"method": method or ("pbs" if learned is None else _core.learned_method)}
+    method = "auto" if method is None else method
+    by_file = learned is not None and str(method).partition(":")[0] == "auto"
+    if by_file:
+        options = {**_named_options(method), **options}
+    base: dict[str, typing.Any] = {"method": _core.learned_method if by_file else method}
     _core.Plan(_core.options(base["method"], **options), "reference", 0, 1, (1, 1, 1, 1, 1, 64, 0))
     if learned is None:
         _require_no_weights({**base, **options})
@@ -209,7 +221,7 @@ def enable(
         raise ValueError(f"min_tokens {min_tokens}: decoding is not for pbsattn; 2 is the least")
     by_module = {}
     if settings is not None or learned is not None:
-        by_module = _options_by_module(modules, base, options, settings, learned, with_settings=method is None)
+        by_module = _options_by_module(modules, base, options, settings, learned, with_settings=by_file)
     # What modules without a place of their own in these get, if anything calls them.
     others = {**base, **options} if learned is None else None
     before = [(config, _implementation_before(config)) for config in _configs(model)]

@@ -31,7 +31,7 @@ _FLAGS = {"1": True, "0": False, "true": True, "false": False}
 class Settings:
     """How layers and rows are taken. Made by `read`."""
 
-    method: str = "pbs"  # a method's text, with options
+    method: str = "auto"  # a method's text, with options
     min_tokens: int = 2560  # least tokens of a row
     changes: tuple[Change, ...] = ()  # options by layer and global query head, later ones over earlier ones
     layers: frozenset[int] | None = None  # whose index is among them; None takes all

@@ -57,7 +57,7 @@ def test_recall_is_the_mass_of_the_kept_keys():
     from pbsattn_eval.kinds import masses
 
     q, k, v = torch.randn(2, 700, 16), torch.randn(1, 700, 16), torch.randn(1, 700, 16)
-    out, trace = pbsattn.trace(q[None], k[None], v[None], top_p=0.4)
+    out, trace = pbsattn.trace(q[None], k[None], v[None], top_p=0.4, method="pbs")
     mass, exact = masses.true_attention(q, k, v, 0.25)
     weights = (
         (q @ k.transpose(1, 2) * 0.25).masked_fill(torch.ones(700, 700, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
