@@ -20,6 +20,8 @@ constexpr std::array<Point, 4> two_step{{{512, 1.0}, {8192, .38}, {32'768, .14},
 constexpr double tolerated_loss = 0.1;
 
 bool method_is_faster(const Options& options, const Geometry& g, const CostModel& model) {
+  // Two-step scores don't read top_p, but who asks for all of it means full attention.
+  if (options.score == BlockScore::two_step && options.top_p >= 1.0F) return false;
   const double heads = static_cast<double>(g.shape.batch * g.shape.q_heads);
   const auto full = static_cast<double>(g.causal_blocks_per_head());
   double dense_rows = 0;  // their pairs

@@ -129,7 +129,7 @@ class CommandLine(Case):
 
     def test_parts_are_the_methods_under_test(self):
         text = self.file("text.txt", b"some words")
-        for command in (("prefill",), ("mask", "--out", self.folder / "mask.svg")):
+        for command in (("prefill", "--method", "pbs"), ("mask", "--out", self.folder / "mask.svg")):
             # What is wrong is the model alone: neither the full attention beside the method nor the method is refused.
             self.refused(1, *command, "--model", "none.gguf", "--prompt-file", text, "--keep", "top_k", says=["none.gguf"])
             self.refused(2, *command, "--model", "none.gguf", "--prompt-file", text, "--score", "none", says=["no score"])

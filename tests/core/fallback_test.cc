@@ -114,6 +114,7 @@ TEST(Fallback, OnACpuAutoIsFullUpTo2432Tokens) {
   };
   EXPECT_EQ(keep(method("auto"), 2432), KeepRule::all);
   EXPECT_EQ(keep(method("auto"), 2433), KeepRule::threshold);
+  EXPECT_EQ(keep(parse_method("auto:top_p=1"), 32'768), KeepRule::all);
   EXPECT_EQ(keep(parse_method("auto:permutation=learned:order_scope=kv_head"), 2432), KeepRule::all);
   EXPECT_EQ(keep(parse_method("auto:permutation=learned:order_scope=kv_head"), 2433), KeepRule::threshold);
   EXPECT_EQ(keep(pbs_or_full(), 6144), KeepRule::all);

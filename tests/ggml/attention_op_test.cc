@@ -180,7 +180,7 @@ TEST_F(SingleOp, CacheOfAnotherNameHasNoLayer) {
 
 TEST_F(SingleOp, SparseVisitsLessAndChangesTheResult) {
   Config config = exact_config();
-  config.options.top_p = 0.3F;
+  ASSERT_EQ(pbsattn_method("pbs:top_p=0.3:precision=f32", &config.options), PBSATTN_OK);
   configure(config);
   const AttentionGraph graph({.n_q = 2048, .n_kv = 2048});
   const auto ours = graph.compute(Backends(true).all());

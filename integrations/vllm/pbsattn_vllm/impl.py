@@ -89,8 +89,6 @@ class RowsImpl:
             both = space.view(kv_cache.dtype).view(count, *pages.shape[1:])
             torch.index_select(pages, 0, block_table[row.index, :count], out=both)
             k, v = both.flatten(0, 1)[: row.kv_len].split(taken.facts.head_dim, dim=-1)
-        stats = plan.run(
-            q[None], k[None], v[None], out[None], workspace, layout="bshd", stats=settings().stats, sinks=sinks
-        )
+        stats = plan.run(q[None], k[None], v[None], out[None], workspace, layout="bshd", stats=settings().stats, sinks=sinks)
         if stats is not None:
             recorder.add(row, taken.index, stats)

@@ -8,8 +8,8 @@
 //     out = O / its last column    lse = scale m + log(O's last column)
 //
 // Where logits are capped S = cap(Q K^T), by a polynomial in P's exponent, and where that doesn't hold m is looked for.
-// Where a head has a sink both are merged with a key of that logit and a value of zeros. A window's blocks are the list,
-// and where its edge passes through a block the keys beyond it are hidden.
+// Where a head has a sink both are merged with a key of that logit and a value of zeros. A window's blocks are the
+// list, and where its edge passes through a block the keys beyond it are hidden.
 //
 // So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it. A list's
 // first block takes that of its first 8 columns. The limit, 2^24 in bf16 and 2^14 in f16, is seldom exceeded, and the

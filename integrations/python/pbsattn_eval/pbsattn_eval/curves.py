@@ -73,8 +73,8 @@ def by_density(records, methods, metric, densities=DENSITIES, base=None):
     """Changes at equal density, [(group, family, [None or (change, standard error), ...])], against the family `base`, by
     default against full.
 
-    Each item is interpolated unit by unit, so that pairs stay pairs; a density counts that all items of a group reach. Against
-    a base several groups are compared together as well, as "all".
+    Each item is interpolated unit by unit, so that pairs stay pairs; a density counts that all items of a group reach.
+    Against a base several groups are compared together as well, as "all".
     """
     groups = {}
     for record in records:
