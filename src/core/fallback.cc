@@ -14,7 +14,7 @@ struct Point {
 // arXiv 2510.21270 from 8K on; before it, down to two segments, where nothing can be left out.
 constexpr std::array<Point, 6> paper{
     {{512, 1.0}, {8192, .579}, {16'384, .485}, {32'768, .405}, {65'536, .287}, {131'072, .219}}};
-// Qwen2.5-Coder-1.5B, two-step at its own setting: results/learned.md.
+// Qwen2.5-Coder-1.5B, two-step at its own setting: results/transformers.md, the last on prose: results/two-step.md.
 constexpr std::array<Point, 4> two_step{{{512, 1.0}, {8192, .38}, {32'768, .14}, {131'072, .12}}};
 
 constexpr double tolerated_loss = 0.1;

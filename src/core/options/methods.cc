@@ -15,7 +15,8 @@ namespace {
 constexpr Options pbs_options{
     .permutation = Permutation::last_queries, .score = BlockScore::mean_pool, .keep = KeepRule::top_p};
 
-// The threshold is the mean share of a block, but for short rows, of which up to .008 lost nothing (docs/methods.md).
+// The threshold is the mean share of a block, but for short rows, of which up to .008 lost nothing with pbs-sampled on
+// a 1.5B model (docs/methods.md).
 constexpr Options two_step_options(Permutation permutation) {
   Options options{.permutation = permutation,
                   .score = BlockScore::two_step,
