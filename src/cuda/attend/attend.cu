@@ -11,20 +11,19 @@
 // Where a head has a sink both are merged with a key of that logit and a value of zeros. A window's blocks are the
 // list, and where its edge passes through a block the keys beyond it are hidden.
 //
-// So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it. A list's
-// first block takes that of its first 8 columns. The limit, 2^24 in bf16 and 2^14 in f16, is seldom exceeded, and the
-// more weights exceed 1 the better small ones are kept; values above 2^103 may overflow. The sums of P are of P as
-// rounded for the product, so that a key with all the weight gives its value whatever m is. As a warp's rows decide
-// together, a query's last bits depend on those beside it.
+// So m, a row's maximum when it was last looked for, is seldom looked for again, and nothing waits for it. It begins as
+// the maximum of the first 8 columns of a list's first block. The limit, 2^24 in bf16 and 2^14 in f16, is seldom
+// exceeded, and the more weights exceed 1 the better small ones are kept; values above 2^104 / keys may overflow. The
+// sums of P are of P as rounded for the product, so that a key with all the weight gives its value whatever m is. As a
+// warp's rows decide together, a query's last bits depend on those beside it.
 //
 // A thread block has three warpgroups and stays resident, taking tiles until none is left:
 //   - two *consumers* of 64 queries each. Each exponentiates a block beside its own P V of the block before, and the
 //     two drift apart by themselves, so that one multiplies while the other exponentiates. A tile's end runs beside the
 //     next one's first product;
-//   - one *producer*, of four warps with a role each: `schedule` takes tiles, after the first from a counter, or dealt
-//     out where they are few, `load`
-//     brings Q, K and V into shared memory, `guard` looks for values that masked queries must not see,
-//     `store` takes finished outputs away.
+//   - one *producer*, of four warps with a role each: `schedule` takes tiles, few dense ones in a fixed order, others,
+//     after the first, from a counter; `load` brings Q, K and V into shared memory; `guard` looks for values that
+//     masked queries must not see; `store` takes finished outputs away.
 //
 // Barriers, all in shared memory ("full": producer to consumer, "free": back):
 //     tile_full/free [slot]      tile descriptions, two in flight
@@ -33,7 +32,7 @@
 //     k_full/free, v_full/free [stage]  one key block's K or V, or half a block's
 //     v_asked        [slot][guard]  V of a block that some query doesn't see whole is on its way
 //     guarded        [slot][guard]  that V is safe to multiply
-// Those of a tile count threads; k_free and v_free, which cost most, count warps.
+// Those of a tile count threads; k_free and v_free, which cost most, and wide heads' q_free count warps.
 //
 // Beyond 128 columns (tile.cuh has the sizes) queries are in shared memory one tile at a time, free after the tile's
 // last S, and outputs go to device memory from registers. Beyond 128 columns of values O leaves registers for half a
@@ -72,7 +71,7 @@ __global__ void __launch_bounds__(threads, 1)
                   const __grid_constant__ Layer layer) {
   auto& shared = aligned_shared<Shared<Element, head_dim, head_dim_v, Layer::guards>>();
   Tile first_tile{};
-  switch (threadIdx.x) {  // beside each other
+  switch (threadIdx.x) {  // two warps at once
     case 0:
       for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) sm90::prefetch_map(*map);
       shared.init_barriers();
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(threads, 1)
 // may both hold a line.
 constexpr std::int64_t section_bytes = 24 << 20;
 
-// So many dense tiles of each multiprocessor are dealt out beforehand: a counter would have to be set to zero first.
+// Up to so many dense tiles a multiprocessor are dealt out in a fixed order, which saves setting a counter to zero.
 constexpr int few_tiles = 4;
 
 struct Scratch {
@@ -258,8 +257,8 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
              error != cudaSuccess) {
     return error;
   }
-  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places, or get ready beside
-  // kernels that write what it reads.
+  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places; without a counter the
+  // kernel gets ready beside earlier ones, and `load` waits for them.
   const Start start = dense ? Start::early : Start::after_earlier_kernels;
   return dispatch(args.inputs.q.dtype, shape, [&](auto element, auto keys, auto values) {
     using T = decltype(element);

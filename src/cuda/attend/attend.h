@@ -1,7 +1,8 @@
 // Block-sparse attention on Hopper: what the attend stage takes, and its launch.
 //
 // A *tile* is one row (see core/geometry.h) of one query head of one batch entry; tiles are numbered
-// [batch][q_head][row]. Each tile has a list of key blocks. Blocks before own_begin(row) are read from the
+// [batch][q_head][row]. Each tile has a list of key blocks, its diagonal one at least,
+// and where there is a window exactly the blocks down from it. Blocks before own_begin(row) are read from the
 // permuted K and V, blocks own_begin(row) .. diagonal(row) from the caller's, and only the diagonal block is masked.
 #pragma once
 
@@ -25,7 +26,8 @@ struct AttendArgs {
   Permuted permuted = {};             // k and v are read, if not null
   BlockLists lists = {};              // with null: dense causal attention
   Outputs outputs = {};               // [batch][q_heads][q_len][head_dim_v]; lse at lse_batch_stride, optional: of
-                                      // weights as rounded, each by 2^-8 of itself at most in bf16 and 2^-11 in f16
+                                      // weights as rounded, each by 2^-8 of itself at most in bf16 and 2^-11 in
+                                      // f16, where those below 2^-14 are off by 2^-25
   std::int64_t lse_batch_stride = 0;  // elements from one batch entry to the next
   void* scratch = nullptr;            // attend_scratch_size() bytes, 16-byte aligned
 };

@@ -33,7 +33,7 @@ struct Layer {
   static constexpr int guards = 3;  // the diagonal block, and two that the window's edge may pass through
 
   // Returns the logit of one more key of a query head, which has no value.
-  __device__ float sink(int head) const { return sinks == nullptr ? -infinity : __ldg(sinks + head); }
+  __device__ float sink(int head) const { return sinks == nullptr ? -infinity : sinks[head]; }
 
   // Returns how many blocks a row sees where it has no list.
   __device__ int blocks(const RowGrid& grid, int diagonal) const {

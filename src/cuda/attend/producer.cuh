@@ -47,7 +47,7 @@ __device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shar
 
 template <class Layer, class Shared>
 __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer& layer, Shared& shared, int lane) {
-  if (p.next_place == nullptr) wait_for_earlier_kernels();  // else a kernel of ours has waited
+  if (p.next_place == nullptr) wait_for_earlier_kernels();  // else reset_places or order_tiles did
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
   const auto load_step = [&](auto& stage, auto& tile, sm90::Barrier* full, sm90::Barrier* free, const CUtensorMap& map,

@@ -105,7 +105,8 @@ struct Shared {
   alignas(1024) VStage v[v_stages];
   Tile tile[tile_slots];
   int any_bad[tile_slots];
-  int first_bad[tile_slots][head_dim_v];  // if any_bad: first key of the diagonal block whose V is not finite, or 128
+  int first_bad[tile_slots][head_dim_v];  // of plain layers, if any_bad: first key of the diagonal block whose V is not
+                                          // finite, or 128
   sm90::Barrier tile_full[tile_slots], tile_free[tile_slots];
   sm90::Barrier v_asked[tile_slots][guards], guarded[tile_slots][guards];
   sm90::Barrier q_full[q_slots][consumers], q_free[q_slots][consumers], out_full[q_slots][consumers];
