@@ -71,7 +71,7 @@ DENSE = {
     "n": 131072,
     "head_dim": 128,
     "peer": "FlashAttention-3",
-    "commit": "b6283e7",
+    "commit": "c0e1056",
 }
 CORE = {
     "suite": "cpu-torch",
