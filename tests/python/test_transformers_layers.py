@@ -15,7 +15,8 @@ ALTERNATING = dict(layer_types=["sliding_attention", "full_attention"])
 CARRYING = {
     "gemma2": ("Gemma2", dict(sliding_window=128, query_pre_attn_scalar=64, attn_logit_softcapping=2.0, **ALTERNATING)),
     "gemma3": ("gemma3", dict(sliding_window=130)),
-    "gpt_oss": ("GptOss", dict(sliding_window=128, num_local_experts=2, num_experts_per_tok=1, **ALTERNATING)),
+    # Of two experts both, since a choice between them would turn rounding into another model.
+    "gpt_oss": ("GptOss", dict(sliding_window=128, num_local_experts=2, num_experts_per_tok=2, **ALTERNATING)),
     "mistral": ("mistral", dict(sliding_window=200)),
     "deepseek": (
         "DeepseekV3",
