@@ -16,6 +16,6 @@ for device in devices:
     k, v = (torch.randn(1, 2, 1500, 64, dtype=dtype, device=device) for _ in range(2))
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(pbsattn.attention(q, k, v, method="full"), dense, atol=1e-2, rtol=2e-2)
-    sparse, stats = pbsattn.attention(q, k, v, top_p=0.5, return_stats=True)
+    sparse, stats = pbsattn.attention(q, k, v, method="pbs", top_p=0.5, return_stats=True)
     assert 0 < stats.density < 1 and sparse.isfinite().all(), stats
 print("attention on", " and ".join(devices))
