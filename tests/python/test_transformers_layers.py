@@ -15,12 +15,15 @@ ALTERNATING = dict(layer_types=["sliding_attention", "full_attention"])
 CARRYING = {
     "gemma2": ("Gemma2", dict(sliding_window=128, query_pre_attn_scalar=64, attn_logit_softcapping=2.0, **ALTERNATING)),
     "gemma3": ("gemma3", dict(sliding_window=130)),
-    # Of two experts both, since a choice between them would turn rounding into another model.
+    # Of two experts both, and no experts, since a choice between them would turn rounding into another model.
     "gpt_oss": ("GptOss", dict(sliding_window=128, num_local_experts=2, num_experts_per_tok=2, **ALTERNATING)),
     "mistral": ("mistral", dict(sliding_window=200)),
     "deepseek": (
         "DeepseekV3",
-        dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_key_value_heads=4, head_dim=64),
+        dict(
+            **dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+            **dict(num_key_value_heads=4, head_dim=64, first_k_dense_replace=2),
+        ),
     ),
 }
 
