@@ -4,7 +4,7 @@
     tools/venv.py tests     prints the path of its Python: what the tests of the package and evaluations run with
     tools/venv.py lint      the same, with clang-tidy, ruff and mypy beside it
     tools/venv.py docs      the same, with Sphinx
-    tools/venv.py wheels    the same, with auditwheel
+    tools/venv.py wheels    the same, with auditwheel and Zig
     tools/venv.py vllm      the same, with vLLM for the CPU, over the environment `tests`
 
 It holds what a file of requirements names, down to the SHA-256 of what is downloaded (tools/pin.py writes these); other
@@ -42,7 +42,7 @@ ENVIRONMENTS = {
     ),
     "docs": Environment(ROOT / "tools/docs_requirements.txt", 300_000_000, "Sphinx (20 MB, once)", ((3, 11), (3, 13))),
     "wheels": Environment(
-        ROOT / "tools/wheels_requirements.txt", 100_000_000, "auditwheel (7 MB, once)", ((3, 11), (3, 13))
+        ROOT / "tools/wheels_requirements.txt", 600_000_000, "auditwheel and Zig (100 MB, once)", ((3, 11), (3, 13))
     ),
     "lint": Environment(
         ROOT / "tools/lint_requirements.txt", 500_000_000, "clang-tidy, ruff and mypy (75 MB, once)", ((3, 11), (3, 13))

