@@ -9,7 +9,9 @@ import pytest
 
 import pbsattn
 import pbsattn_vllm
-from pbsattn_vllm.layers import Facts, Layer, Refused, layer_of, most_memory, reason_to_leave
+from learned_files import save_learned
+from pbsattn_vllm import layers
+from pbsattn_vllm.layers import Facts, Layer, Refused, layer_of, most_memory, reads_pages, reason_to_leave
 from pbsattn_vllm.settings import _FIELDS, REFUSE, Settings, read
 
 
@@ -31,7 +33,7 @@ def test_variables():
     }
     settings = read(given)
     assert pbsattn.options(settings.method) == pbsattn.options("pbs", top_p=0.8, segment=512)
-    assert settings == Settings(settings.method, 300, (), frozenset({0, 1, 2, 7}), 64 << 20, "refuse", True, False)
+    assert settings == Settings(settings.method, 300, (), frozenset({0, 1, 2, 7}), 64 << 20, "refuse", True)
 
 
 def test_variables_go_over_the_file(tmp_path):
@@ -63,7 +65,8 @@ WRONG = {
         ("pbz", "no such method"),
         ("pbs:top_p=2", "outside"),
         ("pbs:scale=2", "brings its own scale"),
-        (LEARNED, "none is brought"),
+        (LEARNED, "a file has; name it, PBSATTN_LEARNED"),
+        ("two-step:permutation=arrival", "none is brought"),
     ],
     "PBSATTN_TOP_P": [("x", "not a number"), ("2", "outside")],
     "PBSATTN_SOFTCAP": [("30", "brings its own softcap")],
@@ -72,6 +75,7 @@ WRONG = {
     "PBSATTN_WORKSPACE_CAP_MIB": [("0", "from 1 up")],
     "PBSATTN_UNSUPPORTED": [("stop", "leave")],
     "PBSATTN_OVER_FLASH_ATTN": [("yes", "neither 0 nor 1")],
+    "PBSATTN_LEARNED": [(__file__, "test_vllm_settings.py")],
     "PBSATTN_STATS": [("file.txt", "neither 0 nor 1")],
 }
 
@@ -197,7 +201,7 @@ def test_layers_that_are_left(field, value, told):
 def test_every_rule_has_a_case():
     asked = {field.name for field in dataclasses.fields(Facts)} - set(LEFT)
     numbers = {"q_heads", "kv_heads", "head_dim", "scale", "dtype", "window", "model_layers", "rank", "ranks", "device"}
-    assert asked == numbers | {"softcap", "sinks"}
+    assert asked == numbers | {"softcap", "sinks", "model_kv_heads", "rope_pairs"}
     assert reason_to_leave(FACTS) is None
 
 
@@ -207,7 +211,91 @@ def test_a_layer_that_is_taken():
     plan = layer.plan(300, 700, None)
     assert plan is layer_of(FACTS, Settings(method="pbs:top_p=0.5"), 300, 700).plan(300, 700, None), "plans are kept"
     assert plan.options["top_p"] == 0.5 and plan.options["scale"] == 0.125
-    assert most_memory(layer, 300, 700, 2) >= plan.workspace_size + 700 * 2 * 2 * 64 * 2
+    assert most_memory(layer, 300, 700) >= plan.workspace_size
+    gathered = dataclasses.replace(layer, in_place=False)
+    assert layer.in_place and layer.gathered(700) == 0
+    assert most_memory(gathered, 300, 700) >= plan.workspace_size + gathered.gathered(700)
+    assert gathered.gathered(700) == 700 * 2 * 2 * 64 * 4
+
+
+def test_pages_that_a_device_refuses_are_gathered(monkeypatch):
+    """As where the library has no kernel that reads them; only what it refuses by name counts."""
+
+    def refused(*_, page_table, **__):
+        raise NotImplementedError("pages of 16 tokens")
+
+    layer = Layer(0, FACTS, json.dumps([{"method": "pbs"}] * 4))
+    assert reads_pages(layer)
+    monkeypatch.setattr(pbsattn.Plan, "run", refused)
+    layers._reads_pages.cache_clear()
+    assert not reads_pages(layer)
+    monkeypatch.setattr(pbsattn.Plan, "run", lambda *_, **__: 1 / 0)
+    layers._reads_pages.cache_clear()
+    with pytest.raises(ZeroDivisionError):
+        reads_pages(layer)
+    layers._reads_pages.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "kv_len", "dense"),
+    [("auto", 300, 300, True), ("auto", 8192, 1 << 17, False), ("full", 8192, 1 << 17, True), ("pbs", 300, 300, False)],
+)
+def test_rows_whose_plan_is_dense(method, tokens, kv_len, dense):
+    layer = Layer(0, FACTS, json.dumps([{"method": method}] * 4))
+    assert layer.is_dense(tokens, kv_len) is dense
+
+
+def test_rows_that_are_dense_in_some_heads_are_not():
+    layer = Layer(0, FACTS, json.dumps([{"method": "pbs", "keep": "all"}] * 2 + [{"method": "pbs"}] * 2))
+    assert not layer.is_dense(8192, 8192)
+
+
+SIZES = {"layers": 8, "query_heads": 4, "kv_heads": 2, "head_dim": 64}
+OF_MODEL = dataclasses.replace(FACTS, model_kv_heads=2, rope_pairs="halves")
+
+
+def with_learned(tmp_path, settings=None, sizes=SIZES, **variables):
+    """Settings with the file of a learned order, and its weights."""
+    weights = save_learned(tmp_path / "model.pbs", settings=settings, sizes=sizes)
+    return read({"PBSATTN_LEARNED": str(tmp_path / "model.pbs"), **variables}), weights
+
+
+def test_a_learned_order(tmp_path):
+    """With `auto` the file's settings count, below the method's own options and the user's settings."""
+    of_file = {"3": {"*": {"threshold_tokens": 64}, "1": {"permutation": "none", "dense_last_rows": 9}}}
+    settings, weights = with_learned(tmp_path, of_file, PBSATTN_METHOD="auto:dense_last_rows=5")
+    heads = settings.head_options(3, 0, 2)
+    assert [pbsattn.options(**each)["permutation"] for each in heads] == ["learned", "none"]
+    assert [pbsattn.options(**each)["dense_last_rows"] for each in heads] == [5, 5]
+    assert [pbsattn.options(**each)["threshold_tokens"] for each in heads] == [64, 64]
+    settings, weights = with_learned(tmp_path)
+    layer = layer_of(OF_MODEL, settings, 2048, 2048)
+    assert isinstance(layer, Layer) and layer.in_place and layer.weights.equal(weights[3])
+    settings, _ = with_learned(tmp_path, of_file, PBSATTN_METHOD="pbs")
+    assert settings.head_options(3, 0, 2) == [{"method": "pbs"}] * 2
+
+
+@pytest.mark.parametrize(("ranks", "kv_heads", "first"), [(1, 2, [0]), (2, 1, [0, 1]), (4, 1, [0, 0, 1, 1])])
+def test_weights_are_by_global_head(tmp_path, ranks, kv_heads, first):
+    """KV heads that are fewer than ranks are in several of them."""
+    settings, weights = with_learned(tmp_path)
+    for rank in range(ranks):
+        facts = dataclasses.replace(OF_MODEL, q_heads=4 // ranks, kv_heads=kv_heads, rank=rank, ranks=ranks)
+        assert layer_of(facts, settings, 2048, 2048).weights.equal(weights[3, first[rank] : first[rank] + kv_heads])
+
+
+def test_a_learned_order_in_the_other_pairing(tmp_path):
+    settings, _ = with_learned(tmp_path)
+    layer = layer_of(dataclasses.replace(OF_MODEL, rope_pairs="neighbours"), settings, 2048, 2048)
+    assert layer.weights.equal(settings.learned.in_pairs("neighbours").weights[3])
+
+
+def test_a_learned_order_of_another_model(tmp_path):
+    settings, _ = with_learned(tmp_path, sizes={**SIZES, "kv_heads": 1}, PBSATTN_UNSUPPORTED="refuse")
+    with pytest.raises(Refused, match="model.pbs"):
+        layer_of(OF_MODEL, settings, 8, 8)
+    settings, _ = with_learned(tmp_path)
+    assert "turns together" in layer_of(dataclasses.replace(OF_MODEL, rope_pairs=None), settings, 8, 8)
 
 
 def test_a_layer_brings_its_soft_cap():

@@ -10,11 +10,12 @@ import typing
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "python"))
 
 import engine
 import pbsattn_vllm
 import torch_flash
-from pbsattn_vllm import impl, memory, stats, taking
+from pbsattn_vllm import impl, layers, memory, stats, taking
 
 REQUESTS = {
     # Chunks of 256, of which the last is too short to be taken.
@@ -109,8 +110,11 @@ def logged(messages):
         pbsattn_vllm.log.removeHandler(handler)
 
 
-def run(model, block_size=16, sets=REQUESTS, variables=None, layout="NHD", aborting=True, ranks=1):
-    """What an engine made of sets of requests: with `variables` by the plug-in, else by vLLM's own attention on the CPU."""
+def run(model, block_size=16, sets=REQUESTS, variables=None, layout="NHD", aborting=True, ranks=1, in_place=True):
+    """What an engine made of sets of requests: with `variables` by the plug-in, else by vLLM's own attention on the CPU.
+
+    in_place: the library reads pages; else as where it refuses them.
+    """
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends import utils
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -125,6 +129,8 @@ def run(model, block_size=16, sets=REQUESTS, variables=None, layout="NHD", abort
         patch.setattr(memory.buffer, "size", 0)
         patch.setattr(stats.recorder, "last_layer", -1)
         patch.setattr(taking, "warned", set())
+        if not in_place:
+            patch.setattr(layers, "reads_pages", lambda _: False)
         own = AttentionBackendEnum.CPU_ATTN
         if variables is not None:
             torch_flash.install()

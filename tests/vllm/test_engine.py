@@ -8,6 +8,7 @@ import torch
 from vllm.model_executor.models import llama
 
 from conftest import REQUESTS, run
+from learned_files import save_learned
 
 ALL_BLOCKS = {"PBSATTN_METHOD": "pbs:top_p=1"}
 SINKS = torch.tensor([2.0, 4.0, -1.0, 3.0], dtype=torch.bfloat16)  # of each query head; what vLLM takes on the CPU
@@ -37,13 +38,20 @@ def test_requests_are_no_near_ties(dense):
     assert all(len(set(answer.tokens)) > 1 for answers in dense.answers.values() for answer in answers if answer)
 
 
-PAGES = {"pages16": (16, "NHD"), "pages64_HND": (64, "HND"), "pages128": (128, "NHD")}
+PAGES = {
+    "pages16": (16, "NHD", True),
+    "pages16_gathered": (16, "NHD", False),
+    "pages64_HND": (64, "HND", True),
+    "pages128": (128, "NHD", True),
+}
 
 
 @pytest.fixture(scope="session", params=PAGES.values(), ids=PAGES)
 def ran(request, models):
-    block_size, layout = request.param
-    ran = run(models["llama"], block_size, variables={**ALL_BLOCKS, "PBSATTN_STATS": "1"}, layout=layout)
+    block_size, layout, in_place = request.param
+    variables = {**ALL_BLOCKS, "PBSATTN_STATS": "1"}
+    ran = run(models["llama"], block_size, variables=variables, layout=layout, in_place=in_place)
+    assert f"their pages {'in place' if in_place else 'gathered'}" in "\n".join(ran.log)
     assert ran.layouts == {layout}
     return ran
 
@@ -89,7 +97,7 @@ def test_sparse_attention_is_another(models, dense):
 def test_layers_and_memory(models, dense):
     """One layer is left by the user, and the memory holds no gathered pages of long rows, which go to FlashAttention."""
     variables = {**ALL_BLOCKS, "PBSATTN_LAYERS": "0,2", "PBSATTN_WORKSPACE_CAP_MIB": "1"}
-    ran = run(models["llama"], variables=variables)
+    ran = run(models["llama"], variables=variables, in_place=False)
     compare(ran, dense, REQUESTS)
     assert set(ran.rows["chunks"]) == {0, 2}
     assert (256, 256) in rows_of(ran, "chunks") and (256, 768) not in rows_of(ran, "chunks")
@@ -145,6 +153,36 @@ def test_ranks_take_settings_by_global_head(models, dense, tmp_path):
     compare(two, one, sets)
     (a,), (b,) = one.answers["chunks"], dense.answers["chunks"]
     assert max(abs(x - y) for x, y in zip(a.best, b.best)) > 10 * TIE
+
+
+def test_ranks_take_weights_by_global_head(models, dense, tmp_path):
+    """A learned order's KV heads are each in the process that has them: weights of another would move keys otherwise."""
+    weights = torch.randn(3, 2, 96, generator=torch.Generator().manual_seed(0))
+    save_learned(tmp_path / "tiny.pbs", weights, sizes={"layers": 3, "query_heads": 4, "kv_heads": 2, "head_dim": 64})
+    variables = {
+        "PBSATTN_LEARNED": str(tmp_path / "tiny.pbs"),
+        "PBSATTN_METHOD": "pbs:permutation=learned:order_scope=kv_head:keep=density:density=0.3",
+    }
+    sets = {"chunks": REQUESTS["chunks"]}
+    one, two = (run(models["llama"], sets=sets, variables=variables, aborting=False, ranks=ranks) for ranks in (1, 2))
+    compare(two, one, sets)
+    assert any("with the learned order" in line and "tiny.pbs" in line for line in one.log)
+    (a,), (b,) = one.answers["chunks"], dense.answers["chunks"]
+    assert max(abs(x - y) for x, y in zip(a.best, b.best)) > 10 * TIE
+
+
+def test_rows_that_auto_leaves_to_flash_attention(models, dense):
+    """Where it would be dense anyway, as for prompts this short; FlashAttention reads pages in place."""
+    sets = {"chunks": REQUESTS["chunks"], "mixed": REQUESTS["mixed"]}
+    ran = run(models["llama"], sets=sets, variables={"PBSATTN_METHOD": "auto"}, aborting=False)
+    compare(ran, dense, sets)
+    assert any("takes 3 of 3 layers" in line for line in ran.log) and ran.rows == {name: {} for name in sets}
+
+
+def test_a_learned_order_of_another_model(models, tmp_path):
+    save_learned(tmp_path / "tiny.pbs", sizes={"layers": 2, "query_heads": 4, "kv_heads": 2, "head_dim": 64})
+    ran = run(models["llama"], sets={}, variables={"PBSATTN_LEARNED": str(tmp_path / "tiny.pbs")}, aborting=False)
+    assert any("leaves 3 layers" in line and "tiny.pbs" in line for line in ran.log)
 
 
 def test_chunks_below_min_tokens_are_told(models):

@@ -4,13 +4,17 @@ import importlib.metadata
 import sys
 import types
 
+import numpy
 import pytest
 import torch
 import vllm
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import workspace
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.model_states import default
 
 import pbsattn
 import pbsattn_vllm
@@ -19,7 +23,7 @@ from pbsattn_vllm import backend, left, settings, taking
 from pbsattn_vllm.impl import RowsImpl
 from pbsattn_vllm.layers import Facts, Layer
 from pbsattn_vllm.memory import Buffer
-from pbsattn_vllm.metadata import Split, slice_batch
+from pbsattn_vllm.metadata import RowsBuilder, Split, slice_batch
 from pbsattn_vllm.rows import Row, runs_between, take
 
 CUSTOM, FLASH = AttentionBackendEnum.CUSTOM, AttentionBackendEnum.FLASH_ATTN
@@ -194,10 +198,13 @@ def told(monkeypatch):
     taking.settings.cache_clear()
 
 
+NEVER_DENSE = types.SimpleNamespace(is_dense=lambda tokens, kv_len: False)
+
+
 def rows_of_builder(tokens, drafts, lens=None):
     """The rows that a builder takes of a batch of prefills."""
     builder = object.__new__(backend.Builder)
-    builder._any, builder._longest = True, None
+    builder._kinds, builder._longest = [NEVER_DENSE], None
     builder._least = taking.least_tokens(types.SimpleNamespace(num_speculative_tokens=drafts))
     starts = torch.tensor([0, *tokens]).cumsum(0).int()
     common = CommonAttentionMetadata(
@@ -228,6 +235,99 @@ def test_a_batch_with_lists_of_another_is_told_once(told):
     assert len(told) == 1 and "2 rows has 1 lengths" in told[0]
 
 
+class Builds:
+    """Stands where FlashAttention's builder does, and gives back what it was asked to build."""
+
+    aot_sliding_window: tuple[int, int] | None = (-1, -1)
+
+    def build(self, common_prefix_len, common, fast_build=False):
+        return types.SimpleNamespace(common=common)
+
+    def build_for_cudagraph_capture(self, common):
+        return self.build(common_prefix_len=0, common_attn_metadata=common)
+
+
+class SplitBuilder(RowsBuilder, Builds):
+    """The plug-in's builder without one of vLLM's."""
+
+
+def by_second_runner(tokens, computed, prompts, mode, padded_tokens, padded_rows=None, for_capture=False, kinds=None):
+    """What the plug-in's builder makes of a batch as vLLM's model runner V2 hands it over, by that runner's own functions.
+
+    By request: tokens of this step, tokens computed before, tokens of its prompt.
+    """
+    builder = object.__new__(SplitBuilder)
+    builder._kinds, builder._all, builder._longest, builder._least = kinds or [NEVER_DENSE], True, None, 256
+    names = model_runner.sort_batch_req_ids({str(i): each for i, each in enumerate(tokens)}, 1)
+    order = numpy.array([int(name) for name in names])
+    scheduled, before, of_prompt = (numpy.array(each, dtype=numpy.int32)[order] for each in (tokens, computed, prompts))
+    rows, padded_rows = len(order), padded_rows or len(order)
+    starts = numpy.full(padded_rows + 1, scheduled.sum(), dtype=numpy.int32)
+    starts[: rows + 1] = numpy.concatenate([[0], scheduled.cumsum()])
+    lens = numpy.zeros(padded_rows, dtype=numpy.int32)
+    lens[:rows] = before + scheduled
+    batch = types.SimpleNamespace(
+        num_reqs=rows,
+        num_reqs_after_padding=padded_rows,
+        num_tokens=int(scheduled.sum()),
+        num_tokens_after_padding=padded_tokens,
+        num_scheduled_tokens=scheduled,
+        query_start_loc_np=starts,
+        query_start_loc=torch.from_numpy(starts),
+        seq_lens=torch.from_numpy(lens),
+        seq_lens_cpu_upper_bound=torch.from_numpy(lens),
+        dcp_local_seq_lens=None,
+        positions=torch.arange(padded_tokens),
+        is_prefilling_np=before < of_prompt,
+        prompt_lens=None,
+    )
+    state = types.SimpleNamespace(supports_mm_inputs=False, encoder_cache=None, max_model_len=4096)
+    group = types.SimpleNamespace(get_metadata_builder=lambda _: builder, layer_names=["layer"])
+    metadata = default.DefaultModelState.prepare_attn(
+        state,
+        batch,
+        mode,
+        (torch.arange(padded_rows * 64).view(padded_rows, 64).int(),),
+        torch.arange(padded_tokens)[None],
+        [[group]],
+        types.SimpleNamespace(kv_cache_groups=[None]),
+        for_capture,
+    )
+    return metadata["layer"]
+
+
+def test_batches_of_the_second_model_runner():
+    """Prefills stand last, by length; a decode whose prompt is over isn't taken, however many tokens it has."""
+    tokens, computed, prompts = [400, 1, 300, 5, 1, 280], [512, 90, 0, 0, 300, 60], [2000, 90, 300, 5, 299, 50]
+    metadata = by_second_runner(tokens, computed, prompts, CUDAGraphMode.PIECEWISE, 1024)
+    split = metadata.pbsattn
+    assert [(row.index, row.begin, row.end, row.kv_len) for row in split.rows] == [(4, 287, 587, 300), (5, 587, 987, 912)]
+    ((run, part),) = split.runs
+    assert (run.first, run.last, run.begin, run.end) == (0, 4, 0, 287)
+    assert part.common.query_start_loc_cpu.tolist() == [0, 1, 2, 7, 287] and part.common.max_seq_len == 340
+    assert part.common.slot_mapping.tolist() == list(range(287))
+    assert split.dense(5).common.seq_lens.tolist() == [912]
+    assert torch.equal(split.block_table, metadata.common.block_table_tensor)
+
+
+def test_graphs_of_the_second_model_runner(told):
+    """Whose lists of a batch of decodes are padded, but for who prefills; and what it captures prefills nothing."""
+    padded = by_second_runner([1, 1, 1], [9, 8, 7], [9, 8, 7], CUDAGraphMode.FULL, 4, padded_rows=4)
+    assert not hasattr(padded, "pbsattn") and padded.common.num_reqs == 4
+    captured = by_second_runner([512], [0], [0], CUDAGraphMode.PIECEWISE, 512, for_capture=True)
+    assert not hasattr(captured, "pbsattn") and told == []
+
+
+def test_rows_that_are_dense_are_not_taken():
+    """FlashAttention reads their pages in place; in one run with the rows beside them."""
+    given = [300, 400], [0, 512], [300, 2000], CUDAGraphMode.PIECEWISE, 1024
+    short = types.SimpleNamespace(is_dense=lambda tokens, kv_len: kv_len < 500)
+    every = types.SimpleNamespace(is_dense=lambda tokens, kv_len: True)
+    for kinds, taken in (([short], [1]), ([every], []), ([short, NEVER_DENSE], [0, 1]), ([every, short], [1])):
+        metadata = by_second_runner(*given, kinds=kinds)
+        assert [row.index for row in getattr(metadata, "pbsattn", Split([], [], None, None)).rows] == taken
+
+
 class Dense:
     """Stands where FlashAttention's layer does, and notes what it computes."""
 
@@ -240,11 +340,14 @@ class Rows(RowsImpl, Dense):
     """The plug-in's layer without one of vLLM's."""
 
 
+HEADS = '[{"method": "pbs"}]'
+
+
 def forward_of(index):
     """A layer, and a function that computes a batch of one row of 8 tokens by it."""
     name = f"model.layers.{index}.attn"
     impl = object.__new__(Rows)
-    impl.pbsattn_layer = Layer(index, Facts(name, "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32"), "[{}]")
+    impl.pbsattn_layer = Layer(index, Facts(name, "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32"), HEADS)
     split = Split([Row(0, 0, 8, 8)], [], torch.zeros(1, 1), lambda row: f"row {row}")
     tensors = [torch.zeros(8, 1, 64) for _ in range(4)]
     metadata = types.SimpleNamespace(pbsattn=split)

@@ -5,7 +5,7 @@ import typing
 
 import torch
 
-from .layers import Layer, gathered_bytes
+from .layers import Layer
 from .memory import buffer
 from .metadata import Split
 from .rows import Row
@@ -55,6 +55,9 @@ class RowsImpl:
         # In float32, from the model's weights as they are now.
         sinks = self.sinks.detach().float() if taken.facts.sinks else None  # type: ignore[attr-defined]
         for row in split.rows:
+            if taken.is_dense(row.tokens, row.kv_len):  # though it isn't in all layers
+                dense(row.begin, row.end, split.dense(row.index))
+                continue
             try:
                 self._row(taken, row, query, key, value, kv_cache, split.block_table, output, sinks)
             # FlashAttention writes the whole row, whatever of it was written before.
@@ -80,15 +83,19 @@ class RowsImpl:
         q, out = query[row.begin : row.end], output[row.begin : row.end]
         pages = kv_cache.transpose(1, 2)  # [pages, tokens, Hkv, 2 D]
         count = 0 if not row.has_context and key is not None else -(-row.kv_len // pages.shape[1])
-        gathered = gathered_bytes(taken.facts, count * pages.shape[1], kv_cache.element_size())
+        gathered = taken.gathered(count * pages.shape[1])
         plan = plan_beside(gathered, taken, row.tokens, row.kv_len)
         space, workspace = buffer.take(gathered, plan.workspace_size, query.device)
+        table = None
         if count == 0:  # the projections are all keys and values there are
-            k, v = key[row.begin : row.end], value[row.begin : row.end]  # type: ignore[index]
+            k, v = key[None, row.begin : row.end], value[None, row.begin : row.end]  # type: ignore[index]
+        elif taken.in_place:
+            k, v = pages.split(taken.facts.head_dim, dim=-1)
+            table = block_table[row.index : row.index + 1, :count]
         else:
             both = space.view(kv_cache.dtype).view(count, *pages.shape[1:])
             torch.index_select(pages, 0, block_table[row.index, :count], out=both)
-            k, v = both.flatten(0, 1)[: row.kv_len].split(taken.facts.head_dim, dim=-1)
-        stats = plan.run(q[None], k[None], v[None], out[None], workspace, layout="bshd", stats=settings().stats, sinks=sinks)
+            k, v = both.flatten(0, 1)[None, : row.kv_len].split(taken.facts.head_dim, dim=-1)
+        stats = taken.run(plan, q[None], k, v, out[None], workspace, stats=settings().stats, sinks=sinks, page_table=table)
         if stats is not None:
             recorder.add(row, taken.index, stats)

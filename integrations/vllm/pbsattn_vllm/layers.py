@@ -4,6 +4,9 @@ import dataclasses
 import functools
 import json
 import re
+import typing
+
+import torch
 
 import pbsattn
 
@@ -32,6 +35,8 @@ class Facts:
     bidirectional_ranges: bool = False  # of images in a prompt
     draft: bool = False  # of a draft model, or maybe
     model_layers: int = 0
+    model_kv_heads: int = 0  # of all ranks; this process has some of them, or one that others have too
+    rope_pairs: str | None = None  # which columns of its keys RoPE turns together; None is unknown
     context_parallel: bool = False  # DCP or PCP
     micro_batches: bool = False  # DBO
     batch_invariant: bool = False
@@ -77,12 +82,75 @@ class Layer:
     index: int
     facts: Facts
     heads: str  # options of its query heads, by head, as JSON: layers of the same options share plans
+    in_place: bool = False  # its keys and values are read from their pages, not gathered from them first
+    weights: torch.Tensor | None = dataclasses.field(default=None, compare=False)  # of a learned order, [Hkv, 3 D / 2]
 
     def plan(self, tokens: int, kv_len: int, memory: int | None) -> pbsattn.Plan:
         """The plan of a row; layers, chunks and requests of one shape share it. Raises what pbsattn.plan raises."""
         f = self.facts
         of_layer = self.heads, f.q_heads, f.kv_heads, f.head_dim, f.scale, f.softcap
         return _plan(*of_layer, tokens, kv_len, f.device, memory)
+
+    def is_dense(self, tokens: int, kv_len: int) -> bool:
+        """Whether the row's plan is full attention, as `auto` is where that is faster: then it is FlashAttention's."""
+        return _is_dense(self, tokens, kv_len)
+
+    def gathered(self, tokens: int) -> int:
+        """Bytes of so many tokens' keys and values, where a run needs them gathered."""
+        f = self.facts
+        return 0 if self.in_place else tokens * f.kv_heads * 2 * f.head_dim * getattr(torch, f.dtype).itemsize
+
+    def run(
+        self,
+        plan: pbsattn.Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        workspace: torch.Tensor,
+        **others: typing.Any,
+    ) -> typing.Any:
+        """Runs a plan of the layer's on tensors [B, S, H, D], with Plan.run's other arguments. Returns what that returns."""
+        pairs = {} if self.weights is None else {"order_weights": self.weights, "rope_pairs": self.facts.rope_pairs}
+        return plan.run(q, k, v, out, workspace, layout="bshd", **pairs, **others)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_dense(layer: Layer, tokens: int, kv_len: int) -> bool:
+    heads = set(map(json.dumps, json.loads(layer.heads)))
+    each = (dataclasses.replace(layer, heads=f"[{head}]") for head in heads)
+    return all(head.plan(tokens, kv_len, None).options["keep"] == "all" for head in each)
+
+
+_PROBED = 1024  # tokens
+
+
+def reads_pages(layer: Layer) -> bool:
+    """Whether this device takes the layer's keys and values in pages: found by running its method on some, once a kind."""
+    f = layer.facts
+    return _reads_pages(layer.heads, f.q_heads, f.kv_heads, f.head_dim, f.dtype, f.softcap, f.rope_pairs or "", f.device)
+
+
+@functools.lru_cache(maxsize=2048)
+def _reads_pages(
+    heads: str, q_heads: int, kv_heads: int, head_dim: int, dtype: str, softcap: float, pairs: str, device: str
+) -> bool:
+    # Not dense, however short: it is the method's stages that may not take pages.
+    by_head = [{**each, "fallback": "never"} for each in json.loads(heads)]
+    facts = Facts("", "", "", q_heads, kv_heads, head_dim, head_dim, 1.0, dtype, dtype, softcap=softcap, device=device)
+    weights = torch.zeros(kv_heads, 3 * head_dim // 2, device=device) if pairs else None
+    layer = Layer(0, dataclasses.replace(facts, rope_pairs=pairs or None), json.dumps(by_head), weights=weights)
+    plan = layer.plan(_PROBED, _PROBED, None)
+    q, out = (torch.zeros(1, _PROBED, q_heads, head_dim, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    pages = q.new_zeros(_PROBED // 16, 16, kv_heads, 2 * head_dim)
+    table = torch.arange(len(pages), dtype=torch.int32, device=device)[None]
+    workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
+    k, v = pages.split(head_dim, -1)
+    try:
+        layer.run(plan, q, k, v, out, workspace, page_table=table)
+    except NotImplementedError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=2048)  # chunks of a long prompt, times layers with options of their own
@@ -127,16 +195,16 @@ def layer_of(facts: Facts, settings: Settings, tokens: int, kv_len: int) -> Laye
     """
     index = facts.index
     try:
-        settings.check_model(facts.model_layers, facts.q_heads * facts.ranks)
+        settings.check_model(facts.model_layers, facts.q_heads * facts.ranks, facts.model_kv_heads, facts.head_dim)
         if settings.layers is not None and index not in settings.layers:
             return "it is not among the layers that the settings name"
         reason = reason_to_leave(facts)
         if reason is None:
             assert index is not None  # else there is a reason
             heads = settings.head_options(index, facts.rank * facts.q_heads, facts.q_heads)
-            layer = Layer(index, facts, json.dumps(heads))
+            layer = Layer(index, facts, json.dumps(heads), weights=weights_of(facts, settings))
             layer.plan(tokens, kv_len, None)  # which refuses what the device lacks
-            return layer
+            return dataclasses.replace(layer, in_place=reads_pages(layer))
     except (NotImplementedError, TypeError, ValueError) as error:
         reason = str(error)
     if settings.unsupported == REFUSE and not facts.draft:
@@ -147,11 +215,20 @@ def layer_of(facts: Facts, settings: Settings, tokens: int, kv_len: int) -> Laye
     return reason
 
 
-def most_memory(layer: Layer, tokens: int, kv_len: int, element: int) -> int:
+def weights_of(facts: Facts, settings: Settings) -> torch.Tensor | None:
+    """The weights of a layer's KV heads in a learned order. Raises ValueError where its keys' columns are unknown."""
+    if settings.learned is None:
+        return None
+    if facts.rope_pairs is None:
+        raise ValueError(
+            f"{settings.learned.name}: vLLM doesn't tell which columns of its keys RoPE turns together, so a learned order "
+            "can't be fitted to them; leave PBSATTN_LEARNED unset"
+        )
+    first = facts.rank * facts.model_kv_heads // facts.ranks
+    weights = settings.learned.in_pairs(facts.rope_pairs).weights[facts.index, first : first + facts.kv_heads]
+    return weights.contiguous().to(facts.device)
+
+
+def most_memory(layer: Layer, tokens: int, kv_len: int) -> int:
     """Bytes for the greatest row, if no cap bounds them: gathered pages, and the workspace of all heads at once."""
-    return gathered_bytes(layer.facts, kv_len + _PAGE_SLACK, element) + layer.plan(tokens, kv_len, None).workspace_size
-
-
-def gathered_bytes(facts: Facts, tokens: int, element: int) -> int:
-    """Bytes of so many tokens' keys and values."""
-    return tokens * facts.kv_heads * 2 * facts.head_dim * element
+    return layer.gathered(kv_len + _PAGE_SLACK) + layer.plan(tokens, kv_len, None).workspace_size

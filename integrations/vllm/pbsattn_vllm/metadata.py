@@ -65,7 +65,8 @@ class RowsBuilder:
         taken = [layer for layer in layers.values() if not isinstance(layer, str)]
         for layer in taken:
             reserve(layer, vllm_config, device)
-        self._any, self._all = bool(taken), len(taken) == len(layers)
+        self._kinds = list({layer.heads: layer for layer in taken}.values())  # whose rows have the same plans
+        self._all = len(taken) == len(layers)
         self._least = least_tokens(vllm_config)
         # A query may see no more than a layer's window, which pbsattn computes only where nothing lies outside of it.
         self._longest = min((layer.facts.window for layer in taken if layer.facts.window is not None), default=None)
@@ -92,7 +93,7 @@ class RowsBuilder:
 
     def _rows(self, c: typing.Any) -> list[Row]:
         if (
-            not self._any
+            not self._kinds
             or c.max_query_len < self._least
             or c.causal is not True
             or c.seq_lens_cpu_upper_bound is None
@@ -102,7 +103,7 @@ class RowsBuilder:
         ):
             return []
         try:
-            return take(
+            rows = take(
                 c.query_start_loc_cpu.tolist()[: c.num_reqs + 1],
                 c.seq_lens_cpu_upper_bound.tolist()[: c.num_reqs],
                 c.is_prefilling.tolist()[: c.num_reqs],
@@ -112,3 +113,4 @@ class RowsBuilder:
         except ValueError as error:
             warn_once("lists", f"{error}. Such batches go to FlashAttention")
             return []
+        return [row for row in rows if not all(kind.is_dense(row.tokens, row.kv_len) for kind in self._kinds)]

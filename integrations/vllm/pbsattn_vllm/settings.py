@@ -23,7 +23,7 @@ Change = tuple[int | None, int | None, dict[str, Value]]  # layer, query head (N
 EVERY = "*"
 PREFIX = "PBSATTN_"
 MODELS_OWN = ("scale", "softcap", "window")  # options that a model's layers bring
-BROUGHT = ("learned", "arrival")  # permutations whose order or weights a caller brings
+LEARNED = "auto:permutation=learned:order_scope=kv_head"  # what `auto` stands for with the file of a learned order
 _FLAGS = {"1": True, "0": False, "true": True, "false": False}
 
 
@@ -38,20 +38,33 @@ class Settings:
     memory: int = 2 << 30  # bytes that workspace and gathered pages may take
     unsupported: str = LEAVE  # or REFUSE: what a layer, a version or settings that can't be used bring about
     over_flash_attn: bool = False  # stand in for FLASH_ATTN too
+    learned: pbsattn.LearnedOrder | None = None  # the weights of permutation=learned, and settings that `auto` goes by
     stats: bool = False  # log density and time of each row by layer; waits for each layer
 
     def head_options(self, layer: int, first_head: int, heads: int) -> list[dict[str, Value]]:
         """The options, with "method", of the query heads first_head .. first_head + heads - 1 of a layer."""
-        made: list[dict[str, Value]] = [{"method": self.method}] * heads
-        for of_layer, of_head, changes in self.changes:
-            if of_layer in (None, layer):
-                for h in range(heads):
-                    if of_head in (None, first_head + h):
-                        made[h] = dict(changes) if "method" in changes else {**made[h], **changes}
-        return made
 
-    def check_model(self, layers: int, heads: int) -> None:
-        """Raises ValueError if a layer or query head is named that a model of so many layers and heads hasn't."""
+        def over(made: list[dict[str, Value]], every: tuple[Change, ...]) -> list[dict[str, Value]]:
+            made = list(made)
+            for of_layer, of_head, changes in every:
+                if of_layer in (None, layer):
+                    for h in range(heads):
+                        if of_head in (None, first_head + h):
+                            made[h] = dict(changes) if "method" in changes else {**made[h], **changes}
+            return made
+
+        if self.learned is None or self.method.partition(":")[0] != "auto":
+            return over([{"method": self.method}] * heads, self.changes)
+        # The file's settings go over the method's own, what the method's text names over those.
+        values, named = pbsattn.options(self.method), [part.partition("=")[0] for part in self.method.split(":")[1:]]
+        of_file = over([{"method": LEARNED}] * heads, changes_of(self.learned.settings))
+        return over([{**each, **{name: values[name] for name in named}} for each in of_file], self.changes)
+
+    def check_model(self, layers: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        """Raises ValueError if settings name a layer or query head that a model of these sizes hasn't, or the learned order is
+        another model's."""
+        if self.learned is not None:
+            self.learned.require_model(layers=layers, query_heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         for of_layer, of_head, _ in self.changes:
             for what, index, count in (("layer", of_layer, layers), ("head", of_head, heads)):
                 if index is not None and index >= count:
@@ -111,10 +124,8 @@ def check_options(options: Mapping[str, Value]) -> None:
         if f":{name}=" in str(given["method"]):
             raise ValueError(f"{_shown(given['method'])}: a layer of the model brings its own {name}; take it out")
     permutation = pbsattn.options(**given)["permutation"]  # type: ignore[arg-type] # which checks names and types
-    if permutation in BROUGHT:
-        raise ValueError(
-            f"permutation {permutation}: its order comes with each call, and none is brought in vLLM; take another"
-        )
+    if permutation == "arrival":
+        raise ValueError("permutation arrival: its order comes with each call, and none is brought in vLLM; take another")
     pbsattn.plan(q_heads=1, kv_heads=1, q_len=1, kv_len=1, head_dim=64, **given)  # type: ignore[arg-type]
 
 
@@ -130,10 +141,10 @@ def _object(value: object, what: str) -> dict[str, typing.Any]:
     return {str(key): each for key, each in value.items()}
 
 
-def _changes(value: object) -> tuple[Change, ...]:
+def changes_of(value: object) -> tuple[Change, ...]:
     """Options by layer and head, in the order in which they go over each other, from an object or a file's path."""
     if isinstance(value, str):
-        return _changes(_load(value))
+        return changes_of(_load(value))
     found: list[Change] = []
     for layer, heads in _object(value, "layers").items():
         layer_index = _index(layer, "layer")
@@ -159,8 +170,9 @@ def _load(path: str) -> typing.Any:
 # Where a name's value goes, and what reads it.
 _FIELDS: dict[str, tuple[str, Callable[[typing.Any], typing.Any]]] = {
     "min_tokens": ("min_tokens", lambda value: _whole(value, 2)),
-    "settings": ("changes", _changes),
+    "settings": ("changes", changes_of),
     "layers": ("layers", _layers),
+    "learned": ("learned", lambda value: pbsattn.read_learned(str(value))),
     "workspace_cap_mib": ("memory", lambda value: _whole(value, 1) << 20),
     "unsupported": ("unsupported", _unsupported),
     "over_flash_attn": ("over_flash_attn", _flag),
@@ -206,4 +218,11 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         check_options({"method": method})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
-    return Settings(method=method, **fields)
+    made = Settings(method=method, **fields)
+    if made.learned is None:
+        for place, options in [(where, {"method": method}), *(("settings", changes) for _, _, changes in made.changes)]:
+            if pbsattn.options(**{"method": "pbs", **options})["permutation"] == "learned":  # type: ignore[arg-type]
+                raise ValueError(
+                    f"{place}: permutation learned: it goes by weights, which a file has; name it, PBSATTN_LEARNED=model.pbs"
+                )
+    return made

@@ -11,7 +11,7 @@ import torch
 import pbsattn
 
 from . import __version__, log
-from .layers import Facts, Layer, Refused, gathered_bytes, index_of, layer_of, most_memory
+from .layers import Facts, Layer, Refused, index_of, layer_of, most_memory
 from .memory import buffer
 from .settings import REFUSE, Settings, read
 from .stats import recorder
@@ -65,6 +65,8 @@ def facts_of(layer: typing.Any, config: typing.Any) -> Facts:
         shares_cache=layer.kv_sharing_target_layer_name is not None,
         bidirectional_ranges=layer.use_mm_prefix,
         model_layers=model.get_total_num_hidden_layers(),
+        model_kv_heads=model.get_total_num_kv_heads(),
+        rope_pairs=rope_pairs(),
         context_parallel=parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         micro_batches=parallel.use_ubatching,
         batch_invariant=bool(vllm.envs.VLLM_BATCH_INVARIANT),
@@ -75,6 +77,14 @@ def facts_of(layer: typing.Any, config: typing.Any) -> Facts:
     of_name = config.compilation_config.static_forward_context
     attention = [name for name, each in of_name.items() if isinstance(each, Attention)]
     return dataclasses.replace(facts, draft=is_draft(facts, config, attention))
+
+
+def rope_pairs() -> str | None:
+    """Which columns of their keys the process's models turn together, "halves" or "neighbours"; None if not all the same."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    styles = {bool(getattr(rope, "is_neox_style", None)) for rope in rotary_embedding._ROPE_DICT.values()}
+    return {True: "halves", False: "neighbours"}[styles.pop()] if len(styles) == 1 else None
 
 
 def is_draft(facts: Facts, config: typing.Any, attention: Sequence[str]) -> bool:
@@ -116,10 +126,9 @@ def plan_beside(gathered: int, layer: Layer, tokens: int, kv_len: int) -> pbsatt
 def reserve(layer: Layer, config: typing.Any, device: torch.device) -> None:
     """Reserves what the greatest row takes, up to the cap; warns where that isn't enough for it. Raises Refused."""
     tokens, kv_len = most_tokens(config)
-    element = config.model_config.dtype.itemsize
     try:
-        buffer.reserve(min(settings().memory, most_memory(layer, tokens, kv_len, element)), device)
-        plan_beside(gathered_bytes(layer.facts, kv_len, element), layer, tokens, kv_len)
+        buffer.reserve(min(settings().memory, most_memory(layer, tokens, kv_len)), device)
+        plan_beside(layer.gathered(kv_len), layer, tokens, kv_len)
     except MemoryError as error:
         told = f"rows of {tokens} tokens over {kv_len}: {error}; raise PBSATTN_WORKSPACE_CAP_MIB"
         if settings().unsupported == REFUSE:
@@ -137,6 +146,12 @@ def warn_once(kind: str, told: str) -> None:
         log.warning("pbsattn: %s", told)
 
 
+def told_method(given: Settings) -> str:
+    """The method, for people, and what goes with it."""
+    learned = f" with the learned order {given.learned.name}" if given.learned is not None else ""
+    return given.method + learned + (" and settings by layer" if given.changes else "")
+
+
 def tell(layers: Mapping[str, Layer | str], config: typing.Any) -> None:
     """Logs which layers of a KV cache group are taken and how, and which are left and why; the first of the ranks does."""
     from vllm.distributed import get_tensor_model_parallel_rank
@@ -152,15 +167,17 @@ def tell(layers: Mapping[str, Layer | str], config: typing.Any) -> None:
             left.setdefault(reason, []).append(name)
     if taken:
         log.info(
-            "pbsattn %s, vLLM %s: takes %d of %d layers (%d .. %d) by %s, in prefills of %d tokens or more; %d MiB reserved",
+            "pbsattn %s, vLLM %s: takes %d of %d layers (%d .. %d) by %s, in prefills of %d tokens or more, their pages %s; "
+            "%d MiB reserved",
             __version__,
             vllm.__version__,
             len(taken),
             len(layers),
             taken[0].index,
             taken[-1].index,
-            settings().method + (" and settings by layer" if settings().changes else ""),
+            told_method(settings()),
             least_tokens(config),
+            "in place" if all(layer.in_place for layer in taken) else "gathered",
             buffer.size >> 20,
         )
         most, least = most_tokens(config)[0], least_tokens(config)
