@@ -55,22 +55,34 @@ class RowsBuilder:
 
     supports_update_block_table = False  # runs hold slices of the block table
     aot_sliding_window: tuple[int, int] | None  # vLLM's; None before the first build
+    layer_names: list[str]  # these three too
+    vllm_config: typing.Any
+    device: typing.Any
 
     def __init__(
         self, kv_cache_spec: typing.Any, layer_names: list[str], vllm_config: typing.Any, device: typing.Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        of_name = vllm_config.compilation_config.static_forward_context
-        layers = {name: left_or_taken(of_name[name]) for name in layer_names}
+        self.choose_rows()
+
+    def choose_rows(self) -> None:
+        """Finds which layers are taken, by the settings as they are now, reserves memory for them, and tells."""
+        config = self.vllm_config
+        of_name = config.compilation_config.static_forward_context
+        layers = {name: left_or_taken(of_name[name]) for name in self.layer_names}
         taken = [layer for layer in layers.values() if not isinstance(layer, str)]
         for layer in taken:
-            reserve(layer, vllm_config, device)
+            reserve(layer, config, self.device)
         self._kinds = list({layer.heads: layer for layer in taken}.values())  # whose rows have the same plans
         self._all = len(taken) == len(layers)
-        self._least = least_tokens(vllm_config)
+        self._least = least_tokens(config)
         # A query may see no more than a layer's window, which pbsattn computes only where nothing lies outside of it.
         self._longest = min((layer.facts.window for layer in taken if layer.facts.window is not None), default=None)
-        tell(layers, vllm_config)
+        tell(layers, config)
+
+    def left_alone(self) -> None:
+        """Takes no row from now on."""
+        self._kinds = []
 
     def build(self, common_prefix_len: int, common_attn_metadata: typing.Any, fast_build: bool = False) -> typing.Any:
         c, build = common_attn_metadata, super().build  # type: ignore[misc]

@@ -61,8 +61,8 @@ class Settings:
         return over([{**each, **{name: values[name] for name in named}} for each in of_file], self.changes)
 
     def check_model(self, layers: int, heads: int, kv_heads: int, head_dim: int) -> None:
-        """Raises ValueError if settings name a layer or query head that a model of these sizes hasn't, or the learned order is
-        another model's."""
+        """Raises ValueError where settings or the learned order are another model's than one of these sizes: they name a
+        layer or head that it hasn't, or the file's sizes are others."""
         if self.learned is not None:
             self.learned.require_model(layers=layers, query_heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         for of_layer, of_head, _ in self.changes:
