@@ -181,7 +181,7 @@ def random(served: Served, records: Records, given: Given, ids: list[int]) -> No
     if not records.left(**params):
         return
     drawn = prompts.random_requests(given.requests, params["longest"], 0, given.vocabulary)
-    requests = [Request(each, 8, 0.0, abort) for each, abort in drawn]
+    requests = [Request(each, 24, 0.0, abort) for each, abort in drawn]
     params |= {"cache_tokens": given.cache, "chunk": given.chunk}
     answers: dict[str, list[Answer]] = {}
     served.methods["every block"] = {"PBSATTN_METHOD": "pbs:top_p=1", "PBSATTN_MIN_TOKENS": str(given.least)}
@@ -195,7 +195,7 @@ def random(served: Served, records: Records, given: Given, ids: list[int]) -> No
         free = served.pool.get_num_free_blocks()
         with served.small_cache(given.cache), served.preemptions() as preempted:
             answers[case] = served.serve(requests, logprobs=2)
-        served.llm.reset_prefix_cache()
+        served.forget()
         assert served.pool.get_num_free_blocks() == free, "blocks of the cache are lost"
         say(f"random {case}: {len(preempted)} preempted, {sum(r.abort is not None for r in requests)} to abort")
         records.add(case, params, "preemptions", len(preempted), "")

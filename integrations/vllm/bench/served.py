@@ -62,7 +62,8 @@ def attend_by(worker: typing.Any, variables: dict[str, str] | None) -> None:
     os.environ.update(variables)
     taking.settings.cache_clear()
     for layer in worker.vllm_config.compilation_config.static_forward_context.values():
-        vars(layer.impl).pop("pbsattn_layer", None)
+        if hasattr(layer, "impl"):
+            vars(layer.impl).pop("pbsattn_layer", None)
     for builder in builders:
         builder.choose_rows()
 
@@ -101,7 +102,15 @@ class Served:
     def attend(self, method: str) -> None:
         """Attends by a method of `methods`, or by FLASH, from now on; forgets the prefix cache."""
         self.llm.collective_rpc(attend_by, args=(None if method == FLASH else self.methods[method],))
-        self.llm.reset_prefix_cache()
+        self.forget()
+
+    def forget(self) -> None:
+        """Empties the prefix cache. Steps that vLLM scheduled ahead may still hold blocks of what is answered."""
+        for _ in range(10):
+            if self.llm.reset_prefix_cache():
+                return
+            self.llm.llm_engine.step()
+        raise RuntimeError("the prefix cache can't be emptied: requests are running")
 
     def chunks(self, tokens: int) -> None:
         """Lets a step have so many tokens, at most as many as the engine was made for."""
@@ -110,7 +119,7 @@ class Served:
     @contextlib.contextmanager
     def small_cache(self, tokens: int) -> typing.Iterator[None]:
         """Leaves so many tokens of the KV cache free for the length of a `with` block."""
-        self.llm.reset_prefix_cache()
+        self.forget()
         held = self.pool.get_new_blocks(max(self.pool.get_num_free_blocks() - tokens // self.block_size, 0))
         try:
             yield
@@ -176,5 +185,5 @@ class Served:
 
     def first_token(self, ids: list[int]) -> float:
         """Seconds to the first token of a prompt of which nothing is in the cache."""
-        self.llm.reset_prefix_cache()
+        self.forget()
         return self.serve([Request(ids, 1)])[0].times[0]
