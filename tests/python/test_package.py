@@ -17,7 +17,8 @@ def test_the_wheel_is_the_runtime_alone():
         str(path) for path in importlib.metadata.files("pbsattn") if ".dist-info/" not in str(path) and path.suffix != ".pyc"
     }
     source = pathlib.Path(__file__).parents[2] / "integrations/python/pbsattn"
-    expected = {f"pbsattn/{path.name}" for path in source.iterdir() if path.suffix in (".py", ".pyi")} | {"pbsattn/py.typed"}
+    files = {path.relative_to(source.parent) for path in source.rglob("*") if path.suffix in (".py", ".pyi")}
+    expected = {*map(str, files), "pbsattn/py.typed"}
     assert {path for path in installed if ".so" not in path} == expected
     assert not [path for path in installed if "eval" in path or "report" in path]
     assert "pbsattn/_core.abi3.so" in installed or any(

@@ -15,7 +15,8 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "python"))
 import engine
 import pbsattn_vllm
 import torch_flash
-from pbsattn_vllm import impl, layers, memory, stats, taking
+from pbsattn.serving import layers
+from pbsattn_vllm import impl, memory, taking
 
 REQUESTS = {
     # Chunks of 256, of which the last is too short to be taken.
@@ -127,8 +128,8 @@ def run(model, block_size=16, sets=REQUESTS, variables=None, layout="NHD", abort
         patch.setattr(utils, "_KV_CACHE_LAYOUT_OVERRIDE", None)
         patch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
         patch.setattr(memory.buffer, "size", 0)
-        patch.setattr(stats.recorder, "last_layer", -1)
-        patch.setattr(taking, "warned", set())
+        patch.setattr(taking.recorder, "last_layer", -1)
+        patch.setattr(taking.teller, "warned", set())
         if not in_place:
             patch.setattr(layers, "reads_pages", lambda _: False)
         own = AttentionBackendEnum.CPU_ATTN

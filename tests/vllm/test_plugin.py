@@ -19,12 +19,13 @@ from vllm.v1.worker.gpu.model_states import default
 import pbsattn
 import pbsattn_vllm
 from conftest import logged
-from pbsattn_vllm import backend, left, settings, taking
+from pbsattn.serving import settings
+from pbsattn.serving.layers import Facts, Layer
+from pbsattn.serving.rows import Row, runs_between, take
+from pbsattn_vllm import backend, left, taking
 from pbsattn_vllm.impl import RowsImpl
-from pbsattn_vllm.layers import Facts, Layer
 from pbsattn_vllm.memory import Buffer
 from pbsattn_vllm.metadata import RowsBuilder, Split, slice_batch
-from pbsattn_vllm.rows import Row, runs_between, take
 
 CUSTOM, FLASH = AttentionBackendEnum.CUSTOM, AttentionBackendEnum.FLASH_ATTN
 
@@ -87,9 +88,8 @@ def test_what_cannot_be_used_leaves_everything(registered, monkeypatch, variable
 
 def test_without_the_runtime(registered, monkeypatch):
     """As where only the plug-in is installed."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "pbsattn" or name == "pbsattn_vllm.settings"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "pbsattn"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(pbsattn_vllm, "settings")
     monkeypatch.setitem(sys.modules, "pbsattn", None)
     custom, _, (line,) = registered()
     assert custom is left.LeftAlone and "import of pbsattn" in line
@@ -192,7 +192,7 @@ def told(monkeypatch):
     log = []
     taking.settings.cache_clear()
     monkeypatch.setenv("PBSATTN_MIN_TOKENS", "2")
-    monkeypatch.setattr(taking, "warned", set())
+    monkeypatch.setattr(taking.teller, "warned", set())
     with logged(log):
         yield log
     taking.settings.cache_clear()

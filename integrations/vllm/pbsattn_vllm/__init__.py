@@ -10,7 +10,6 @@ import logging
 __version__ = "0.2.0"  # of the pbsattn that it goes with
 
 TESTED = ("0.26.0",)  # versions of vLLM
-LEAVE, REFUSE = "leave", "refuse"  # what is left to FlashAttention where pbsattn can't be used, or vLLM's start refused
 log = logging.getLogger("vllm.pbsattn")  # below vLLM's own logger, whose handlers and level it has
 
 
@@ -33,10 +32,10 @@ def refuses() -> bool:
     import os
 
     if given := os.environ.get("PBSATTN_UNSUPPORTED"):
-        return given == REFUSE
+        return given == "refuse"
     try:
         with open(os.environ["PBSATTN_CONFIG"], encoding="utf-8") as file:
-            return json.load(file).get("unsupported") == REFUSE
+            return json.load(file).get("unsupported") == "refuse"
     except (AttributeError, KeyError, OSError, RecursionError, ValueError):  # of which `settings.read` tells
         return False
 
@@ -73,8 +72,7 @@ def _over_flash_attn() -> bool:
     import vllm
 
     import pbsattn
-
-    from . import settings
+    from pbsattn.serving import settings
 
     over = settings.read().over_flash_attn
     if pbsattn.__version__ != __version__:

@@ -5,12 +5,12 @@ import typing
 
 import torch
 
-from .layers import Layer
+from pbsattn.serving.layers import Layer
+from pbsattn.serving.rows import Row
+
 from .memory import buffer
 from .metadata import Split
-from .rows import Row
-from .stats import recorder
-from .taking import left_or_taken, plan_beside, reserve, settings, warn_once
+from .taking import left_or_taken, recorder, reserve, settings, teller
 
 
 class RowsImpl:
@@ -64,7 +64,7 @@ class RowsImpl:
             except (MemoryError, torch.OutOfMemoryError) as error:
                 told = f"{taken.facts.name}: a row of {row.tokens} tokens over {row.kv_len} goes to FlashAttention: {error}"
                 kind = f"{taken.facts.name}: {re.sub('[0-9]+', 'N', str(error))}"
-                warn_once(kind, f"{told}. Others will without a word")
+                teller.warn_once(kind, f"{told}. Others will without a word")
                 dense(row.begin, row.end, split.dense(row.index))
         return output
 
@@ -84,7 +84,7 @@ class RowsImpl:
         pages = kv_cache.transpose(1, 2)  # [pages, tokens, Hkv, 2 D]
         count = 0 if not row.has_context and key is not None else -(-row.kv_len // pages.shape[1])
         gathered = taken.gathered(count * pages.shape[1])
-        plan = plan_beside(gathered, taken, row.tokens, row.kv_len)
+        plan = buffer.plan_beside(gathered, taken, row.tokens, row.kv_len)
         space, workspace = buffer.take(gathered, plan.workspace_size, query.device)
         table = None
         if count == 0:  # the projections are all keys and values there are

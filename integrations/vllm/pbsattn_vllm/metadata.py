@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from .rows import Row, Run, runs_between, take
-from .taking import least_tokens, left_or_taken, reserve, tell, warn_once
+from pbsattn.serving.rows import Row, Run, runs_between, take
+
+from .taking import least_tokens, left_or_taken, reserve, tell, teller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,6 @@ class RowsBuilder:
                 self._longest,
             )
         except ValueError as error:
-            warn_once("lists", f"{error}. Such batches go to FlashAttention")
+            teller.warn_once("lists", f"{error}. Such batches go to FlashAttention")
             return []
         return [row for row in rows if not all(kind.is_dense(row.tokens, row.kv_len) for kind in self._kinds)]

@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-import pbsattn
+from pbsattn.serving.layers import Facts, Layer, index_of, layer_of
+from pbsattn.serving.settings import Settings, read
+from pbsattn.serving.stats import Recorder
+from pbsattn.serving.telling import Teller
 
-from . import __version__, log
-from .layers import Facts, Layer, Refused, index_of, layer_of, most_memory
+from . import log
 from .memory import buffer
-from .settings import REFUSE, Settings, read
-from .stats import recorder
+
+recorder = Recorder(log)
+teller = Teller(log)
 
 MTP = re.compile(r"(^|\.)mtp(\.|$)")  # in names of layers that predict tokens ahead
 
@@ -115,41 +118,10 @@ def left_or_taken(layer: typing.Any) -> Layer | str:
     return found
 
 
-def plan_beside(gathered: int, layer: Layer, tokens: int, kv_len: int) -> pbsattn.Plan:
-    """The plan of a row whose gathered pages take so many bytes of the buffer. Raises what `Layer.plan` does."""
-    left = buffer.left(gathered)
-    if left < 1:
-        raise MemoryError(f"its gathered pages alone take {gathered} bytes, and {buffer.size} are reserved")
-    return layer.plan(tokens, kv_len, left)
-
-
 def reserve(layer: Layer, config: typing.Any, device: torch.device) -> None:
     """Reserves what the greatest row takes, up to the cap; warns where that isn't enough for it. Raises Refused."""
-    tokens, kv_len = most_tokens(config)
-    try:
-        buffer.reserve(min(settings().memory, most_memory(layer, tokens, kv_len)), device)
-        plan_beside(layer.gathered(kv_len), layer, tokens, kv_len)
-    except MemoryError as error:
-        told = f"rows of {tokens} tokens over {kv_len}: {error}; raise PBSATTN_WORKSPACE_CAP_MIB"
-        if settings().unsupported == REFUSE:
-            raise Refused(f"pbsattn: {told}") from None
-        warn_once("memory", f"{told}. Such rows go to FlashAttention")
-
-
-warned: set[str] = set()
-
-
-def warn_once(kind: str, told: str) -> None:
-    """Logs a warning, the first of its kind."""
-    if kind not in warned:
-        warned.add(kind)
-        log.warning("pbsattn: %s", told)
-
-
-def told_method(given: Settings) -> str:
-    """The method, for people, and what goes with it."""
-    learned = f" with the learned order {given.learned.name}" if given.learned is not None else ""
-    return given.method + learned + (" and settings by layer" if given.changes else "")
+    if told := buffer.reserve_row(layer, *most_tokens(config), settings(), device):
+        teller.warn_once("memory", told)
 
 
 def tell(layers: Mapping[str, Layer | str], config: typing.Any) -> None:
@@ -160,33 +132,6 @@ def tell(layers: Mapping[str, Layer | str], config: typing.Any) -> None:
         return
     import vllm
 
-    taken = [layer for layer in layers.values() if isinstance(layer, Layer)]
-    left: dict[str, list[str]] = {}
-    for name, reason in layers.items():
-        if isinstance(reason, str):
-            left.setdefault(reason, []).append(name)
-    if taken:
-        log.info(
-            "pbsattn %s, vLLM %s: takes %d of %d layers (%d .. %d) by %s, in prefills of %d tokens or more, their pages %s; "
-            "%d MiB reserved",
-            __version__,
-            vllm.__version__,
-            len(taken),
-            len(layers),
-            taken[0].index,
-            taken[-1].index,
-            told_method(settings()),
-            least_tokens(config),
-            "in place" if all(layer.in_place for layer in taken) else "gathered",
-            buffer.size >> 20,
-        )
-        most, least = most_tokens(config)[0], least_tokens(config)
-        if most < least:
-            log.warning(
-                "pbsattn: takes nothing: vLLM's scheduler lets a chunk have %d tokens (max_num_batched_tokens, "
-                "long_prefill_token_threshold), and a row needs %d (PBSATTN_MIN_TOKENS)",
-                most,
-                least,
-            )
-    for reason, names in left.items():
-        log.warning("pbsattn: leaves %d layers to FlashAttention (%s ...): %s", len(names), names[0], reason)
+    least, most = least_tokens(config), most_tokens(config)[0]
+    bounds = "max_num_batched_tokens, long_prefill_token_threshold"
+    teller.layers(layers, f"vLLM {vllm.__version__}", settings(), least, most, bounds, buffer.size)

@@ -2,9 +2,9 @@
 or in the next step where it left the row to FlashAttention."""
 
 import dataclasses
+import logging
 import typing
 
-from . import log
 from .rows import Row
 
 
@@ -21,7 +21,8 @@ class Record:
 class Recorder:
     """Records of the rows of a process."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
         self.last_layer = -1  # of those that pbsattn takes
         self._layer = -1  # the latest
         self._open: dict[Row, list[Record]] = {}
@@ -43,7 +44,7 @@ class Recorder:
     def show(self, row: Row, records: list[Record]) -> None:
         """Logs a row, of the layers that computed it."""
         visited, causal = (sum(getattr(each, name) for each in records) for name in ("visited_blocks", "causal_blocks"))
-        log.info(
+        self._log.info(
             "pbsattn: row of %d tokens over %d: density %.3f, %.1f ms of attention; layer density ms: %s",
             row.tokens,
             row.kv_len,
@@ -54,6 +55,3 @@ class Recorder:
                 for each in records
             ),
         )
-
-
-recorder = Recorder()

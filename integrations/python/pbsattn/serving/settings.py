@@ -1,9 +1,9 @@
-"""What the plug-in is told: environment variables, or one JSON file that the variables go over. Checked when it is read.
+"""What a server's plug-in is told: environment variables, or one JSON file that they go over. Checked when it is read.
 
     PBSATTN_METHOD=pbs:top_p=0.95 PBSATTN_MIN_TOKENS=4096 vllm serve ...
     PBSATTN_CONFIG=pbsattn.json vllm serve ...        # {"top_p": 0.95, "settings": {"0": {"*": {"keep": "all"}}}}
 
-vLLM hands a plug-in no options, and starts its workers with its own environment.
+Servers hand a plug-in no options, and start their workers with their own environment.
 """
 
 import dataclasses
@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import pbsattn
 
-from . import LEAVE, REFUSE
-
 Value = float | int | str
 Change = tuple[int | None, int | None, dict[str, Value]]  # layer, query head (None is every one), options
 
+LEAVE, REFUSE = "leave", "refuse"  # to FlashAttention what pbsattn can't be used for, or the server's start
 EVERY = "*"
 PREFIX = "PBSATTN_"
 MODELS_OWN = ("scale", "softcap", "window")  # options that a model's layers bring
@@ -37,7 +36,7 @@ class Settings:
     layers: frozenset[int] | None = None  # whose index is among them; None takes all
     memory: int = 2 << 30  # bytes that workspace and gathered pages may take
     unsupported: str = LEAVE  # or REFUSE: what a layer, a version or settings that can't be used bring about
-    over_flash_attn: bool = False  # stand in for FLASH_ATTN too
+    over_flash_attn: bool = False  # stand in for vLLM's FLASH_ATTN too
     learned: pbsattn.LearnedOrder | None = None  # the weights of permutation=learned, and settings that `auto` goes by
     stats: bool = False  # log density and time of each row by layer; waits for each layer
 
@@ -95,7 +94,7 @@ def _flag(value: object) -> bool:
 
 def _unsupported(value: object) -> str:
     if value not in (LEAVE, REFUSE):
-        raise ValueError(f'"{_shown(value)}": neither "{LEAVE}" (to vLLM\'s FlashAttention) nor "{REFUSE}" (to start)')
+        raise ValueError(f'"{_shown(value)}": neither "{LEAVE}" (to FlashAttention) nor "{REFUSE}" (to start)')
     return str(value)
 
 
@@ -125,7 +124,9 @@ def check_options(options: Mapping[str, Value]) -> None:
             raise ValueError(f"{_shown(given['method'])}: a layer of the model brings its own {name}; take it out")
     permutation = pbsattn.options(**given)["permutation"]  # type: ignore[arg-type] # which checks names and types
     if permutation == "arrival":
-        raise ValueError("permutation arrival: its order comes with each call, and none is brought in vLLM; take another")
+        raise ValueError(
+            "permutation arrival: its order comes with each call, and none is brought by a server; take another"
+        )
     pbsattn.plan(q_heads=1, kv_heads=1, q_len=1, kv_len=1, head_dim=64, **given)  # type: ignore[arg-type]
 
 

@@ -1,10 +1,10 @@
-"""Which rows of a batch are pbsattn's in vLLM: lists on the host, no vLLM."""
+"""Which rows of a server's batch are pbsattn's: lists on the host, no server."""
 
 import random
 
 import pytest
 
-from pbsattn_vllm.rows import Row, Run, runs_between, take
+from pbsattn.serving.rows import Row, Run, runs_between, take
 
 
 def starts_of(tokens):

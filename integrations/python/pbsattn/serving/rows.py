@@ -1,4 +1,4 @@
-"""Which rows of a batch are pbsattn's: from lists on the host, without vLLM.
+"""Which rows of a batch are pbsattn's: from lists on the host.
 
 A batch is the tokens of its rows one after another; row i has tokens starts[i] .. starts[i + 1] and attends to its request's
 first lens[i] tokens, of which its own are the last. Decodes may stand anywhere, rows may be empty, and tokens after the last

@@ -1,10 +1,10 @@
-"""What the plug-in of vLLM logs of rows that it computed."""
+"""What a server's plug-in logs of rows that it computed."""
 
 import logging
 import types
 
-from pbsattn_vllm.rows import Row
-from pbsattn_vllm.stats import Recorder
+from pbsattn.serving.rows import Row
+from pbsattn.serving.stats import Recorder
 
 A, B = Row(0, 0, 300, 300), Row(1, 300, 500, 900)
 
@@ -14,9 +14,9 @@ def stats(visited, seconds=0.002):
 
 
 def test_rows_are_told_when_the_last_layer_has_them(caplog):
-    recorder = Recorder()
+    recorder = Recorder(logging.getLogger("pbsattn"))
     recorder.last_layer = 2
-    with caplog.at_level(logging.INFO, "vllm.pbsattn"):
+    with caplog.at_level(logging.INFO, "pbsattn"):
         for layer in (0, 2):
             assert caplog.messages == []
             recorder.add(A, layer, stats(20))
@@ -27,9 +27,9 @@ def test_rows_are_told_when_the_last_layer_has_them(caplog):
 
 
 def test_rows_that_the_last_layer_left_are_told_in_the_next_step(caplog):
-    recorder = Recorder()
+    recorder = Recorder(logging.getLogger("pbsattn"))
     recorder.last_layer = 1
-    with caplog.at_level(logging.INFO, "vllm.pbsattn"):
+    with caplog.at_level(logging.INFO, "pbsattn"):
         for row in (A, B, A):
             recorder.add(row, 0, stats(90))
             if row is A:

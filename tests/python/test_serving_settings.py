@@ -1,4 +1,4 @@
-"""The settings of the plug-in of vLLM, and its rules for layers, without vLLM."""
+"""The settings of plug-ins of servers, and their rules for layers, without a server."""
 
 import dataclasses
 import json
@@ -10,9 +10,9 @@ import pytest
 import pbsattn
 import pbsattn_vllm
 from learned_files import save_learned
-from pbsattn_vllm import layers
-from pbsattn_vllm.layers import Facts, Layer, Refused, layer_of, most_memory, reads_pages, reason_to_leave
-from pbsattn_vllm.settings import _FIELDS, REFUSE, Settings, read
+from pbsattn.serving import layers
+from pbsattn.serving.layers import Facts, Layer, Refused, layer_of, most_memory, reads_pages, reason_to_leave
+from pbsattn.serving.settings import _FIELDS, REFUSE, Settings, read
 
 
 def test_defaults():
@@ -75,7 +75,7 @@ WRONG = {
     "PBSATTN_WORKSPACE_CAP_MIB": [("0", "from 1 up")],
     "PBSATTN_UNSUPPORTED": [("stop", "leave")],
     "PBSATTN_OVER_FLASH_ATTN": [("yes", "neither 0 nor 1")],
-    "PBSATTN_LEARNED": [(__file__, "test_vllm_settings.py")],
+    "PBSATTN_LEARNED": [(__file__, "test_serving_settings.py")],
     "PBSATTN_STATS": [("file.txt", "neither 0 nor 1")],
 }
 

@@ -1,4 +1,4 @@
-"""Which layers pbsattn takes, by an allow-list over plain facts, and what it computes them with. Knows nothing of vLLM."""
+"""Which layers pbsattn takes, by an allow-list over plain facts, and what it computes them with."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ def index_of(name: str) -> int | None:
 def reason_to_leave(facts: Facts) -> str | None:
     """Why a layer isn't one that pbsattn computes exactly, whatever the device and the settings; None if it is."""
     rules = {
-        f"it is {facts.kind}, not vLLM's plain Attention": facts.kind != "Attention",
+        f"it is {facts.kind}, not the engine's plain Attention": facts.kind != "Attention",
         f"its attention is of type {facts.attn_type}": facts.attn_type != "decoder",
         "it has ALiBi slopes": facts.alibi,
         f"its values' head_dim is {facts.head_dim_v}, its keys' {facts.head_dim}": facts.head_dim_v != facts.head_dim,
@@ -221,7 +221,7 @@ def weights_of(facts: Facts, settings: Settings) -> torch.Tensor | None:
         return None
     if facts.rope_pairs is None:
         raise ValueError(
-            f"{settings.learned.name}: vLLM doesn't tell which columns of its keys RoPE turns together, so a learned order "
+            f"{settings.learned.name}: the engine doesn't tell which columns of keys RoPE turns together, so a learned order "
             "can't be fitted to them; leave PBSATTN_LEARNED unset"
         )
     first = facts.rank * facts.model_kv_heads // facts.ranks

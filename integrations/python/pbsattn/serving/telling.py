@@ -1,0 +1,75 @@
+"""What plug-ins of servers say in the log."""
+
+import logging
+from collections.abc import Mapping
+
+from .layers import Layer
+from .settings import Settings
+
+
+class Teller:
+    """Says things in a plug-in's log."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self.log = log
+        self.warned: set[str] = set()
+
+    def warn_once(self, kind: str, told: str) -> None:
+        """Logs a warning, the first of its kind."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            self.log.warning("pbsattn: %s", told)
+
+    def layers(
+        self,
+        layers: Mapping[str, Layer | str],
+        server: str,
+        settings: Settings,
+        least: int,
+        most: int,
+        bounds: str,
+        reserved: int,
+    ) -> None:
+        """Logs which layers are taken and how, and which are left and why.
+
+        server: its name and version. least: tokens that a row needs. most: those that the server's scheduler lets it have,
+        by what bounds names. reserved: bytes.
+        """
+        import pbsattn
+
+        taken = [layer for layer in layers.values() if isinstance(layer, Layer)]
+        left: dict[str, list[str]] = {}
+        for name, reason in layers.items():
+            if isinstance(reason, str):
+                left.setdefault(reason, []).append(name)
+        if taken:
+            self.log.info(
+                "pbsattn %s, %s: takes %d of %d layers (%d .. %d) by %s, in prefills of %d tokens or more, their pages %s; "
+                "%d MiB reserved",
+                pbsattn.__version__,
+                server,
+                len(taken),
+                len(layers),
+                taken[0].index,
+                taken[-1].index,
+                told_method(settings),
+                least,
+                "in place" if all(layer.in_place for layer in taken) else "gathered",
+                reserved >> 20,
+            )
+            if most < least:
+                self.log.warning(
+                    "pbsattn: takes nothing: the scheduler lets a chunk have %d tokens (%s), and a row needs %d "
+                    "(PBSATTN_MIN_TOKENS)",
+                    most,
+                    bounds,
+                    least,
+                )
+        for reason, names in left.items():
+            self.log.warning("pbsattn: leaves %d layers to FlashAttention (%s ...): %s", len(names), names[0], reason)
+
+
+def told_method(given: Settings) -> str:
+    """The method, for people, and what goes with it."""
+    learned = f" with the learned order {given.learned.name}" if given.learned is not None else ""
+    return given.method + learned + (" and settings by layer" if given.changes else "")
