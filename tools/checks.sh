@@ -121,7 +121,7 @@ fuzz() {
 
 # ------------------------------------------------------------------------------------- too long for CI
 
-check_parts=(address thread plugin plugin-thread python fuzz models vllm paths tests repeats)
+check_parts=(address thread plugin plugin-thread python fuzz models vllm sglang paths tests repeats)
 left_out=77 # the exit status of a part that can't be run here: named alone it fails, among several it is left out
 
 # check [--fuzz-seconds N] [PART...]: one part is run as it is; of several, each by itself, with a log, and a table at the end.
@@ -174,7 +174,8 @@ check_part() {
       ;;
     fuzz) fuzz "${PBSATTN_FUZZ_SECONDS:-600}" ;;
     models) on_tests_python tests/models --all ;;
-    vllm) check_vllm ;;
+    vllm) check_server vllm "vLLM for the CPU" ;;
+    sglang) check_server sglang SGLang ;;
     paths) check_paths ;;
     tests) for _ in 1 2 3; do run_tests; done ;;
     repeats)
@@ -185,17 +186,17 @@ check_part() {
   esac
 }
 
-# vLLM's engine on the CPU, with the plug-in as it is installed.
-check_vllm() {
+# check_server NAME WHAT: a server's engine on the CPU, with the plug-in as it is installed.
+check_server() {
   local python
   setup
-  if ! python=$(tools/venv.py vllm); then
-    step "vLLM for the CPU can't be had here: the plug-in in its engine is not tested"
+  if ! python=$(tools/venv.py "$1"); then
+    step "$2 can't be had here: the plug-in in its engine is not tested"
     exit "$left_out"
   fi
   install_python "$(tools/venv.py tests)" build/python/site --no-build-isolation -C cmake.define.PBSATTN_CUDA=OFF
-  PYTHONPATH=$PWD/build/python/site "$python" -m pytest -q --show-capture=no tests/vllm --junitxml build/python/vllm.xml
-  tools/skips.py build/python/vllm.xml
+  PYTHONPATH=$PWD/build/python/site "$python" -m pytest -q --show-capture=no "tests/$1" --junitxml "build/python/$1.xml"
+  tools/skips.py "build/python/$1.xml"
 }
 
 check_paths() {

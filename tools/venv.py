@@ -6,6 +6,7 @@
     tools/venv.py docs      the same, with Sphinx
     tools/venv.py wheels    the same, with auditwheel and Zig
     tools/venv.py vllm      the same, with vLLM for the CPU, over the environment `tests`
+    tools/venv.py sglang    the same, with SGLang and without its CUDA kernels, over the environment `tests`
 
 It holds what a file of requirements names, down to the SHA-256 of what is downloaded (tools/pin.py writes these); other
 requirements, or another Python, make another one.
@@ -49,6 +50,9 @@ ENVIRONMENTS = {
     ),
     "vllm": Environment(
         ROOT / "tests/vllm/requirements.txt", 1_500_000_000, "vLLM for the CPU (250 MB, once)", ((3, 11), (3, 13)), "tests"
+    ),
+    "sglang": Environment(
+        ROOT / "tests/sglang/requirements.txt", 2_000_000_000, "SGLang (350 MB, once)", ((3, 11), (3, 13)), "tests"
     ),
 }
 

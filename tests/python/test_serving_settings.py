@@ -8,6 +8,7 @@ import re
 import pytest
 
 import pbsattn
+import pbsattn_sglang
 import pbsattn_vllm
 from learned_files import save_learned
 from pbsattn.serving import layers
@@ -184,6 +185,7 @@ LEFT = {
     "context_parallel": (True, "DCP or PCP"),
     "micro_batches": (True, "DBO"),
     "batch_invariant": (True, "invariance"),
+    "other": ("its pool is none", "its pool is none"),
 }
 
 
@@ -332,18 +334,25 @@ def test_heads_of_a_layer_share_what_they_must(tmp_path):
     assert isinstance(told, str) and "segment" in told
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.26.0+cpu", "0.26.0.post1"])
-def test_versions_that_were_tested(version):
-    assert pbsattn_vllm.untested(version) is None
+PLUGINS = {"vLLM": (pbsattn_vllm, "0.26.0"), "SGLang": (pbsattn_sglang, "0.5.17")}
 
 
-@pytest.mark.parametrize("version", ["0.26.1", "0.25.0", "0.33.0", "0.26.0rc1", "dev"])
-def test_versions_that_were_not(version):
-    assert f"vLLM {version}: not tested" in pbsattn_vllm.untested(version)
+@pytest.fixture(params=PLUGINS)
+def plugin(request):
+    return PLUGINS[request.param][0]
 
 
-def test_versions_go_together():
-    assert pbsattn_vllm.__version__ == pbsattn.__version__
+@pytest.mark.parametrize("server", PLUGINS)
+def test_versions_that_were_tested(server):
+    plugin, version = PLUGINS[server]
+    for tested in (version, f"{version}+cpu", f"{version}.post1"):
+        assert plugin.untested(tested) is None
+    for other in (f"{version}.1", "0.5.16", "0.5.18", "0.25.0", "0.33.0", f"{version}rc1", "dev"):
+        assert f"{server} {other}: not tested" in plugin.untested(other)
+
+
+def test_versions_go_together(plugin):
+    assert plugin.__version__ == pbsattn.__version__
 
 
 @pytest.mark.parametrize(
@@ -363,15 +372,15 @@ def test_versions_go_together():
         (None, b"\xff", False),
     ],
 )
-def test_what_refuses_whatever_else_is_wrong(tmp_path, monkeypatch, variable, text, refuses):
+def test_what_refuses_whatever_else_is_wrong(plugin, tmp_path, monkeypatch, variable, text, refuses):
     if variable:
         monkeypatch.setenv("PBSATTN_UNSUPPORTED", variable)
     if text:
         (tmp_path / "c.json").write_bytes(text if isinstance(text, bytes) else text.encode())
         monkeypatch.setenv("PBSATTN_CONFIG", str(tmp_path / "c.json"))
-    assert pbsattn_vllm.refuses() is refuses
+    assert plugin.refuses() is refuses
 
 
-def test_a_file_that_is_not_there_refuses_nothing(monkeypatch):
+def test_a_file_that_is_not_there_refuses_nothing(plugin, monkeypatch):
     monkeypatch.setenv("PBSATTN_CONFIG", "/no/such.json")
-    assert pbsattn_vllm.refuses() is False
+    assert plugin.refuses() is False

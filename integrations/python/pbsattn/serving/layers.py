@@ -37,6 +37,7 @@ class Facts:
     model_layers: int = 0
     model_kv_heads: int = 0  # of all ranks; this process has some of them, or one that others have too
     rope_pairs: str | None = None  # which columns of its keys RoPE turns together; None is unknown
+    other: str | None = None  # why its server's plug-in leaves it, of what these facts don't say
     context_parallel: bool = False  # DCP or PCP
     micro_batches: bool = False  # DBO
     batch_invariant: bool = False
@@ -71,6 +72,7 @@ def reason_to_leave(facts: Facts) -> str | None:
         "context is parallel (DCP or PCP)": facts.context_parallel,
         "micro-batches overlap (DBO)": facts.micro_batches,
         "batch invariance is asked for": facts.batch_invariant,
+        facts.other or "": facts.other is not None,
     }
     return next((reason for reason, holds in rules.items() if holds), None)
 
@@ -221,8 +223,8 @@ def weights_of(facts: Facts, settings: Settings) -> torch.Tensor | None:
         return None
     if facts.rope_pairs is None:
         raise ValueError(
-            f"{settings.learned.name}: the engine doesn't tell which columns of keys RoPE turns together, so a learned order "
-            "can't be fitted to them; leave PBSATTN_LEARNED unset"
+            f"{settings.learned.name}: the engine doesn't tell which columns of keys RoPE turns together, so a learned "
+            "order can't be fitted to them; leave PBSATTN_LEARNED unset"
         )
     first = facts.rank * facts.model_kv_heads // facts.ranks
     weights = settings.learned.in_pairs(facts.rope_pairs).weights[facts.index, first : first + facts.kv_heads]
