@@ -47,7 +47,7 @@ def lines_of(out):
 @pytest.fixture
 def talkative(monkeypatch):
     """A random model never ends its turn, and each token is a word."""
-    monkeypatch.setattr(engines.Engine, "_ends", lambda self: [-1])
+    monkeypatch.setattr(engines.Engine, "_ends", lambda self: [10**6])
     monkeypatch.setattr(engines.Engine, "decode", lambda self, ids: " ".join(map(str, ids)))
 
 
@@ -56,10 +56,11 @@ def canned(monkeypatch):
     """No model decodes: every answer is "fox A true"."""
     monkeypatch.setattr(
         engines.Engine,
-        "answers",
-        lambda self, ids, attentions, most: {
-            each.name: engines.Answer("fox A true", [1, 2, 3], 1.0, 0.1) for each in attentions
-        },
+        "answers_to",
+        lambda self, asked: [
+            {each.name: engines.Answer("fox A true", [1, 2, 3], 1.0, 0.1) for each in attentions}
+            for _, attentions, _ in asked
+        ],
     )
 
 
@@ -75,13 +76,63 @@ def test_answers_are_what_generate_gives(engine, folder, monkeypatch):
     ids = engine.encode((folder / "text.txt").read_text())[:600]
     whole, sparse = Attention.parse("pbs:top_p=1.0"), Attention.parse("pbs:top_p=0.1")
     made = engine.answers(ids, [engine.FULL, whole, sparse], 8)
-    prompt = torch.tensor([ids])
-    expected = engine.model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=engine._ends()
-    )[0, 600:].tolist()
+    expected = of_generate(engine, ids, 8)
     assert made["full"].tokens == made[whole.name].tokens == [each for each in expected if each not in engine._ends()]
     assert made["full"].text == engine.decode(expected)
     assert made[sparse.name].density < 1.0 and made["full"].density == 1.0
+
+
+def of_generate(engine, ids, most):
+    """What transformers answers a prompt with."""
+    prompt = torch.tensor([ids])
+    made = engine.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=most, do_sample=False, eos_token_id=engine._ends()
+    )
+    return made[0, len(ids) :].tolist()
+
+
+# Tokens of prompts and of their answers at most: of several lengths, in no order.
+SEVERAL = [(600, 5), (130, 9), (601, 1), (700, 9)]
+
+
+def several(engine, folder, attentions):
+    text = engine.encode((folder / "text.txt").read_text())
+    return [(text[i : i + tokens], attentions, most) for i, (tokens, most) in enumerate(SEVERAL)]
+
+
+@pytest.mark.parametrize("cached, batches", [(10**6, 1), (2200, 3), (1, 8)])
+def test_prompts_together_are_answered_as_alone(engine, folder, monkeypatch, talkative, cached, batches):
+    made, decoded = [], engines.decode.decode
+
+    def decode(*given):
+        made.append(given)
+        return decoded(*given)
+
+    monkeypatch.setattr(engines, "_CACHED_TOKENS", cached)
+    monkeypatch.setattr(engines.decode, "decode", decode)
+    sparse = Attention.parse("pbs:top_p=0.1")
+    asked = several(engine, folder, [engine.FULL, sparse])
+    together = engine.answers_to(asked)
+    assert len(made) == batches
+    assert [answers["full"].tokens for answers in together] == [of_generate(engine, ids, most) for ids, _, most in asked]
+    alone = [engine.answers(*each) for each in asked]
+    for answers, expected in zip(together, alone):
+        assert answers[sparse.name].tokens == expected[sparse.name].tokens
+        assert answers[sparse.name].density == expected[sparse.name].density
+    assert together[0][sparse.name].density < 1.0
+    assert len({tuple(answers["full"].tokens[:5]) for answers in together}) > 1
+
+
+def test_layers_with_windows_are_answered_prompt_by_prompt(engine, folder, talkative):
+    import transformers
+
+    sizes = dict(hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(vocab_size=len(engine.tokenizer), sliding_window=100, **sizes)
+    windowed = engines.Engine(transformers.MistralForCausalLM(config).eval(), engine.tokenizer)
+    asked = several(windowed, folder, [windowed.FULL, Attention.parse("sdpa")])
+    for (ids, _, most), answers in zip(asked, windowed.answers_to(asked)):
+        assert answers["full"].tokens == answers["sdpa"].tokens == of_generate(windowed, ids, most)
 
 
 def test_a_method_without_an_answer_leaves_the_others_theirs(engine, folder, monkeypatch):
@@ -166,6 +217,14 @@ def test_ruler_prompts_hold_their_answers(task):
             "frequent_words": 3,
         }.get(task, 1)
     assert texts[0] != texts[1] and " ".join(a_kind.prompt(Words(), items[1])[1]) == texts[1]
+
+
+def test_parts_of_a_ruler_run_have_other_prompts_of_every_task():
+    whole = items_of(ruler.Kind(), Words(), "--samples", "4", "--lengths", "1024,2048")
+    parts = [items_of(ruler.Kind(), Words(), "--samples", "2", "--first", first, "--lengths", "1024,2048") for first in "02"]
+    apart = [each.id for part in parts for each in part]
+    assert sorted(each.id for each in whole) == sorted(apart) and len(set(apart)) == 4 * 2 * 13
+    assert [each.params["task"] for each in whole[:13]] == list(ruler_tasks.TASKS)
 
 
 def test_word_lists_have_the_most_common_words():
@@ -314,6 +373,7 @@ def test_wrong_files_are_named(tmp_path, rows, message):
         (["needle", "--filler", "nowhere.txt"], "nowhere.txt: no such file"),
         (["ruler", "--tasks", "qa_3"], '"qa_3" is none of niah_single_1'),
         (["ruler", "--samples", "0"], "--samples 0: at least 1"),
+        (["ruler", "--first", "-1"], "--first -1: at least 0"),
         (["tasks", "--data", "nowhere"], "--data nowhere: no such folder"),
         (["tasks", "--data", ".", "--most", "0"], "has no .jsonl files"),
     ],

@@ -93,6 +93,18 @@ def test_methods_with_settings_by_layer_and_head(folder, tmp_path):
     assert density[name] == pytest.approx(none + (1 - none) / 4)  # one head of two layers' two is dense
 
 
+def test_a_prompt_in_chunks_is_scored_as_the_whole(folder, tmp_path):
+    methods = "two-step:threshold=0.3:threshold_tokens=0:dense_last_rows=0"  # each row chooses by itself: the same in chunks
+    assert commands.main(ppl_arguments(folder, tmp_path, "--methods", f"full:chunk=300,{methods},{methods}:chunk=256")) == 0
+    full, in_chunks, whole, parts = items_of(tmp_path)
+    assert (full["density"], in_chunks["density"]) == (1.0, pytest.approx(1.0)) and whole["density"] < 0.9
+    assert in_chunks["metrics"]["nll"] == pytest.approx(full["metrics"]["nll"], abs=1e-5)
+    assert parts["density"] == pytest.approx(whole["density"]) and parts["layers"] == pytest.approx(whole["layers"])
+    assert parts["metrics"]["nll"] == pytest.approx(whole["metrics"]["nll"], abs=1e-5)
+    header = json.loads((tmp_path / "run.json").read_text())
+    assert header["methods"]["full:chunk=300"]["chunk"] == 300 and "chunk" not in header["methods"][methods]
+
+
 def test_losses_are_made_in_parts(folder, monkeypatch):
     from pbsattn_eval import engines
 
@@ -236,6 +248,7 @@ def test_every_method_can_be_swept():
         (["--methods", "pbs,,full"], "names an empty method"),
         (["--methods", "pbss"], "no such attention"),
         (["--methods", "pbs:top_p=2"], "top_p"),
+        (["--methods", "pbs:chunk=1"], "chunk 1: 2 tokens is the least"),
         (["--lengths", "100"], "under 512 tokens"),
         (["--lengths", "many"], "not numbers"),
         (["--lengths", "100000"], "tokens, 100000 needed"),

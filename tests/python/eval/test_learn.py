@@ -332,8 +332,8 @@ def test_attention_that_the_fit_does_not_know_is_refused(name, more, message):
 
 
 def test_sinks_are_refused_too():
-    assert models._beyond_causal(TOKENS, {"s_aux": torch.zeros(2)}) == "sinks (s_aux)"
-    assert models._beyond_causal(TOKENS, {"s_aux": None, "softcap": None, "sliding_window": None}) is None
+    assert models.beyond_causal(TOKENS, {"s_aux": torch.zeros(2)}) == "sinks (s_aux)"
+    assert models.beyond_causal(TOKENS, {"s_aux": None, "softcap": None, "sliding_window": None}) is None
 
 
 def test_help_teaches():

@@ -30,6 +30,19 @@ class Texts:
 
     tokenizer: typing.Any
 
+    @property
+    def room(self) -> int:
+        """Tokens of prompts that are worth answering together; 0 for one prompt at a time."""
+        return 0
+
+    def answers(self, ids, attentions, max_new_tokens) -> dict:
+        """Continues a prompt greedily: {attention's name: Answer, or Unsupported}."""
+        raise NotImplementedError
+
+    def answers_to(self, asked) -> list[dict]:
+        """What answers() gives, for each (ids, attentions, max_new_tokens) of a list."""
+        return [self.answers(*each) for each in asked]
+
     def encode(self, text) -> list[int]:
         return self.tokenizer(text, verbose=False).input_ids
 

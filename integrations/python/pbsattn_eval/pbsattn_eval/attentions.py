@@ -25,6 +25,7 @@ FA3 = "fa3"  # FlashAttention-3, of the package fa3-fwd; also its name among tra
 
 # What a spec may say beside a method's options: how pbsattn.transformers.enable() takes the method.
 _OF_ENABLE = {"min_tokens": int, "settings": str, "learned": str}
+_CHUNK = "chunk"  # and in how many tokens at a time a prompt goes through the model
 
 
 def _flash_attention_3(q, k, v, scale=None):
@@ -52,6 +53,7 @@ class Attention:
     name: str
     method: str | None = None  # with its options, as "pbs:top_p=0.8"
     settings: dict = dataclasses.field(default_factory=dict)  # of enable()
+    chunk: int | None = None  # tokens of a prompt that go through a model at a time; None: all
 
     @classmethod
     def parse(cls, text):
@@ -66,12 +68,12 @@ class Attention:
             return cls(text)
         if head not in pbsattn.METHODS:
             raise ValueError(f'attention "{text}": no such attention; there are {", ".join([*others, *pbsattn.METHODS])}')
-        settings, method = {}, [head]
+        settings, method, known = {}, [head], {**_OF_ENABLE, _CHUNK: int}
         for part in parts:
             name, equals, value = part.partition("=")
-            if equals and name in _OF_ENABLE:
+            if equals and name in known:
                 try:
-                    settings[name] = _OF_ENABLE[name](value)
+                    settings[name] = known[name](value)
                 except ValueError:
                     raise ValueError(
                         f'attention "{text}": {name} "{value}": not a whole number of tokens; write, say, {name}=512'
@@ -79,7 +81,10 @@ class Attention:
             else:
                 method.append(part)
         pbsattn.options(":".join(method))
-        return cls(text, ":".join(method), settings)
+        chunk = settings.pop(_CHUNK, None)
+        if chunk is not None and chunk < 2:
+            raise ValueError(f'attention "{text}": {_CHUNK} {chunk}: 2 tokens is the least')
+        return cls(text, ":".join(method), settings, chunk)
 
     @contextlib.contextmanager
     def on(self, model, stats=False):

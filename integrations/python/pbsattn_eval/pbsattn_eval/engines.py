@@ -7,16 +7,18 @@ import time
 import warnings
 
 import torch
+import transformers
 
 import pbsattn
 import pbsattn.transformers
 
-from . import kind, models
+from . import decode, kind, models
 from .answers import Answer, Score, Texts
 from .attentions import Attention
 
 _HEAD_ROWS = 1024  # positions that go through the output layer at a time: 152K logits each are 0.6 GB
-_CACHED_TOKENS = 1 << 18  # of prompts whose caches are kept at a time: 7.5 GB under a 1.5B model
+_CACHED_TOKENS = 1 << 18  # whose caches are kept at a time: 7.5 GB under a 1.5B model; on a GPU as many as have room in
+_SHARE = 1 / 6  # of its memory, where that is more
 
 
 def options_of(attention):
@@ -28,12 +30,12 @@ def options_of(attention):
         settings["settings"] = pbsattn.transformers.read_settings(settings["settings"])
     if "learned" in settings:
         settings["learned"] = hashlib.sha256(pathlib.Path(settings["learned"]).read_bytes()).hexdigest()[:16]
+    if attention.chunk is not None:
+        settings["chunk"] = attention.chunk
     return {**settings, **pbsattn.options(attention.method)}
 
 
 def versions():
-    import transformers
-
     return {"pbsattn": pbsattn.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -94,7 +96,7 @@ class Engine(Texts):
         if attention.method is None:
             return attention.on(self.model)
         settings = {"min_tokens": 2, **attention.settings}
-        return Attention(attention.name, attention.method, settings).on(self.model, stats=True)
+        return dataclasses.replace(attention, settings=settings).on(self.model, stats=True)
 
     def stretch(self, tokens):
         """Positions by YaRN where a prompt is longer than the model's own length, and as trained where it isn't."""
@@ -114,14 +116,21 @@ class Engine(Texts):
     def prefill(self, ids, attention) -> Prefill:
         """Runs a prompt, a list of tokens, through the model."""
         self.stretch(len(ids))
-        ids = self.tensor([ids])
         with self.attend(attention), _quiet():
             start = time.perf_counter()
-            hidden = self.model.model(ids, use_cache=False).last_hidden_state[0]
+            outs = self._chunks(self.model.model, ids, attention, use_cache=False)
+            hidden = torch.cat([out.last_hidden_state[0] for out in outs])
             self.wait()
             seconds = time.perf_counter() - start
             layers = self.densities(attention)
         return Prefill(hidden, sum(layers) / len(layers), layers, seconds)
+
+    def _chunks(self, model, ids, attention, **options):
+        """Runs a prompt through a model in the attention's chunks, under attend(). Returns what came of each."""
+        parts = self.tensor([ids]).split(attention.chunk or len(ids), dim=1)
+        if len(parts) > 1:
+            options |= {"past_key_values": transformers.DynamicCache(config=self.model.config), "use_cache": True}
+        return [model(part, **options) for part in parts]
 
     @property
     def layers(self):
@@ -195,57 +204,86 @@ class Engine(Texts):
         kl, same = (None if part is None else part.tolist() for part in parts[1:])
         return Score(list(range(judged)), parts[0].tolist(), kl, same, run.density, run.layers, run.seconds)
 
-    @torch.no_grad()
-    def answers(self, ids, attentions, max_new_tokens) -> dict:
-        """Continues a prompt greedily until the model ends its turn: {attention's name: Answer, or Unsupported}.
+    @property
+    def _cached_tokens(self):
+        """Tokens whose caches are kept at a time."""
+        if self.device.type != "cuda":
+            return _CACHED_TOKENS
+        config = self.model.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 2 * self.layers * config.num_key_value_heads * head_dim * self.model.dtype.itemsize
+        return max(int(_SHARE * torch.cuda.get_device_properties(self.device).total_memory / each), _CACHED_TOKENS)
 
-        The prompt goes through the model once for each attention. What is decoded goes through SDPA, for several attentions
-        as one batch, since a step of a few sequences takes hardly longer than that of one; for so many as have room for
-        their caches.
+    @property
+    def room(self):
+        """Tokens of prompts that are worth answering together: fewer than have room, since caches of a batch are equally long.
+        0 on the CPU, where a prompt's answer is kept as soon as it can be."""
+        together = self.device.type != "cpu" and decode.whole_caches(self.model)
+        return self._cached_tokens * 3 // 4 if together else 0
+
+    def answers(self, ids, attentions, max_new_tokens) -> dict:
+        """Continues a prompt greedily until the model ends its turn: {attention's name: Answer, or Unsupported}."""
+        return self.answers_to([(ids, attentions, max_new_tokens)])[0]
+
+    @torch.no_grad()
+    def answers_to(self, asked) -> list[dict]:
+        """What answers() gives, for each (ids, attentions, max_new_tokens) of a list.
+
+        A prompt goes through the model once for each attention. What is decoded goes through SDPA, in batches over prompts
+        and attentions, since a step of many sequences takes hardly longer than that of one: of so many as have room for
+        their caches, and of one prompt alone where layers don't cache all of it.
         """
-        self.stretch(len(ids) + max_new_tokens)
-        prompt = self.tensor([ids])
-        together = max(_CACHED_TOKENS // len(ids), 1)
-        made = {}
-        for at in range(0, len(attentions), together):
-            made |= self._answers(prompt, attentions[at : at + together], max_new_tokens)
+        made: list[dict[str, Answer | kind.Unsupported]] = [{} for _ in asked]
+        left = [(which, attention) for which, (_, attentions, _) in enumerate(asked) for attention in attentions]
+        whole, native = decode.whole_caches(self.model), models.native_length(self.model)
+
+        def size(one):
+            ids, _, most = asked[one[0]]
+            return len(ids) + most
+
+        def alike(one):  # what a batch has in common
+            return (size(one) > native, None if whole else one[0])
+
+        left.sort(key=lambda one: (*alike(one)[:1], -asked[one[0]][2]))
+        while left:
+            batch, width = [left[0]], size(left[0])
+            for one in left[1:]:
+                width = max(width, size(one))
+                if alike(one) != alike(left[0]) or (len(batch) + 1) * width > self._cached_tokens:
+                    break
+                batch.append(one)
+            left = left[len(batch) :]
+            self.stretch(max(map(size, batch)))
+            self._answer(batch, asked, made, max(map(size, batch)) if whole else None)
         return made
 
-    def _answers(self, prompt, attentions, max_new_tokens):
-        made: dict[str, Answer | kind.Unsupported] = {}
-        caches, first = [], []
-        for attention in attentions:
+    def _answer(self, batch, asked, made, width):
+        """Puts the answers of a batch of (prompt, attention) into `made`. width: of the caches; None: they are joined."""
+        caches = decode.Joined() if width is None else decode.Caches(len(batch), width)
+        first, answered, most = [], [], []
+        for which, attention in batch:
+            ids, _, limit = asked[which]
             start = time.perf_counter()
             try:
                 with self.attend(attention), _quiet():
-                    out = self.model(prompt, use_cache=True, logits_to_keep=1)
+                    out = self._chunks(self.model, ids, attention, use_cache=True, logits_to_keep=1)[-1]
                     token = out.logits[0, -1].argmax()
                     self.wait()
                     seconds = time.perf_counter() - start
                     layers = self.densities(attention)
             except (kind.Unsupported, NotImplementedError) as reason:
-                made[attention.name] = kind.Unsupported(str(reason))
+                made[which][attention.name] = kind.Unsupported(str(reason))
                 continue
-            made[attention.name] = Answer("", [], sum(layers) / len(layers), seconds)
-            caches.append(out.past_key_values)
+            answer = made[which][attention.name] = Answer("", [], sum(layers) / len(layers), seconds)
+            caches.add(out.past_key_values)
             first.append(token)
+            answered.append(answer)
+            most.append(limit)
             del out
-        answered = [each for each in made.values() if isinstance(each, Answer)]
         if answered:
-            for answer, tokens in zip(answered, self._decode(_joined(caches), torch.stack(first), max_new_tokens)):
-                answer.text, answer.tokens = self.decode(tokens), tokens
-        return made
-
-    def _decode(self, cache, first, most):
-        """Tokens of each sequence of a cache from its first new one on, up to one that ends an answer."""
-        ends = self.tensor(self._ends())
-        steps, ended = [first], torch.isin(first, ends)
-        while len(steps) < most and not bool(ended.all()):
-            steps.append(self.model(steps[-1][:, None], past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1))
-            ended |= torch.isin(steps[-1], ends)
-        end = set(ends.tolist())
-        for tokens in torch.stack(steps, 1).tolist():
-            yield tokens[: next((i for i, token in enumerate(tokens) if token in end), most)]
+            tokens = decode.decode(self.model, caches, torch.stack(first), most, self.tensor(self._ends()))
+            for answer, answer.tokens in zip(answered, tokens):
+                answer.text = self.decode(answer.tokens)
 
     def _ends(self):
         """Tokens that end an answer."""
@@ -257,17 +295,6 @@ class Engine(Texts):
     def wait(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _joined(caches):
-    """The first of several equally long caches, with the sequences of all; the others are spent."""
-    first, *others = caches
-    for i, layer in enumerate(first.layers):
-        layer.keys = torch.cat([layer.keys, *(other.layers[i].keys for other in others)])
-        layer.values = torch.cat([layer.values, *(other.layers[i].values for other in others)])
-        for other in others:  # layer by layer, so that no two copies of everything are in memory
-            other.layers[i].keys = other.layers[i].values = None
-    return first
 
 
 class _quiet(warnings.catch_warnings):

@@ -78,7 +78,15 @@ class KindBase:
         raise NotImplementedError
 
     def prepare(self, engine, item, attentions):
-        """What the attentions of an item share; `attentions` are those that are still to measure."""
+        """What the attentions of an item share; `attentions` are those that are still to measure. May raise Unsupported."""
+
+    def prepared(self, engine, left):
+        """For each (item, attentions) of `left`, in any order: (item, attentions, what prepare() gave, or Unsupported)."""
+        for item, attentions in left:
+            try:
+                yield item, attentions, self.prepare(engine, item, attentions)
+            except Unsupported as reason:
+                yield item, attentions, reason
 
     def measure(self, engine, item, attention, state) -> dict:
         """The record of an item under an attention: {"metrics": {name: number}, ...}.
@@ -91,6 +99,36 @@ class KindBase:
     def report(self, records, methods):
         """Text to print below the table; "" for none. `methods`: those of run.json, with every option's value."""
         return ""
+
+
+class AskingKind(KindBase):
+    """A kind that puts prompts to the model, several at a time where that is faster."""
+
+    def ask(self, engine, item):
+        """Returns what measure() needs to know of an item, its prompt's tokens, and how many an answer may have. May raise
+        Unsupported."""
+        raise NotImplementedError
+
+    def prepared(self, engine, left):
+        """measure() gets (what ask() said first, {attention's name: Answer, or Unsupported})."""
+        asked, size = [], 0
+        for item, attentions in left:
+            try:
+                known, ids, most = self.ask(engine, item)
+            except Unsupported as reason:
+                yield item, attentions, reason
+                continue
+            asked.append((item, known, (ids, attentions, most)))
+            size += (tokens := len(attentions) * (len(ids) + most))
+            if size + tokens > engine.room:  # another prompt like it has no room
+                yield from self._answered(engine, asked)
+                asked, size = [], 0
+        yield from self._answered(engine, asked)
+
+    @staticmethod
+    def _answered(engine, asked):
+        for (item, known, prompt), answers in zip(asked, engine.answers_to([prompt for _, _, prompt in asked])):
+            yield item, prompt[1], (known, answers)
 
 
 def load(name) -> KindBase:

@@ -90,7 +90,7 @@ def tokens(tokenizer, text, count, device):
     return ids.to(device)
 
 
-def _beyond_causal(tokens, kwargs):
+def beyond_causal(tokens, kwargs):
     """Returns what a call of attention has beyond a causal softmax over so many tokens, in words; None for nothing."""
     window = kwargs.get("sliding_window")
     if window is not None and window < tokens:
@@ -108,7 +108,7 @@ def each_layer(model, ids, visit, causal=False):
     sdpa = transformers.AttentionInterface._global_mapping["sdpa"]
 
     def show(module, query, key, value, *args, scaling=None, **kwargs):
-        if causal and (beyond := _beyond_causal(query.shape[2], kwargs)):
+        if causal and (beyond := beyond_causal(query.shape[2], kwargs)):
             raise ValueError(
                 f"model: layer {module.layer_idx} has {beyond}, which is left out of account here; take a model without"
             )

@@ -62,17 +62,10 @@ def measure(run, name, the_kind, engine, items, attentions):
 
     total = len(items) * len(attentions)
     with tqdm.tqdm(total=total, initial=len(run.done), unit="", file=sys.stderr, dynamic_ncols=True) as bar:
-        for item in items:
-            left = [each for each in attentions if (item.id, each.name) not in run.done]
-            if not left:
-                continue
+        left = ((item, [each for each in attentions if (item.id, each.name) not in run.done]) for item in items)
+        for item, those, state in the_kind.prepared(engine, ((item, those) for item, those in left if those)):
             bar.set_description_str(item.id)
-            state, failure = None, None
-            try:
-                state = the_kind.prepare(engine, item, left)
-            except kind.Unsupported as reason:
-                failure = str(reason)
-            for attention in left:
+            for attention in those:
                 bar.set_postfix_str(attention.name)
                 record = {
                     "kind": name,
@@ -81,12 +74,11 @@ def measure(run, name, the_kind, engine, items, attentions):
                     "method": attention.name,
                     "params": item.params,
                 }
-                if failure is None:
-                    try:
-                        record.update(the_kind.measure(engine, item, attention, state))
-                    except (kind.Unsupported, NotImplementedError) as reason:
-                        record["error"] = str(reason)
-                else:
-                    record["error"] = failure
+                try:
+                    if isinstance(state, kind.Unsupported):
+                        raise state
+                    record.update(the_kind.measure(engine, item, attention, state))
+                except (kind.Unsupported, NotImplementedError) as reason:
+                    record["error"] = str(reason)
                 run.add(record)
                 bar.update()

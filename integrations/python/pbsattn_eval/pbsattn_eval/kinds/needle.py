@@ -46,9 +46,9 @@ class Kind(PromptKind):
                         made.append(kind.Item(name, f"{place} {tokens}", params, (given.seed, name, depth, given.needles)))
         return made
 
-    def prepare(self, engine, item, attentions):
+    def ask(self, engine, item):
         code, ids, _ = self.prompt(engine, item)
-        return code, engine.answers(ids, attentions, ANSWER_TOKENS)
+        return code, ids, ANSWER_TOKENS
 
     def prompt(self, engine, item):
         """The code asked for, the prompt's tokens, and the beginning of the answer, which they end in."""

@@ -29,7 +29,7 @@ def names(option, text, known):
     return values
 
 
-class PromptKind(kind.KindBase):
+class PromptKind(kind.AskingKind):
     """A kind whose prompts hide something in filler, and end in the beginning of the answer."""
 
     lengths = ""  # of the prompts by default

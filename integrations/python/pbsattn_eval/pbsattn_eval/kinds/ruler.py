@@ -14,18 +14,23 @@ class Kind(PromptKind):
     def add_arguments(self, parser):
         super().add_arguments(parser)
         parser.add_argument(
+            "--first", type=int, default=0, metavar="N", help="number of the first sample, for parts of a run (default 0)"
+        )
+        parser.add_argument(
             "--tasks", default=",".join(TASKS), metavar="TASK,...", help=f"of {', '.join(TASKS)} (default all)"
         )
 
     def check(self, given):
         super().check(given)
         names("--tasks", given.tasks, TASKS)
+        if given.first < 0:
+            raise ValueError(f"--first {given.first}: at least 0")
 
     def items(self, given, engine):
         made = []
         for tokens in self.tokens(given):
-            for task in given.tasks.split(","):
-                for sample in range(given.samples):
+            for sample in range(given.first, given.first + given.samples):  # tasks in turn: a stopped run has of each
+                for task in given.tasks.split(","):
                     name = f"{task}-{tokens}-{sample}"
                     params = dict(task=task, tokens=tokens, sample=sample)
                     made.append(kind.Item(name, f"{task} {tokens}", params, (given.seed, name)))
@@ -37,9 +42,9 @@ class Kind(PromptKind):
         prompt = TASKS[task](haystack.item_random(*item.data), self.filler.take)
         return prompt, self.fit(engine, prompt.build, tokens, prompt.begun)
 
-    def prepare(self, engine, item, attentions):
+    def ask(self, engine, item):
         prompt, ids = self.prompt(engine, item)
-        return prompt, engine.answers(ids, attentions, prompt.answer_tokens)
+        return prompt, ids, prompt.answer_tokens
 
     def measure(self, engine, item, attention, state):
         prompt, answers = state

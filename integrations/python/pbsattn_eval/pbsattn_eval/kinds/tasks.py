@@ -116,7 +116,7 @@ def read(path):
             yield line, 0, Question(row["context"], row["input"], _texts(path, line, row, "answers"), rule, classes)
 
 
-class Kind(kind.KindBase):
+class Kind(kind.AskingKind):
     metrics = (kind.Metric("score", "%", "{:.1f}"),)
 
     def add_arguments(self, parser):
@@ -189,14 +189,14 @@ class Kind(kind.KindBase):
         half = room // 2
         return form(engine.decode(document[:half]) + engine.decode(document[-half:]))
 
-    def prepare(self, engine, item, attentions):
+    def ask(self, engine, item):
         if item.data.rule is None:
             raise kind.Unsupported(item.data.why_not)
-        return engine.answers(self.prompt(engine, item), attentions, item.data.rule.answer_tokens)
+        return None, self.prompt(engine, item), item.data.rule.answer_tokens
 
     def measure(self, engine, item, attention, state):
-        question = item.data
-        answer = kind.answered(state[attention.name])
+        question, (_, answers) = item.data, state
+        answer = kind.answered(answers[attention.name])
         arguments = [question.classes] if question.rule.score == "classes" else []
         score = getattr(scores, question.rule.score)(answer.text, question.expected, *arguments)
         return kind.answer_record(answer, question.expected, score)
