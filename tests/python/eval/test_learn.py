@@ -19,9 +19,10 @@ from conftest import RECORD_KEYS, TEXT, has_gpu, python
 pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
 from pbsattn_eval import commands, engines, models, runs
-from pbsattn_eval.learn import command, file, judge, order
+from pbsattn_eval.learn import command, file, judge, keep, order
 
 TOKENS = 2048
+PARTS = (0.008, 0.006, 0.004, 0.003, 0.002)  # thresholds that are tried for less loss
 ROOT = pathlib.Path(__file__).parents[3]
 
 
@@ -111,6 +112,56 @@ def test_settings_name_what_was_taken():
         assert made["*"]["*"]["permutation"] == name
         options = pbsattn.options("two-step:permutation=learned:order_scope=kv_head", **made["*"]["*"])
         assert options["permutation"] == name
+
+
+def test_settings_name_a_part_of_the_threshold():
+    weights = torch.ones(3, 2, 6)
+    half = {"threshold": 0.004, "threshold_tokens": 64}
+    assert command.settings_of("learned", weights, 0.5) == {"*": {"*": half}}
+    weights[1] = 0
+    assert command.settings_of("learned", weights, 0.5) == {"*": {"*": half}, "1": {"*": {"permutation": "none"}}}
+    made = command.settings_of("arrival", weights * 0, 0.5)
+    assert made == {"*": {"*": {"permutation": "arrival", "order_scope": "kv_head", **half}}}
+    short, long = keep.attention("none", 0.5, 8192), keep.attention("none", 0.5, 32768)
+    assert (short.name, long.name) == ("none:threshold=0.004", "none:threshold=0.004:threshold_tokens=64")
+    assert pbsattn.options(short.method)["threshold_tokens"] == 0 and pbsattn.options(long.method)["threshold_tokens"] == 64
+
+
+def test_a_text_may_lose_one_per_cent_with_its_error():
+    def records(losses, name):
+        return [
+            dict(item=f"{group}-1", group=group, method=name, density=0.25, metrics={}, units={"nll": each})
+            for group, each in losses.items()
+        ]
+
+    full = records({"prose": [2.0, 3.0], "code": [1.0, 1.0]}, "full")
+    made = keep.changes(full + records({"prose": [2.01, 3.003], "code": [1.0, 1.0]}, "none:threshold=1"), "none:threshold=1")
+    assert (made["prose"].mean, made["prose"].error) == (pytest.approx(0.0065), pytest.approx(0.0035))
+    assert made["prose"].densities == (0.25,) and made["prose"].blocks == 2
+    assert keep.low_enough(made)
+    for prose, code in (([2.0101, 3.003], [1.0, 1.0]), ([2.0, 3.0], [1.011, 1.011])):
+        assert not keep.low_enough(keep.changes(full + records({"prose": prose, "code": code}, "x"), "x"))
+    with pytest.raises(ValueError, match="x: can't be measured: no"):
+        keep.changes([*full, {"item": "prose-1", "method": "x", "error": "no"}], "x")
+
+
+def test_thresholds_go_down_until_little_is_lost(folder, texts, finished, tmp_path, monkeypatch, capsys):
+    lost = iter((False, False, True))
+    monkeypatch.setattr(keep, "low_enough", lambda by_text: next(lost))
+    shutil.copytree(finished / "run", tmp_path / "run")
+    assert commands.main(arguments(folder, texts, tmp_path)) == 0
+    assert next(lost, None) is None
+    taken = re.search(r"made.pbs: (.*), at 0.5 of two-step's threshold\n$", printed := capsys.readouterr().out)[1]
+    told = [line for line in printed.splitlines() if "against full attention" in line]
+    assert [float(re.search(r"at ([0-9.]+) of the threshold", line)[1]) for line in told] == [1, 0.75, 0.5]
+    records = list(map(json.loads, (tmp_path / "run" / "items.jsonl").read_text().splitlines()))
+    densities = [
+        [r["density"] for r in records if r["method"] == f"{taken}:threshold={t}" and r["item"] == "one-2048"] for t in PARTS
+    ]
+    assert all(len(each) == 1 for each in densities[:3]) and not any(densities[3:])
+    assert densities == sorted(densities[:3]) + densities[3:]
+    read = pbsattn.read_learned(tmp_path / "made.pbs")
+    assert read.settings["*"]["*"]["threshold"] == 0.004 and read.settings["*"]["*"]["threshold_tokens"] == 64
 
 
 KILLED = """

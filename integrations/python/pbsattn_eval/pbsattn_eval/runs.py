@@ -60,8 +60,9 @@ def measure(run, name, the_kind, engine, items, attentions):
     """Measures each item under each attention, but for the records that the run has."""
     import tqdm
 
-    total = len(items) * len(attentions)
-    with tqdm.tqdm(total=total, initial=len(run.done), unit="", file=sys.stderr, dynamic_ncols=True) as bar:
+    wanted = [(item.id, each.name) for item in items for each in attentions]
+    done = sum(each in run.done for each in wanted)
+    with tqdm.tqdm(total=len(wanted), initial=done, unit="", file=sys.stderr, dynamic_ncols=True) as bar:
         left = ((item, [each for each in attentions if (item.id, each.name) not in run.done]) for item in items)
         for item, those, state in the_kind.prepared(engine, ((item, those) for item, those in left if those)):
             bar.set_description_str(item.id)

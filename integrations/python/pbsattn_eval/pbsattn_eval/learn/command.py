@@ -16,7 +16,7 @@ from pbsattn import program
 
 from .. import folder, runs
 from ..kinds import ppl
-from . import file, judge, order, steps
+from . import file, judge, keep, order, steps
 
 
 def run(given, argv, say):
@@ -33,7 +33,9 @@ def run(given, argv, say):
     the_kind.check(given)
     out = pathlib.Path(given.out or pathlib.Path("eval-runs", f"learn-{pathlib.Path(given.model).stem}"))
     orders = {name: [judge.attention(name, threshold) for threshold in thresholds] for name in judge.ORDERS}
-    header = runs.header(given, the_kind, [judge.FULL, *itertools.chain(*orders.values())], argv) | {"fit": order.VERSION}
+    parts = {name: [keep.attention(name, part, given.tokens) for part in keep.PARTS] for name in judge.ORDERS}
+    every = [judge.FULL, *itertools.chain(*orders.values(), *parts.values())]
+    header = runs.header(given, the_kind, every, argv) | {"fit": order.VERSION}
     with folder.RunFolder(out, header) as records:
         try:
             engine = engines.make(given, say)
@@ -43,19 +45,29 @@ def run(given, argv, say):
             if moved[judge.PAYING] in (0, moved[judge.LEARNED]):  # it is one of the others
                 del orders[judge.PAYING]
             for name, weights in ((judge.LEARNED, fitted.weights), (judge.PAYING, fitted.paying)):
-                for each in orders.get(name, ()):
+                for each in (*orders[name], *parts[name]) if name in orders else ():
                     each.settings["learned"] = str(_write(out / f"{name.replace(' ', '-')}.pbs", given, fitted, weights, {}))
                     the_kind.weights[each.name] = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
             records.drop(the_kind.outdated)
-            attentions = [judge.FULL, *itertools.chain(*orders.values())]
-            runs.measure(records, given.kind, the_kind, engine, items, attentions)
+
+            def measure(attentions):
+                runs.measure(records, given.kind, the_kind, engine, items, attentions)
+                return [records.done[item.id, each.name] for item in items for each in attentions]
+
+            measured = measure([judge.FULL, *itertools.chain(*orders.values())])
+            known = {name: [each.name for each in of_order] for name, of_order in orders.items()}
+            names, told = judge.measured(measured, known)
+            judgements = judge.compare(measured, names)
+            taken = judge.choose(judgements)
+            for part, attention in zip(keep.PARTS, parts[taken]):
+                losses = keep.changes(measure([judge.FULL, attention]), attention.name)
+                told.append(keep.line(part, losses))
+                if keep.low_enough(losses):
+                    break
         except KeyboardInterrupt as interrupt:
             say(f"\npbsattn_eval: interrupted; what is finished is kept in {out}: run the same command to go on")
             return program.status_of(interrupt)
-        wanted = [records.done[item.id, each.name] for item in items for each in attentions]
-    names, missing = judge.measured(wanted, {name: [each.name for each in of_order] for name, of_order in orders.items()})
-    judgements = judge.compare(wanted, names)
-    return _finish(given, say, header, out, fitted, moved, judgements, missing)
+    return _finish(given, say, header, out, fitted, moved, judgements, taken, part, told)
 
 
 def _thresholds(given):
@@ -99,12 +111,14 @@ def _moved(fitted):
     return {name: {judge.NONE: 0, judge.PAYING: paying}.get(name, every) for name in judge.ORDERS}
 
 
-def settings_of(taken, weights):
-    """A file's settings for the order taken, by layer, over two-step scores of the learned order, which are understood."""
-    if taken in (judge.LEARNED, judge.PAYING):
-        still = [str(layer) for layer, of_heads in enumerate(weights) if not of_heads.any()]
-        return {layer: {"*": judge.ORDERS[judge.NONE]} for layer in still}
-    return {"*": {"*": judge.ORDERS[taken]}}
+def settings_of(taken, weights, part=1):
+    """A file's settings for the order taken and a part of the thresholds, by layer: what differs from two-step scores of the
+    learned order at their own."""
+    learned = taken in (judge.LEARNED, judge.PAYING)
+    still = [str(layer) for layer, of_heads in enumerate(weights) if not of_heads.any()] if learned else []
+    every = ({} if learned else judge.ORDERS[taken]) | ({} if part == 1 else keep.options(part))
+    settings = {"*": {"*": every}} if every else {}
+    return settings | {layer: {"*": judge.ORDERS[judge.NONE]} for layer in still}
 
 
 def _write(path, given, fitted, weights, settings):
@@ -114,18 +128,18 @@ def _write(path, given, fitted, weights, settings):
     return path
 
 
-def _finish(given, say, header, out, fitted, moved, judgements, missing):
+def _finish(given, say, header, out, fitted, moved, judgements, taken, part, told):
     """Writes the file and the rows, and prints the table."""
-    taken = judge.choose(judgements)
     weights = {judge.LEARNED: fitted.weights, judge.PAYING: fitted.paying}.get(taken, torch.zeros_like(fitted.weights))
-    _write(given.to, given, fitted, weights, settings_of(taken, weights))
+    _write(given.to, given, fitted, weights, settings_of(taken, weights, part))
     rows = json.dumps(judge.rows(judgements, header), indent=1) + "\n"
     program.write_whole(out / "orders.json", rows)
     if given.json and given.json != "-":
         program.write_whole(given.json, rows)
+    told.append(f"{given.to}: {taken}" + ("" if part == 1 else f", at {part:g} of two-step's threshold"))
     if given.json == "-":
         print(rows.rstrip())
-        say("\n".join([*missing, f"{given.to}: {taken}"]))
+        say("\n".join(told))
     else:
-        print("\n".join([judge.table(judgements, moved, taken), *missing, "", f"{given.to}: {taken}"]))
+        print("\n".join([judge.table(judgements, moved, taken), *told[:-1], "", told[-1]]))
     return 0

@@ -32,11 +32,11 @@ def share(threshold):
     return f"{threshold:.6g}"
 
 
-def attention(order, threshold):
+def attention(order, threshold, threshold_tokens=0):
     """Two-step scores on keys in an order, keeping blocks of at least this share of a row's attention."""
     changes = "".join(f":{name}={value}" for name, value in ORDERS[order].items())
-    method = f"{METHOD}{changes}:threshold={share(threshold)}:threshold_tokens=0"
-    return Attention(f"{order}:threshold={share(threshold)}", method)
+    kept = f":threshold={share(threshold)}:threshold_tokens={share(threshold_tokens)}"
+    return Attention(f"{order}{kept if threshold_tokens else kept.rpartition(':')[0]}", f"{METHOD}{changes}{kept}")
 
 
 class Judged(ppl.Kind):
@@ -137,8 +137,8 @@ def compare(records, names):
             differences[order].setdefault(group, []).append(losses[order] - losses[NONE])
     made = []
     for order, by_group in differences.items():
-        by_text = {group: _change(each, densities[group]) for group, each in by_group.items()}
-        made.append(Judgement(order, _change(*(list(chain(*each.values())) for each in (by_group, densities))), by_text))
+        by_text = {group: change(each, densities[group]) for group, each in by_group.items()}
+        made.append(Judgement(order, change(*(list(chain(*each.values())) for each in (by_group, densities))), by_text))
     return made
 
 
@@ -149,7 +149,7 @@ def _losses(points, at):
     return np.mean([place.of([curves.units(point, "nll") for point in points]) for place in places], 0)
 
 
-def _change(differences, densities):
+def change(differences, densities):
     """Returns the Change of texts: of each the differences of its blocks, and the densities that they are at."""
     blocks = np.concatenate(differences)
     error = curves.standard_error(blocks) if len(blocks) > 1 else math.inf
