@@ -11,7 +11,7 @@ import pbsattn
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
 from conftest import RECORD_KEYS  # noqa: E402
-from pbsattn_eval import commands, folder as folders  # noqa: E402
+from pbsattn_eval import caches, commands, folder as folders  # noqa: E402
 from pbsattn_eval.kinds import ppl  # noqa: E402
 
 
@@ -103,6 +103,26 @@ def test_a_prompt_in_chunks_is_scored_as_the_whole(folder, tmp_path):
     assert parts["metrics"]["nll"] == pytest.approx(whole["metrics"]["nll"], abs=1e-5)
     header = json.loads((tmp_path / "run.json").read_text())
     assert header["methods"]["full:chunk=300"]["chunk"] == 300 and "chunk" not in header["methods"][methods]
+
+
+@pytest.mark.parametrize("cache", ["q8_0", "q4_0"])
+def test_caches_round_as_ggml_does(cache):
+    quants = pytest.importorskip("gguf.quants", reason="comes with transformers' GGUF files; ./dev test installs it")
+    kind = quants.GGMLQuantizationType[cache.upper()]
+    numbers = torch.randn(2, 3, 50, 64).mul_(torch.logspace(-3, 3, 50)[:, None])
+    numbers[0, 0, 0] = 0
+    expected = quants.dequantize(quants.quantize(numbers.numpy(), kind), kind)
+    assert torch.allclose(caches.rounded(numbers, cache), torch.from_numpy(expected), rtol=1e-5, atol=0)
+    assert caches.rounded(numbers.bfloat16(), cache).dtype == torch.bfloat16
+
+
+def test_a_cache_of_fewer_bits_changes_the_likelihood(folder, tmp_path):
+    methods = ",".join(f"full:cache={cache}" for cache in ("f16", "q8_0", "q4_0"))
+    assert commands.main(ppl_arguments(folder, tmp_path, "--methods", f"{methods},full:cache=q4_0:chunk=300")) == 0
+    f16, q8, q4, in_chunks = (each["metrics"] for each in items_of(tmp_path)[1:])
+    assert 0 <= f16["kl"] < q8["kl"] < q4["kl"] and in_chunks["kl"] == pytest.approx(q4["kl"], rel=1e-2)
+    header = json.loads((tmp_path / "run.json").read_text())["methods"]
+    assert header["full:cache=q8_0"]["cache"] == "q8_0" and "cache" not in header["full"]
 
 
 def test_losses_are_made_in_parts(folder, monkeypatch):
@@ -248,6 +268,7 @@ def test_every_method_can_be_swept():
         (["--methods", "pbs,,full"], "names an empty method"),
         (["--methods", "pbss"], "no such attention"),
         (["--methods", "pbs:top_p=2"], "top_p"),
+        (["--methods", "pbs:cache=q3"], 'cache "q3": none of f16, q8_0, q4_0'),
         (["--methods", "pbs:chunk=1"], "chunk 1: 2 tokens is the least"),
         (["--lengths", "100"], "under 512 tokens"),
         (["--lengths", "many"], "not numbers"),

@@ -13,6 +13,8 @@ from transformers.masking_utils import flash_attention_mask
 
 import pbsattn.transformers
 
+from . import caches
+
 SDPA = {
     "sdpa": None,  # whichever backend PyTorch takes
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -25,7 +27,8 @@ FA3 = "fa3"  # FlashAttention-3, of the package fa3-fwd; also its name among tra
 
 # What a spec may say beside a method's options: how pbsattn.transformers.enable() takes the method.
 _OF_ENABLE = {"min_tokens": int, "settings": str, "learned": str}
-_CHUNK = "chunk"  # and in how many tokens at a time a prompt goes through the model
+# And what becomes of a prompt: tokens that go through the model at a time, the type that keys and values are rounded to.
+_OF_PROMPT = {"chunk": int, "cache": str}
 
 
 def _flash_attention_3(q, k, v, scale=None):
@@ -54,6 +57,7 @@ class Attention:
     method: str | None = None  # with its options, as "pbs:top_p=0.8"
     settings: dict = dataclasses.field(default_factory=dict)  # of enable()
     chunk: int | None = None  # tokens of a prompt that go through a model at a time; None: all
+    cache: str | None = None  # the type that keys and values are rounded to, of caches.ROUNDED; None: their own
 
     @classmethod
     def parse(cls, text):
@@ -68,7 +72,7 @@ class Attention:
             return cls(text)
         if head not in pbsattn.METHODS:
             raise ValueError(f'attention "{text}": no such attention; there are {", ".join([*others, *pbsattn.METHODS])}')
-        settings, method, known = {}, [head], {**_OF_ENABLE, _CHUNK: int}
+        settings, method, known = {}, [head], {**_OF_ENABLE, **_OF_PROMPT}
         for part in parts:
             name, equals, value = part.partition("=")
             if equals and name in known:
@@ -81,22 +85,42 @@ class Attention:
             else:
                 method.append(part)
         pbsattn.options(":".join(method))
-        chunk = settings.pop(_CHUNK, None)
+        chunk, cache = (settings.pop(name, None) for name in _OF_PROMPT)
         if chunk is not None and chunk < 2:
-            raise ValueError(f'attention "{text}": {_CHUNK} {chunk}: 2 tokens is the least')
-        return cls(text, ":".join(method), settings, chunk)
+            raise ValueError(f'attention "{text}": chunk {chunk}: 2 tokens is the least')
+        if cache is not None and cache not in caches.ROUNDED:
+            raise ValueError(f'attention "{text}": cache "{cache}": none of {", ".join(caches.ROUNDED)}')
+        return cls(text, ":".join(method), settings, chunk, cache)
 
     @contextlib.contextmanager
     def on(self, model, stats=False):
         """Gives the attention to a model for the length of a `with` block."""
         if self.method is not None:
-            with pbsattn.transformers.enable(model, method=self.method, stats=stats, **self.settings):
+            with pbsattn.transformers.enable(model, method=self.method, stats=stats, **self.settings), self._rounding():
                 yield
             return
         model.set_attn_implementation(self.implementation)
         backend = SDPA.get(self.name)
         with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
             yield
+
+    @contextlib.contextmanager
+    def _rounding(self):
+        """Lets the calls of a `with` block see keys and values as the cache has them."""
+        if self.cache is None:
+            yield
+            return
+        inner = AttentionInterface._global_mapping[self.implementation]
+
+        def outer(module, query, key, value, *args, **kwargs):
+            key, value = (caches.rounded(each, self.cache) for each in (key, value))
+            return inner(module, query, key, value, *args, **kwargs)
+
+        AttentionInterface.register(self.implementation, outer)
+        try:
+            yield
+        finally:
+            AttentionInterface.register(self.implementation, inner)
 
     def compute(self, q, k, v, **kwargs):
         """The attention of q [B, Hq, S, D] over k, v [B, Hkv, S, D]."""

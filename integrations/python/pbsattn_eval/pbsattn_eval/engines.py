@@ -30,9 +30,8 @@ def options_of(attention):
         settings["settings"] = pbsattn.transformers.read_settings(settings["settings"])
     if "learned" in settings:
         settings["learned"] = hashlib.sha256(pathlib.Path(settings["learned"]).read_bytes()).hexdigest()[:16]
-    if attention.chunk is not None:
-        settings["chunk"] = attention.chunk
-    return {**settings, **pbsattn.options(attention.method)}
+    of_prompt = {name: value for name in ("chunk", "cache") if (value := getattr(attention, name)) is not None}
+    return {**settings, **of_prompt, **pbsattn.options(attention.method)}
 
 
 def versions():
