@@ -27,7 +27,8 @@ bool method_is_faster(const Options& options, const Geometry& g, const CostModel
   double dense_rows = 0;  // their pairs
   for (std::int64_t row = std::max<std::int64_t>(g.rows() - options.dense_last_rows, 0); row < g.rows(); ++row)
     dense_rows += static_cast<double>(g.diagonal(row) + 1);
-  const double extra = model.call / heads + model.key_block * static_cast<double>(g.blocks()) + model.pair * full;
+  const double extra = model.call / heads + model.key_block * static_cast<double>(g.blocks()) +
+                       model.row * static_cast<double>(g.rows()) + model.pair * full;
   const double density = expected_density(options, g.shape.kv_len);
   const bool vouched_for = options.expected_density > 0.0F;
   return dense_rows + density * (full - dense_rows) + extra < full && (vouched_for || extra <= tolerated_loss * full);

@@ -9,7 +9,8 @@ namespace pbsattn {
 // head when the device is full of them, so only ratios count and a model holds for all chips of a kind.
 struct CostModel {
   double call = 0;       // of a call, whatever its size
-  double key_block = 0;  // of a key block of one query head: scoring its keys, moving them, choosing among blocks
+  double key_block = 0;  // of a key block of one query head: scoring its keys, moving them, their mean
+  double row = 0;        // of a row of one query head: choosing its blocks, but for what pairs cost
   double pair = 0;       // of a pair of one query head: scoring it
 };
 

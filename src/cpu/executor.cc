@@ -16,11 +16,12 @@ namespace {
 
 // From ./dev bench cpu at 8K tokens, where permute and select took 5 to 8 % of full attention: 64 blocks a head, 2080
 // pairs. Two-step scores of keys that no query orders took 4.1 % there and 2.0 % at 32K, at head_dim 64
-// (results/log/cpu-select.md); of keys in pbs order 7.4 %.
+// (results/log/cpu-select.md); of keys in pbs order 7.4 %. Whole prompts don't tell a row's price from a key block's;
+// chunks do: keys that stay where they are are packed for full attention too, and their means are cheap.
 CostModel cost_model_of(const Options& options) {
-  const bool by_queries = options.permutation != Permutation::none && options.permutation != Permutation::learned;
   if (options.score != BlockScore::two_step) return {.key_block = 2.5};
-  return {.key_block = by_queries ? 2.5 : 0.9, .pair = .013};
+  if (options.permutation == Permutation::none) return {.key_block = .04, .row = .86, .pair = .013};
+  return {.key_block = options.permutation == Permutation::learned ? .9 : 2.5, .pair = .013};
 }
 
 class CpuExecutor final : public detail::Executor {

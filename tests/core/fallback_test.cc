@@ -123,6 +123,38 @@ TEST(Fallback, OnACpuAutoIsFullUpTo2432Tokens) {
   EXPECT_EQ(keep(parse_method("auto:permutation=last_queries"), 7168), KeepRule::all);
 }
 
+// A chunk, by its queries: the first prompts, whole segments of them, in which it is sparse.
+TEST(Fallback, OnACpuSmallChunksOfLongPromptsAreSparse) {
+  const auto keep = [](const char* options, std::int64_t queries, std::int64_t tokens) {
+    const Shape shape{.q_heads = 2, .q_len = queries, .kv_len = tokens, .head_dim = 64};
+    return Plan::create(parse_method(options), shape, Device::cpu(1)).options().keep;
+  };
+  for (const std::int64_t queries : {256, 512, 1024}) {
+    EXPECT_EQ(keep("auto", queries, 1536), KeepRule::all) << queries;
+    EXPECT_EQ(keep("auto", queries, 2048), KeepRule::threshold) << queries;
+    EXPECT_EQ(keep("auto", queries, 131'072), KeepRule::threshold) << queries;
+  }
+  EXPECT_EQ(keep("auto", 128, 131'072), KeepRule::all) << "its one row is the last, which is dense";
+  EXPECT_EQ(keep("auto:permutation=learned:order_scope=kv_head", 512, 131'072), KeepRule::all) << "keys move";
+}
+
+// A row's price counts the queries' rows, a key block's all keys: 4 rows over 64 blocks, 250 pairs of which 64 are
+// dense and 37 saved.
+TEST(Fallback, ARowHasAPriceOfItsOwn) {
+  Options options = method("auto");
+  options.expected_density = 0.8F;
+  const auto keep = [&](const CostModel& costs) {
+    const detail::PlanSpec spec{
+        .options = options,
+        .geometry = {.shape = {.q_heads = 8, .kv_heads = 8, .q_len = 512, .kv_len = 8192, .head_dim = 64}}};
+    return with_fallback_resolved(spec, costs).options.keep;
+  };
+  EXPECT_EQ(keep({.row = 9}), KeepRule::threshold);
+  EXPECT_EQ(keep({.row = 10}), KeepRule::all);
+  EXPECT_EQ(keep({.key_block = .5}), KeepRule::threshold);
+  EXPECT_EQ(keep({.key_block = .6}), KeepRule::all);
+}
+
 // What is taken is full attention to the last option, and the plan says so.
 TEST(Fallback, PlansTellWhatTheyTook) {
   const Shape shape{.q_len = 700, .kv_len = 700, .head_dim = 64};
