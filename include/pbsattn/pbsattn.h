@@ -179,6 +179,9 @@ typedef struct pbsattn_pages {
   int64_t count;        /* pages of the cache */
 } pbsattn_pages;
 
+/* Keeps what plans make of a sequence's complete segments; see pbsattn::SegmentCache. */
+typedef struct pbsattn_segment_cache pbsattn_segment_cache;
+
 /* What one run reads and writes; see pbsattn::Plan::run. */
 typedef struct pbsattn_run {
   size_t struct_size;
@@ -192,6 +195,8 @@ typedef struct pbsattn_run {
   const pbsattn_order_weights* order_weights; /* of learned orders, else NULL is fine */
   const pbsattn_key_order* order;             /* of orders of arrival; may be NULL where none is known */
   const pbsattn_pages* pages;                 /* of k and v; NULL where they lie contiguous */
+  pbsattn_segment_cache* cache;               /* may be NULL */
+  int64_t cache_valid;                        /* tokens, the first, that are as in the cache's last run */
 } pbsattn_run;
 
 typedef struct pbsattn_plan pbsattn_plan;
@@ -234,6 +239,19 @@ PBSATTN_API const char* pbsattn_plan_path(const pbsattn_plan* plan);
 
 /* Fills *options with the plan's, scale and fallback resolved. */
 PBSATTN_API pbsattn_status pbsattn_plan_options(const pbsattn_plan* plan, pbsattn_options* options);
+
+/* Sets *size to the bytes of a cache for this plan and those of other lengths up to `tokens`, 0 for one that uses none.
+ */
+PBSATTN_API pbsattn_status pbsattn_plan_cache_size(const pbsattn_plan* plan, int64_t tokens, size_t* size);
+
+/* Makes a cache in memory of the caller's, at any alignment, which must outlive it. *cache is NULL on failure. */
+PBSATTN_API pbsattn_status pbsattn_segment_cache_create(void* memory, size_t size, pbsattn_segment_cache** cache);
+
+/* Frees a cache, but not its memory; NULL is fine. */
+PBSATTN_API void pbsattn_segment_cache_destroy(pbsattn_segment_cache* cache);
+
+/* Returns how many of the sequence's first tokens it keeps; 0 for NULL. */
+PBSATTN_API int64_t pbsattn_segment_cache_tokens(const pbsattn_segment_cache* cache);
 
 /* Computes out, and lse and stats where they aren't NULL. On the CPU it returns when done; on a CUDA device it enqueues
  * and returns, or with stats waits for its work. */

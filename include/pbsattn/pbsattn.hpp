@@ -22,6 +22,8 @@
 #include <string_view>
 #include <vector>
 
+#include "pbsattn/kept.hpp"
+
 // The library is compiled with hidden symbols; what stands in this header is not hidden.
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
@@ -270,15 +272,6 @@ struct OrderWeights {
   RopePairs pairs = RopePairs::halves;
 };
 
-// The orders of Permutation::arrival, kept from call to call: token at each slot of the complete segments, [batch]
-// [kv_heads][those tokens], strides in elements. A run reads those of the first `known` tokens, whole segments that
-// earlier calls completed, and writes the others.
-struct KeyOrder {
-  std::int32_t* data = nullptr;  // optional where none is known
-  std::int64_t batch_stride = 0, head_stride = 0;
-  std::int64_t known = 0;
-};
-
 // Where keys and values lie in a server's cache, in pages: token t at place t % size of page table[batch][t / size].
 // Views of k and v are then [page][kv_head][place][head_dim or head_dim_v], batch_stride from page to page: heads or
 // places first, keys and values apart or in one row are strides. CUDA takes none yet.
@@ -304,6 +297,7 @@ struct Outputs {
   View out;              // [batch][q_heads][q_len][head_dim_v]
   float* lse = nullptr;  // [batch][q_heads][q_len] contiguous, natural log-sum-exp of logits; optional
   KeyOrder order = {};   // read and written where the plan's permutation is arrival
+  CacheUse cache = {};   // read and written
 };
 // A query whose every visible logit is -inf, and sink, gives output 0 and log-sum-exp -inf. A NaN or +inf in an input
 // spoils (as NaN) the outputs that dense attention would spoil, and no others: a value that isn't finite, even with a
@@ -370,10 +364,14 @@ class Plan {
   std::size_t workspace_size() const noexcept;
   std::string_view path() const noexcept;
 
-  // Computes. Throws Error when a pointer is null, the workspace is too small, or what is written - out, lse, and
-  // workspace_size() bytes of the workspace - shares memory with the rest or out with itself; tensors may lie between
-  // each other's rows, as slices of a packed one. Throws nothing but Error, also when memory is out.
-  // Calls from several threads are safe when each brings its own workspace.
+  // Returns the bytes of a SegmentCache that serves this plan and those of other q_len and kv_len up to `tokens`; 0 of
+  // plans that use none. Throws Error for tokens outside 0 .. 2^30.
+  std::size_t cache_size(std::int64_t tokens) const;
+
+  // Computes. Throws Error when a pointer is null, the workspace is too small, or what is written - out, lse, the cache
+  // and workspace_size() bytes of the workspace - shares memory with the rest or out with itself; tensors may lie
+  // between each other's rows, as slices of a packed one. Throws nothing but Error, also when memory is out.
+  // Calls from several threads are safe when each brings its own workspace and cache.
   void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats = nullptr,
            Trace* trace = nullptr) const;
 

@@ -37,6 +37,13 @@ inline Trace start_trace(const Geometry& geometry) {
           .block = {}};
 }
 
+// A SegmentCache's inside, for backends.
+struct CacheAccess {
+  static std::span<std::byte> memory(const SegmentCache& cache) { return cache.memory_; }
+  static std::array<std::int64_t, 16>& made_by(SegmentCache& cache) { return cache.made_by_; }
+  static std::int64_t& tokens(SegmentCache& cache) { return cache.tokens_; }
+};
+
 // One backend's stages behind one call. run() receives checked views and a workspace of at least
 // workspace_size() bytes at any alignment, and fills stats and trace when they are not null.
 class Executor {
@@ -48,6 +55,8 @@ class Executor {
 
   virtual std::size_t workspace_size() const noexcept = 0;
   virtual std::string_view path() const noexcept = 0;
+  // The bytes of a SegmentCache for so many tokens, 0 where runs use none.
+  virtual std::size_t cache_size(std::int64_t /*tokens*/) const { return 0; }
   virtual void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
                    Trace* trace) const = 0;
   // The same on a stream. Devices that have streams override this.

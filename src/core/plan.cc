@@ -68,6 +68,9 @@ void check_and_clear(const Plan& plan, const Inputs& inputs, const Outputs& outp
                                                       "plan.workspace_size() or plan under a cap",
                                                       workspace.size(), plan.workspace_size()));
   refuse_overlaps(inputs, outputs, workspace.first(plan.workspace_size()), geometry);
+  // What isn't valid is forgotten by every run, whether it uses the cache or not.
+  if (SegmentCache* const cache = outputs.cache.cache; cache != nullptr)
+    detail::CacheAccess::tokens(*cache) = std::min(cache->tokens(), outputs.cache.valid);
   if (stats != nullptr) *stats = {};
   if (trace != nullptr) *trace = {};
 }
@@ -153,6 +156,12 @@ std::size_t Plan::workspace_size() const noexcept {
 }
 std::string_view Plan::path() const noexcept {
   return executor_->path();
+}
+std::size_t Plan::cache_size(std::int64_t tokens) const {
+  return throwing_errors([&] {
+    validate_cache_tokens(tokens);
+    return executor_->cache_size(tokens);
+  });
 }
 
 void Plan::run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,

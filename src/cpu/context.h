@@ -61,15 +61,13 @@ struct StageContext {
   }
   // Returns the tokens in a query head's slots from a permuted block's first on.
   const std::int32_t* order(std::int64_t q_head, std::int64_t block) const {
-    return layout.order + order_head(q_head) * geometry().permuted_len() + block * geometry().block;
+    return layout.order + order_head(q_head) * layout.order_stride + block * geometry().block;
   }
   // Returns a block of a query head's packed keys and values, as they were moved or where they were.
   PackedBlock packed_block(std::int64_t q_head, std::int64_t block, bool moved) const {
-    const bool copied = moved && !kernels.gathers;
-    const std::int64_t first = kv_head(q_head) * geometry().blocks();
-    const std::int64_t place = copied  ? order_head(q_head) * layout.permuted_blocks + block
-                               : moved ? first
-                                       : first + block;
+    const bool copied = moved && layout.copied;
+    const std::int64_t first = kv_head(q_head) * layout.block_stride;
+    const std::int64_t place = copied ? order_head(q_head) * layout.copy_stride + block : moved ? first : first + block;
     return {(copied ? layout.permuted_k : layout.k) + place * layout.k_block_bytes,
             (copied ? layout.permuted_v : layout.v) + place * layout.v_block_bytes,
             moved && !copied ? order(q_head, block) : nullptr};
@@ -84,7 +82,7 @@ struct StageContext {
   const float* pooled_k(std::int64_t q_head) const { return layout.pooled_k + pooled_rows(q_head) * head_dim(); }
   const float* pooled_v(std::int64_t q_head) const { return layout.pooled_v + pooled_rows(q_head) * head_dim_v(); }
   const float* pooled_own(std::int64_t q_head) const {
-    return layout.pooled_own + kv_head(q_head) * up_to_tile(geometry().blocks()) * head_dim();
+    return layout.pooled_own + kv_head(q_head) * layout.pooled_own_stride * head_dim();
   }
 
   // Returns a row's mask. Bit b: the row sees block b.
@@ -122,9 +120,7 @@ struct StageContext {
             .dtype = view.dtype,
             .stride = view.token_stride};
   }
-  std::int64_t pooled_rows(std::int64_t q_head) const {
-    return order_head(q_head) * up_to_tile(layout.permuted_blocks);
-  }
+  std::int64_t pooled_rows(std::int64_t q_head) const { return order_head(q_head) * layout.pooled_stride; }
 };
 
 }  // namespace pbsattn::cpu

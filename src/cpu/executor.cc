@@ -8,6 +8,7 @@
 #include "core/stopwatch.h"
 #include "core/validation/validate.h"
 #include "cpu/attend/attend.h"
+#include "cpu/cache.h"
 #include "cpu/permute/permute.h"
 #include "cpu/select/select.h"
 
@@ -37,6 +38,7 @@ class CpuExecutor final : public detail::Executor {
 
   std::size_t workspace_size() const noexcept override { return workspace_size_; }
   std::string_view path() const noexcept override { return automatic_->name; }
+  std::size_t cache_size(std::int64_t tokens) const override { return cache_bytes(spec, paths(), tokens); }
 
   void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
            Trace* trace) const override {
@@ -46,10 +48,12 @@ class CpuExecutor final : public detail::Executor {
     const Kernels& kernels = bf16 ? bf16_path() : *automatic_;
     Stats total;
     if (trace != nullptr) *trace = detail::start_trace(g);
-    const Layout layout(spec, kernels, extent_, workspace.data());
+    Layout layout(spec, kernels, extent_, workspace.data());
+    const CacheRun cache(spec, kernels, layout, inputs, outputs);
     for (std::int64_t batch = 0; batch < g.shape.batch; ++batch) {
       for (std::int64_t head = 0; head < g.shape.q_heads;) {
         const Heads heads = heads_at(batch, head);
+        cache.enter(heads, layout);
         const StageContext context{spec, kernels, *f32_, inputs, outputs, heads, layout};
         Stopwatch watch;
         permute(context);
@@ -62,6 +66,7 @@ class CpuExecutor final : public detail::Executor {
         head += heads.q_count;
       }
     }
+    cache.finish();
     total.causal_blocks = g.shape.batch * g.shape.q_heads * g.causal_blocks_per_head();
     if (stats != nullptr) *stats = total;
   }

@@ -3,44 +3,15 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "core/keep_rule.h"
 #include "core/score_traits.h"
+#include "cpu/arena.h"
 #include "cpu/attend/attend.h"
 #include "cpu/permute/permute.h"
 #include "cpu/select/select.h"
 
 namespace pbsattn::cpu {
-namespace {
-
-constexpr std::size_t alignment = 64;
-
-class Arena {
- public:
-  explicit Arena(std::byte* base) : base_(base) {
-    if (base != nullptr) used_ = (alignment - reinterpret_cast<std::uintptr_t>(base) % alignment) % alignment;
-  }
-  template <class T>
-  void take(T*& pointer, std::int64_t count) {
-    if (base_ != nullptr) pointer = reinterpret_cast<T*>(base_ + used_);
-    constexpr std::size_t most = std::numeric_limits<std::ptrdiff_t>::max() - 2 * alignment;
-    if (static_cast<std::size_t>(count) > (most - used_) / sizeof(T))
-      throw Error(ErrorCode::out_of_memory,
-                  fmt::format("workspace: over {} bytes, more than can be addressed; take fewer heads or threads, or "
-                              "split the prompt into chunks",
-                              most));
-    used_ += (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
-  }
-  std::size_t used() const { return used_; }
-
- private:
-  std::byte* base_;
-  std::size_t used_ = 0;
-};
-
-}  // namespace
-
 Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent extent, std::byte* base) {
   const Options& options = spec.options;
   const Geometry& g = spec.geometry;
@@ -54,8 +25,8 @@ Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent exte
   shared_order = options.order_scope == OrderScope::kv_head;
   scoring_strips = ceil_div(g.scoring_queries(), strip);
   mask_words = ceil_div(blocks, 64);
-  k_block_bytes = g.block * kernels.packed_head_dim(dim) * kernels.element_size;
-  v_block_bytes = g.block * kernels.packed_head_dim(dim_v) * kernels.element_size;
+  k_block_bytes = kernels.block_bytes(g.block, dim);
+  v_block_bytes = kernels.block_bytes(g.block, dim_v);
   const std::int64_t order_heads = !permuted ? 0 : shared_order ? extent.kv_heads : extent.q_heads;
   const std::int64_t pooled_heads = permuted ? order_heads : extent.kv_heads;
 
@@ -64,13 +35,19 @@ Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent exte
   strip_bytes = kernels.packed_head_dim(dim) * strip * kernels.element_size;
   exps_bytes = static_cast<std::int64_t>(g.block) * strip * kernels.element_size;
   const std::int64_t scored_strips = extent.q_heads * scored_blocks * scoring_strips;
-  const std::int64_t copied_heads = kernels.gathers ? 0 : order_heads;
+  copied = permuted && !kernels.gathers;
+  const std::int64_t copied_heads = copied ? order_heads : 0;
+  block_stride = blocks;
+  copy_stride = permuted_blocks;
+  pooled_stride = up_to_tile(permuted_blocks);
+  pooled_own_stride = up_to_tile(blocks);
+  order_stride = g.permuted_len();
 
   // A thread's scratch serves one stage after the other.
+  constexpr std::int64_t alignment = Arena::alignment;
   lists_bytes =
       ceil_div(std::min(extent.q_heads, g.group()) * kernels.rows_together() * blocks * 4, alignment) * alignment;
   const std::int64_t attend = lists_bytes + row_scratch_bytes(g, kernels, corrected ? permuted_blocks : 0);
-  const std::int64_t pooled_rows = up_to_tile(permuted_blocks);
   const std::int64_t select = select_scratch_bytes(spec, permuted_blocks, strip_bytes);
   const std::int64_t sort = permuted ? order_scratch_bytes(g) : 0;
   scratch_bytes = ceil_div(std::max({attend, select, sort}), alignment) * alignment;
@@ -81,21 +58,21 @@ Layout::Layout(const detail::PlanSpec& spec, const Kernels& kernels, Extent exte
   arena.take(values_finite, extent.kv_heads * blocks);
   arena.take(permuted_k, copied_heads * permuted_blocks * k_block_bytes);
   arena.take(permuted_v, copied_heads * permuted_blocks * v_block_bytes);
-  arena.take(pooled_k, scored || corrected ? pooled_heads * pooled_rows * dim : 0);
-  arena.take(pooled_v, corrected ? pooled_heads * pooled_rows * dim_v : 0);
+  arena.take(pooled_k, scored || corrected ? pooled_heads * pooled_stride * dim : 0);
+  arena.take(pooled_v, corrected ? pooled_heads * pooled_stride * dim_v : 0);
   // A row tile more, because an own segment's tiles may begin anywhere.
   arena.take(pooled_own,
-             scored && pools_own(options.score) ? (extent.kv_heads * up_to_tile(blocks) + row_tile) * dim : 0);
+             scored && pools_own(options.score) ? (extent.kv_heads * pooled_own_stride + row_tile) * dim : 0);
   arena.take(band_factors, scored && options.score == BlockScore::dual_band ? 2 * extent.q_heads : 0);
   arena.take(scoring_queries, by_queries ? extent.q_heads * scoring_strips * strip_bytes : 0);
   arena.take(exps, scored_strips * exps_bytes);
   arena.take(score_sums, scored_strips * strip);
   arena.take(score_factors, scored_strips * strip);
-  arena.take(order, order_heads * g.permuted_len());
+  arena.take(order, order_heads * order_stride);
   arena.take(sink_block, order_heads);
   arena.take(mask, extent.q_heads * g.rows() * mask_words);
   arena.take(scratch, spec.threads * scratch_bytes);
-  bytes = arena.used() + (base == nullptr ? alignment : 0);
+  bytes = arena.bytes();
 }
 
 std::size_t workspace_bytes(const detail::PlanSpec& spec, std::span<const Kernels* const> paths, Extent extent) {

@@ -53,11 +53,18 @@ struct Layout {
   std::byte* scratch = nullptr;           // [threads][scratch_bytes]
   std::size_t bytes = 0;                  // of all these, alignment slack included
 
+  // From head to head: blocks of k, v and values_finite, blocks of their copies, rows of means, tokens of orders.
+  std::int64_t block_stride = 0, copy_stride = 0;
+  std::int64_t pooled_stride = 0, pooled_own_stride = 0;
+  std::int64_t order_stride = 0;
+
   bool permuted = false;
+  bool copied = false;  // into permuted_k and permuted_v
   bool scored = false;
   bool corrected = false;
   bool shared_order = false;         // one order for each KV head
   std::int64_t permuted_blocks = 0;  // blocks before the last row's own segment
+  std::int64_t kept_blocks = 0;      // the first ones, which a cache holds from earlier runs
   std::int64_t scoring_strips = 0;
   std::int64_t scored_blocks = 0;  // blocks of complete segments, whose keys queries score
   std::int64_t strip_bytes = 0;    // of a packed strip of queries

@@ -203,7 +203,7 @@ static void what_is_new_and_set_is_refused_by_name(void) {
     REFUSED(call.device, device, "device", "reserved")
     REFUSED(call.view, view, "q", "reserved")
     REFUSED(call.out, view, "out", "reserved")
-    REFUSED(call.run, run, "run", "pages")
+    REFUSED(call.run, run, "run", "cache_valid")
     REFUSED(call.order_weights, order_weights, "order_weights", "reserved")
     REFUSED(call.order, key_order, "order", "known")
     REFUSED(call.pages, pages, "pages", "count")

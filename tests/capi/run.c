@@ -242,6 +242,78 @@ static void orders_are_learned_and_kept(int device_kind) {
   free(out);
 }
 
+/* Tokens in two calls over one cache: the second reads what the first made of the segment that it completes. */
+static void segments_are_cached(int32_t device_kind) {
+  enum { all = 700, first = 600 };
+  float* q = calloc(all * head_dim, sizeof(float));
+  float* v = calloc(all * head_dim, sizeof(float));
+  float* out = calloc(all * head_dim, sizeof(float));
+  pbsattn_options options = {.struct_size = sizeof options};
+  pbsattn_shape shape = {.struct_size = sizeof shape,
+                         .batch = 1,
+                         .q_heads = 1,
+                         .kv_heads = 1,
+                         .q_len = first,
+                         .kv_len = first,
+                         .head_dim = head_dim};
+  const pbsattn_device device = {.struct_size = sizeof device, .kind = device_kind, .threads = 2};
+  const pbsattn_view q_view = {.struct_size = sizeof q_view, .data = q, .token_stride = head_dim};
+  pbsattn_view v_view = q_view, out_view = q_view;
+  pbsattn_run run = {.struct_size = sizeof run, .q = &q_view, .k = &q_view, .v = &v_view, .out = &out_view};
+  pbsattn_plan* plan = NULL;
+  pbsattn_segment_cache* cache = NULL;
+  size_t size = 0;
+  void* memory = NULL;
+  const int cached = device_kind == PBSATTN_DEVICE_CPU;
+  int t;
+  v_view.data = v;
+  out_view.data = out;
+  for (t = 0; t < all * head_dim; ++t) v[t] = (float)(t / head_dim); /* its mean up to t is t / 2 */
+
+  CHECK(pbsattn_method("two-step:threshold=0", &options) == PBSATTN_OK);
+  CHECK(pbsattn_plan_create(&options, &shape, &device, SIZE_MAX, &plan) == PBSATTN_OK);
+  CHECK(pbsattn_plan_cache_size(plan, all, &size) == PBSATTN_OK && (size > 0) == cached);
+  CHECK(pbsattn_plan_cache_size(plan, -1, &size) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(strstr(pbsattn_last_error(), "cache of -1 tokens") != NULL);
+  CHECK(pbsattn_plan_cache_size(plan, all, NULL) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(pbsattn_plan_cache_size(NULL, all, &size) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(pbsattn_segment_cache_create(NULL, 1, &cache) == PBSATTN_INVALID_ARGUMENT && cache == NULL);
+  CHECK(pbsattn_segment_cache_create(NULL, 0, NULL) == PBSATTN_INVALID_ARGUMENT);
+  memory = malloc(size + 1);
+  CHECK(pbsattn_segment_cache_create(memory, size, &cache) == PBSATTN_OK);
+  CHECK(pbsattn_segment_cache_tokens(cache) == 0 && pbsattn_segment_cache_tokens(NULL) == 0);
+  run.workspace_size = pbsattn_plan_workspace_size(plan);
+  run.workspace = malloc(run.workspace_size + 1);
+  run.cache_valid = 1;
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_INVALID_ARGUMENT);
+  CHECK(strstr(pbsattn_last_error(), "cache: 1 valid tokens: outside 0 .. 0") != NULL);
+  run.cache_valid = 0;
+  run.cache = cache;
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
+  CHECK(pbsattn_segment_cache_tokens(cache) == (cached ? 512 : 0));
+  pbsattn_plan_destroy(plan);
+  free(run.workspace);
+
+  shape.kv_len = all;
+  shape.q_len = all - first;
+  CHECK(pbsattn_plan_create(&options, &shape, &device, SIZE_MAX, &plan) == PBSATTN_OK);
+  run.workspace_size = pbsattn_plan_workspace_size(plan);
+  run.workspace = malloc(run.workspace_size + 1);
+  run.cache_valid = first;
+  for (t = 0; t < 256 * head_dim && cached; ++t) v[t] = NAN; /* which a cached copy makes up for */
+  CHECK(pbsattn_plan_run(plan, &run) == PBSATTN_OK);
+  for (t = first; t < all; ++t) CHECK(fabs(out[(t - first) * head_dim] - t / 2.0) < 1e-3);
+  CHECK(pbsattn_segment_cache_tokens(cache) == (cached ? 512 : 0));
+  pbsattn_plan_destroy(plan);
+  pbsattn_segment_cache_destroy(cache);
+  pbsattn_segment_cache_destroy(NULL);
+  free(run.workspace);
+  free(memory);
+  free(q);
+  free(v);
+  free(out);
+}
+
 static void methods_are_listed(void) {
   size_t count = 0;
   pbsattn_options options = {.struct_size = sizeof options};
@@ -260,6 +332,8 @@ int main(void) {
   a_plan_tells_its_options();
   orders_are_learned_and_kept(PBSATTN_DEVICE_CPU);
   orders_are_learned_and_kept(PBSATTN_DEVICE_REFERENCE);
+  segments_are_cached(PBSATTN_DEVICE_CPU);
+  segments_are_cached(PBSATTN_DEVICE_REFERENCE);
   methods_are_listed();
   structs_grow();
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

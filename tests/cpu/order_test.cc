@@ -48,24 +48,6 @@ TEST_P(Orders, InOneCallArrivalIsTheOrderOfTheLastQueries) {
   }
 }
 
-// Returns the first tokens of a problem as the problem of a call that ends with them.
-Problem first_tokens(const Problem& whole, std::int64_t q_len, std::int64_t kv_len) {
-  Shape part = whole.shape;
-  part.q_len = q_len;
-  part.kv_len = kv_len;
-  Problem problem({.shape = part, .kept_segment = 64});
-  for (std::int64_t b = 0; b < part.batch; ++b)
-    for (std::int64_t h = 0; h < part.q_heads; ++h)
-      for (std::int64_t d = 0; d < part.head_dim; ++d) {
-        for (std::int64_t t = 0; t < q_len; ++t) problem.q.set(b, h, t, d, whole.q.get(b, h, kv_len - q_len + t, d));
-        for (std::int64_t t = 0; h < part.kv_heads && t < kv_len; ++t) {
-          problem.k.set(b, h, t, d, whole.k.get(b, h, t, d));
-          problem.v.set(b, h, t, d, whole.v.get(b, h, t, d));
-        }
-      }
-  return problem;
-}
-
 TEST_P(Orders, ChunksKeepTheOrderThatASegmentArrivedIn) {
   const Problem whole({.shape = shape});
   const Options options = small(Permutation::arrival);
@@ -75,7 +57,7 @@ TEST_P(Orders, ChunksKeepTheOrderThatASegmentArrivedIn) {
   std::int64_t begin = 0;
   for (const std::int64_t end : {150, 280, 310, 400}) {
     SCOPED_TRACE(end);
-    Problem chunk = first_tokens(whole, end - begin, end);
+    Problem chunk = first_tokens(whole, end - begin, end, 64);
     const std::int64_t tokens = end / 64 * 64;
     for (std::int64_t head = 0; head < 4; ++head)
       std::copy_n(before.begin() + head * known, known, chunk.order.begin() + head * tokens);
@@ -88,7 +70,7 @@ TEST_P(Orders, ChunksKeepTheOrderThatASegmentArrivedIn) {
       EXPECT_TRUE(std::equal(traced.begin(), traced.begin() + tokens, chunk.order.begin() + head * tokens));
     }
     // A new segment stands as in a call that knows nothing.
-    Problem alone = first_tokens(whole, end - begin, end);
+    Problem alone = first_tokens(whole, end - begin, end, 64);
     run_here(options, alone);
     for (std::int64_t head = 0; head < 4; ++head)
       EXPECT_TRUE(std::equal(chunk.order.begin() + head * tokens + known, chunk.order.begin() + (head + 1) * tokens,

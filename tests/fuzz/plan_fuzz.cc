@@ -11,6 +11,7 @@
 #include <random>
 #include <string>
 
+#include "cached.h"
 #include "call.h"
 #include "decisions.h"
 #include "expect.h"
@@ -25,6 +26,7 @@ using namespace pbsattn::fuzz;
 Share ran("calls that are run", 0.3);
 Share compared("of those, calls compared with the reference", 0.1);
 Share paged("of those, calls whose keys and values lie in pages", 0.02);
+Share cached("of those, calls that find segments in a cache", 0.02);
 Share overlapping("of those, calls whose output lies over an input", 0.01);
 Ties other_orders("heads whose keys stand in another order than the reference's");
 Ties other_lists("rows that list other blocks than the reference in the same order of keys");
@@ -79,6 +81,30 @@ struct Tensors {
   KeyOrder kept(const Shape& s) {
     if (order.empty()) return {};
     return {.data = order.data(), .batch_stride = s.kv_heads * head_stride, .head_stride = head_stride, .known = known};
+  }
+
+  // Changes keys and values from a token on. Returns how many tokens, the first, are as they were: where rows lie over
+  // each other fewer than that.
+  std::int64_t change_from(std::int64_t first) {
+    std::int64_t unchanged = first;
+    for (Tensor* tensor : {&k, &v}) {
+      const Tensor before = tensor->copy();
+      const auto each = [&](std::int64_t begin, std::int64_t end, auto&& body) {
+        for (std::int64_t t = begin; t < end; ++t)
+          for (std::int64_t i = 0; i < tensor->batch * tensor->heads; ++i)
+            body(i / tensor->heads, i % tensor->heads, t);
+      };
+      each(first, tensor->tokens, [&](std::int64_t b, std::int64_t h, std::int64_t t) {
+        std::fill_n(tensor->row(b, h, t), tensor->row_bytes(), std::uint8_t{0x3E});
+      });
+      each(0, first, [&](std::int64_t b, std::int64_t h, std::int64_t t) {
+        for (std::int64_t d = 0; d < tensor->head_dim; ++d)
+          if (const double x = before.get(b, h, t, d), y = tensor->get(b, h, t, d);
+              x != y && !(std::isnan(x) && std::isnan(y)))
+            unchanged = std::min(unchanged, t);
+      });
+    }
+    return unchanged;
   }
 
   // Moves keys and values into pages of a cache, now and then; of hostile bytes nearly so.
@@ -142,8 +168,8 @@ pbsattn_view to_c(const View& v) {
   return c;
 }
 
-pbsattn_status run_through_c(const pbsattn_plan* plan, const Shape& shape, Tensors& t, float* lse, std::size_t misalign,
-                             pbsattn_stats* stats) {
+pbsattn_status run_through_c(const pbsattn_plan* plan, const Shape& shape, Tensors& t, const Cache& cache, float* lse,
+                             std::size_t misalign, pbsattn_stats* stats) {
   const pbsattn_view q = to_c(t.q.view), k = to_c(t.k.view), v = to_c(t.v.view), out = to_c(t.out.view);
   const std::size_t size = pbsattn_plan_workspace_size(plan);
   const std::unique_ptr<std::byte[]> workspace(new std::byte[misalign + size]);
@@ -176,6 +202,8 @@ pbsattn_status run_through_c(const pbsattn_plan* plan, const Shape& shape, Tenso
   pages.size = t.pages.size;
   pages.count = t.pages.count;
   run.pages = &pages;
+  run.cache = cache.cache.get();
+  run.cache_valid = cache.valid;
   return pbsattn_plan_run(plan, &run);
 }
 
@@ -275,6 +303,15 @@ void run(const pbsattn_plan* plan, const Call& call, Bytes& bytes) {
   }
   tensors.take_order(bytes, call.heads.front(), call.shape);
   Tensors apart = tensors.copy();
+  Cache cache(plan, call.shape, bytes);
+  if (cache.cache != nullptr && tensors.k.runs_forward() && tensors.v.runs_forward()) {
+    Tensors earlier = tensors.copy();
+    const std::int64_t valid = earlier.change_from(bytes.take<std::uint16_t>() % (call.shape.kv_len + 1));
+    run_through_c(plan, call.shape, earlier, cache, nullptr, 0, nullptr);
+    cache.valid = valid;
+  }
+  if (bytes.hostile() && bytes.take_rarely(8)) cache.valid = bytes.take<std::int16_t>();
+  const bool refused = cache.valid < 0 || cache.valid > (cache.cache == nullptr ? 0 : call.shape.kv_len);
   tensors.take_pages(bytes, call.shape);
   Tensor* const inputs[] = {&tensors.q, &tensors.k, &tensors.v};
   const unsigned over = bytes.take<std::uint8_t>() % 16;
@@ -286,13 +323,17 @@ void run(const pbsattn_plan* plan, const Call& call, Bytes& bytes) {
     input.view.data = tensors.out.view.data;
   }
 
+  const std::int64_t found = std::min(pbsattn_segment_cache_tokens(cache.cache.get()), cache.valid);
   const std::vector<std::uint8_t> before = *tensors.out.memory;
   const bool wants_lse = bytes.take_rarely(2);
   auto stats = sized<pbsattn_stats>();
-  const pbsattn_status status = run_through_c(plan, call.shape, tensors, wants_lse ? tensors.lse.data() : nullptr,
-                                              bytes.take<std::uint8_t>() % 2, &stats);
+  const pbsattn_status status =
+      run_through_c(plan, call.shape, tensors, cache, wants_lse ? tensors.lse.data() : nullptr,
+                    bytes.take<std::uint8_t>() % 2, &stats);
+  require(status != PBSATTN_OK || !refused, "valid tokens are of the sequence");
   ran.count(status == PBSATTN_OK ? 1 : 0);
   paged.count(status == PBSATTN_OK && !tensors.table.empty() ? 1 : 0);
+  cached.count(status == PBSATTN_OK && found > 0 ? 1 : 0);
   overlapping.count(overlaps ? 1 : 0);
   if (status != PBSATTN_OK) {
     require_line(pbsattn_last_error());
@@ -304,7 +345,7 @@ void run(const pbsattn_plan* plan, const Call& call, Bytes& bytes) {
   require(tensors.out.only_view_changed(before), "a run writes its output and nothing else");
   require(0 < stats.visited_blocks && stats.visited_blocks <= stats.causal_blocks, "a run counts its blocks");
 
-  // The same with nothing over anything else, nor in pages, through the C++ interface.
+  // The same with nothing over anything else, nor in pages, nor cached, through the C++ interface.
   const Plan again = plan_of(call, call.device, call.cap);
   const Trace trace = run_apart(again, apart);
   require(static_cast<std::int64_t>(trace.block.size()) == stats.visited_blocks, "a trace has the blocks counted");

@@ -81,6 +81,31 @@ KeyOrder Problem::kept_order() const {
   return {.data = order.data(), .batch_stride = shape.kv_heads * tokens, .head_stride = tokens, .known = known};
 }
 
+Problem first_tokens(const Problem& whole, std::int64_t q_len, std::int64_t kv_len, int kept_segment) {
+  Shape part = whole.shape;
+  part.q_len = q_len;
+  part.kv_len = kv_len;
+  Problem problem({.shape = part,
+                   .q = whole.q.dtype,
+                   .k = whole.k.dtype,
+                   .v = whole.v.dtype,
+                   .out = whole.out.dtype,
+                   .kept_segment = kept_segment});
+  const auto copy = [&](const Tensor& from, Tensor& to, std::int64_t first) {
+    for (std::int64_t b = 0; b < to.batch; ++b)
+      for (std::int64_t h = 0; h < to.heads; ++h)
+        for (std::int64_t t = 0; t < to.tokens; ++t)
+          for (std::int64_t d = 0; d < to.head_dim; ++d) to.set(b, h, t, d, from.get(b, h, first + t, d));
+  };
+  copy(whole.q, problem.q, kv_len - q_len - (whole.shape.kv_len - whole.shape.q_len));
+  copy(whole.k, problem.k, 0);
+  copy(whole.v, problem.v, 0);
+  problem.sinks = whole.sinks;
+  problem.order_weights = whole.order_weights;
+  problem.pairs = whole.pairs;
+  return problem;
+}
+
 RunResult result_of(const Plan& plan) {
   return {.stats = {},
           .trace = {},

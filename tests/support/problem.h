@@ -49,6 +49,9 @@ class Problem {
   std::int64_t known;
 };
 
+// Returns the first tokens of a problem as the problem of a call that ends with them, with room for orders of arrival.
+Problem first_tokens(const Problem& whole, std::int64_t q_len, std::int64_t kv_len, int kept_segment = 0);
+
 struct RunOptions {
   Device device = Device::cpu(2);
   std::size_t cap = Plan::no_cap;

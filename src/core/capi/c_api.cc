@@ -17,6 +17,9 @@
 struct pbsattn_plan {
   pbsattn::Plan plan;
 };
+struct pbsattn_segment_cache {
+  pbsattn::SegmentCache cache;
+};
 
 namespace {
 
@@ -186,6 +189,31 @@ pbsattn_status pbsattn_plan_options(const pbsattn_plan* plan, pbsattn_options* o
   });
 }
 
+pbsattn_status pbsattn_plan_cache_size(const pbsattn_plan* plan, int64_t tokens, size_t* size) {
+  return guarded([&] {
+    require_pointer(plan, "plan");
+    require_pointer(size, "size");
+    *size = plan->plan.cache_size(tokens);
+  });
+}
+
+pbsattn_status pbsattn_segment_cache_create(void* memory, size_t size, pbsattn_segment_cache** cache) {
+  if (cache != nullptr) *cache = nullptr;
+  return guarded([&] {
+    require_pointer(cache, "cache");
+    if (size > 0) require_pointer(memory, "memory");
+    *cache = new pbsattn_segment_cache{pbsattn::SegmentCache({static_cast<std::byte*>(memory), size})};
+  });
+}
+
+void pbsattn_segment_cache_destroy(pbsattn_segment_cache* cache) {
+  delete cache;
+}
+
+int64_t pbsattn_segment_cache_tokens(const pbsattn_segment_cache* cache) {
+  return cache == nullptr ? 0 : cache->cache.tokens();
+}
+
 pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_run* run) {
   return guarded([&] {
     require_pointer(plan, "plan");
@@ -198,7 +226,10 @@ pbsattn_status pbsattn_plan_run(const pbsattn_plan* plan, const pbsattn_run* run
                                  .order_weights = read_order_weights(r.order_weights),
                                  .pages = read_pages(r.pages)};
     const pbsattn::Outputs outputs{
-        .out = read_view<void>(r.out, "out"), .lse = r.lse, .order = read_key_order(r.order)};
+        .out = read_view<void>(r.out, "out"),
+        .lse = r.lse,
+        .order = read_key_order(r.order),
+        .cache = {.cache = r.cache == nullptr ? nullptr : &r.cache->cache, .valid = r.cache_valid}};
     if (r.workspace_size > 0) require_pointer(r.workspace, "workspace");
     if (r.stats != nullptr) pbsattn::size_of_struct(r.stats, "stats");  // before the work
     pbsattn::Stats stats;

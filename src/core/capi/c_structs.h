@@ -12,4 +12,4 @@ PBSATTN_SIZED_STRUCT(pbsattn_stats, attend_seconds, 48);
 PBSATTN_SIZED_STRUCT(pbsattn_order_weights, reserved, 32);
 PBSATTN_SIZED_STRUCT(pbsattn_key_order, known, 40);
 PBSATTN_SIZED_STRUCT(pbsattn_pages, count, 40);
-PBSATTN_SIZED_STRUCT(pbsattn_run, pages, 80);  // NOLINT(bugprone-sizeof-expression): of the pointer is meant
+PBSATTN_SIZED_STRUCT(pbsattn_run, cache_valid, 80);

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/geometry.h"
+#include "core/executor.h"
 #include "core/validation/overlap.h"
 #include "pbsattn/options.hpp"
 
@@ -239,6 +239,15 @@ void validate(const Inputs& inputs, const Outputs& outputs, const Shape& s) {
           "sinks: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
   require(reinterpret_cast<std::uintptr_t>(outputs.lse) % sizeof(float) == 0,
           "lse: pointer not aligned to its element of {} bytes; pass an aligned array", sizeof(float));
+  const auto& [cache, valid] = outputs.cache;
+  require(valid >= 0 && valid <= (cache == nullptr ? 0 : s.kv_len),
+          "cache: {} valid tokens: outside 0 .. {}; give how many of the first it has seen, or 0", valid,
+          cache == nullptr ? 0 : s.kv_len);
+}
+
+void validate_cache_tokens(std::int64_t tokens) {
+  require(tokens >= 0 && tokens <= max_kv_len, "cache of {} tokens: outside 0 .. {}; give the longest kv_len", tokens,
+          max_kv_len);
 }
 
 void validate_order(const Inputs& inputs, const Outputs& outputs, Permutation permutation, const Geometry& g) {
@@ -345,18 +354,22 @@ void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<con
     require_apart("v", inputs.v, v_region);
     table_region = region_of(view_of(pages), s.batch, 1, 1, ceil_div(s.kv_len, pages.size));
   }
+  const std::span<const std::byte> cache =
+      outputs.cache.cache == nullptr ? std::span<std::byte>() : detail::CacheAccess::memory(*outputs.cache.cache);
+  const auto cache_bytes = static_cast<std::int64_t>(std::min(cache.size(), static_cast<std::size_t>(max_reach)));
   const auto weight_bytes = static_cast<std::int64_t>(inputs.order_weights.values.size_bytes());
-  const std::array<Named, 10> all{{{"out", out_region},
+  const std::array<Named, 11> all{{{"out", out_region},
                                    {"lse", region_of(outputs.lse, lse_bytes)},
                                    {"order", order_region},
                                    {"workspace", region_of(workspace.data(), workspace_bytes)},
+                                   {"cache", region_of(cache.data(), cache_bytes)},
                                    {"q", region_of(inputs.q, s.batch, s.q_heads, s.q_len, s.head_dim)},
                                    {"k", k_region},
                                    {"v", v_region},
                                    {"page table", table_region},
                                    {"sinks", region_of(inputs.sinks.data(), std::ssize(std::as_bytes(inputs.sinks)))},
                                    {"order_weights", region_of(inputs.order_weights.values.data(), weight_bytes)}}};
-  constexpr std::size_t written = 4;
+  constexpr std::size_t written = 5;
   for (std::size_t i = 0; i < written; ++i)
     for (std::size_t other = i + 1; other < all.size(); ++other)
       require(!overlap(all[i].region, all[other].region),

@@ -17,11 +17,12 @@ void validate(const Shape& shape);
 void validate(std::span<const Options> heads, const Shape& shape);  // one of each query head
 void validate(const Inputs& inputs, const Outputs& outputs, const Shape& shape);
 // What a plan's permutation takes besides keys, by its options: pointers, sizes and strides.
+void validate_cache_tokens(std::int64_t tokens);
 void validate_order(const Inputs& inputs, const Outputs& outputs, Permutation permutation, const Geometry& geometry);
 // And contents, where the host can read them: weights are finite, known orders move keys inside their segments, tables
 // name pages that there are.
 void validate_contents(const Inputs& inputs, const Outputs& outputs, const Geometry& geometry);
-// What a run writes - out, lse, order and the part of the workspace that the plan uses - must lie apart from the rest,
+// What a run writes - out, lse, order, the cache and the part of the workspace that the plan uses - must lie apart from the rest,
 // rows of out and of order from each other, and pages too. Of checked views.
 void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<const std::byte> workspace,
                      const Geometry& geometry);

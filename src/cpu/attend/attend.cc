@@ -127,7 +127,7 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
                            .masked = causal || edge > -strip,
                            .diagonal = diagonal,
                            .edge = edge,
-                           .values_finite = c.layout.values_finite[kv_head * g.blocks() + block] != 0,
+                           .values_finite = c.layout.values_finite[kv_head * c.layout.block_stride + block] != 0,
                            .scratch = scratch.scores(),
                            .next = then,
                            .next_begin = fetched * i / strips,
@@ -149,8 +149,8 @@ AttendRow describe_row(const StageContext& c, std::int64_t head, std::int64_t ro
                        std::span<const std::int32_t> blocks) {
   const Geometry& g = c.geometry();
   const std::int64_t kv_head = c.kv_head(head);
-  const std::int64_t permuted_block = c.order_head(head) * c.layout.permuted_blocks;
-  const std::int64_t block = kv_head * g.blocks();
+  const std::int64_t permuted_block = c.order_head(head) * c.layout.copy_stride;
+  const std::int64_t block = kv_head * c.layout.block_stride;
   const std::int64_t begin = g.row_begin(row);
   const RowOutput output(c, head, begin - g.q_offset());
   return {.queries = c.q_rows(head, begin - g.q_offset()),
@@ -163,7 +163,7 @@ AttendRow describe_row(const StageContext& c, std::int64_t head, std::int64_t ro
           .v = c.layout.v + block * c.layout.v_block_bytes,
           .permuted_end = c.layout.permuted ? g.own_begin(row) : 0,
           .diagonal = begin - g.diagonal(row) * g.block,
-          .last_finite = c.layout.values_finite[kv_head * g.blocks() + g.diagonal(row)] != 0,
+          .last_finite = c.layout.values_finite[kv_head * c.layout.block_stride + g.diagonal(row)] != 0,
           .out = output.out,
           .out_dtype = c.outputs.out.dtype,
           .out_stride = c.outputs.out.token_stride,

@@ -211,6 +211,10 @@ struct Kernels {
   std::int64_t packed_head_dim(std::int64_t head_dim) const {
     return (head_dim + head_dim_step - 1) / head_dim_step * head_dim_step;
   }
+  // Returns the bytes of a packed block of keys or values.
+  std::int64_t block_bytes(std::int64_t block, std::int64_t head_dim) const {
+    return block * packed_head_dim(head_dim) * element_size;
+  }
 };
 
 using KernelList = std::vector<const Kernels*>;

@@ -35,7 +35,7 @@ int padded(const StageContext& c, int count) {
 // Pools a permuted block's keys and values, where something reads their means.
 void pool_permuted(const StageContext& c, std::int64_t order_head, std::int64_t block, const Rows& k, const Rows& v) {
   const int size = c.geometry().block;
-  const std::int64_t row = order_head * up_to_tile(c.layout.permuted_blocks) + block;
+  const std::int64_t row = order_head * c.layout.pooled_stride + block;
   if (c.layout.scored || c.layout.corrected)
     pool_rows(c, k, size, size, c.head_dim(), c.layout.pooled_k + row * c.head_dim());
   if (c.layout.corrected) pool_rows(c, v, size, size, c.head_dim_v(), c.layout.pooled_v + row * c.head_dim_v());
@@ -46,7 +46,7 @@ void pool_own(const StageContext& c, std::int64_t kv_head, std::int64_t block, c
   const Geometry& g = c.geometry();
   if (!c.layout.scored || !pools_own(c.spec.options.score)) return;
   pool_rows(c, k, count, divides_by_count(c.spec.options) ? count : g.block, c.head_dim(),
-            c.layout.pooled_own + (kv_head * up_to_tile(g.blocks()) + block) * c.head_dim());
+            c.layout.pooled_own + (kv_head * c.layout.pooled_own_stride + block) * c.head_dim());
 }
 
 // Packs the last queries, which score the keys.
@@ -78,19 +78,25 @@ void score_block(const StageContext& c, std::int64_t kv_head, std::int64_t block
   }
 }
 
-// Packs a block in its original order. What else is made of its keys is made while they are in cache.
+// Packs a block in its original order. What else is made of its keys is made while they are in the processor's cache.
+// Of a kept block only what nothing keeps is made: scores, and where keys were copied in another order, the original
+// one for rows of its segment.
 void pack_original(const StageContext& c, std::int64_t head, std::int64_t block, bool scores) {
   const Geometry& g = c.geometry();
   const int dim = c.head_dim();
   const int count = c.block_keys(block);
-  const std::int64_t place = head * g.blocks() + block;
+  const std::int64_t place = head * c.layout.block_stride + block;
+  const bool kept = block < c.layout.kept_blocks;
+  const bool scored = scores && block < c.layout.scored_blocks;
+  const bool read = !kept || (c.layout.copied && block >= g.own_begin(0));
   const Rows k = c.kv_rows(c.inputs.k, c.heads.kv_begin + head, block * g.block);
   const Rows v = c.kv_rows(c.inputs.v, c.heads.kv_begin + head, block * g.block);
   std::byte* const keys = c.layout.k + place * c.layout.k_block_bytes;
-  c.kernels.pack.keys(k, count, padded(c, count), dim, keys);
-  if (scores && block < c.layout.scored_blocks) score_block(c, head, block, keys);
-  if (!c.layout.permuted && block < c.layout.permuted_blocks) pool_permuted(c, head, block, k, v);
-  pool_own(c, head, block, k, count);
+  if (read || (scored && c.layout.copied)) c.kernels.pack.keys(k, count, padded(c, count), dim, keys);
+  if (scored) score_block(c, head, block, keys);
+  if (!kept && !c.layout.permuted && block < c.layout.permuted_blocks) pool_permuted(c, head, block, k, v);
+  if (!kept) pool_own(c, head, block, k, count);
+  if (!read) return;
   c.layout.values_finite[place] =
       c.kernels.pack.values(v, count, padded(c, count), c.head_dim_v(), c.layout.v + place * c.layout.v_block_bytes);
 }
@@ -172,7 +178,7 @@ void weigh_by_features(const StageContext& c, std::int64_t kv_head, std::int64_t
 // Orders one segment: its keys in descending score, or as they are known to stand.
 void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t begin, std::byte* scratch) {
   const Geometry& g = c.geometry();
-  std::int32_t* const order = c.layout.order + order_head * g.permuted_len() + begin;
+  std::int32_t* const order = c.layout.order + order_head * c.layout.order_stride + begin;
   const std::int64_t kv_head = c.heads.kv_begin + order_head;  // where an order is learned, or kept
   const KeyOrder& kept = c.outputs.order;
   std::int32_t* const kept_order =
@@ -191,22 +197,25 @@ void order_segment(const StageContext& c, std::int64_t order_head, std::int64_t 
     sort_by_weight({weights, static_cast<std::size_t>(g.segment)}, begin, keys, other, order);
     if (kept_order != nullptr) std::copy_n(order, g.segment, kept_order);
   }
-  if (begin == 0) c.layout.sink_block[order_head] = (std::find(order, order + g.segment, 0) - order) / g.block;
 }
 
 // Orders the keys of a segment, and packs and pools its blocks in that order.
 void move_segment(const StageContext& c, std::int64_t order_head, std::int64_t begin, std::byte* scratch) {
   const Geometry& g = c.geometry();
-  order_segment(c, order_head, begin, scratch);
+  const bool kept = begin / g.block < c.layout.kept_blocks;
+  if (!kept) order_segment(c, order_head, begin, scratch);
+  const std::int32_t* const order = c.layout.order + order_head * c.layout.order_stride;
+  if (begin == 0) c.layout.sink_block[order_head] = (std::find(order, order + g.segment, 0) - order) / g.block;
+  if (kept) return;
   const std::int64_t kv_head = c.heads.kv_begin + (c.layout.shared_order ? order_head : c.kv_head(order_head));
   const std::int64_t end = std::min((begin + g.segment) / g.block, c.layout.permuted_blocks);
   for (std::int64_t block = begin / g.block; block < end; ++block) {
     Rows k = c.kv_rows(c.inputs.k, kv_head, 0);
     Rows v = c.kv_rows(c.inputs.v, kv_head, 0);
-    k.index = v.index = c.layout.order + order_head * g.permuted_len() + block * g.block;
+    k.index = v.index = order + block * g.block;
     pool_permuted(c, order_head, block, k, v);
-    if (c.kernels.gathers) continue;
-    const std::int64_t place = order_head * c.layout.permuted_blocks + block;
+    if (!c.layout.copied) continue;
+    const std::int64_t place = order_head * c.layout.copy_stride + block;
     c.kernels.pack.keys(k, g.block, g.block, c.head_dim(), c.layout.permuted_k + place * c.layout.k_block_bytes);
     c.kernels.pack.values(v, g.block, g.block, c.head_dim_v(), c.layout.permuted_v + place * c.layout.v_block_bytes);
   }
