@@ -15,6 +15,9 @@ endif()
 if(PBSATTN_LLAMA_SOURCE OR PBSATTN_BUILD_BENCH OR PBSATTN_BUILD_FUZZ)
   find_package(CLI11 2.1 REQUIRED)  # program, bench: command line
 endif()
+if(PBSATTN_LLAMA_SOURCE)
+  pkg_check_modules(xxhash REQUIRED IMPORTED_TARGET libxxhash>=0.8)  # plug-in: checksums of keys and values
+endif()
 if(PBSATTN_LLAMA_SOURCE OR PBSATTN_PYTHON OR PBSATTN_BUILD_BENCH OR PBSATTN_BUILD_TESTS OR PBSATTN_BUILD_FUZZ)
   find_package(nlohmann_json 3.11 REQUIRED)  # program, bench, plug-in, files of learned orders: JSON
 endif()

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -27,6 +29,7 @@ namespace {
 struct PrefillOptions {
   PromptFlags prompt;
   int context = 0;     // 0: what prompt and continuation need
+  int ubatch = 0;      // 0: the whole prompt
   std::string method;  // "": the flags' default
   std::string compare = "ggml,full";
   AttentionFlags attention;
@@ -130,8 +133,11 @@ void check_logits_fit(std::size_t positions, const ModelInfo& model) {
 double time_prefill(Session& session, const std::vector<llama_token>& prompt, const std::vector<int>& positions,
                     const Attention& attention) {
   using clock = std::chrono::steady_clock;
-  const Progress progress(attention.name, [layers = session.info().layers] {
-    return static_cast<double>(ggml_backend_pbsattn_stats_get(nullptr, 0)) / layers;
+  const Progress progress(attention.name, [layers = session.info().layers, length = std::ssize(prompt)] {
+    const auto stats = layer_stats();
+    const auto queries = std::transform_reduce(stats.begin(), stats.end(), std::int64_t{0}, std::plus(),
+                                               [](const auto& layer) { return layer.queries; });
+    return static_cast<double>(queries) / static_cast<double>(layers * length);
   });
   const auto start = clock::now();
   session.prefill(prompt, positions, attention);
@@ -178,6 +184,8 @@ void prefill(const PrefillOptions& options) {
   constexpr int most_tokens = 1 << 24;
   require_between(options.generate, 0, most_tokens, "--generate", "0 generates nothing");
   require_between(options.prompt.tokens, 0, most_tokens, "--tokens", "0 reads the whole text");
+  if (options.ubatch != 0)
+    require_between(options.ubatch, GGML_PBSATTN_MIN_TOKENS_FLOOR, most_tokens, "--ubatch", "0 takes the whole prompt");
   require_between(options.context, 0, most_tokens, "--context", "0 takes what the prompt needs");
   options.prompt.check_threads();
   const std::string text = read_prompt(options.prompt.prompt_file);
@@ -198,12 +206,14 @@ void prefill(const PrefillOptions& options) {
                        .prompt_file = options.prompt.prompt_file,
                        .prompt_tokens = length,
                        .context = options.context != 0 ? options.context : length + options.generate,
+                       .ubatch = options.ubatch != 0 ? std::min(options.ubatch, length) : length,
                        .threads = options.prompt.thread_count(),
                        .positions = static_cast<int>(positions.size()),
                        .each_position = options.each};
   session.open({.prompt = length,
                 .generate = options.generate,
                 .context = report.context,
+                .ubatch = report.ubatch,
                 .outputs = static_cast<int>(positions.size()),
                 .threads = report.threads});
   report.left_to_ggml = warm_up(session, prompt, positions, list.back());
@@ -244,6 +254,10 @@ void add_prefill(CLI::App& program) {
   command->add_flag("--token-ids", options->token_ids,
                     "the prompt file holds the numbers of tokens, as a tokenizer gave them, instead of a text");
   command->add_option("--context", options->context, "tokens the KV cache holds; 0: as many as needed")
+      ->capture_default_str();
+  command
+      ->add_option("--ubatch", options->ubatch,
+                   "tokens of a micro-batch, of which each chooses its blocks by itself; 0: the whole prompt")
       ->capture_default_str();
   command->add_option("--method", options->method, "the method under test; `pbsattn methods` lists them")
       ->default_str("auto, with --learned as its file says");

@@ -33,6 +33,7 @@ struct PrefillReport {
   std::string prompt_file;
   int prompt_tokens = 0;
   int context = 0;
+  int ubatch = 0;  // tokens of a micro-batch
   int threads = 0;
   int positions = 0;              // sampled for fidelity
   std::string reference = {};     // the run that fidelity is measured against

@@ -199,7 +199,8 @@ std::string Session::text_of(std::span<const llama_token> tokens) const {
 void Session::open(const ContextSize& size) {
   llama_context_params params = llama_context_default_params();
   params.n_ctx = static_cast<uint32_t>(size.context != 0 ? size.context : size.prompt + size.generate);
-  params.n_batch = params.n_ubatch = static_cast<uint32_t>(size.prompt);
+  params.n_batch = static_cast<uint32_t>(size.prompt);
+  params.n_ubatch = static_cast<uint32_t>(size.ubatch != 0 ? size.ubatch : size.prompt);
   params.n_outputs_max = static_cast<uint32_t>(size.outputs);
   params.n_threads = params.n_threads_batch = size.threads;
   params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;

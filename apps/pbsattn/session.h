@@ -34,6 +34,7 @@ struct ContextSize {
   int prompt = 0;    // tokens that one prefill takes, whole
   int generate = 0;  // tokens that may follow
   int context = 0;   // tokens the KV cache holds; 0: prompt + generate
+  int ubatch = 0;    // tokens of a micro-batch; 0: prompt
   int outputs = 1;   // positions of the prompt whose next-token distributions are wanted
   int threads = 1;
 };
@@ -55,7 +56,7 @@ class Session {
   // Makes room. Call it once, before prefill().
   void open(const ContextSize& size);
 
-  // Forgets what came before and runs the prompt as one ubatch under `attention`. Distributions after
+  // Forgets what came before and runs the prompt, ubatch by ubatch, under `attention`. Distributions after
   // `outputs` (positions, ascending) can be read until the next call. With `layers` it stops once the attention
   // of so many layers is computed. Throws when interrupted or when llama.cpp fails.
   void prefill(std::span<const llama_token> prompt, std::span<const int> outputs, const Attention& attention,

@@ -199,6 +199,16 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
       .count = weights.size(),
       .pairs = rope_ && rope_->pairs == RopePairs::neighbours ? PBSATTN_PAIRS_NEIGHBOURS : PBSATTN_PAIRS_HALVES,
       .reserved = 0};
+  const LayerCaches::Call cached{.layer = op.layer(),
+                                 .plan = plan,
+                                 .shape = key.shape,
+                                 .k = &k,
+                                 .v = &v,
+                                 .most_tokens = op.k()->view_src == nullptr ? 0 : op.k()->view_src->ne[1],
+                                 .order_weights = weights,
+                                 .pairs = order_weights.pairs,
+                                 .threads = threads_};
+  const LayerCaches::Use kept = caches_.before(cached, settings.cache_cap);
   pbsattn_stats run_stats{.struct_size = sizeof run_stats};
   const pbsattn_run run{.struct_size = sizeof run,
                         .q = &q,
@@ -210,11 +220,14 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
                         .workspace_size = workspace_size_,
                         .stream = nullptr,
                         .stats = &run_stats,
-                        .order_weights = weights.empty() ? nullptr : &order_weights};
+                        .order_weights = weights.empty() ? nullptr : &order_weights,
+                        .cache = kept.cache,
+                        .cache_valid = kept.valid};
   if (pbsattn_plan_run(plan, &run) != PBSATTN_OK) {
     complain(pbsattn_last_error());
     return GGML_PBSATTN_RUN_FAILED;
   }
+  caches_.after(cached, kept);
   stats->visited_blocks = run_stats.visited_blocks;
   stats->causal_blocks = run_stats.causal_blocks;
   stats->permute_seconds = run_stats.permute_seconds;

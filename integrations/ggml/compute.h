@@ -14,6 +14,7 @@
 #include "causal_mask.h"
 #include "ggml-backend.h"
 #include "ggml_kernel.h"
+#include "layer_caches.h"
 #include "settings.h"
 
 namespace pbsattn::ggml {
@@ -70,6 +71,7 @@ class Computer {
   void* abort_data_ = nullptr;
   CausalMasks masks_;
   PlanCache plans_;
+  LayerCaches caches_;
   std::unique_ptr<std::byte[]> workspace_;
   std::size_t workspace_size_ = 0;
   std::vector<float> scratch_;

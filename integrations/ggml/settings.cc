@@ -233,6 +233,11 @@ Settings read_environment(const std::function<const char*(const char*)>& variabl
     reader.number("PBSATTN_WORKSPACE_CAP_MIB", "a whole number of MiB", &mib);
     config.workspace_cap = std::size_t{mib} << 20;
   }
+  if (reader.text("PBSATTN_CACHE_MIB")) {
+    std::uint32_t mib = 0;
+    reader.number("PBSATTN_CACHE_MIB", "a whole number of MiB", &mib);
+    settings.cache_cap = std::size_t{mib} << 20;
+  }
   reader.flag("PBSATTN_CHECK", &config.check);
   reader.flag("PBSATTN_VERBOSE", &settings.verbose);
   if (const auto target = reader.text("PBSATTN_STATS"); target && *target != "0") settings.stats_target = *target;

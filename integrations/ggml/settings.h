@@ -30,6 +30,7 @@ struct Settings {
   Config config;
   std::shared_ptr<const LearnedLayers> learned;  // PBSATTN_LEARNED, or null
   std::shared_ptr<const LayerSettings> layers;   // PBSATTN_SETTINGS, or null
+  std::size_t cache_cap = std::size_t{1} << 30;  // PBSATTN_CACHE_MIB: bytes a context may keep between micro-batches
   std::string stats_target;                      // PBSATTN_STATS: "" for none, "1" for the log, else a file's path
   bool verbose = false;                          // PBSATTN_VERBOSE: a log line for each op
 };

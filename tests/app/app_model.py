@@ -62,6 +62,19 @@ class Prefill(Case):
         self.assertLess(2 * runs["ggml"]["kl_mean"], runs["pbs"]["kl_mean"])
         self.assertGreater(runs["ggml"]["top1_mean"], 0.5)
 
+    def test_micro_batches(self):
+        # Full attention is the same however it is cut; two-step at a threshold of 0 keeps every block of every chunk.
+        arguments = "--tokens 2100 --generate 4 --positions 20 --compare full,two-step:threshold=0 --method two-step --json".split()
+        whole, cut = (
+            json.loads(pbsattn(*PREFILL, *arguments, "-", "--ubatch", ubatch).stdout) for ubatch in (0, 600)
+        )
+        self.assertEqual((whole["prompt"]["ubatch"], cut["prompt"]["ubatch"]), (2100, 600))
+        for name, run in zip(("full", "two-step:threshold=0"), cut["runs"]):
+            self.assertEqual(run["name"], name)
+            self.assertEqual(run["density"]["mean"], 1)
+        self.assertLess(cut["runs"][1]["kl_mean"], 1e-3)
+        self.assertLess(cut["runs"][2]["density"]["mean"], 1)
+
     def test_a_learned_order(self):
         file = self.learned(30, 9, 3, 64, settings='{"4": {"*": {"keep": "all"}}}')
         result = pbsattn(

@@ -139,6 +139,8 @@ class CommandLine(Case):
             self.usage(option, "-1", says=[f"{option} -1", "outside 0"])
             self.usage(option, "99999999999999999999", says=[option])
         self.usage("--threads", "100000", says=["--threads 100000", "512"])
+        for value in ("-1", "256"):
+            self.usage("--ubatch", value, says=[f"--ubatch {value}", "257"])
         for value in ("0", "-5", "some", "5x"):
             self.usage("--positions", value, says=[f"--positions {value}", '"all"'])
 

@@ -129,7 +129,7 @@ class SegmentCaches : public testing::TestWithParam<std::string> {
 INSTANTIATE_TEST_SUITE_P(Paths, SegmentCaches, testing::ValuesIn(devices()),
                          [](const auto& test) { return test.param; });
 
-const Shape grown = shape_of(400, 400, 16, 4, 2, 2);
+constexpr Shape grown{.batch = 2, .q_heads = 4, .kv_heads = 2, .q_len = 400, .kv_len = 400, .head_dim = 16};
 
 // Every score, rule and permutation of the table.
 TEST_P(SegmentCaches, GrowChunkByChunkUnderEveryMethod) {

@@ -26,7 +26,7 @@ using namespace pbsattn::fuzz;
 Share ran("calls that are run", 0.3);
 Share compared("of those, calls compared with the reference", 0.1);
 Share paged("of those, calls whose keys and values lie in pages", 0.02);
-Share cached("of those, calls that find segments in a cache", 0.02);
+Share cached("of those, calls that find segments in a cache", 0.01);
 Share overlapping("of those, calls whose output lies over an input", 0.01);
 Ties other_orders("heads whose keys stand in another order than the reference's");
 Ties other_lists("rows that list other blocks than the reference in the same order of keys");

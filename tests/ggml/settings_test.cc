@@ -45,6 +45,7 @@ TEST(Settings, DefaultsAreAutoWithBfloat16Products) {
   EXPECT_EQ(config.min_tokens, 512);
   EXPECT_EQ(config.workspace_cap, SIZE_MAX);
   EXPECT_FALSE(config.check);
+  EXPECT_EQ(outcome.settings.cache_cap, std::size_t{1} << 30);
   EXPECT_EQ(outcome.settings.stats_target, "");
 }
 
@@ -66,6 +67,7 @@ TEST(Settings, EveryVariableIsHeard) {
                                 {"PBSATTN_PRECISION", "f32"},
                                 {"PBSATTN_CHECK", "1"},
                                 {"PBSATTN_WORKSPACE_CAP_MIB", "64"},
+                                {"PBSATTN_CACHE_MIB", "0"},
                                 {"PBSATTN_STATS", "/somewhere/stats.txt"},
                                 {"PBSATTN_VERBOSE", "1"}});
   EXPECT_EQ(outcome.error, "");
@@ -80,6 +82,7 @@ TEST(Settings, EveryVariableIsHeard) {
   EXPECT_EQ(config.options.precision, PBSATTN_PRECISION_F32);
   EXPECT_TRUE(config.check);
   EXPECT_EQ(config.workspace_cap, std::size_t{64} << 20);
+  EXPECT_EQ(outcome.settings.cache_cap, 0);
   EXPECT_EQ(outcome.settings.stats_target, "/somewhere/stats.txt");
   EXPECT_TRUE(outcome.settings.verbose);
 }
@@ -144,6 +147,7 @@ TEST(Settings, BadValuesAreNamedAndTurnThePlugInOff) {
       {{"PBSATTN_PRECISION", "fp8"}, "one of bf16, f32, automatic"},
       {{"PBSATTN_CHECK", "yes"}, "one of 0, 1"},
       {{"PBSATTN_WORKSPACE_CAP_MIB", "-5"}, "PBSATTN_WORKSPACE_CAP_MIB \"-5\""},
+      {{"PBSATTN_CACHE_MIB", "1G"}, "PBSATTN_CACHE_MIB \"1G\": not a whole number of MiB"},
   };
   for (const auto& [variable, complaint] : complaints) {
     const Outcome outcome = read({{variable.first, variable.second}});
