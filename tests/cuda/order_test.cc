@@ -91,24 +91,6 @@ TEST(CudaOrders, InOneCallArrivalIsTheOrderOfTheLastQueries) {
   }
 }
 
-// Returns the first tokens of a problem as the problem of a call that ends with them.
-Problem first_tokens(const Problem& whole, std::int64_t q_len, std::int64_t kv_len, int segment) {
-  Shape part = whole.shape;
-  part.q_len = q_len;
-  part.kv_len = kv_len;
-  Problem problem(with_orders(part, segment, 0));
-  for (std::int64_t b = 0; b < part.batch; ++b)
-    for (std::int64_t h = 0; h < part.q_heads; ++h)
-      for (std::int64_t d = 0; d < part.head_dim; ++d) {
-        for (std::int64_t t = 0; t < q_len; ++t) problem.q.set(b, h, t, d, whole.q.get(b, h, kv_len - q_len + t, d));
-        for (std::int64_t t = 0; h < part.kv_heads && t < kv_len; ++t) {
-          problem.k.set(b, h, t, d, whole.k.get(b, h, t, d));
-          problem.v.set(b, h, t, d, whole.v.get(b, h, t, d));
-        }
-      }
-  return problem;
-}
-
 TEST(CudaOrders, ChunksKeepTheOrderThatASegmentArrivedIn) {
   const Problem whole(alike(shape_of(1100, 1100, 64, 2, 1, 2)));
   for (const int segment : {256, 384}) {
@@ -137,6 +119,23 @@ TEST(CudaOrders, ChunksKeepTheOrderThatASegmentArrivedIn) {
       begin = end;
     }
   }
+}
+
+TEST(CudaOrders, NoSegmentIsKeptInACache) {
+  const Problem problem(alike(shape_of(400, 1100, 64, 2, 1)));
+  const DeviceProblem device(problem);
+  const Plan plan = Plan::create(method("two-step"), problem.shape, Device::cuda());
+  EXPECT_EQ(plan.cache_size(1100), 0);
+  const DeviceMemory workspace(plan.workspace_size());
+  SegmentCache cache({});
+  Outputs outputs = device.outputs();
+  outputs.cache.cache = &cache;
+  EXPECT_EQ(refusal_of(
+                [&] {
+                  plan.run(device.inputs(), outputs, {workspace.data(), workspace.size()});
+                },
+                ErrorCode::unsupported),
+            "cache: the CUDA backend keeps no segments from run to run; leave it out, or use Device::cpu()");
 }
 
 // The caller's orders may lie apart, as those of a cache that has room for more tokens.
