@@ -64,10 +64,10 @@ class Prefill(Case):
 
     def test_micro_batches(self):
         # Full attention is the same however it is cut; two-step at a threshold of 0 keeps every block of every chunk.
-        arguments = "--tokens 2100 --generate 4 --positions 20 --compare full,two-step:threshold=0 --method two-step --json".split()
-        whole, cut = (
-            json.loads(pbsattn(*PREFILL, *arguments, "-", "--ubatch", ubatch).stdout) for ubatch in (0, 600)
+        arguments = (
+            "--tokens 2100 --generate 4 --positions 20 --compare full,two-step:threshold=0 --method two-step --json".split()
         )
+        whole, cut = (json.loads(pbsattn(*PREFILL, *arguments, "-", "--ubatch", ubatch).stdout) for ubatch in (0, 600))
         self.assertEqual((whole["prompt"]["ubatch"], cut["prompt"]["ubatch"]), (2100, 600))
         for name, run in zip(("full", "two-step:threshold=0"), cut["runs"]):
             self.assertEqual(run["name"], name)

@@ -22,8 +22,8 @@ void validate_order(const Inputs& inputs, const Outputs& outputs, Permutation pe
 // And contents, where the host can read them: weights are finite, known orders move keys inside their segments, tables
 // name pages that there are.
 void validate_contents(const Inputs& inputs, const Outputs& outputs, const Geometry& geometry);
-// What a run writes - out, lse, order, the cache and the part of the workspace that the plan uses - must lie apart from the rest,
-// rows of out and of order from each other, and pages too. Of checked views.
+// What a run writes - out, lse, order, the cache and the part of the workspace that the plan uses - must lie apart from
+// the rest, rows of out and of order from each other, and pages too. Of checked views.
 void refuse_overlaps(const Inputs& inputs, const Outputs& outputs, std::span<const std::byte> workspace,
                      const Geometry& geometry);
 
