@@ -124,12 +124,16 @@ class CudaExecutor final : public detail::Executor {
     const Geometry g = Layout::geometry_of(spec.geometry, extent);
     const OrderWeights& weights = call.inputs.order_weights;
     const std::size_t features = weights.values.size() / static_cast<std::size_t>(spec.geometry.shape.kv_heads);
+    Pages pages = call.inputs.pages;
+    const std::int64_t kv_batch = pages.table == nullptr ? batch : 0;  // else the table has them
+    if (pages.table != nullptr) pages.table += batch * pages.batch_stride;
     const Inputs inputs{
         .q = advanced(call.inputs.q, batch, q_head),
-        .k = advanced(call.inputs.k, batch, kv_head),
-        .v = advanced(call.inputs.v, batch, kv_head),
+        .k = advanced(call.inputs.k, kv_batch, kv_head),
+        .v = advanced(call.inputs.v, kv_batch, kv_head),
         .sinks = sinks_of(call.inputs, q_head, g.shape.q_heads),
-        .order_weights = {weights.values.subspan(features * static_cast<std::size_t>(kv_head)), weights.pairs}};
+        .order_weights = {weights.values.subspan(features * static_cast<std::size_t>(kv_head)), weights.pairs},
+        .pages = pages};
     KeyOrder kept = call.outputs.order;
     if (kept.data != nullptr) kept.data += batch * kept.batch_stride + kv_head * kept.head_stride;
     const auto mark = [&] {

@@ -20,6 +20,15 @@ constexpr bool takes_caps(std::int64_t head_dim) {
   return head_dim == 64 || head_dim == 128;
 }
 
+// Tells whether attend's kernels of keys so wide read them in pages, and where a layer has sinks, a window or a cap
+// besides. The others would not have enough registers.
+constexpr bool takes_pages(std::int64_t head_dim) {
+  return head_dim <= 192;
+}
+constexpr bool takes_pages_of_layers(std::int64_t head_dim) {
+  return head_dim <= 128;
+}
+
 inline constexpr int block_tokens = 128;            // the only block size of this backend
 inline constexpr std::int64_t max_segment = 8192;   // a segment's scores and order live in shared memory
 inline constexpr std::int64_t max_blocks = 49'152;  // a row's scores live in shared memory: 6 M tokens

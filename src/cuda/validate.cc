@@ -42,9 +42,16 @@ void check_widths(const Shape& shape) {
                      value_dim(shape), values, shape.head_dim));
 }
 
+// What a view's strides go along.
+struct Axes {
+  const char* outer_name;
+  std::int64_t outer, heads;
+  const char* inner_name;
+  std::int64_t inner;
+};
+
 template <class V>
-void check_view(const V& view, const char* name, const Shape& shape, std::int64_t heads, std::int64_t tokens,
-                DType dtype, int device) {
+void check_view(const V& view, const char* name, const Axes& axes, DType dtype, int device) {
   if (view.dtype == DType::f32)
     refuse(fmt::format("{}: f32; the CUDA backend takes f16 and bf16; convert, or use Device::cpu()", name));
   if (view.dtype != dtype)
@@ -56,12 +63,14 @@ void check_view(const V& view, const char* name, const Shape& shape, std::int64_
                        name, static_cast<const void*>(view.data), row_alignment, row_alignment));
   const auto check_stride = [&](std::int64_t extent, std::int64_t stride, const char* axis) {
     if (extent > 1 && stride % (row_alignment / element_bytes) != 0)
-      refuse(fmt::format("{}: {} stride {} is no multiple of {} elements, so rows would leave {}-byte boundaries", name,
-                         axis, stride, row_alignment / element_bytes, row_alignment));
+      refuse(
+          fmt::format("{}: {} stride {} is no multiple of {} elements, so rows would leave {}-byte boundaries; "
+                      "pad it to one, or use Device::cpu()",
+                      name, axis, stride, row_alignment / element_bytes, row_alignment));
   };
-  check_stride(tokens, view.token_stride, "token");
-  check_stride(heads, view.head_stride, "head");
-  check_stride(shape.batch, view.batch_stride, "batch");
+  check_stride(axes.inner, view.token_stride, axes.inner_name);
+  check_stride(axes.heads, view.head_stride, "head");
+  check_stride(axes.outer, view.batch_stride, axes.outer_name);
   check_memory(view.data, name, device);
 }
 
@@ -114,15 +123,25 @@ void check_buffers(const detail::PlanSpec& spec, const Inputs& inputs, const Out
                    const std::byte* workspace) {
   const Shape& s = spec.geometry.shape;
   const DType dtype = inputs.q.dtype;
-  if (inputs.pages.table != nullptr)
+  const Pages& pages = inputs.pages;
+  const bool paged = pages.table != nullptr;
+  const Axes of_kv = paged ? Axes{"page", pages.count, s.kv_heads, "place", pages.size}
+                           : Axes{"batch", s.batch, s.kv_heads, "token", s.kv_len};
+  check_view(inputs.q, "q", {"batch", s.batch, s.q_heads, "token", s.q_len}, dtype, spec.device_index);
+  check_view(inputs.k, "k", of_kv, dtype, spec.device_index);
+  check_view(inputs.v, "v", of_kv, dtype, spec.device_index);
+  check_view(outputs.out, "out", {"batch", s.batch, s.q_heads, "token", s.q_len}, dtype, spec.device_index);
+  if (paged && !takes_pages(s.head_dim))
     refuse(
-        fmt::format("pages of {} tokens: the CUDA backend takes keys and values that lie contiguous; gather them, or "
-                    "use Device::cpu()",
-                    inputs.pages.size));
-  check_view(inputs.q, "q", s, s.q_heads, s.q_len, dtype, spec.device_index);
-  check_view(inputs.k, "k", s, s.kv_heads, s.kv_len, dtype, spec.device_index);
-  check_view(inputs.v, "v", s, s.kv_heads, s.kv_len, dtype, spec.device_index);
-  check_view(outputs.out, "out", s, s.q_heads, s.q_len, dtype, spec.device_index);
+        fmt::format("pages of {} tokens: the CUDA backend takes none at a head_dim of {}; gather them, or use "
+                    "Device::cpu()",
+                    pages.size, s.head_dim));
+  if (paged && !takes_pages_of_layers(s.head_dim) && (!inputs.sinks.empty() || spec.geometry.windowed()))
+    refuse(
+        fmt::format("pages of {} tokens: the CUDA backend takes none with sinks or a window at a head_dim of {}; "
+                    "gather them, or use Device::cpu()",
+                    pages.size, s.head_dim));
+  if (paged) check_memory(pages.table, "page table", spec.device_index);
   if (!inputs.sinks.empty()) check_memory(inputs.sinks.data(), "sinks", spec.device_index);
   if (outputs.lse != nullptr) check_memory(outputs.lse, "lse", spec.device_index);
   if (!inputs.order_weights.values.empty())

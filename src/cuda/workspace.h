@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "core/executor.h"
-#include "cuda/arrays.h"
-#include "cuda/carver.h"
+#include "cuda/memory/arrays.h"
+#include "cuda/memory/carver.h"
 
 namespace pbsattn::cuda {
 

@@ -6,6 +6,7 @@
 
 #include "cuda/attend/tile_order.h"
 #include "cuda/geometry.cuh"
+#include "cuda/memory/kv_rows.cuh"
 
 namespace pbsattn::cuda {
 namespace {
@@ -102,6 +103,29 @@ TEST(TileOrder, TakesLongRowsOfASectionFirst) {
           ASSERT_EQ(order.tile(place), head * order.rows + row) << "place " << place;
     EXPECT_EQ(place, order.tiles());
   }
+}
+
+// Kernels divide by a page's size by a product.
+TEST(PageTable, TokensAreInTheirPages) {
+  constexpr std::int64_t most = max_blocks * block_tokens;
+  constexpr std::int32_t entry = 0;
+  for (const std::int64_t size : {16, 32, 48, 80, 112, 128, 240, 256, 272, 1008, 4096, 65'536, 99'984, 1 << 30})
+    for (const std::int64_t kv_len : {std::int64_t{1}, size - 1, size, size + 1, std::int64_t{999'983}, most}) {
+      const PageTable table({.table = &entry, .size = size, .count = 1}, kv_len);
+      SCOPED_TRACE(testing::Message() << kv_len << " tokens in pages of " << size);
+      ASSERT_EQ(table.last_slot, (kv_len - 1) / size);
+      ASSERT_EQ(table.tokens_of_last(), (kv_len - 1) % size + 1);
+      for (std::int64_t token = 0; token < kv_len; token += token % size == size - 1 || kv_len < 5000 ? 1 : size - 1) {
+        const int slot = table.slot(static_cast<int>(token));
+        ASSERT_EQ(slot, token / size) << token;
+        ASSERT_EQ(table.place(static_cast<int>(token), slot), token % size) << token;
+      }
+      for (const int run : {64, 128, 256}) {
+        const int length = table.run(run);
+        ASSERT_TRUE(length >= 16 && run % length == 0 && size % length == 0) << run;
+        ASSERT_TRUE(length == run || size % (2 * length) != 0) << run;
+      }
+    }
 }
 
 }  // namespace

@@ -9,6 +9,8 @@ import pbsattn
 from conftest import qkv
 
 METHOD = dict(method="pbs", top_p=0.7, block=32, segment=64)
+# On each device blocks that it takes, lengths of some of these, and a width of values.
+OF_DEVICE = {"cpu": (METHOD, 150, 300, 40), "cuda": (METHOD | dict(block=128, segment=256), 400, 1000, 64)}
 
 
 def in_pages(k, v, size, layout="bhsd", one_row=True):
@@ -17,10 +19,11 @@ def in_pages(k, v, size, layout="bhsd", one_row=True):
     entries = -(-tokens // size)
     pages = batch * entries + 2
     table = torch.randperm(pages, generator=torch.Generator().manual_seed(size)).int()[: batch * entries].view(batch, -1)
+    table = table.to(k.device)
 
     def cached(*tensors):
         width = sum(tensor.shape[3] for tensor in tensors)
-        cache = torch.full((pages, heads, size, width), torch.nan, dtype=k.dtype)
+        cache = torch.full((pages, heads, size, width), torch.nan, dtype=k.dtype, device=k.device)
         if layout == "bshd":
             cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
         for token in range(tokens):
@@ -37,19 +40,20 @@ def in_pages(k, v, size, layout="bhsd", one_row=True):
 @pytest.mark.parametrize("one_row", [True, False], ids=["one row", "apart"])
 @pytest.mark.parametrize("size", [16, 48, 512])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-def test_pages_give_the_bits_of_contiguous_tensors(layout, size, one_row):
+def test_pages_give_the_bits_of_contiguous_tensors(device, layout, size, one_row):
     torch._dynamo.reset()  # the other cases, which it would count as the same
-    q, k, v = qkv("cpu", 150, 300, batch=2)
-    v = v[..., :40].contiguous()
+    method, q_len, kv_len, width = OF_DEVICE[device]
+    q, k, v = qkv(device, q_len, kv_len, batch=2)
+    v = v[..., :width].contiguous()
     k_pages, v_pages, table = in_pages(k, v, size, layout, one_row)
     if layout == "bshd":
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    wanted, wanted_lse = pbsattn.attention(q, k, v, layout=layout, return_lse=True, **METHOD)
+    wanted, wanted_lse = pbsattn.attention(q, k, v, layout=layout, return_lse=True, **method)
     for call in (pbsattn.attention, torch.compile(pbsattn.attention, backend="eager", fullgraph=True, dynamic=False)):
-        out, lse = call(q, k_pages, v_pages, page_table=table, kv_len=300, layout=layout, return_lse=True, **METHOD)
+        out, lse = call(q, k_pages, v_pages, page_table=table, kv_len=kv_len, layout=layout, return_lse=True, **method)
         assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
     _, stats = pbsattn.attention(
-        q, k_pages, v_pages, page_table=table, kv_len=300, layout=layout, return_stats=True, **METHOD
+        q, k_pages, v_pages, page_table=table, kv_len=kv_len, layout=layout, return_stats=True, **method
     )
     assert 0 < stats.density < 1
 
@@ -63,18 +67,21 @@ def test_a_table_may_be_part_of_a_wider_one():
     assert torch.equal(out, pbsattn.attention(q, k, v, **METHOD))
 
 
-def test_plans_and_traces():
-    q, k, v = qkv("cpu", 150, 300, batch=2)
+def test_plans_and_traces(device):
+    method, q_len, kv_len, _ = OF_DEVICE[device]
+    q, k, v = qkv(device, q_len, kv_len, batch=2)
     k_pages, v_pages, table = in_pages(k, v, 48)
-    wanted, trace = pbsattn.trace(q, k, v, **METHOD)
-    out, paged = pbsattn.trace(q, k_pages, v_pages, page_table=table, kv_len=300, **METHOD)
+    wanted, trace = pbsattn.trace(q, k, v, **method)
+    out, paged = pbsattn.trace(q, k_pages, v_pages, page_table=table, kv_len=kv_len, **method)
     assert torch.equal(out, wanted) and torch.equal(paged.order, trace.order) and torch.equal(paged.kept, trace.kept)
-    paged_reference, _ = pbsattn.trace(q, k_pages, v_pages, page_table=table, kv_len=300, reference=True, **METHOD)
-    reference, _ = pbsattn.trace(q, k, v, reference=True, **METHOD)
-    assert torch.equal(paged_reference, reference)
+    if device == "cpu":
+        paged_reference, _ = pbsattn.trace(q, k_pages, v_pages, page_table=table, kv_len=kv_len, reference=True, **method)
+        reference, _ = pbsattn.trace(q, k, v, reference=True, **method)
+        assert torch.equal(paged_reference, reference)
 
-    plan = pbsattn.plan(batch=2, q_heads=4, kv_heads=2, q_len=150, kv_len=300, head_dim=64, **METHOD)
-    workspace = torch.empty(plan.workspace_size, dtype=torch.uint8)
+    sizes = dict(batch=2, q_heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len, head_dim=64)
+    plan = pbsattn.plan(**sizes, device=q.device, **method)
+    workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
     out = torch.zeros_like(q)
     plan.run(q, k_pages, v_pages, out, workspace, page_table=table)
     assert torch.equal(out, wanted)

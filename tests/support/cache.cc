@@ -61,14 +61,14 @@ PagedCache::PagedCache(const Problem& problem, const CacheLayout& layout) {
     return static_cast<std::size_t>(count * view.batch_stride) * size_of(view.dtype);
   };
   constexpr std::byte nan_pattern{0xFF};  // NaN in all three dtypes
-  keys_.assign(bytes(k), nan_pattern);
-  if (!one_row) values_.assign(bytes(v), nan_pattern);
-  std::byte* const first_value =
-      one_row ? keys_.data() + static_cast<std::size_t>(s.head_dim) * size_of(k.dtype) : values_.data();
-  copy_rows(problem.k, pages, k, keys_.data());
-  copy_rows(problem.v, pages, v, first_value);
-  k.data = keys_.data();
-  v.data = first_value;
+  constexpr std::size_t alignment = 64;
+  const std::size_t values =
+      one_row ? static_cast<std::size_t>(s.head_dim) * size_of(k.dtype) : (bytes(k) / alignment + 1) * alignment;
+  memory_.assign(one_row ? bytes(k) : values + bytes(v), nan_pattern);
+  copy_rows(problem.k, pages, k, memory_.data());
+  copy_rows(problem.v, pages, v, memory_.data() + values);
+  k.data = memory_.data();
+  v.data = memory_.data() + values;
 }
 
 Inputs PagedCache::inputs(const Problem& problem) const {

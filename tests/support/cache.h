@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <ostream>
+#include <span>
 #include <vector>
 
 #include "support/problem.h"
@@ -24,13 +25,15 @@ class PagedCache {
 
   // Returns the problem's inputs, with keys and values from the cache.
   Inputs inputs(const Problem& problem) const;
+  // Returns the memory that k and v view.
+  std::span<const std::byte> memory() const { return memory_; }
 
   std::vector<std::int32_t> table;  // [batch][pages of an entry]
   Pages pages;                      // whose table is that
   ConstView k, v;
 
  private:
-  std::vector<std::byte> keys_, values_;
+  std::vector<std::byte> memory_;
 };
 
 }  // namespace pbsattn::test

@@ -340,9 +340,10 @@ def attention(
     lengths of its key's D / 2 pairs, then of its D numbers (docs/learned.md); finite, on q's device. rope_pairs: which
     columns RoPE turns together, "halves" or "neighbours". Other permutations leave both unread.
 
-    page_table: int32 [B, pages], for keys and values in a server's cache, on the CPU: token t of a batch entry is at place
-    t % N of page page_table[entry, t // N]. k and v are then [P, Hkv, N, D] and [P, Hkv, N, Dv], with layout="bshd"
-    [P, N, Hkv, D], of any strides, as slices of one tensor; N is a multiple of 16. kv_len: the tokens, Skv.
+    page_table: int32 [B, pages], on q's device, for keys and values in a server's cache: token t of a batch entry is at
+    place t % N of page page_table[entry, t // N]. k and v are then [P, Hkv, N, D] and [P, Hkv, N, Dv], with layout="bshd"
+    [P, N, Hkv, D], of any strides, as slices of one tensor; N is a multiple of 16. kv_len: the tokens, Skv. On a GPU the
+    table's entries are not checked: outside 0 .. P - 1 they give results without meaning.
 
     Returns out [B, Hq, Sq, Dv], of q's dtype and contiguous; with return_lse also the natural log-sum-exp of each
     query's logits, float32 [B, Hq, Sq]; with return_stats also Stats (density, seconds), for which it waits for the work.

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(threads, 1)
   Tile first_tile{};
   switch (threadIdx.x) {  // two warps at once
     case 0:
-      for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v}) sm90::prefetch_map(*map);
+      for (const CUtensorMap* map : {&maps.q, &maps.k.map, &maps.v.map}) sm90::prefetch_map(*map);
       shared.init_barriers();
       break;
     case scheduler:
@@ -197,9 +197,12 @@ bool make_maps(TensorMaps& maps, const AttendArgs& args, std::int64_t order_head
     return make_tensor_map(into, view, shape.batch, heads, tokens, width,
                            Box{.tokens = box_tokens, .columns = static_cast<int>(width), .panel = panel});
   };
-  const auto map_permuted = [&](CUtensorMap& into, const void* data, std::int64_t width, int panel,
-                                const CUtensorMap& original) {
-    into = original;  // keys that are where they were
+  const PageTable pages(args.inputs.pages, shape.kv_len);
+  const auto map_kv = [&](KvMap& into, const ConstView& view, std::int64_t width, int panel) {
+    return make_kv_map(into, view, pages, shape, width,
+                       Box{.tokens = step, .columns = static_cast<int>(width), .panel = panel});
+  };
+  const auto map_permuted = [&](CUtensorMap& into, const void* data, std::int64_t width, int panel) {
     const std::int64_t head = g.permuted_len() * width;
     const ConstView view{data, args.inputs.k.dtype, order_heads * head, head, width};
     return !permuted || map(into, view, order_heads, g.permuted_len(), width, step, panel);
@@ -207,10 +210,9 @@ bool make_maps(TensorMaps& maps, const AttendArgs& args, std::int64_t order_head
   const int panel = panel_of(dim);
   return map(maps.q, args.inputs.q, shape.q_heads, shape.q_len, dim, 64, panel) &&
          map(maps.out, args.outputs.out, shape.q_heads, shape.q_len, dim_v, 64, panel_of(dim_v)) &&
-         map(maps.k, args.inputs.k, shape.kv_heads, shape.kv_len, dim, step, panel) &&
-         map(maps.v, args.inputs.v, shape.kv_heads, shape.kv_len, dim_v, step, panel_v) &&
-         map_permuted(maps.permuted_k, args.permuted.k, dim, panel, maps.k) &&
-         map_permuted(maps.permuted_v, args.permuted.v, dim_v, panel_v, maps.v);
+         map_kv(maps.k, args.inputs.k, dim, panel) && map_kv(maps.v, args.inputs.v, dim_v, panel_v) &&
+         map_permuted(maps.permuted_k, args.permuted.k, dim, panel) &&
+         map_permuted(maps.permuted_v, args.permuted.v, dim_v, panel_v);
 }
 
 }  // namespace
@@ -235,6 +237,8 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
       .next_place = &scratch->next_place,
       .lists = args.lists,
       .grid = grid,
+      .pages = {args.inputs.pages, shape.kv_len},
+      .moved = permuted,
       .scale = args.scale,
       .scale_log2 = args.scale * log2_e,
       .out = args.outputs.out,
@@ -271,7 +275,7 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
       return launch(attend_kernel<T, keys(), values(), L>, dim3(std::min(tiles, multiprocessors)), threads,
                     shared_bytes, stream, start, params, maps, layer);
     };
-    const Layer layer = layer_of(args.inputs, g.window);
+    const Layer layer = layer_of(args.inputs, g);
     if constexpr (takes_caps(keys()))
       if (args.softcap != 0.0F) return launch_for(capped_layer_of(layer, args.softcap, args.scale));
     if (args.inputs.sinks.empty() && !g.windowed()) return launch_for(PlainLayer{});

@@ -12,7 +12,7 @@
 #include <cstdint>
 
 #include "core/geometry.h"
-#include "cuda/arrays.h"
+#include "cuda/memory/arrays.h"
 
 namespace pbsattn::cuda {
 

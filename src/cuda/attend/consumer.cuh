@@ -190,7 +190,7 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
           for (int i = 0; i < min(32, outputs - first); ++i) {
             const int at_row = row + i % 4 / 2 * 8;
             const int at_column = (first + i) / 4 * 8 + column + i % 2;
-            if (layer.template sees_bad<Element>(p.grid, tile, at_row, at_column)) spoilt |= 1U << i;
+            if (layer.template sees_bad<Element, Shared::pages>(p.grid, tile, at_row, at_column)) spoilt |= 1U << i;
           }
 #pragma unroll
           for (int i = 0; i < min(32, outputs - first); ++i) {

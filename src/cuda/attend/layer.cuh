@@ -9,8 +9,8 @@
 #include <cmath>
 #include <limits>
 
-#include "cuda/arrays.h"
 #include "cuda/attend/tile.cuh"
+#include "cuda/memory/arrays.h"
 #include "cuda/sm90/online_sum.cuh"
 #include "cuda/sm90/soft_cap.cuh"
 
@@ -48,13 +48,13 @@ struct Layer {
 
   // Tells whether a query of a tile sees a value of this column that is not finite, in guarded blocks or near them.
   // From memory, key by key: that is rare.
-  template <class Element>
+  template <class Element, bool may_be_paged>
   __device__ bool sees_bad(const RowGrid& grid, const Tile& tile, int row, int column) const {
-    const auto* const values = head_of<std::uint16_t>(v, tile.batch, grid.kv_head(tile.head)) + column;
+    const Rows<std::uint16_t> values(v, pages, tile.batch, grid.kv_head(tile.head));
     const auto any_bad = [&](int begin, int end) {
       constexpr std::uint32_t exponent = Bits<Element>::infinite;
       for (int key = begin; key < end; ++key)
-        if ((values[key * v.token_stride] & exponent) == exponent) return true;
+        if (((may_be_paged ? values.at(key) : values.contiguous(key))[column] & exponent) == exponent) return true;
       return false;
     };
     const int token = tile.token + row;
@@ -67,6 +67,7 @@ struct Layer {
   int window;          // tokens that a query sees, itself the last
   int edge;            // the first place that the window's edge may pass through
   ConstView v;
+  PageTable pages;
 };
 
 // With capped logits besides.
@@ -80,11 +81,12 @@ struct CappedLayer : Layer {
   float reach;
 };
 
-inline Layer layer_of(const Inputs& inputs, std::int64_t window) {
+inline Layer layer_of(const Inputs& inputs, const Geometry& g) {
   return {.sinks = inputs.sinks.empty() ? nullptr : inputs.sinks.data(),
-          .window = static_cast<int>(window),
-          .edge = static_cast<int>(window / block),
-          .v = inputs.v};
+          .window = static_cast<int>(g.window),
+          .edge = static_cast<int>(g.window / block),
+          .v = inputs.v,
+          .pages = {inputs.pages, g.shape.kv_len}};
 }
 inline CappedLayer capped_layer_of(const Layer& layer, float softcap, float scale) {
   CappedLayer capped{layer, soft_cap_of(softcap, scale), {}, {}};

@@ -50,34 +50,46 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer&
   if (p.next_place == nullptr) wait_for_earlier_kernels();  // else reset_places or order_tiles did
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
-  const auto load_step = [&](auto& stage, auto& tile, sm90::Barrier* full, sm90::Barrier* free, const CUtensorMap& map,
-                             int token, int head, int batch) {
+  const PagedCopy<Shared::step> pages(p.pages, lane);
+  // Loads a part of block b from the caller's keys or values, or from permuted ones where those aren't null.
+  const auto load_part = [&]<int panels, int panel>(auto& stage,
+                                                    typename Shared::Element(&tile)[panels][Shared::step][panel],
+                                                    sm90::Barrier* full, sm90::Barrier* free, const KvMap& map,
+                                                    const CUtensorMap* permuted, int b, int part, int head, int batch) {
+    const bool from_pages = Shared::pages && permuted == nullptr && p.pages.entries != nullptr;
+    const int page = from_pages ? pages.page(batch, b) : 0;  // comes while the warp waits
     free[stage.at].wait(stage.parity ^ 1);
-    if (lane == 0) {
-      full[stage.at].arrive_expecting(sizeof(tile));
-      sm90::tma_load(tile, map, full[stage.at], 0, token, 0, head, batch);
-    }
+    if (lane == 0) full[stage.at].arrive_expecting(sizeof(tile));
+    if (from_pages)
+      pages.template start<panels, panel>(tile, map, full[stage.at], b, part, head, page);
+    else if (lane == 0)
+      sm90::tma_load(tile, permuted == nullptr ? map.map : *permuted, full[stage.at], 0,
+                     b * block + part * Shared::step, 0, head, batch);
     stage.next();
   };
 
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
     const int diagonal = tile.token / block;
-    const int own_begin = p.grid.own_begin(diagonal);
+    const int own_begin = p.moved ? p.grid.own_begin(diagonal) : 0;
     const int head = p.grid.kv_head(tile.head);
     const int permuted_head = p.grid.order_head(tile.head);
     const auto load_k = [&](int b, int part) {
       const bool own = b >= own_begin;
-      load_step(k, shared.k[k.at], shared.k_full, shared.k_free, own ? maps.k : maps.permuted_k,
-                b * block + part * Shared::step, own ? head : permuted_head, tile.batch);
+      load_part(k, shared.k[k.at], shared.k_full, shared.k_free, maps.k, own ? nullptr : &maps.permuted_k, b, part,
+                own ? head : permuted_head, tile.batch);
     };
     const auto load_v = [&](int b, int part) {
       const bool own = b >= own_begin;
-      load_step(v, shared.v[v.at].tile, shared.v_full, shared.v_free, own ? maps.v : maps.permuted_v,
-                b * block + part * Shared::step, own ? head : permuted_head, tile.batch);
+      load_part(v, shared.v[v.at].tile, shared.v_full, shared.v_free, maps.v, own ? nullptr : &maps.permuted_v, b, part,
+                own ? head : permuted_head, tile.batch);
     };
     // Entry i of the list from its end; each lane holds one of 32.
-    const std::int32_t* last = p.lists.row_start != nullptr ? p.lists.block + tile.list + tile.count - 1 : nullptr;
-    const auto entries = [&](int i) { return i >= tile.count ? 0 : last != nullptr ? __ldg(last - i) : diagonal - i; };
+    const auto entries = [&](int i) {
+      const Tile& again = shared.tile[slot.at];  // which holds no registers
+      if (i >= again.count) return 0;
+      return p.lists.row_start != nullptr ? __ldg(p.lists.block + again.list + again.count - 1 - i)
+                                          : again.token / block - i;
+    };
     int now = entries(lane);
     int then = entries(32 + lane);
 

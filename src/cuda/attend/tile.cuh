@@ -4,10 +4,12 @@
 #include <limits>
 #include <type_traits>
 
-#include "cuda/arrays.h"
 #include "cuda/attend/softmax.cuh"
 #include "cuda/attend/tile_order.h"
 #include "cuda/geometry.cuh"
+#include "cuda/memory/arrays.h"
+#include "cuda/memory/kv_copy.cuh"
+#include "cuda/memory/kv_rows.cuh"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/panel.h"
 #include "cuda/sm90/ptx.cuh"
@@ -32,6 +34,8 @@ struct AttendParams {
   int* next_place;        // counts those beyond each thread block's first; null: there are none
   BlockLists lists;       // null: dense
   RowGrid grid;
+  PageTable pages;  // of the caller's keys and values
+  bool moved;       // keys before the own segment are permuted ones
 
   float scale;
   float scale_log2;  // scale x log2(e)
@@ -40,9 +44,11 @@ struct AttendParams {
   std::int64_t lse_batch_stride;
 };
 
-// Rank 5: (element of a panel, token, panel, head, batch).
+// Rank 5: (element of a panel, token, panel, head, batch); of pages (element of a panel, place, panel, head, page).
 struct TensorMaps {
-  CUtensorMap q, k, v, permuted_k, permuted_v, out;
+  CUtensorMap q, out;
+  KvMap k, v;
+  CUtensorMap permuted_k, permuted_v;
 };
 
 struct Tile {
@@ -76,6 +82,7 @@ struct Shared {
   static constexpr int head_dim = head_dim_;      // of queries and keys
   static constexpr int head_dim_v = head_dim_v_;  // of values and outputs
   static constexpr int guards = guards_;
+  static constexpr bool pages = guards == 1 ? takes_pages(head_dim) : takes_pages_of_layers(head_dim);
   // Products take a block's keys all at once, or in two steps where outputs leave room in registers for half the
   // scores.
   static constexpr int step = head_dim_v > 128 ? 64 : block;

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/geometry.cuh"
+#include "cuda/memory/kv_rows.cuh"
 #include "cuda/permute/permute.h"
 #include "cuda/permute/pool.cuh"
 #include "cuda/sm90/launch.h"
@@ -16,6 +17,7 @@ namespace pbsattn::cuda {
 
 struct PermuteParams {
   ConstView scoring_queries, k, v;
+  PageTable pages;  // of k and v
   RowGrid grid;
   int batch;
   int queries;  // that score, 1 .. 128

@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(statistics_threads, 1)
     const int warp = threadIdx.x % 128 / 32;
     const int cta = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
     const int ctas = gridDim.x * gridDim.y * gridDim.z;
-    pool_rows_staged<T, head_dim>(p.pool_q, p.batch, cta * 4 + warp, ctas * 4,
-                                  queries + statistics_tile_bytes<head_dim> + warp * pool_stage_bytes<head_dim>);
+    pool_rows_staged<T, head_dim, false>(p.pool_q, p.batch, cta * 4 + warp, ctas * 4,
+                                         queries + statistics_tile_bytes<head_dim> + warp * pool_stage_bytes<head_dim>);
   } else {
     sm90::take_registers<232>();
     constexpr int heads = heads_at_once<head_dim>;
@@ -74,13 +74,12 @@ __global__ void __launch_bounds__(statistics_threads, 1)
     unsigned char* keys = queries + heads * Swizzled::bytes;
     const int batch = blockIdx.z / p.grid.kv_heads;
     const int kv_head = blockIdx.z % p.grid.kv_heads;
-    const std::int64_t first_key = blockIdx.x * p.unit_keys;
+    const int first_key = static_cast<int>(blockIdx.x * p.unit_keys);
     const int tiles = static_cast<int>(min(p.unit_keys, p.permuted_len - first_key) / tile_tokens);
-    const T* source = head_of<T>(p.k, batch, kv_head) + first_key * p.k.token_stride;
+    const Rows<T> source(p.k, p.pages, batch, kv_head);
     const auto load_keys = [&](int tile) {
-      load_tile<T, head_dim, multiplying_threads>(keys + tile % stages * Swizzled::bytes,
-                                                  source + tile * tile_tokens * p.k.token_stride, p.k.token_stride,
-                                                  tile_tokens, threadIdx.x);
+      load_tile<T, head_dim, multiplying_threads>(keys + tile % stages * Swizzled::bytes, source,
+                                                  first_key + tile * tile_tokens, threadIdx.x);
       commit_copies();
     };
     // The last head of an odd group has no partner: both warpgroups compute it, since a branch around the products

@@ -20,6 +20,7 @@ namespace pbsattn::cuda {
 
 struct MoveParams {
   ConstView k, v;
+  PageTable pages;  // of both
   RowGrid grid;
   int segment;
   std::int64_t permuted_len;
@@ -113,9 +114,9 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
   const int thread = static_cast<int>(threadIdx.x);
   const int batch = static_cast<int>(blockIdx.z);
   const int kv_head = static_cast<int>(blockIdx.y);
-  const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.x) * p.segment;
-  const T* source_k = head_of<T>(p.k, batch, kv_head) + first_token * p.k.token_stride;
-  const T* source_v = head_of<T>(p.v, batch, kv_head) + first_token * p.v.token_stride;
+  const int first_token = static_cast<int>(blockIdx.x) * p.segment;
+  const Rows<T> source_k(p.k, p.pages, batch, kv_head);
+  const Rows<T> source_v(p.v, p.pages, batch, kv_head);
 
   const RowShare<head_dim, move_threads> of_k(thread);
   const RowShare<head_dim_v, move_threads> of_v(thread);
@@ -125,9 +126,8 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
       __syncthreads();  // all have scored the keys before
       const int tiles = min(p.segment - first, moved_at_once) / tile_tokens;
       for (int i = 0; i < tiles; ++i)
-        load_tile<T, head_dim, move_threads>(keys + i * Swizzled::bytes,
-                                             source_k + (first + i * tile_tokens) * p.k.token_stride, p.k.token_stride,
-                                             tile_tokens, thread);
+        load_tile<T, head_dim, move_threads>(keys + i * Swizzled::bytes, source_k,
+                                             first_token + first + i * tile_tokens, thread);
       commit_copies();
       if (first == 0) {  // under the copies
         for (int i = thread; i < features; i += move_threads) {
@@ -164,14 +164,14 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
     const std::int32_t* known =
         p.known.data + batch * p.known.batch_stride + kv_head * p.known.head_stride + first_token;
     for (int slot = thread; slot < p.segment; slot += move_threads)
-      from[slot] = min(max(known[slot] - static_cast<int>(first_token), 0), p.segment - 1);
+      from[slot] = min(max(known[slot] - first_token, 0), p.segment - 1);
   }
   __syncthreads();
 
   const int out_head = p.grid.order_head(batch, kv_head, 0);
   const std::int64_t out_token = out_head * p.permuted_len + first_token;
   for (int slot = thread; slot < p.segment; slot += move_threads)
-    p.permuted.order[out_token + slot] = static_cast<std::int32_t>(first_token) + from[slot];
+    p.permuted.order[out_token + slot] = first_token + from[slot];
   if (first_token == 0) {
     int& sink = score[0];
     if (thread == 0) sink = 0;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
     if (thread == 0) p.permuted.sink_block[out_head] = sink;
   }
 
-  const auto write = [&](auto&& key_chunk) {
+  const auto write = [&](auto&& key_chunk, auto&& value_row) {
 #pragma unroll 1
     for (int block = 0; block < p.segment / block_tokens; ++block) {
       const int first_v = block * block_tokens + of_v.first;
@@ -191,9 +191,9 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
 #pragma unroll
       for (int i = 0; i < of_v.rows; ++i)
         if (of_v.any())
-          v_chunk[i] = __ldg(
-              reinterpret_cast<const uint4*>(source_v + from[first_v + i * of_v.rows_at_once] * p.v.token_stride) +
-              of_v.chunk);
+          v_chunk[i] =
+              __ldg(reinterpret_cast<const uint4*>(value_row(first_token + from[first_v + i * of_v.rows_at_once])) +
+                    of_v.chunk);
       float sum[8] = {};
 #pragma unroll
       for (int i = 0; i < of_k.rows; ++i) {
@@ -216,14 +216,20 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
       __syncthreads();  // the sums are read
     }
   };
-  if (p.weights != nullptr && p.segment <= moved_at_once)
-    write([&](int key) {
-      return *reinterpret_cast<const uint4*>(keys + key / tile_tokens * Swizzled::bytes +
-                                             Swizzled::offset(key % tile_tokens, of_k.chunk));
-    });
+  const auto from_memory = [&](int key) {
+    return __ldg(reinterpret_cast<const uint4*>(source_k.at(first_token + key)) + of_k.chunk);
+  };
+  const auto from_tiles = [&](int key) {
+    return *reinterpret_cast<const uint4*>(keys + key / tile_tokens * Swizzled::bytes +
+                                           Swizzled::offset(key % tile_tokens, of_k.chunk));
+  };
+  // Apart, as one loop for both would need more registers.
+  const auto in_pages = [&](int token) { return source_v.in_pages(token); };
+  const auto contiguous = [&](int token) { return source_v.contiguous(token); };
+  if (p.weights == nullptr || p.segment > moved_at_once)
+    source_v.paged() ? write(from_memory, in_pages) : write(from_memory, contiguous);
   else
-    write(
-        [&](int key) { return __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + of_k.chunk); });
+    source_v.paged() ? write(from_tiles, in_pages) : write(from_tiles, contiguous);
 }
 
 }  // namespace pbsattn::cuda

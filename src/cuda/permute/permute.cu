@@ -7,7 +7,7 @@
 // head_dim 128 and an order for each query head.
 #include <algorithm>
 
-#include "cuda/carver.h"
+#include "cuda/memory/carver.h"
 #include "cuda/permute/key_statistics.cuh"
 #include "cuda/permute/move.cuh"
 #include "cuda/permute/reorder.cuh"
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(pool_warps * 32)
     pool_rows(const __grid_constant__ PoolArgs args, std::int64_t batch, std::int32_t* sink_block, std::int64_t sinks) {
   extern __shared__ unsigned char stages[];
   const int warp = threadIdx.x / 32;
-  pool_rows_staged<T, width>(args, batch, blockIdx.x * pool_warps + warp, gridDim.x * pool_warps,
-                             stages + warp * pool_stage_bytes<width>);
+  pool_rows_staged<T, width, true>(args, batch, blockIdx.x * pool_warps + warp, gridDim.x * pool_warps,
+                                   stages + warp * pool_stage_bytes<width>);
   for (std::int64_t sink = blockIdx.x * blockDim.x + threadIdx.x; sink < sinks; sink += gridDim.x * blockDim.x)
     sink_block[sink] = 0;  // token 0 stays where it is
 }
@@ -71,6 +71,10 @@ cudaError_t launch_pool(const PoolArgs& args, const Geometry& g, std::int64_t wi
   });
 }
 
+PageTable pages_of(const PermuteArgs& args) {
+  return {args.inputs.pages, args.geometry.shape.kv_len};
+}
+
 PoolArgs queries(const PermuteArgs& args) {
   const Geometry& g = args.geometry;
   return {.view = args.inputs.q,
@@ -83,8 +87,10 @@ PoolArgs queries(const PermuteArgs& args) {
 }
 
 // Whole blocks of keys or values that may move, in some order.
-PoolArgs whole_blocks(const Geometry& g, const ConstView& view, std::int64_t heads, void* means) {
+PoolArgs whole_blocks(const Geometry& g, const ConstView& view, const PageTable& pages, std::int64_t heads,
+                      void* means) {
   return {.view = view,
+          .pages = pages,
           .heads = heads,
           .rows = permuted_blocks(g),
           .first = 0,
@@ -97,6 +103,7 @@ PoolArgs whole_blocks(const Geometry& g, const ConstView& view, std::int64_t hea
 PoolArgs own_keys(const PermuteArgs& args, std::int64_t skipped) {
   const Geometry& g = args.geometry;
   return {.view = args.inputs.k,
+          .pages = pages_of(args),
           .heads = g.shape.kv_heads,
           .rows = g.blocks(),
           .first = 0,
@@ -128,6 +135,7 @@ cudaError_t order_by_queries(const PermuteArgs& args, cudaStream_t stream) {
   PermuteParams p{.scoring_queries = args.inputs.q,
                   .k = args.inputs.k,
                   .v = args.inputs.v,
+                  .pages = pages_of(args),
                   .grid = {g, to.order_heads},
                   .batch = static_cast<int>(g.shape.batch),
                   .queries = static_cast<int>(g.scoring_queries()),
@@ -183,6 +191,7 @@ cudaError_t move(const PermuteArgs& args, std::int64_t segments, cudaStream_t st
   const OrderWeights& learned = args.inputs.order_weights;
   const MoveParams p{.k = args.inputs.k,
                      .v = args.inputs.v,
+                     .pages = pages_of(args),
                      .grid = {g, args.permuted.order_heads},
                      .segment = g.segment,
                      .permuted_len = g.permuted_len(),
@@ -251,7 +260,7 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
           const std::int64_t width = value_dim(g.shape);
           const std::int64_t head = g.permuted_len() * width;
           const ConstView values{args.permuted.v, args.inputs.v.dtype, heads * head, head, width};
-          return launch_pool(whole_blocks(g, values, heads, args.pooled.v), g, width, stream);
+          return launch_pool(whole_blocks(g, values, {}, heads, args.pooled.v), g, width, stream);
         });
       });
 }
@@ -266,13 +275,15 @@ cudaError_t pool(const PermuteArgs& args, cudaStream_t stream) {
         return args.pooled.q == nullptr ? stay() : launch_pool(queries(args), g, g.shape.head_dim, stream, sinks);
       },
       [&] {
-        return args.pooled.v == nullptr ? cudaSuccess
-                                        : launch_pool(whole_blocks(g, args.inputs.v, g.shape.kv_heads, args.pooled.v),
-                                                      g, value_dim(g.shape), stream);
+        return args.pooled.v == nullptr
+                   ? cudaSuccess
+                   : launch_pool(whole_blocks(g, args.inputs.v, pages_of(args), g.shape.kv_heads, args.pooled.v), g,
+                                 value_dim(g.shape), stream);
       },
       [&] {
-        return launch_pool(args.pooled.own != nullptr ? own_keys(args, 0)
-                                                      : whole_blocks(g, args.inputs.k, g.shape.kv_heads, args.pooled.k),
+        return launch_pool(args.pooled.own != nullptr
+                               ? own_keys(args, 0)
+                               : whole_blocks(g, args.inputs.k, pages_of(args), g.shape.kv_heads, args.pooled.k),
                            g, g.shape.head_dim, stream);
       });
 }

@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "core/geometry.h"
-#include "cuda/arrays.h"
+#include "cuda/memory/arrays.h"
 
 namespace pbsattn::cuda {
 

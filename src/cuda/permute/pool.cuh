@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/limits.h"
+#include "cuda/memory/kv_rows.cuh"
 #include "cuda/sm90/copy.cuh"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/ptx.cuh"
@@ -14,6 +15,7 @@ namespace pbsattn::cuda {
 // One tensor's rows to be pooled: block `row` of a head holds tokens [first + row * 128, + 128) cut to [0, tokens).
 struct PoolArgs {
   ConstView view;
+  PageTable pages = {};  // of keys or values
   std::int64_t heads, rows;
   std::int64_t first, tokens;  // first <= 0: where a head's first block begins, relative to its first token
   bool divide_by_count;        // by the tokens present, else by 128
@@ -29,7 +31,7 @@ constexpr int pool_stage_bytes = pool_stages* pool_copies<width> * 512;  // of a
 
 // Pools items warp, warp + warps, ... of [batch][heads][rows]. Copies go through shared memory, so that bytes under way
 // cost no registers; a lane reads only what it copied itself, so warps need no barrier.
-template <class T, int width>
+template <class T, int width, bool may_be_paged>
 __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int warp, int warps, unsigned char* stages) {
   constexpr int copies = pool_copies<width>;
   constexpr int chunks = SwizzledTile<width>::chunks;
@@ -53,15 +55,26 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
     const int item = warp + step / parts * warps;
     if (item < items) {
       const int first = step % parts * copies * tokens_at_once + lane / lanes;
-      const T* source = static_cast<const T*>(args.view.data) + item / rows / heads * args.view.batch_stride +
-                        item / rows % heads * args.view.head_stride +
-                        (begin_of(item) + first) * args.view.token_stride + lane % lanes * 8;
       const int count = count_of(item);
+      const auto has = [&](int i) {
+        return first + i * tokens_at_once < count && (chunks == lanes || lane % lanes < chunks);
+      };
+      const std::uint32_t stage = to + step % pool_stages * copies * 512;
+      const Rows<T> of_head(args.view, args.pages, item / rows / heads, item / rows % heads);
+      const int begin = static_cast<int>(begin_of(item)) + first;
+      const T* source = of_head.contiguous(begin) + lane % lanes * 8;
+      if (may_be_paged && of_head.paged()) {
 #pragma unroll 4
-      for (int i = 0; i < copies; ++i) {
-        const bool present = first + i * tokens_at_once < count && (chunks == lanes || lane % lanes < chunks);
-        copy_async(to + (step % pool_stages * copies + i) * 512, present ? source : args.view.data, present, policy);
-        source += tokens_at_once * args.view.token_stride;
+        for (int i = 0; i < copies; ++i) {
+          if (has(i)) source = of_head.in_pages(begin + i * tokens_at_once) + lane % lanes * 8;
+          copy_async(stage + i * 512, source, has(i), policy);
+        }
+      } else {
+#pragma unroll 4
+        for (int i = 0; i < copies; ++i) {
+          copy_async(stage + i * 512, has(i) ? source : args.view.data, has(i), policy);
+          source += tokens_at_once * args.view.token_stride;
+        }
       }
     }
     commit_copies();

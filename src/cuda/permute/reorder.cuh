@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(reorder_threads, 2)
   const int lane = thread % 32;
   const int batch = blockIdx.z;
   const int kv_head = blockIdx.y;
-  const std::int64_t first_token = p.known + static_cast<std::int64_t>(blockIdx.x) * p.segment;
-  const T* source_k = head_of<T>(p.k, batch, kv_head) + first_token * p.k.token_stride;
-  const T* source_v = head_of<T>(p.v, batch, kv_head) + first_token * p.v.token_stride;
+  const int first_token = static_cast<int>(p.known) + static_cast<int>(blockIdx.x) * p.segment;
+  const Rows<T> source_k(p.k, p.pages, batch, kv_head);
+  const Rows<T> source_v(p.v, p.pages, batch, kv_head);
   const int tiles = p.segment / tile_tokens;
 
   const auto load_queries = [&](int head) {
@@ -63,9 +63,8 @@ __global__ void __launch_bounds__(reorder_threads, 2)
   };
   const auto load_keys = [&](int piece) {
     for (int i = 0; i < min(piece_tiles, tiles - piece * piece_tiles); ++i)
-      load_tile<T, head_dim, reorder_threads>(keys + i * Swizzled::bytes,
-                                              source_k + (piece * piece_tiles + i) * tile_tokens * p.k.token_stride,
-                                              p.k.token_stride, tile_tokens, thread);
+      load_tile<T, head_dim, reorder_threads>(keys + i * Swizzled::bytes, source_k,
+                                              first_token + (piece * piece_tiles + i) * tile_tokens, thread);
   };
 
   let_next_kernel_start();
@@ -116,43 +115,49 @@ __global__ void __launch_bounds__(reorder_threads, 2)
     const int out_head = p.grid.order_head(batch, kv_head, p.shared_order ? 0 : head);
     const std::int64_t out_token = out_head * p.permuted_len + first_token;
     for (int slot = thread; slot < p.segment; slot += reorder_threads) {
-      p.permuted.order[out_token + slot] = static_cast<std::int32_t>(first_token) + from[slot];
+      p.permuted.order[out_token + slot] = first_token + from[slot];
       if (first_token == 0 && from[slot] == 0) p.permuted.sink_block[out_head] = slot / block_tokens;
     }
     const RowShare<head_dim, reorder_threads> of_k(thread);
     const RowShare<head_dim_v, reorder_threads> of_v(thread);
-    for (int block = 0; block < p.segment / block_tokens; ++block) {
-      // Streaming stores leave L2 to the values that the CTA's next heads read again.
-      const int first_v = block * block_tokens + of_v.first;
-      const int first_k = block * block_tokens + of_k.first;
-      uint4 v_chunk[of_v.rows];
+    const auto write = [&](auto&& row_of) {
+      for (int block = 0; block < p.segment / block_tokens; ++block) {
+        // Streaming stores leave L2 to the values that the CTA's next heads read again.
+        const int first_v = block * block_tokens + of_v.first;
+        const int first_k = block * block_tokens + of_k.first;
+        uint4 v_chunk[of_v.rows];
 #pragma unroll
-      for (int i = 0; i < of_v.rows; ++i)
-        if (of_v.any())
-          v_chunk[i] = __ldg(
-              reinterpret_cast<const uint4*>(source_v + from[first_v + i * of_v.rows_at_once] * p.v.token_stride) +
-              of_v.chunk);
-      float sum[8] = {};
+        for (int i = 0; i < of_v.rows; ++i)
+          if (of_v.any())
+            v_chunk[i] = __ldg(reinterpret_cast<const uint4*>(row_of(source_v, from[first_v + i * of_v.rows_at_once])) +
+                               of_v.chunk);
+        float sum[8] = {};
 #pragma unroll
-      for (int i = 0; i < of_k.rows; ++i) {
-        if (!of_k.any()) continue;
-        const int key = from[first_k + i * of_k.rows_at_once];
-        const uint4 k_chunk = __ldg(reinterpret_cast<const uint4*>(source_k + key * p.k.token_stride) + of_k.chunk);
-        const std::int64_t out = (out_token + first_k + i * of_k.rows_at_once) * of_k.chunks + of_k.chunk;
-        __stcs(static_cast<uint4*>(p.permuted.k) + out, k_chunk);
-        add_to<T>(sum, k_chunk);
+        for (int i = 0; i < of_k.rows; ++i) {
+          if (!of_k.any()) continue;
+          const int key = from[first_k + i * of_k.rows_at_once];
+          const uint4 k_chunk = __ldg(reinterpret_cast<const uint4*>(row_of(source_k, key)) + of_k.chunk);
+          const std::int64_t out = (out_token + first_k + i * of_k.rows_at_once) * of_k.chunks + of_k.chunk;
+          __stcs(static_cast<uint4*>(p.permuted.k) + out, k_chunk);
+          add_to<T>(sum, k_chunk);
+        }
+#pragma unroll
+        for (int i = 0; i < of_v.rows; ++i)
+          if (of_v.any())
+            __stcs(static_cast<uint4*>(p.permuted.v) + (out_token + first_v + i * of_v.rows_at_once) * of_v.chunks +
+                       of_v.chunk,
+                   v_chunk[i]);
+        write_block_mean<T>(
+            sum, block_sums[parity], thread, [] { __syncthreads(); },
+            static_cast<std::uint32_t*>(p.pooled_k) + (out_token / block_tokens + block) * (head_dim / 2));
+        parity ^= 1;
       }
-#pragma unroll
-      for (int i = 0; i < of_v.rows; ++i)
-        if (of_v.any())
-          __stcs(static_cast<uint4*>(p.permuted.v) + (out_token + first_v + i * of_v.rows_at_once) * of_v.chunks +
-                     of_v.chunk,
-                 v_chunk[i]);
-      write_block_mean<T>(
-          sum, block_sums[parity], thread, [] { __syncthreads(); },
-          static_cast<std::uint32_t*>(p.pooled_k) + (out_token / block_tokens + block) * (head_dim / 2));
-      parity ^= 1;
-    }
+    };
+    // Apart, as one loop for both would need more registers.
+    if (source_k.paged())
+      write([&](const Rows<T>& rows, int key) { return rows.in_pages(first_token + key); });
+    else
+      write([&](const Rows<T>& rows, int key) { return rows.contiguous(first_token + key); });
   }
 }
 

@@ -57,7 +57,7 @@ constexpr int everyone = resident_scorers + resident_writers;
 
 template <class T, int head_dim, int head_dim_v, class Cap>
 __device__ void score(const PermuteParams& p, const Cap& cap, unsigned char* base, int batch, int kv_head,
-                      std::int64_t first_token) {
+                      int first_token) {
   using Swizzled = SwizzledTile<head_dim>;
   using Shared = ResidentShared<head_dim, head_dim_v>;
   const int thread = threadIdx.x;
@@ -65,7 +65,7 @@ __device__ void score(const PermuteParams& p, const Cap& cap, unsigned char* bas
   unsigned char* keys = base + Shared::keys;
   int* score = reinterpret_cast<int*>(base + Shared::score);  // bits of floats until the last head adds its own
   const int tiles = p.segment / tile_tokens;
-  const T* source = head_of<T>(p.k, batch, kv_head) + first_token * p.k.token_stride;
+  const Rows<T> source(p.k, p.pages, batch, kv_head);
 
   const auto load_queries = [&](int head) {
     load_tile<T, head_dim, resident_scorers>(base + Shared::queries + head % 2 * Swizzled::bytes,
@@ -79,8 +79,7 @@ __device__ void score(const PermuteParams& p, const Cap& cap, unsigned char* bas
   };
 
   for (int i = 0; i < tiles; ++i)
-    load_tile<T, head_dim, resident_scorers>(keys + i * Swizzled::bytes, source + i * tile_tokens * p.k.token_stride,
-                                             p.k.token_stride, tile_tokens, thread);
+    load_tile<T, head_dim, resident_scorers>(keys + i * Swizzled::bytes, source, first_token + i * tile_tokens, thread);
   load_queries(0);
   commit_copies();
   wait_copies<0>();
@@ -140,7 +139,7 @@ __device__ void score(const PermuteParams& p, const Cap& cap, unsigned char* bas
 }
 
 template <class T, int head_dim, int head_dim_v>
-__device__ void write(const PermuteParams& p, unsigned char* base, int batch, int kv_head, std::int64_t first_token) {
+__device__ void write(const PermuteParams& p, unsigned char* base, int batch, int kv_head, int first_token) {
   using Swizzled = SwizzledTile<head_dim>;
   using Shared = ResidentShared<head_dim, head_dim_v>;
   const int thread = threadIdx.x - resident_scorers;
@@ -154,10 +153,13 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
   const RowShare<head_dim_v, resident_writers> of_v(thread);
 
   handover.keys.wait(0);
-  const T* row = head_of<T>(p.v, batch, kv_head) + (first_token + of_v.first) * p.v.token_stride + of_v.chunk * 8;
+  const Rows<T> source(p.v, p.pages, batch, kv_head);
+  const T* row = source.paged() ? nullptr : source.at(first_token + of_v.first) + of_v.chunk * 8;
   const int chunk_v = of_v.chunks == SwizzledTile<head_dim_v>::threads ? thread : of_v.first * of_v.chunks + of_v.chunk;
 #pragma unroll 1
   for (int i = 0; i < p.segment / of_v.rows_at_once; ++i) {
+    if (source.paged() && of_v.any())
+      row = source.at(first_token + of_v.first + i * of_v.rows_at_once) + of_v.chunk * 8;
     if (of_v.any())
       copy_async(sm90::shared_address(values) + (i * of_v.rows_at_once * of_v.chunks + chunk_v) * 16, row, true);
     row += of_v.rows_at_once * p.v.token_stride;
@@ -176,7 +178,7 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
     const std::int64_t out_token = out_head * p.permuted_len + first_token;
     handover.full[place.at].wait(place.parity);
     if (thread < p.segment) {
-      p.permuted.order[out_token + thread] = static_cast<std::int32_t>(first_token) + from[thread];
+      p.permuted.order[out_token + thread] = first_token + from[thread];
       if (first_token == 0 && from[thread] == 0) p.permuted.sink_block[out_head] = thread / block_tokens;
     }
     for (int block = 0; block < tiles; ++block) {
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(resident::everyone, 1)
     reorder_resident(const __grid_constant__ PermuteParams p, const __grid_constant__ Cap cap) {
   unsigned char* base = aligned_shared();
   // Backwards: the keys that score_statistics read last may still be in L2.
-  const std::int64_t first_token = p.known + static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * p.segment;
+  const int first_token = static_cast<int>(p.known) + static_cast<int>(gridDim.x - 1 - blockIdx.x) * p.segment;
   const int kv_head = gridDim.y - 1 - blockIdx.y;
   if (threadIdx.x == 0) reinterpret_cast<Handover*>(base + ResidentShared<head_dim, head_dim_v>::handover)->init();
   __syncthreads();

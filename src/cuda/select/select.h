@@ -12,7 +12,7 @@
 #include <span>
 
 #include "core/geometry.h"
-#include "cuda/arrays.h"
+#include "cuda/memory/arrays.h"
 #include "cuda/select/head_options.h"
 
 namespace pbsattn::cuda {

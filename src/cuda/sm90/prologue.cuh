@@ -22,8 +22,9 @@ __device__ T& aligned_shared() {
 }
 
 // Initialises the barriers, then runs consume() in the first `consumers` warpgroups and produce() in one thread of the
-// last, each with as many registers as its role needs.
-template <int consumers, int consumer_registers, int producer_registers, class Shared, class Consume, class Produce>
+// last, or in so many, each with as many registers as its role needs.
+template <int consumers, int consumer_registers, int producer_registers, int producing_threads = 1, class Shared,
+          class Consume, class Produce>
 __device__ void run_roles(Shared& shared, Consume&& consume, Produce&& produce) {
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
@@ -32,7 +33,7 @@ __device__ void run_roles(Shared& shared, Consume&& consume, Produce&& produce) 
     consume();
   } else {
     sm90::give_registers<producer_registers>();
-    if (threadIdx.x % 128 == 0) produce();
+    if (threadIdx.x % 128 < producing_threads) produce();
   }
 }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "cuda/geometry.cuh"
+#include "cuda/memory/kv_rows.cuh"
 #include "cuda/select/scores/last_queries.h"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/launch.h"
@@ -43,6 +44,7 @@ struct Params {
   KeepRule keep;
   RowGrid grid;
   ConstView q, k;
+  PageTable pages;  // of k
   int queries;
   int unit_tiles, units;
   float scale_log2;
@@ -58,7 +60,7 @@ struct WarpWork {
   static constexpr int chunks = head_dim / 32;  // of a lane
 
   __device__ WarpWork(const Params& p, int head)
-      : keys(head_of<T>(p.k, head / p.grid.q_heads, p.grid.kv_head(head % p.grid.q_heads))) {
+      : keys(p.k, p.pages, head / p.grid.q_heads, p.grid.kv_head(head % p.grid.q_heads)) {
     const T* const queries = head_of<T>(p.q, head / p.grid.q_heads, head % p.grid.q_heads);
     const auto load = [&](uint4(&to)[chunks], int place) {
       const bool present = place >= most - p.queries;
@@ -76,12 +78,26 @@ struct WarpWork {
     for (int i = 0; i < chunks; ++i) to[i] = present ? __ldg(from + 4 * i) : make_uint4(0, 0, 0, 0);
   }
 
-  // Multiplies this lane's two rows by keys first + 2 t and first + 2 t + 1.
+  // Multiplies this lane's two rows by keys first(i) + 2 t and first(i) + 2 t + 1, for each i of some. Pages have a
+  // loop of their own, so that loads of contiguous keys are under way together.
+  template <class Cap, int count, class First>
+  __device__ void multiply(const Params& p, const Cap& cap, float (&s)[count][4], First&& first) const {
+    const auto multiply_rows = [&](auto&& row_of) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        const int key = first(i) + static_cast<int>(threadIdx.x) % 32 / 4;
+        multiply(cap, row_of(key < p.grid.kv_len ? key : 0), key < p.grid.kv_len, s[i]);
+      }
+    };
+    if (keys.paged())
+      multiply_rows([&](int key) { return keys.in_pages(key); });
+    else
+      multiply_rows([&](int key) { return keys.contiguous(key); });
+  }
   template <class Cap>
-  __device__ void multiply(const Params& p, const Cap& cap, std::int64_t first, float (&s)[4]) const {
+  __device__ void multiply(const Cap& cap, const T* of_key, bool present, float (&s)[4]) const {
     uint4 k[chunks];
-    const std::int64_t key = first + threadIdx.x % 32 / 4;
-    load_row(k, keys + (key < p.grid.kv_len ? key : 0) * p.k.token_stride, key < p.grid.kv_len);
+    load_row(k, of_key, present);
 #pragma unroll
     for (float& x : s) x = 0;
 #pragma unroll
@@ -94,7 +110,7 @@ struct WarpWork {
 
   int first_group = threadIdx.x / 32 / (most / 16);
   int row = threadIdx.x / 32 % (most / 16) * 16 + threadIdx.x % 32 / 4;
-  const T* keys;
+  Rows<T> keys;
   std::int64_t last_key[2];  // visible
   uint4 low[chunks], high[chunks];
 };
@@ -118,8 +134,7 @@ __global__ void __launch_bounds__(threads, head_dim > 128 ? 1 : 2)
   for (std::int64_t tile = begin; tile < end; tile += tile_keys)
     for (int group = work.first_group; group < groups; group += at_once * sharers<most>) {
       float s[at_once][4];
-#pragma unroll
-      for (int i = 0; i < at_once; ++i) work.multiply(p, cap, tile + (group + i * sharers<most>)*8, s[i]);
+      work.multiply(p, cap, s, [&](int i) { return static_cast<int>(tile) + (group + i * sharers<most>)*8; });
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         Statistics part;
@@ -205,8 +220,7 @@ __global__ void __launch_bounds__(weight_threads<most>, head_dim > 128 ? 1 : 128
     constexpr int step = weight_threads<most> / 32 * 16 / most;
     for (int group = work.first_group; group < tile_keys / 8; group += at_once * step) {
       float s[at_once][4];
-#pragma unroll
-      for (int j = 0; j < at_once; ++j) work.multiply(p, cap, tile * tile_keys + (group + j * step) * 8, s[j]);
+      work.multiply(p, cap, s, [&](int j) { return tile * tile_keys + (group + j * step) * 8; });
 #pragma unroll
       for (int j = 0; j < at_once; ++j) {
         const int column = (group + j * step) * 8 + static_cast<int>(threadIdx.x) % 4 * 2;
@@ -284,6 +298,7 @@ cudaError_t find_masses(const SelectArgs& args, KeepRule keep, std::int64_t quer
                  .grid = {g, args.permuted.order_heads},
                  .q = args.inputs.q,
                  .k = args.inputs.k,
+                 .pages = {args.inputs.pages, g.shape.kv_len},
                  .queries = static_cast<int>(queries),
                  .unit_tiles = static_cast<int>(unit_tiles(g)),
                  .units = static_cast<int>(units_of(g)),

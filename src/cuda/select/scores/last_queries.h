@@ -2,7 +2,7 @@
 // by. A part of select().
 #pragma once
 
-#include "cuda/carver.h"
+#include "cuda/memory/carver.h"
 #include "cuda/select/scores/scores.h"
 
 namespace pbsattn::cuda {

@@ -24,7 +24,7 @@
 #include <cmath>
 
 #include "core/score_traits.h"
-#include "cuda/carver.h"
+#include "cuda/memory/carver.h"
 #include "cuda/select/scores/mass_keys.cuh"
 #include "cuda/select/scores/mass_patches.cuh"
 #include "cuda/sm90/tensor_map.h"
@@ -208,6 +208,8 @@ cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
   const int tokens_of_line = in_patches(score) ? patch_tokens : 1;
   const Scratch scratch(score, g, args.scratch);
   Params p{.grid = {g, args.permuted.order_heads},
+           .pages = {args.inputs.pages, g.shape.kv_len},
+           .moved = args.permuted.k != nullptr,
            .log_sums = scratch.log_sums,
            .scores = scores_of(args),
            .causal = counts_kept_first(score),
@@ -217,10 +219,8 @@ cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
            .sampled = score == BlockScore::sampled};
   const ConstView& k = args.inputs.k;
   const std::int64_t permuted_head = g.permuted_len() * g.shape.head_dim;
-  const ConstView permuted = args.permuted.k == nullptr
-                                 ? k
-                                 : ConstView{args.permuted.k, k.dtype, args.permuted.order_heads * permuted_head,
-                                             permuted_head, g.shape.head_dim};
+  const ConstView permuted{args.permuted.k, k.dtype, args.permuted.order_heads * permuted_head, permuted_head,
+                           g.shape.head_dim};
   const Box box = tokens_of_line == 1 ? Box{tile_tokens, static_cast<int>(g.shape.head_dim)}
                                       : Box{lines_of_box, panel_of(g.shape.head_dim), patch_tokens};
   ConstView q = args.inputs.q;
@@ -233,9 +233,9 @@ cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
   }
   Maps maps;
   if (!make_tensor_map(maps.q, q, g.shape.batch, g.shape.q_heads, q_tokens, g.shape.head_dim, box) ||
-      !make_tensor_map(maps.permuted_k, permuted, g.shape.batch, args.permuted.order_heads, g.permuted_len(),
-                       g.shape.head_dim, box) ||
-      !make_tensor_map(maps.k, k, g.shape.batch, g.shape.kv_heads, g.shape.kv_len, g.shape.head_dim, box))
+      (p.moved && !make_tensor_map(maps.permuted_k, permuted, g.shape.batch, args.permuted.order_heads,
+                                   g.permuted_len(), g.shape.head_dim, box)) ||
+      !make_kv_map(maps.k, k, p.pages, g.shape, g.shape.head_dim, box))
     return cudaErrorInvalidValue;
   return dispatch(q.dtype, g.shape.head_dim, [&]<class T, int dim>(T, std::integral_constant<int, dim>) {
     return with_cap<dim>(args.options.softcap, args.options.scale / tokens_of_line, [&]<class Cap>(const Cap& cap) {

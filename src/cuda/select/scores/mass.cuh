@@ -3,6 +3,7 @@
 
 #include "core/score_traits.h"
 #include "cuda/geometry.cuh"
+#include "cuda/memory/kv_copy.cuh"
 #include "cuda/select/scores/scores.h"
 #include "cuda/sm90/elements.cuh"
 #include "cuda/sm90/lanes.cuh"
@@ -22,6 +23,8 @@ constexpr int tile_keys = 128;     // lines
 
 struct Params {
   RowGrid grid;
+  PageTable pages;  // of the caller's keys
+  bool moved;       // keys before the own segment are permuted ones
   float* log_sums;  // of rows [row_begin, row_end) of each head: [row][line of the row][block up to the diagonal]
   float* scores;    // of tile [batch][q_head][row] where its list will be
   std::int64_t head_sums;
@@ -45,7 +48,8 @@ struct Params {
 };
 
 struct Maps {
-  CUtensorMap q, permuted_k, k;
+  CUtensorMap q, permuted_k;
+  KvMap k;
 };
 
 }  // namespace pbsattn::cuda::mass

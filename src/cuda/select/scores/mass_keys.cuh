@@ -1,7 +1,7 @@
 // The first launch of mass.cu where a line is one query or one key (exact, sampled): products of 256 queries and
 // a stream of keys, and of each block of keys the log-sum-exps.
 //
-// The queries stay in shared memory; a producer thread brings tiles of 128 keys, which are blocks, through the copy
+// The queries stay in shared memory; a producer warp brings tiles of 128 keys, which are blocks, through the copy
 // engine into a ring. Each of four consumer warpgroups takes 64 of the queries. They start their products in turn
 // (sm90/turns.cuh), so that the exponentials of some run while the tensor cores work for another.
 #pragma once
@@ -83,8 +83,9 @@ __device__ void produce_keys(const Params& p, const Maps& maps, const KeyItem& i
   const int batch = item.head / p.grid.q_heads;
   const int head = item.head % p.grid.q_heads;
   const int first_query = p.sampled ? item.row * p.query_lines : p.grid.first_query(p.grid.diagonal(item.row));
-  shared.q_full.arrive_expecting(sizeof(shared.q));
-  for (int i = 0; i < tile_queries / tile_tokens; ++i)
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane == 0) shared.q_full.arrive_expecting(sizeof(shared.q));
+  for (int i = 0; i < tile_queries / tile_tokens && lane == 0; ++i)
     sm90::tma_load(shared.q[i], maps.q, shared.q_full, 0, first_query + i * tile_tokens, 0, head, batch);
   Ring<KeyShared<head_dim>::key_stages> stage;
   for (int step = item.begin; step < item.end; ++step) {
@@ -92,9 +93,13 @@ __device__ void produce_keys(const Params& p, const Maps& maps, const KeyItem& i
     const int block = own ? item.own_block(p, step) : step;
     if (block < 0) continue;
     shared.free[stage.at].wait(stage.parity ^ 1);
-    shared.full[stage.at].arrive_expecting(sizeof(shared.k[0]));
-    sm90::tma_load(shared.k[stage.at], own ? maps.k : maps.permuted_k, shared.full[stage.at], 0, block * block_tokens,
-                   0, own ? p.grid.kv_head(head) : p.grid.order_head(head), batch);
+    if (lane == 0) shared.full[stage.at].arrive_expecting(sizeof(shared.k[0]));
+    if (own || !p.moved)
+      copy_block<head_dim>(shared.k[stage.at], maps.k, p.pages, shared.full[stage.at], block, p.grid.kv_head(head),
+                           batch, lane);
+    else if (lane == 0)
+      sm90::tma_load(shared.k[stage.at], maps.permuted_k, shared.full[stage.at], 0, block * block_tokens, 0,
+                     p.grid.order_head(head), batch);
     stage.next();
   }
 }
@@ -228,7 +233,7 @@ __global__ void __launch_bounds__(key_threads, 1)
   auto& shared = aligned_shared<KeyShared<head_dim>>();
   const KeyItem item(p);
   if (item.begin >= item.end) return;
-  run_roles<key_groups, 112, 32>(
+  run_roles<key_groups, 112, 32, 32>(
       shared, [&] { consume_keys<T, head_dim>(p, cap, item, shared); },
       [&] { produce_keys<head_dim>(p, maps, item, shared); });
 }

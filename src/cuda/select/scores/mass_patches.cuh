@@ -61,19 +61,32 @@ __device__ void produce(const Params& p, const Maps& maps, const Item& item, Sha
   const int batch = item.head / p.grid.q_heads;
   const int head = item.head % p.grid.q_heads;
   const int first_query = p.grid.first_query(item.block);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lines_of_run = p.pages.run(lines_of_box * patch_tokens) / patch_tokens;  // of a copy from pages
   Ring<stages> stage;
   for (int tile = item.begin; tile < item.end; ++tile) {
-    const CUtensorMap& keys = item.is_own(tile) ? maps.k : maps.permuted_k;
-    const int k_head = item.is_own(tile) ? p.grid.kv_head(head) : p.grid.order_head(head);
+    const bool own = item.is_own(tile) || !p.moved;
+    const CUtensorMap& keys = own ? maps.k.map : maps.permuted_k;
+    const int k_head = own ? p.grid.kv_head(head) : p.grid.order_head(head);
     const int first_key = item.block_of(tile) * block_tokens;
     for (int step = 0; step < patch_tokens * panels; ++step, stage.next()) {
       const int i = step / panels;
       shared.free[stage.at].wait(stage.parity ^ 1);
-      shared.full[stage.at].arrive_expecting(sizeof(shared.q[0]) + sizeof(shared.k[0]));
-      for (int line = 0; line < tile_queries; line += lines_of_box)
+      if (lane == 0) shared.full[stage.at].arrive_expecting(sizeof(shared.q[0]) + sizeof(shared.k[0]));
+      for (int line = 0; line < tile_queries && lane == 0; line += lines_of_box)
         sm90::tma_load(shared.q[stage.at] + line * panel_bytes, maps.q, shared.full[stage.at], 0,
                        first_query + line * patch_tokens + patch_tokens - 1 - i, step % panels, head, batch);
-      for (int line = 0; line < tile_keys; line += lines_of_box)
+      if (own && p.pages.entries != nullptr) {
+        for (int line = lane * lines_of_run; line < tile_keys; line += 32 * lines_of_run) {
+          const int token = first_key + line * patch_tokens;
+          const int slot = p.pages.slot(token);
+          sm90::tma_load(shared.k[stage.at] + line * panel_bytes, slot == p.pages.last_slot ? maps.k.last : maps.k.map,
+                         shared.full[stage.at], 0, p.pages.place(token, slot) + i, step % panels, k_head,
+                         slot > p.pages.last_slot ? p.pages.count : p.pages.page(batch, slot));
+        }
+        continue;
+      }
+      for (int line = 0; line < tile_keys && lane == 0; line += lines_of_box)
         sm90::tma_load(shared.k[stage.at] + line * panel_bytes, keys, shared.full[stage.at], 0,
                        first_key + line * patch_tokens + i, step % panels, k_head, batch);
     }
@@ -166,7 +179,7 @@ __global__ void __launch_bounds__(threads, 1)
   auto& shared = aligned_shared<Shared<head_dim>>();
   const Item item(p);
   if (item.begin >= item.end) return;
-  run_roles<consumers, 232, 40>(
+  run_roles<consumers, 232, 40, 32>(
       shared, [&] { consume<T, head_dim>(p, cap, item, shared); }, [&] { produce<head_dim>(p, maps, item, shared); });
 }
 

@@ -9,8 +9,8 @@
 #include <cmath>
 
 #include "core/score_traits.h"
-#include "cuda/carver.h"
 #include "cuda/geometry.cuh"
+#include "cuda/memory/carver.h"
 #include "cuda/select/pooled_product.cuh"
 #include "cuda/select/scores/scores.h"
 #include "cuda/sm90/lanes.cuh"

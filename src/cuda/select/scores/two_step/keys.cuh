@@ -8,7 +8,7 @@
 //     S[line][block] = Q M^T, M the part's means: the blocks that the line's row doesn't read, as heavy as their keys
 //     S[line][key] = Q K^T for each block that some row reads
 // A warpgroup multiplies where one of its rows reads the block, a warp sums exponentials where one of its own does. A
-// producer thread brings means and keys through the copy engine into a ring. Long rows come first.
+// producer warp brings means and keys through the copy engine into a ring. Long rows come first.
 #pragma once
 
 #include "cuda/select/scores/mass_keys.cuh"
@@ -23,7 +23,8 @@ constexpr int min_log_lines = 2;
 static_assert(group_lines >> min_log_lines == most_rows_of_strip);
 
 struct KeyMaps {
-  CUtensorMap pooled_k, permuted_k, k;
+  CUtensorMap pooled_k, permuted_k;
+  KvMap k;
 };
 
 template <int head_dim>
@@ -149,17 +150,22 @@ __device__ void produce_keys(const Params& p, const KeyMaps& maps, const KeyItem
   const int orders = p.grid.q_heads / p.grid.order_group;
   const int batch = order_head / orders;
   const int head = order_head % orders;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int kv_head = p.grid.kv_head(head * p.grid.order_group);
   Ring<KeyShared<head_dim>::key_stages> stage;
-  const auto load = [&](const CUtensorMap& map, int token, int of_head) {
+  const auto load = [&](const CUtensorMap* map, int token) {  // null: the caller's keys
     shared.free[stage.at].wait(stage.parity ^ 1);
-    shared.full[stage.at].arrive_expecting(sizeof(shared.k[0]));
-    sm90::tma_load(shared.k[stage.at], map, shared.full[stage.at], 0, token, 0, of_head, batch);
+    if (lane == 0) shared.full[stage.at].arrive_expecting(sizeof(shared.k[0]));
+    if (map == nullptr)
+      copy_block<head_dim>(shared.k[stage.at], maps.k, p.pages, shared.full[stage.at], token / block_tokens, kv_head,
+                           batch, lane);
+    else if (lane == 0)
+      sm90::tma_load(shared.k[stage.at], *map, shared.full[stage.at], 0, token, 0, head, batch);
     stage.next();
   };
-  for (int tile = 0; tile < item.mean_tiles(); ++tile) load(maps.pooled_k, item.begin + tile * tile_tokens, head);
+  for (int tile = 0; tile < item.mean_tiles(); ++tile) load(&maps.pooled_k, item.begin + tile * tile_tokens);
   for_each_block(item, shared, [&](int i) {
-    load(item.own ? maps.k : maps.permuted_k, (item.begin + i) * block_tokens,
-         item.own ? p.grid.kv_head(head * p.grid.order_group) : head);
+    load(item.own || !p.moved ? nullptr : &maps.permuted_k, (item.begin + i) * block_tokens);
   });
 }
 
@@ -326,7 +332,7 @@ __global__ void __launch_bounds__(threads, 1)
   if (!item.own) find_reads(p, item, shared);
   wait_copies<0>();
   sm90::fence_async_shared();
-  run_roles<groups, multiplying_registers, other_registers>(
+  run_roles<groups, multiplying_registers, other_registers, 32>(
       shared, [&] { consume_keys<T, head_dim>(p, cap, item, shared); },
       [&] { produce_keys<head_dim>(p, maps, item, shared); });
 }

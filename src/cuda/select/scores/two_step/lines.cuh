@@ -3,6 +3,7 @@
 
 #include "core/score_traits.h"
 #include "cuda/geometry.cuh"
+#include "cuda/memory/kv_copy.cuh"
 #include "cuda/select/scores/scores.h"
 #include "cuda/sm90/copy.cuh"
 #include "cuda/sm90/launch.h"
@@ -45,6 +46,8 @@ struct Sample {
 struct Params {
   RowGrid grid;
   ConstView q;
+  PageTable pages;  // of the caller's keys
+  bool moved;       // keys before the own segment are permuted ones
   float* scores;    // of tile [batch][q_head][row] where its list will be: shares of the first step, then of both
   int scored_rows;  // those from there on are dense
   float scale_log2;

@@ -157,6 +157,8 @@ cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
   if (work.end <= work.grid.first_sparse_row()) return cudaSuccess;
   Params p{.grid = work.grid,
            .q = args.inputs.q,
+           .pages = {args.inputs.pages, g.shape.kv_len},
+           .moved = args.permuted.k != nullptr,
            .scores = scores_of(args),
            .scored_rows = static_cast<int>(scored_rows(args)),
            .scale_log2 = scale_log2(options.scale),
@@ -173,14 +175,14 @@ cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
     const std::int64_t head = tokens * g.shape.head_dim;
     return ConstView{data, k.dtype, order_heads * head, head, g.shape.head_dim};
   };
-  const auto make_map = [&](CUtensorMap& map, const ConstView& view, std::int64_t heads, std::int64_t tokens) {
-    return make_tensor_map(map, view, g.shape.batch, heads, tokens, g.shape.head_dim, tile_tokens);
+  const auto make_map = [&](CUtensorMap& map, const ConstView& view, std::int64_t tokens) {
+    return make_tensor_map(map, view, g.shape.batch, order_heads, tokens, g.shape.head_dim, tile_tokens);
   };
   KeyMaps maps;
-  if (!make_map(maps.pooled_k, in_order_heads(args.pooled.k, args.pooled.k_blocks), order_heads, permuted_blocks(g)) ||
-      !make_map(maps.permuted_k, args.permuted.k == nullptr ? k : in_order_heads(args.permuted.k, g.permuted_len()),
-                order_heads, g.permuted_len()) ||
-      !make_map(maps.k, k, g.shape.kv_heads, g.shape.kv_len))
+  if (!make_map(maps.pooled_k, in_order_heads(args.pooled.k, args.pooled.k_blocks), permuted_blocks(g)) ||
+      (p.moved && !make_map(maps.permuted_k, in_order_heads(args.permuted.k, g.permuted_len()), g.permuted_len())) ||
+      !make_kv_map(maps.k, k, p.pages, g.shape, g.shape.head_dim,
+                   {.tokens = tile_tokens, .columns = static_cast<int>(g.shape.head_dim)}))
     return cudaErrorInvalidValue;
   int multiprocessors = 0;
   if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
