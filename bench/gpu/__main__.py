@@ -18,7 +18,6 @@ the building of its lists are not timed. A line names the strongest peer of each
 """
 
 import argparse
-import dataclasses
 import functools
 import pathlib
 import statistics
@@ -31,19 +30,16 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools"))  # for timing.py, too
 
 import peers
-from block_lists import to_lists
+from attend_cases import density, layers
 from check import check
-from inputs import from_file, random_mask, random_set, shuffle, with_density
-from library import ARRIVAL, BLOCK, KV_HEAD, LEARNED, SEGMENT, Library
-from timing import Report, keep_busy, milliseconds, milliseconds_in_graphs
+from inputs import HEADS, KV_HEADS, PAPER_DENSITY, K, from_file, random_set, with_density
+from library import ARRIVAL, BLOCK, KV_HEAD, LEARNED, Library
+from paged import pages
+from timing import Report, keep_busy, milliseconds, milliseconds_in_graphs, pairs_of, params_of
 
 from common import run_main
 
-HEADS, KV_HEADS = 32, 8
-K = 1024
 MIB = 1 << 20
-# What the paper measured (arXiv 2510.21270), at which the whole op is timed.
-PAPER_DENSITY = {8 * K: 0.579, 32 * K: 0.405, 128 * K: 0.219}
 # Orders of two-step scores, and what twice the queries cost that reach twice as far.
 TWO_STEP = {
     "no order": {},
@@ -66,27 +62,6 @@ CHOOSING = {
     "pbs-two-step": {},
     **{f"two-step, {name}": {"method": "two-step", **options} for name, options in TWO_STEP.items()},
 }
-
-
-def params_of(n, widths, **more):
-    head_dim, head_dim_v = widths
-    return {"n": n, "head_dim": head_dim, **({} if head_dim_v == head_dim else {"head_dim_v": head_dim_v}), **more}
-
-
-def pairs_of(rotations, ours, values_of=lambda name, times: times):
-    """Returns {peer: (our values, its values)}, each from the turns that both took, of the peers in rotations."""
-    return {
-        peer: (values_of(ours, times[ours]), values_of(peer, times[peer]))
-        for times in rotations
-        for peer in times
-        if not peer.startswith("ours")
-    }
-
-
-def window_pairs(n, window):
-    """Returns how many pairs of queries and keys the blocks have that a window of some tokens passes through."""
-    row = torch.arange(n // BLOCK)
-    return (row + 1 - (row * BLOCK - window + 1).clamp(min=0) // BLOCK).sum().item() * BLOCK**2
 
 
 class Bench:
@@ -168,76 +143,6 @@ class Bench:
                 self.report.add_peers("dense", params_of(n, widths), "rate", "TFLOP/s", pairs)
                 del sets, ours, fast, slow
                 torch.cuda.empty_cache()
-
-    def layers(self, n=128 * K):
-        """Dense attention of layers that carry something, against others' of the same and against our own without."""
-        sinks = torch.randn(HEADS, device="cuda", generator=torch.Generator("cuda").manual_seed(5))
-        carried = {"nothing": {}, "sinks": {"sinks": sinks}, "softcap": {"softcap": 50.0}, "window": {"window": 4096}}
-        for widths in self.library.widths:
-            sets = self.sets(n, *widths)
-            plain = self.rotating(self.attend(sets), sets)
-            for name, what in carried.items():
-                if name == "softcap" and widths[0] not in (64, 128):  # which no plan takes
-                    continue
-                ours = self.with_output(functools.partial(self.library.attend, **what), sets)
-                fast, _ = self.right(peers.of_layer(**what), sets, ours(*sets[0]))
-                calls = {"ours": self.rotating(ours, sets), "ours, nothing": plain}
-                rotations = self.race(calls, fast, {}, n)
-
-                def rates(side, times, name=name, widths=widths):
-                    pairs = window_pairs(n, 4096) if name == "window" and side != "ours, nothing" else n * n / 2
-                    return [2 * HEADS * sum(widths) * pairs / t / 1e9 for t in times]
-
-                params = params_of(n, widths, carries=name)
-                self.report.add_peers("layers", params, "rate", "TFLOP/s", pairs_of(rotations, "ours", rates))
-                mine, without = (rates(side, rotations[0][side]) for side in ("ours", "ours, nothing"))
-                ratio = statistics.median(mine) / statistics.median(without)
-                self.report.add("layers", params, "rate", mine, "TFLOP/s", "ours, nothing", without, ratio)
-            del sets, plain, ours, fast, calls
-            torch.cuda.empty_cache()
-
-    def density(self):
-        """Per visited block: random lists over permuted keys, against others' dense rates and their kernels over lists."""
-        for widths in self.library.widths:
-            for n in (32 * K, 128 * K) if widths == (128, 128) else (32 * K,):
-                sets = self.sets(n, *widths)[:1]
-                generator = torch.Generator("cuda").manual_seed(3)
-                for density in (0.4, 0.2, 0.1) if widths == (128, 128) else (0.2,):
-                    self.one_density(n, widths, density, sets, generator)
-                    torch.cuda.empty_cache()
-
-    def one_density(self, n, widths, density, sets, generator):
-        q, k, v = sets[0]
-        mask = random_mask(1, HEADS, n, n, SEGMENT, density, generator)
-        lists = to_lists(mask)
-
-        def over(permuted):
-            def attend(q, k, v, out):
-                self.library.attend(q, k, v, out, permuted=permuted, lists=lists)
-
-            return self.with_output(attend, sets)
-
-        orders = {"KV head": KV_HEADS, "query head": HEADS}  # an order of keys for each
-        ours = {f"ours, {order}": over(shuffle(k, v, heads, SEGMENT, generator)[0]) for order, heads in orders.items()}
-        ours["ours, dense"] = self.attend(sets)
-        dense = [dataclasses.replace(peer, name=f"{peer.name}, dense") for peer in peers.dense() if not peer.slow]
-        fast, _ = self.right(dense, sets, ours["ours, dense"](q, k, v))
-        # Others take keys as they come, so what they compute is ours over keys that didn't move.
-        fast_lists, slow = self.right(peers.sparse(mask), sets, over((k, v))(q, k, v))
-        calls = {name: self.rotating(function, sets) for name, function in ours.items()}
-        rotations = self.race(calls, fast | fast_lists, slow, n)
-        visited, causal = 2 * BLOCK**2 * mask.sum().item(), HEADS * n * n
-
-        def rates(name, times):
-            return [(causal if name.endswith("dense") else visited) * sum(widths) / t / 1e9 for t in times]
-
-        for order in orders:
-            params = params_of(n, widths, density=density, order=order)
-            pairs = pairs_of(rotations, f"ours, {order}", rates)
-            self.report.add_peers("density", params, "rate", "TFLOP/s", pairs)
-            of_order, of_dense = (rates(name, rotations[0][name]) for name in (f"ours, {order}", "ours, dense"))
-            ratio = statistics.median(of_order) / statistics.median(of_dense)
-            self.report.add("density", params, "rate", of_order, "TFLOP/s", "ours, dense", of_dense, ratio)
 
     def whole(self):
         """Methods on inputs of which `pbs` visits as much as in the paper; and what goes before attend."""
@@ -368,7 +273,19 @@ class Bench:
         self.whole_op("file", "pbs", sets[0][0].shape[2], sets, self.reference)
 
 
-CASES = ("ceilings", "dense", "layers", "density", "whole", "choosing", "auto", "workspace", "million", "repeatable")
+CASES = {
+    "ceilings": Bench.ceilings,
+    "dense": Bench.dense,
+    "layers": layers,
+    "density": density,
+    "whole": Bench.whole,
+    "choosing": Bench.choosing,
+    "pages": pages,
+    "auto": Bench.auto,
+    "workspace": Bench.workspace,
+    "million": Bench.million,
+    "repeatable": Bench.repeatable,
+}
 
 
 def commit():
@@ -403,9 +320,9 @@ def main():
     report = Report(arguments.commit)
     reference = arguments.reference and peers.Reference(arguments.reference)
     bench = Bench(library, report, arguments.runs, reference, arguments.peers)
-    cases = {case: getattr(bench, case) for case in arguments.only}
+    cases = {case: functools.partial(CASES[case], bench) for case in arguments.only}
     if arguments.qkv:
-        cases["file"] = lambda: bench.file(arguments.qkv)
+        cases["file"] = functools.partial(bench.file, arguments.qkv)
     failed = []
     for name, case in cases.items():
         try:

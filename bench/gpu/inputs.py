@@ -6,6 +6,11 @@ import pathlib
 import torch
 from library import BLOCK, SEGMENT
 
+HEADS, KV_HEADS = 32, 8
+K = 1024
+# What the paper measured (arXiv 2510.21270), at which the whole op is timed.
+PAPER_DENSITY = {8 * K: 0.579, 32 * K: 0.405, 128 * K: 0.219}
+
 
 def randn(generator, *shape, dtype=torch.bfloat16):
     return torch.randn(*shape, device="cuda", generator=generator).to(dtype)

@@ -117,6 +117,10 @@ class OrderWeights(Struct):
     _fields_ = [("struct_size", size_t), ("values", void_p), ("count", size_t), ("pairs", i32), ("reserved", i32)]
 
 
+class Pages(Struct):
+    _fields_ = [("struct_size", size_t), ("table", void_p), ("batch_stride", i64), ("size", i64), ("count", i64)]
+
+
 class Run(Struct):
     _fields_ = [
         ("struct_size", size_t),
@@ -129,6 +133,7 @@ class Run(Struct):
         ("sinks", void_p),
         ("order_weights", ctypes.POINTER(OrderWeights)),
         ("order", void_p),
+        ("pages", ctypes.POINTER(Pages)),
     ]
 
 
@@ -262,7 +267,7 @@ class Plan:
         if getattr(self, "handle", None):
             self.library.c.pbsattn_plan_destroy(self.handle)
 
-    def _run(self, q, k, v, out, lse, stats):
+    def _run(self, q, k, v, out, lse, stats, table):
         call = Run(
             *(ctypes.pointer(view(t)) for t in (q, k, v, out)),
             pointer(lse),
@@ -275,13 +280,16 @@ class Plan:
             if self.weights is None
             else ctypes.pointer(OrderWeights(pointer(self.weights), self.weights.numel(), 0, 0)),
         )
+        if table is not None:
+            call.pages = ctypes.pointer(Pages(pointer(table), table.stride(0), k.shape[2], k.shape[0]))
         self.library.check(self.library.c.pbsattn_plan_run(self.handle, ctypes.byref(call)))
 
-    def __call__(self, q, k, v, out, lse=None):
-        self._run(q, k, v, out, lse, None)
+    def __call__(self, q, k, v, out, lse=None, table=None):
+        """table: int32 [batch, pages], where k and v are [page, head, place, width]."""
+        self._run(q, k, v, out, lse, None, table)
 
-    def stats(self, q, k, v, out):
+    def stats(self, q, k, v, out, table=None):
         """Runs and waits; returns counts and seconds of each stage."""
         stats = Stats()
-        self._run(q, k, v, out, None, stats)
+        self._run(q, k, v, out, None, stats, table)
         return stats

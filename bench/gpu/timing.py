@@ -60,6 +60,21 @@ def words(params):
     return " ".join(f"{key}={item:.4g}" if isinstance(item, float) else f"{key}={item}" for key, item in params.items())
 
 
+def params_of(n, widths, **more):
+    head_dim, head_dim_v = widths
+    return {"n": n, "head_dim": head_dim, **({} if head_dim_v == head_dim else {"head_dim_v": head_dim_v}), **more}
+
+
+def pairs_of(rotations, ours, values_of=lambda name, times: times):
+    """Returns {peer: (our values, its values)}, each from the turns that both took, of the peers in rotations."""
+    return {
+        peer: (values_of(ours, times[ours]), values_of(peer, times[peer]))
+        for times in rotations
+        for peer in times
+        if not peer.startswith("ours")
+    }
+
+
 class Report:
     def __init__(self, commit):
         self.common = {"device": torch.cuda.get_device_name(), "commit": commit, "date": datetime.date.today().isoformat()}
