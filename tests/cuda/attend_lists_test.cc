@@ -27,20 +27,24 @@ struct Case {
   float softcap = 0;
   int window = Options{}.window;  // where it hides keys, nothing else is chosen
   bool nan_values = false;        // one in the middle of each block of V, each in a column of its own
+  bool dense = false;             // without lists
+
+  bool listless(const Geometry& g) const { return dense || g.windowed(); }
 };
 
 void PrintTo(const Case& c, std::ostream* stream) {
   *stream << c.name;
 }
 
-// A random order inside each complete segment, and random lists with the own segment; of a window its blocks.
+// A random order inside each complete segment, and random lists with the own segment; without lists all blocks, or
+// those of the window.
 Trace random_trace(const Case& test, const Geometry& g, std::mt19937_64& random) {
   const Shape& s = g.shape;
   Trace trace{
       .first_row = g.first_row(), .rows = g.rows(), .blocks = g.blocks(), .order = {}, .row_start = {}, .block = {}};
   for (std::int64_t head = 0; head < s.batch * s.q_heads; ++head) {
     const auto begin = trace.order.size();
-    if (g.windowed()) {
+    if (test.listless(g)) {
       trace.order.resize(begin + s.kv_len);
       std::iota(trace.order.begin() + begin, trace.order.end(), 0);
     } else if (test.shared_order && head % g.group() != 0) {
@@ -56,7 +60,7 @@ Trace random_trace(const Case& test, const Geometry& g, std::mt19937_64& random)
       trace.row_start.push_back(static_cast<std::int64_t>(trace.block.size()));
       const double density = test.density >= 0 ? test.density : r == g.rows() / 2 ? 1 : 0.02;
       for (std::int64_t b = g.window_begin(r); b <= g.diagonal(r); ++b) {
-        const bool kept = g.windowed() || static_cast<double>(random() >> 11) * 0x1p-53 < density;
+        const bool kept = test.listless(g) || static_cast<double>(random() >> 11) * 0x1p-53 < density;
         if (b >= g.own_begin(r) || kept) trace.block.push_back(static_cast<std::int32_t>(b));
       }
     }
@@ -130,15 +134,15 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   const cuda::BlockLists lists{pointer<std::int64_t>(row_start), pointer<std::int32_t>(row_count),
                                pointer<std::int32_t>(block)};
   const cuda::Permuted moved{.order_heads = order_heads, .k = k->data(), .v = v->data()};
-  const bool windowed = g.windowed();
+  const bool listless = test.listless(g);
 
   DeviceProblem device(problem);
   const cuda::AttendArgs args{.geometry = g,
                               .scale = options.scale,
                               .softcap = options.softcap,
                               .inputs = device.inputs(),
-                              .permuted = windowed ? cuda::Permuted{.order_heads = test.shape.kv_heads} : moved,
-                              .lists = windowed ? cuda::BlockLists{} : lists,
+                              .permuted = listless ? cuda::Permuted{.order_heads = test.shape.kv_heads} : moved,
+                              .lists = listless ? cuda::BlockLists{} : lists,
                               .outputs = device.outputs(),
                               .lse_batch_stride = test.shape.q_heads * test.shape.q_len,
                               .scratch = scratch.data()};
@@ -185,6 +189,26 @@ std::vector<Case> cases() {
                        .sinks = true,
                        .window = window,
                        .nan_values = nan_values});
+    // Few dense tiles are dealt out in turns, here in three, more of them by a counter. They may have one block, or
+    // begin inside of one.
+    const auto add_dense = [&](const std::string& label, const Shape& shape, bool sinks = false,
+                               int window = Options{}.window) {
+      for (const bool nan_values : {false, true})
+        all.push_back({.name = (nan_values ? "nan_values_" : "") + label,
+                       .shape = shape,
+                       .sinks = sinks,
+                       .window = window,
+                       .nan_values = nan_values,
+                       .dense = true});
+    };
+    for (const auto& [label, q_heads] : {std::pair{"dense_in_turns", 32}, {"dense_counted", 48}}) {
+      add_dense(name(label), shape_of(384, 384, q_heads, 8, 4));
+      add_dense(name(label) + "_sinks", shape_of(384, 384, q_heads, 8, 4), true);
+      add_dense(name(label) + "_chunk", shape_of(300, 500, q_heads, 8, 4));
+      add_dense(name(label) + "_one_block", shape_of(128, 128, q_heads, 8, 12));
+      for (const int window : {100, 200})
+        add_dense(name(label) + "_window_" + std::to_string(window), shape_of(384, 384, q_heads, 8, 4), true, window);
+    }
     all.push_back(
         {name("f16_tokens_first"), shape_of(777, 777, 4, 2, 2), 0.5, 256, false, DType::f16, TensorLayout::bshd});
     if (!cuda::takes_caps(widths.keys)) continue;

@@ -94,6 +94,18 @@ void DeviceProblem::download_outputs(Problem& problem) const {
   EXPECT_TRUE(lse_.guards_intact());
   EXPECT_TRUE(order_.guards_intact());
 }
+void DeviceProblem::poison_inputs() {
+  for (DeviceMemory* memory : {&q_, &k_, &v_, &sinks_}) memory->poison();
+}
+void DeviceProblem::copy_inputs_slowly(const DeviceProblem& from, cudaStream_t stream) {
+  copy_slowly(q_.data(), from.q_.data(), q_.size(), stream);
+  copy_slowly(k_.data(), from.k_.data(), k_.size(), stream);
+  copy_slowly(v_.data(), from.v_.data(), v_.size(), stream);
+  copy_slowly(sinks_.data(), from.sinks_.data(), sinks_.size(), stream);
+}
+void DeviceProblem::copy_output_slowly(const DeviceMemory& to, cudaStream_t stream) const {
+  copy_slowly(to.data(), out_.data(), out_.size(), stream);
+}
 void DeviceProblem::poison_outputs() {
   out_.poison();
   lse_.poison();

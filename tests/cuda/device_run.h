@@ -42,7 +42,13 @@ class DeviceProblem {
   Inputs inputs() const { return inputs_; }
   Outputs outputs() const { return outputs_; }
   void upload_inputs(const Problem& problem);
+  void poison_inputs();
   void poison_outputs();
+  // Enqueues copies of another problem's inputs, of the same shape, by slow kernels (copy_slowly).
+  void copy_inputs_slowly(const DeviceProblem& from, cudaStream_t stream);
+  // Enqueues such a copy of the outputs into memory of output_bytes().
+  void copy_output_slowly(const DeviceMemory& to, cudaStream_t stream) const;
+  std::size_t output_bytes() const { return out_.size(); }
   // Copies out, lse and kept orders back, and checks that nothing around them was written.
   void download_outputs(Problem& problem) const;
 
@@ -60,6 +66,9 @@ struct DeviceRunOptions {
 // support/problem.h's run(), on CUDA device 0.
 RunResult run_on_device(const Options& options, Problem& problem, const DeviceRunOptions& how = {});
 RunResult run_on_device(std::span<const Options> heads, Problem& problem, const DeviceRunOptions& how = {});
+
+// Enqueues a kernel that lets the stream's next one start at once, and only copies bytes, a multiple of 4, long after.
+void copy_slowly(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
 
 // Leaves NaN of every dtype in the shared memory of all multiprocessors, where a kernel that reads too early finds it.
 void poison_shared_memory();
