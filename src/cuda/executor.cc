@@ -24,22 +24,31 @@
 namespace pbsattn::cuda {
 namespace {
 
-// From ./dev bench gpu on an H100, head_dim 128: a pair of blocks takes 12 ns of the full device; permute and select
-// took 52 to 59 ns for each key block of a query head at 8K to 128K tokens; a call's launches and first loads about 20
-// us. The other widths but 64 are reckoned from that: a pair and a key block take as much more as there are more
-// columns, and keys of wide heads are read twice. Two-step scores of keys that stand in no order took .0908, .449 and
-// 3.94 ms at 8K, 32K and 128K tokens of 32 heads on an H200, where a pair takes 11.3 ns: 39 ns a key block and .16 ns a
-// pair; a learned order up to 8 ns a key block more.
+// What permuting and choosing take, in pairs of blocks of that width, which take 7.1, 8.6, 10.3, 12.8 and 20.8 ns of
+// the full device: fitted to permute + select of one H200 at 8K, 16K and 32K tokens of 32 heads, which they meet within
+// 12 % and at 256 within 19 %. Below 8K launches take longer than the work, and full attention is faster anyway. A
+// learned order takes up to 8 ns a key block more.
 CostModel cost_model_of(const Options& options, const Shape& shape) {
-  constexpr double call = 1500;
-  const bool two_step = options.score == BlockScore::two_step;
-  double key_block = 5;
-  if (two_step && options.permutation == Permutation::none) key_block = 3.5;
-  if (two_step && options.permutation == Permutation::learned) key_block = 4;
-  const double pair = two_step ? .014 : 0;
-  const auto columns = static_cast<double>(shape.head_dim + value_dim(shape));
-  if (shape.head_dim == 64) return {.call = call, .key_block = key_block, .pair = pair};
-  return {.call = call * 256 / columns, .key_block = shape.head_dim > 128 ? 1.5 * key_block : key_block, .pair = pair};
+  struct Cost {
+    double call;
+    double permuted;          // a key block, in an order of the method's own
+    double unpermuted, pair;  // of two-step scores
+  };
+  const auto of_width = [&]() -> Cost {
+    switch (shape.head_dim) {
+      case 64: return {1500, 5.4, 4.3, .013};
+      case 96: return {2000, 5.2, 3.2, .021};
+      case 192: return {1200, 6.7, 2.6, .028};
+      case 256: return {1000, 6.1, 1.9, .029};
+      default: return {1500, 5, 2.4, .026};
+    }
+  };
+  const Cost cost = of_width();
+  if (options.score != BlockScore::two_step) return {.call = cost.call, .key_block = cost.permuted, .pair = 0};
+  double key_block = cost.permuted;
+  if (options.permutation == Permutation::none) key_block = cost.unpermuted;
+  if (options.permutation == Permutation::learned) key_block = cost.unpermuted + .5;
+  return {.call = cost.call, .key_block = key_block, .pair = cost.pair};
 }
 
 template <class V>

@@ -103,12 +103,24 @@ TEST(CudaPlan, AutoIsDenseWhereItIsShort) {
     shape.q_len = shape.kv_len = tokens;
     return Plan::create(parse_method(text), shape, Device::cuda()).path();
   };
-  // The pages tell these lengths: 92 rows of blocks, and with a learned order 102.
-  EXPECT_EQ(path("auto", 11'776), "sm90_dense");
-  EXPECT_EQ(path("auto", 11'777), "sm90");
+  // The pages tell these lengths.
   constexpr const char* learned = "auto:permutation=learned:order_scope=kv_head";
-  EXPECT_EQ(path(learned, 13'056), "sm90_dense");
-  EXPECT_EQ(path(learned, 13'057), "sm90");
+  struct Longest {
+    cuda::Widths widths;
+    std::int64_t unordered, ordered;
+  };
+  for (const auto& [widths, unordered, ordered] : {Longest{{64, 64}, 13'696, 15'104},
+                                                   {{96, 96}, 12'288, 13'696},
+                                                   {{192, 128}, 10'624, 12'160},
+                                                   {{256, 256}, 8320, 9856},
+                                                   {{128, 128}, 10'112, 11'648}}) {
+    SCOPED_TRACE(name_of(widths));
+    shape = with_widths(shape, widths);
+    EXPECT_EQ(path("auto", unordered), "sm90_dense");
+    EXPECT_EQ(path("auto", unordered + 1), "sm90");
+    EXPECT_EQ(path(learned, ordered), "sm90_dense");
+    EXPECT_EQ(path(learned, ordered + 1), "sm90");
+  }
   Options known = method("auto");
   known.expected_density = 0.4F;
   shape.q_len = shape.kv_len = 8192;
