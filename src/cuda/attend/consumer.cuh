@@ -5,6 +5,7 @@
 #include "cuda/attend/merger.cuh"
 #include "cuda/attend/tile.cuh"
 #include "cuda/attend/weights.cuh"
+#include "cuda/sm90/poll.cuh"
 
 namespace pbsattn::cuda::attention {
 
@@ -86,9 +87,9 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     sm90::wgmma_fence();
 #pragma unroll
     for (int d = 0; d < head_dim; d += 16) {
-      const int place = d % panel * static_cast<int>(sizeof(Element));
-      sm90::wgmma<Element>(s, sm90::advance(q_operand, d / panel * q_panel_bytes + place),
-                           sm90::advance(k_operand, d / panel * k_panel_bytes + place), d > 0);
+      const int bytes = d % panel * static_cast<int>(sizeof(Element));
+      sm90::wgmma<Element>(s, sm90::advance(q_operand, d / panel * q_panel_bytes + bytes),
+                           sm90::advance(k_operand, d / panel * k_panel_bytes + bytes), d > 0);
     }
     sm90::wgmma_commit();
   };
@@ -333,7 +334,7 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       Ring<Shared::v_stages> next_v = v;
       next_v.next();
       const bool v_full = shared.v_full[next_v.at].test(next_v.parity);
-      k_full = shared.k_full[k.at].test(k.parity);
+      k_full = sm90::poll(shared.k_full[k.at], k.parity);
       const bool on_diagonal = steps > 1 && n < steps;
       const auto hide = [&] {
         if (on_diagonal) mask(n);
