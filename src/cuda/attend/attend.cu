@@ -70,15 +70,18 @@ __global__ void __launch_bounds__(threads, 1)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps,
                   const __grid_constant__ Layer layer) {
   auto& shared = aligned_shared<Shared<Element, head_dim, head_dim_v, Layer::guards>>();
-  Tile first_tile{};
   switch (threadIdx.x) {  // two warps at once
     case 0:
-      for (const CUtensorMap* map : {&maps.q, &maps.k.map, &maps.v.map}) sm90::prefetch_map(*map);
+      let_next_kernel_start();  // which then gets ready where thread blocks of this one have ended
+      for (const CUtensorMap* map : {&maps.q, &maps.k.map, &maps.v.map, &maps.permuted_k, &maps.permuted_v, &maps.out})
+        sm90::prefetch_map(*map);
       shared.init_barriers();
       break;
     case scheduler:
-      if constexpr (!Layer::plain) wait_for_earlier_kernels();  // they may have written the sinks
-      first_tile = tile_at(p, layer, static_cast<int>(blockIdx.x));
+      // order_tiles writes the order, and kernels before may have written the sinks. With a counter those are done:
+      // reset_places or order_tiles has waited for them.
+      if (p.tile_order != nullptr || (!Layer::plain && p.next_place == nullptr)) wait_for_earlier_kernels();
+      shared.init_tiles(tile_at(p, layer, static_cast<int>(blockIdx.x)));
       break;
     default: break;
   }
@@ -88,14 +91,15 @@ __global__ void __launch_bounds__(threads, 1)
   if (role == 0) {
     sm90::give_registers<producer_registers>();
     const int lane = threadIdx.x % 32;
-    switch (threadIdx.x / 32) {
-      case 0: load(p, maps, layer, shared, lane); break;
-      case 1: store(p, maps, shared, lane); break;
-      case 2: guard(layer, shared, lane); break;
-      case 3:
-        if (lane == 0) schedule(p, layer, shared, first_tile);
-        break;
-    }
+    const int warp = threadIdx.x / 32;  // a switch would read a table of addresses first
+    if (warp == 0)
+      load(p, maps, layer, shared, lane);
+    else if (warp == 1)
+      store(p, maps, shared, lane);
+    else if (warp == 2)
+      guard(layer, shared, lane);
+    else if (lane == 0)
+      schedule(p, layer, shared);
   } else {
     sm90::take_registers<consumer_registers>();
     consume(p, layer, shared, role - 1);
@@ -140,6 +144,8 @@ __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::
   const int begin = min(tiles, warp * each);
   const int end = min(tiles, begin + each);
 
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   if (threadIdx.x == 0) {
     work = 0;
     scratch->next_place = 0;
@@ -250,8 +256,8 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
   const int tiles = params.order.tiles();
   if (!dense) {
-    if (const cudaError_t error = launch(order_tiles, dim3(1), 1024, 0, stream, Start::after_earlier_kernels,
-                                         params.order, params.lists.row_count, scratch);
+    if (const cudaError_t error =
+            launch(order_tiles, dim3(1), 1024, 0, stream, Start::early, params.order, params.lists.row_count, scratch);
         error != cudaSuccess)
       return error;
   } else if (tiles <= few_tiles * multiprocessors) {
@@ -261,9 +267,8 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
              error != cudaSuccess) {
     return error;
   }
-  // Dense tiles are known beforehand, so work on the first ones may start beside reset_places; without a counter the
-  // kernel gets ready beside earlier ones, and `load` waits for them.
-  const Start start = dense ? Start::early : Start::after_earlier_kernels;
+  // It gets ready beside the kernel before it. Dense tiles are known beforehand, so work on the first ones may start
+  // beside reset_places; without a counter `load` waits for earlier kernels.
   return dispatch(args.inputs.q.dtype, shape, [&](auto element, auto keys, auto values) {
     using T = decltype(element);
     const auto launch_for = [&]<class L>(const L& layer) {
@@ -273,7 +278,7 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
       TensorMaps maps;
       if (!make_maps(maps, args, order_heads, permuted, OfTile::step, OfTile::panel_v)) return cudaErrorInvalidValue;
       return launch(attend_kernel<T, keys(), values(), L>, dim3(std::min(tiles, multiprocessors)), threads,
-                    shared_bytes, stream, start, params, maps, layer);
+                    shared_bytes, stream, Start::early, params, maps, layer);
     };
     const Layer layer = layer_of(args.inputs, g);
     if constexpr (takes_caps(keys()))

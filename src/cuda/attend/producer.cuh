@@ -17,6 +17,9 @@ __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
   const int diagonal = p.grid.diagonal(index % p.order.rows);
   tile.head = head % p.grid.q_heads;
   tile.batch = head / p.grid.q_heads;
+  tile.kv_head = p.grid.kv_head(tile.head);
+  tile.order_head = p.grid.order_head(tile.head);
+  tile.own_begin = p.moved ? p.grid.own_begin(diagonal) : 0;
   tile.token = diagonal * block;
   tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : layer.blocks(p.grid, diagonal);
   tile.list = p.lists.row_start != nullptr ? p.lists.row_start[index] : 0;
@@ -24,17 +27,14 @@ __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
   return tile;
 }
 
-// `tile` is the thread block's first one; there are as many tiles as thread blocks, or more.
+// Brings the tiles after the thread block's first one; there are as many tiles as thread blocks, or more.
 template <class Layer, class Shared>
-__device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shared, Tile tile) {
+__device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shared) {
   const int grid = static_cast<int>(gridDim.x);
   const int own = static_cast<int>(blockIdx.x);
   Ring<tile_slots> slot;
   for (int turn = 1;; ++turn) {
-    shared.tile_free[slot.at].wait(slot.parity ^ 1);
-    shared.tile[slot.at] = tile;
-    shared.tile_full[slot.at].arrive();
-    if (tile.count == 0) return;
+    Tile tile;
     slot.next();
     if (p.next_place == nullptr) {  // there and back: whose row was the longest has the shortest then
       tile = tile_at(p, layer, grid * turn + (turn % 2 == 0 ? own : grid - 1 - own));
@@ -42,12 +42,16 @@ __device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shar
       wait_for_earlier_kernels();  // they set the counter to zero
       tile = tile_at(p, layer, grid + atomicAdd(p.next_place, 1));
     }
+    shared.tile_free[slot.at].wait(slot.parity ^ 1);
+    shared.tile[slot.at] = tile;
+    shared.tile_full[slot.at].arrive();
+    if (tile.count == 0) return;
   }
 }
 
 template <class Layer, class Shared>
 __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer& layer, Shared& shared, int lane) {
-  if (p.next_place == nullptr) wait_for_earlier_kernels();  // else reset_places or order_tiles did
+  if (p.next_place == nullptr) wait_for_earlier_kernels();  // else reset_places or the scheduler did
   Ring<Shared::k_stages> k;
   Ring<Shared::v_stages> v;
   const PagedCopy<Shared::step> pages(p.pages, lane);
@@ -69,19 +73,16 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer&
   };
 
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
-    const int diagonal = tile.token / block;
-    const int own_begin = p.moved ? p.grid.own_begin(diagonal) : 0;
-    const int head = p.grid.kv_head(tile.head);
-    const int permuted_head = p.grid.order_head(tile.head);
+    const Tile& at = Shared::wide ? shared.tile[slot.at] : tile;  // in memory where registers are few
     const auto load_k = [&](int b, int part) {
-      const bool own = b >= own_begin;
+      const bool own = b >= at.own_begin;
       load_part(k, shared.k[k.at], shared.k_full, shared.k_free, maps.k, own ? nullptr : &maps.permuted_k, b, part,
-                own ? head : permuted_head, tile.batch);
+                own ? at.kv_head : at.order_head, at.batch);
     };
     const auto load_v = [&](int b, int part) {
-      const bool own = b >= own_begin;
+      const bool own = b >= at.own_begin;
       load_part(v, shared.v[v.at].tile, shared.v_full, shared.v_free, maps.v, own ? nullptr : &maps.permuted_v, b, part,
-                own ? head : permuted_head, tile.batch);
+                own ? at.kv_head : at.order_head, at.batch);
     };
     // Entry i of the list from its end; each lane holds one of 32.
     const auto entries = [&](int i) {
@@ -253,10 +254,11 @@ __device__ void store(const AttendParams& p, const TensorMaps& maps, Shared& sha
         store_short_row<Shared>(p, shared.q[slot.at][wg], tile, query, lane);
       } else if (lane == 0) {
         sm90::tma_store(maps.out, shared.q[slot.at][wg], 0, query, 0, tile.head, tile.batch);
-        sm90::tma_store_wait_read();
       }
-      shared.q_free[slot.at][wg].arrive();
     }
+    if (lane == 0) sm90::tma_store_wait_read();
+    __syncwarp();
+    for (int wg = 0; wg < consumers; ++wg) shared.q_free[slot.at][wg].arrive();
   });
 }
 

@@ -51,29 +51,35 @@ struct TensorMaps {
   CUtensorMap permuted_k, permuted_v;
 };
 
-struct Tile {
+// Of a size that is a power of two: at 48 bytes plain kernels at 256 columns spilled registers.
+struct alignas(64) Tile {
   int head;  // query head of its batch entry
   int batch;
   int token;          // of its first query; a multiple of 128, before the first query if a chunk starts inside a block
   int count;          // key blocks; 0 ends the work
   float sink;         // the logit of one more key of its head, which has no value; -inf: there is none
-  std::int64_t list;  // place of its list
+  std::int64_t list;  // where its list begins in memory
+  // Worked out by `schedule`, ahead, for divisions would hold up `load`.
+  int kv_head, order_head;  // of its batch entry
+  int own_begin;            // block from which on keys are the caller's
 };
 
 template <class Element>
 struct Bits;  // of infinity, which NaN's exceed, and of the largest weight that needs no new maximum; of elements not
-              // below 0 they are in order
+              // below 0 they are in order; and of a pair of ones
 template <>
 struct Bits<__nv_bfloat16> {
   using Pair = __nv_bfloat162;
   static constexpr std::uint32_t infinite = 0x7F80;
   static constexpr std::uint32_t largest_weight = 0x4B80;
+  static constexpr std::uint32_t ones = 0x3F803F80;
 };
 template <>
 struct Bits<__half> {
   using Pair = __half2;
   static constexpr std::uint32_t infinite = 0x7C00;
   static constexpr std::uint32_t largest_weight = 0x7400;
+  static constexpr std::uint32_t ones = 0x3C003C00;
 };
 
 template <class Element_, int head_dim_, int head_dim_v_, int guards_>
@@ -119,10 +125,15 @@ struct Shared {
   sm90::Barrier q_full[q_slots][consumers], q_free[q_slots][consumers], out_full[q_slots][consumers];
   sm90::Barrier k_full[k_stages], k_free[k_stages], v_full[v_stages], v_free[v_stages];
 
-  // To be called by one thread.
+  // To be called by one thread, with the thread block's first tile.
+  __device__ void init_tiles(const Tile& first) {
+    for (sm90::Barrier& barrier : tile_full) barrier.init(1);
+    tile[0] = first;
+    tile_full[0].arrive();
+  }
+  // To be called by one thread; the rest.
   __device__ void init_barriers() {
     for (int slot = 0; slot < tile_slots; ++slot) {
-      tile_full[slot].init(1);
       tile_free[slot].init(32 * (consumer_warps + (wide ? 2 : 3)));  // and load, guard, and store
       for (sm90::Barrier& barrier : v_asked[slot]) barrier.init(1);
       for (sm90::Barrier& barrier : guarded[slot]) barrier.init(32);
@@ -140,9 +151,11 @@ struct Shared {
   }
   // To be called by all threads.
   __device__ void init_ones() {
-    for (int i = static_cast<int>(threadIdx.x); i < v_stages * step * 8; i += threads) {
-      const int row = i / 8 % step;
-      v[i / 8 / step].ones[row][swizzled<panel_v>(0, row) * 8 + i % 8] = Element(1.0F);
+    constexpr std::uint32_t ones = Bits<Element>::ones;
+    for (int i = static_cast<int>(threadIdx.x); i < v_stages * step; i += threads) {
+      const int row = i % step;
+      auto* const eight = &v[i / step].ones[row][swizzled<panel_v>(0, row) * 8];
+      *reinterpret_cast<uint4*>(eight) = make_uint4(ones, ones, ones, ones);
     }
     sm90::fence_async_shared();
   }
