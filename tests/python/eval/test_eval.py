@@ -347,6 +347,26 @@ def test_a_page_has_a_column_for_each_group_of_prompts(tmp_path):
     assert "<summary>found by depth" in text and "  end 4096  pbs     *0" in text and "  pbs: 2 of 4 (50.0%)" in text
 
 
+def test_a_page_has_a_line_for_each_of_many_groups(tmp_path):
+    places = [f"place{number}" for number in range(17)]
+    write_run(tmp_path / "run", places)
+    commands.main(["page", str(tmp_path / "run"), "--to", str(tmp_path / "found")])
+    text = (tmp_path / "found.md").read_text()
+    assert "Found (%); change against full, 95 % interval:" in text
+    assert "| prompts | number | `full` | `pbs` | density | change |" in text
+    assert all(f"| {place} 4096 | 2 | 100.0 | 50.0 | 0.500 | -50.0 [-100.0, +0.0] |" in text for place in places)
+    assert "| all | 34 | 100.0 | 50.0 | 0.500 | -50.0 [" in text
+
+
+def test_parts_of_several_commits_are_named(tmp_path):
+    write_run(tmp_path / "one", ("end",), HEADER | {"commit": "aaaaaaa"})
+    write_run(tmp_path / "two", ("start",), HEADER | {"commit": "bbbbbbb"})
+    commands.main(["page", f"run={tmp_path / 'one'},{tmp_path / 'two'}", "--to", str(tmp_path / "page")])
+    assert f"; commit aaaaaaa and bbbbbbb, {HEADER['date']}.\n" in (tmp_path / "page.md").read_text()
+    rows = json.loads((tmp_path / "page.json").read_text())
+    assert {row["commit"] for row in rows} == {"aaaaaaa and bbbbbbb"}
+
+
 def test_parts_of_a_run_make_one_table(tmp_path):
     for name, places in (("whole", ("end", "start")), ("one", ("end",)), ("two", ("start",))):
         write_run(tmp_path / name, places)

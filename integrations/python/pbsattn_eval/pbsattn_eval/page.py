@@ -11,6 +11,7 @@ from pbsattn.program import write_whole
 from . import curves, folder, kind, summary
 
 PUBLISHED = "pbs:top_p=0.9"  # what other settings have to beat
+MOST_COLUMNS = 16  # groups that a table of one metric has side by side
 
 
 def write(runs, base, against=(), densities=curves.DENSITIES):
@@ -40,19 +41,20 @@ def write(runs, base, against=(), densities=curves.DENSITIES):
 
 
 def _read(run):
-    """Name, header and records of a folder, or of a run's parts, NAME=FOLDER,FOLDER,...: what several measured counts once.
+    """Name, header and records of a folder, or of a run's parts, NAME=FOLDER,FOLDER,...: what several measured counts once,
+    as the first has it. The header names the commits and days of all.
 
-    ValueError for parts that aren't of one kind, model, device, version and day, or give a method other options.
+    ValueError for parts that aren't of one kind, model, device and version, or give a method other options.
     """
     name, equals, parts = str(run).partition("=")
     if not equals:
         path = pathlib.Path(run)
         return path.name, folder.read_header(path), list(folder.read_items(path / "items.jsonl"))
     whole, records = {}, {}
-    for part in parts.split(","):
-        header = folder.read_header(part)
+    headers = {part: folder.read_header(part) for part in parts.split(",")}
+    for part, header in headers.items():
         whole = whole or {**header, "methods": {}}
-        for key in ("kind", "model", "device", "versions", "engine", "commit", "date"):
+        for key in ("kind", "model", "device", "versions", "engine"):
             if header.get(key) != whole.get(key):
                 raise ValueError(
                     f"{part}: {key} is not that of {name}'s first part; name runs that differ in items or methods alone"
@@ -64,6 +66,8 @@ def _read(run):
                 )
         for record in folder.read_items(pathlib.Path(part) / "items.jsonl"):
             records.setdefault((record["item"], record["method"]), record)
+    for key in ("commit", "date"):
+        whole[key] = " and ".join(dict.fromkeys(str(header[key]) for header in headers.values()))
     return name, whole, list(records.values())
 
 
@@ -97,7 +101,8 @@ def _block(header, records, made, the_kind, against, densities):
             "share of its:\n\n" + markdown(*sparser)
         )
     if len(the_kind.metrics) == 1:
-        parts.append(_by_group(made, the_kind.metrics[0]))
+        many = len({row.group for row in made}) > MOST_COLUMNS
+        parts.append((_in_lines if many else _by_group)(made, the_kind.metrics[0]))
     else:
         parts.append("Every setting:\n\n" + markdown(*_settings(made, the_kind.metrics)))
     if header["kind"] != "ppl" and (told := the_kind.report(records, header["methods"])):
@@ -151,6 +156,25 @@ def _by_group(made, metric):
     )
     names = [group.removesuffix(f" {of}") for group in groups]
     return said + markdown(["method", "density", *names, "change"], lines)
+
+
+def _in_lines(made, metric):
+    """What the table of one metric says and the table: a line for each group, columns for each method."""
+    keyed = {(row.group, row.method): row for row in made}
+    groups, methods = (list(dict.fromkeys(names)) for names in zip(*keyed))
+    header, lines = ["prompts", "number"], [[group, ""] for group in groups]
+    for method in methods:
+        of_method = [keyed.get((group, method)) for group in groups]
+        compared = any(row and row.change is not None for row in of_method)
+        header += [f"`{method}`", "density", "change"] if compared else [f"`{method}`"]
+        for line, row in zip(lines, of_method):
+            line[1] = line[1] or ("" if row is None else str(row.items))
+            line.append("" if row is None else metric.form.format(row.mean))
+            if compared:
+                line.append("" if row is None or row.density is None else f"{row.density:.3f}")
+                line.append("" if row is None else summary.change(row, metric))
+    unit = f" ({metric.unit})" if metric.unit else ""
+    return f"{metric.name.capitalize()}{unit}; change against full, 95 % interval:\n\n" + markdown(header, lines)
 
 
 def _settings(made, metrics):
