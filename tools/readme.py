@@ -343,6 +343,7 @@ TABLES = [
     ("results/learned.md", "smollm2", learned_table, ["learned.json"]),
     ("results/learned.md", "qwen-32k", learned_table, ["learned-qwen-32k.json"]),
     ("results/learned.md", "qwen-8k", learned_table, ["learned-qwen-8k.json"]),
+    ("results/learned.md", "smollm2-8k", learned_table, ["learned-smollm2-8k.json"]),
     ("results/learned.md", "qwen-manual", learned_table, ["learned-qwen-manual.json"]),
     ("results/lists.md", "lists", lists_table, ["lists.json"]),
     ("results/python.md", "op", op_table, ["python-op-cpu.json", "python-overhead.json"]),
