@@ -203,7 +203,7 @@ def test_layers_that_are_left(field, value, told):
 def test_every_rule_has_a_case():
     asked = {field.name for field in dataclasses.fields(Facts)} - set(LEFT)
     numbers = {"q_heads", "kv_heads", "head_dim", "scale", "dtype", "window", "model_layers", "rank", "ranks", "device"}
-    assert asked == numbers | {"softcap", "sinks", "model_kv_heads", "rope_pairs"}
+    assert asked == numbers | {"softcap", "sinks", "model_kv_heads", "rope_pairs", "page_size"}
     assert reason_to_leave(FACTS) is None
 
 
@@ -216,8 +216,16 @@ def test_a_layer_that_is_taken():
     assert most_memory(layer, 300, 700) >= plan.workspace_size
     gathered = dataclasses.replace(layer, in_place=False)
     assert layer.in_place and layer.gathered(700) == 0
-    assert most_memory(gathered, 300, 700) >= plan.workspace_size + gathered.gathered(700)
+    assert most_memory(gathered, 300, 700) == plan.workspace_size + gathered.gathered(768), "whole pages of 128"
     assert gathered.gathered(700) == 700 * 2 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64, 128, 176, 256])
+@pytest.mark.parametrize("permutation", ["none", "last_queries"])
+def test_keys_that_stay_are_gathered_from_pages_that_tiles_do_not_divide(permutation, page_size):
+    facts = dataclasses.replace(FACTS, page_size=page_size)
+    layer = layer_of(facts, Settings(method=f"pbs:permutation={permutation}"), 300, 700)
+    assert layer.in_place is (page_size % (128 if permutation == "none" else 16) == 0)
 
 
 def test_pages_that_a_device_refuses_are_gathered(monkeypatch):

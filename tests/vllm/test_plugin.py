@@ -1,5 +1,6 @@
 """The plug-in's pieces against vLLM's own classes, without an engine."""
 
+import contextlib
 import importlib.metadata
 import sys
 import types
@@ -8,7 +9,9 @@ import numpy
 import pytest
 import torch
 import vllm
+from vllm.config import CacheConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -124,6 +127,25 @@ def test_a_vllm_without_its_registry(monkeypatch):
     monkeypatch.setenv("PBSATTN_UNSUPPORTED", "refuse")
     with pytest.raises(ValueError, match="pbsattn: import of vllm"):
         pbsattn_vllm.register()
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "made"),
+    [
+        (backend.Backend, None, 128),
+        (backend.OverFlashAttention, None, 128),
+        (left.LeftAlone, None, 16),
+        (backend.Backend, 32, 32),
+    ],
+)
+def test_pages_are_tiles_where_the_user_names_no_size(monkeypatch, kind, given, made):
+    monkeypatch.setattr(Platform, "_find_non_ssm_backend", classmethod(lambda *_: kind))
+    config = types.SimpleNamespace(
+        cache_config=CacheConfig(block_size=given), model_config=types.SimpleNamespace(is_hybrid=False)
+    )
+    monkeypatch.setattr(vllm.config.vllm, "set_current_vllm_config", lambda _: contextlib.nullcontext())
+    Platform.update_block_size_for_backend(config)
+    assert config.cache_config.block_size == made
 
 
 def test_graphs_hold_no_batch_with_a_prefill():

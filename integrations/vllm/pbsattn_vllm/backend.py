@@ -22,6 +22,12 @@ class Impl(RowsImpl, FlashAttentionImpl):
 class Backend(LeftAlone):
     """As `--attention-backend CUSTOM` chooses it."""
 
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Returns tokens of a page where no --block-size is given: as many as kernels load at once, for which a tile of keys
+        that is read in place is one copy. vLLM's 16 make it eight."""
+        return max(super().get_preferred_block_size(default_block_size), 128)
+
     @staticmethod
     def get_impl_cls() -> type[Impl]:
         return Impl

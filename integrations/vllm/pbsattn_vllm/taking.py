@@ -76,6 +76,7 @@ def facts_of(layer: typing.Any, config: typing.Any) -> Facts:
         rank=get_tensor_model_parallel_rank(),
         ranks=parallel.tensor_parallel_size,
         device=torch.device(config.device_config.device).type,
+        page_size=config.cache_config.block_size,
     )
     of_name = config.compilation_config.static_forward_context
     attention = [name for name, each in of_name.items() if isinstance(each, Attention)]

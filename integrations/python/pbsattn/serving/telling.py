@@ -43,9 +43,12 @@ class Teller:
             if isinstance(reason, str):
                 left.setdefault(reason, []).append(name)
         if taken:
+            direct = sum(layer.in_place for layer in taken)
+            mixed = f"in place by {direct}, else gathered"
+            how = {0: "gathered", len(taken): "in place"}.get(direct, mixed)
             self.log.info(
-                "pbsattn %s, %s: takes %d of %d layers (%d .. %d) by %s, in prefills of %d tokens or more, their pages %s; "
-                "%d MiB reserved",
+                "pbsattn %s, %s: takes %d of %d layers (%d .. %d) by %s, in prefills of %d tokens or more, "
+                "their pages (%s tokens) %s; %d MiB reserved",
                 pbsattn.__version__,
                 server,
                 len(taken),
@@ -54,7 +57,8 @@ class Teller:
                 taken[-1].index,
                 told_method(settings),
                 least,
-                "in place" if all(layer.in_place for layer in taken) else "gathered",
+                ", ".join(map(str, sorted({layer.facts.page_size for layer in taken}))),
+                how,
                 reserved >> 20,
             )
             if most < least:
