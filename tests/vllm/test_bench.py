@@ -20,7 +20,8 @@ GIVEN = argparse.Namespace(
     most=512,
     most_len=1024,
     runs=1,
-    single="",
+    methods=["pbs:top_p=0.5"],
+    only={},
     requests=14,
     longest=300,
     cache=450,
@@ -76,7 +77,7 @@ def test_parts(bench, tmp_path):
     kept = records.Records(path, {"commit": "of a test"}, 1e9)
     parts.first(served, kept, GIVEN, ids)
     assert {(row.tokens, row.kv_len) for row in rows} == {(256, 256), (268, 268)}
-    assert len(rows) == 2 * 2 * 3, "by each chunk, a warm-up and a run, three layers, and none by FlashAttention"
+    assert len(rows) == 2 * 5 * 3, "by each chunk, a warm-up and four runs, three layers, and none by FlashAttention"
     rows.clear()
     served.attend("flash")
     served.first_token(ids[:300])

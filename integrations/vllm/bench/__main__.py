@@ -27,9 +27,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", default="build/vllm.json", help="of the records (default build/vllm.json)")
     parser.add_argument("--parts", default=",".join(names), help="of " + ", ".join(names) + " (default all)")
     parser.add_argument(
-        "--methods", default="auto", help="of the plug-in, as auto,pbs:top_p=0.9; NAME.pbs is auto with that learned order"
+        "--methods",
+        default="auto",
+        help="of the plug-in, as auto,pbs:top_p=0.9; NAME.pbs[:OPTION=VALUE] is auto with that order",
     )
-    parser.add_argument("--single", default="", help="parts that are measured with the first method alone")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PART=METHODS", help="methods of one part, in the place of --methods"
+    )
     parser.add_argument("--text", help="a text for the prompts (default the source of Python's library)")
     parser.add_argument("--lengths", type=numbers, default=[8192, 32_768, 131_072], help="of `first` (8192,32768,131072)")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a step (8192)")
@@ -47,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=65_536, help="prompt of `random` (65536)")
     parser.add_argument("--cache", type=int, default=100_000, help="tokens of the KV cache in `random` (100000)")
     parser.add_argument("--memory", type=float, default=0.92, help="gpu_memory_utilization (.92)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs (1)")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and torch.compile")
     parser.add_argument("--block-size", type=int, help="tokens of a page (vLLM's default)")
     parser.add_argument("--backend", default="CUSTOM", help="attention_backend (CUSTOM)")
@@ -55,15 +60,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after so many, from the engine's start on")
     parser.add_argument("--commit", help="what to write as the commit (default that of the source tree)")
     given = parser.parse_args(arguments)
-    given.parts, given.single = given.parts.split(","), given.single.split(",")
-    if unknown := [part for part in given.parts if part not in names]:
-        parser.error(f"--parts {unknown[0]}: no such part; there are {', '.join(names)}")
+    given.parts, given.methods = given.parts.split(","), [method for method in given.methods.split(",") if method]
+    given.only = {part: methods.split(",") for part, _, methods in (each.partition("=") for each in given.only)}
+    if unknown := [part for part in (*given.parts, *given.only) if part not in names]:
+        parser.error(f"{unknown[0]}: no such part; there are {', '.join(names)}")
     return given
 
 
 def variables(method: str, least: int) -> dict[str, str]:
     """The plug-in's variables for a method of --methods."""
-    named = {"PBSATTN_LEARNED": method} if method.endswith(".pbs") else {"PBSATTN_METHOD": method}
+    learned, found, options = method.partition(".pbs")
+    named = {"PBSATTN_LEARNED": learned + found, "PBSATTN_METHOD": f"auto{options}"} if found else {"PBSATTN_METHOD": method}
     return {**named, "PBSATTN_MIN_TOKENS": str(least)}
 
 
@@ -89,7 +96,10 @@ def main() -> None:
     given.most = max(given.chunk, max(given.lengths) if "first" in given.parts else given.chunk)
     say(f"vLLM {vllm.__version__}, pbsattn {pbsattn.__version__}, PyTorch {torch.__version__}: {given}")
     ids = prompts.of_text(given.model, given.text, given.most_len)
-    methods = {pathlib.Path(method).name: variables(method, given.least) for method in given.methods.split(",") if method}
+    every = dict.fromkeys([*given.methods, *(method for methods in given.only.values() for method in methods)])
+    methods = {pathlib.Path(method).name: variables(method, given.least) for method in every}
+    given.methods = [pathlib.Path(method).name for method in given.methods]
+    given.only = {part: [pathlib.Path(method).name for method in names] for part, names in given.only.items()}
     served = Served(
         given.model,
         methods,
@@ -101,6 +111,7 @@ def main() -> None:
         max_num_seqs=64,
         gpu_memory_utilization=given.memory,
         load_format=given.load_format,
+        tensor_parallel_size=given.tensor_parallel,
         **({"block_size": given.block_size} if given.block_size else {}),
     )
     from pbsattn_eval.bench import records as shared
@@ -113,7 +124,8 @@ def main() -> None:
         "command": shlex.join(["./dev", "bench", "vllm", *sys.argv[1:]]),
         "eager": given.eager,
         "block_size": served.block_size,
-        "runner": type(served.core.model_executor.driver_worker.worker.model_runner).__module__,
+        "runner": served.runner,
+        "tensor_parallel": given.tensor_parallel,
         "model": pathlib.Path(given.model).name,
     }
     records = Records(given.json, origin, given.seconds)

@@ -16,9 +16,16 @@ def quantile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share))
 
 
-def every(served: Served, given: Given, part: str) -> list[str]:
-    """FlashAttention, then the methods, or the first of them, if the part is to be measured with that alone."""
-    return [FLASH, *list(served.methods)[: 1 if part in given.single else None]]
+def every(given: Given, part: str) -> list[str]:
+    """FlashAttention, then the methods of a part."""
+    return [FLASH, *given.only.get(part, given.methods)]
+
+
+def in_turns(methods: list[str], runs: int) -> typing.Iterator[tuple[int, str]]:
+    """Runs 0 .. runs, of which 0 is a warm-up, with each method of each; another method is the first of each run."""
+    for run in range(runs + 1):
+        for i in range(len(methods)):
+            yield run, methods[(run + i) % len(methods)]
 
 
 def first(served: Served, records: Records, given: Given, ids: list[int]) -> None:
@@ -29,13 +36,14 @@ def first(served: Served, records: Records, given: Given, ids: list[int]) -> Non
             if not records.left(**params):
                 continue
             served.chunks(chunk)
-            times: dict[str, list[float]] = {method: [] for method in every(served, given, "first")}
-            for run in range(given.runs + 1):  # the first is a warm-up
-                for method, each in times.items():
-                    served.attend(method)
-                    seconds = served.first_token(ids[: tokens - 32])
-                    if run:
-                        each.append(seconds)
+            methods = every(given, "first")
+            times: dict[str, list[float]] = {method: [] for method in methods}
+            # The time of short prompts is the host's, which varies: four times the runs.
+            for run, method in in_turns(methods, given.runs * (4 if tokens <= 8192 else 1)):
+                served.attend(method)
+                seconds = served.first_token(ids[: tokens - 32])
+                if run:
+                    times[method].append(seconds)
             records.in_turns(params, "time to first token", "s", times, FLASH)
 
 
@@ -47,13 +55,13 @@ def itl(served: Served, records: Records, given: Given, ids: list[int]) -> None:
             continue
         served.chunks(given.chunk)
         requests = [Request(ids[64 * i : 64 * i + tokens - 256], 80) for i in range(count)]
-        times: dict[str, list[float]] = {method: [] for method in every(served, given, "itl")}
-        for run in range(given.runs + 1):
-            for method, each in times.items():
-                served.attend(method)
-                gaps = [gap for answer in served.serve(requests) for gap in answer.gaps[-48:]]  # all prefills are over
-                if run:
-                    each.append(statistics.median(gaps))
+        methods = every(given, "itl")
+        times: dict[str, list[float]] = {method: [] for method in methods}
+        for run, method in in_turns(methods, given.runs):
+            served.attend(method)
+            gaps = [gap for answer in served.serve(requests) for gap in answer.gaps[-48:]]  # all prefills are over
+            if run:
+                times[method].append(statistics.median(gaps))
         records.in_turns(params, "time between tokens", "s", times, FLASH)
 
 
@@ -76,7 +84,7 @@ def load(served: Served, records: Records, given: Given, ids: list[int]) -> None
         at += float(rng.exponential(1 / (4 * rate)))
     params |= {"long_per_second": rate, "chunk": given.chunk}
     measured: dict[str, dict[str, float]] = {}
-    for method in every(served, given, "load"):
+    for method in every(given, "load"):
         served.attend(method)
         answers = served.serve(requests)
         ttft, gaps = [answer.times[0] for answer in answers], [gap for answer in answers for gap in answer.gaps]
@@ -122,12 +130,15 @@ def needles(served: Served, records: Records, given: Given, ids: list[int]) -> N
             continue
         these = [each for each in made if each["tokens"] == tokens][: cells[tokens]]
         found: dict[str, list[bool]] = {}
-        for method in every(served, given, "needles"):
+        seconds: dict[str, list[float]] = {}
+        for method in every(given, "needles"):
             served.attend(method)
             answers = served.serve([Request(each["ids"], 10) for each in these])
+            seconds[method] = [max(answer.times[-1] for answer in answers)]
             found[method] = [each["code"] in texts.decode(answer.tokens) for each, answer in zip(these, answers)]
             say(f"needles {tokens} {method}: {sum(found[method])} of {len(these)}")
         params = {"part": "needles", "tokens": tokens, "prompts": len(these), "chunk": given.chunk}
+        records.in_turns(params, "time until all are answered", "s", seconds, FLASH)
         records.add(FLASH, params, "codes found", sum(found[FLASH]), f"of {len(these)}")
         for method in [each for each in found if each != FLASH]:
             kept = sum(own for own, theirs in zip(found[method], found[FLASH]) if theirs)
@@ -146,7 +157,7 @@ def together(served: Served, records: Records, given: Given, ids: list[int]) -> 
     served.chunks(given.chunk)
     requests = [Request((ids[i * 997 :] + ids[: i * 997])[: tokens - 256], 64) for i in range(4)]
     times: dict[str, list[float]] = {}
-    for method in every(served, given, "together"):
+    for method in every(given, "together"):
         served.attend(method)
         answers = served.serve(requests)
         assert all(len(answer.tokens) == 64 for answer in answers)

@@ -6,7 +6,7 @@ import os
 import time
 import typing
 
-# Nothing is looked up, and one process serves one GPU.
+# Nothing is looked up, and the engine is in this process.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
@@ -68,6 +68,11 @@ def attend_by(worker: typing.Any, variables: dict[str, str] | None) -> None:
         builder.choose_rows()
 
 
+def runner_of(worker: typing.Any) -> str:
+    """Names the module of a worker's model runner."""
+    return type(worker.model_runner).__module__
+
+
 class Served:
     """One engine. `methods`: {name: variables of the plug-in}."""
 
@@ -98,6 +103,11 @@ class Served:
     def block_size(self) -> int:
         """Tokens of a block of the KV cache."""
         return self.llm.llm_engine.vllm_config.cache_config.block_size
+
+    @property
+    def runner(self) -> str:
+        """The module of vLLM's model runner."""
+        return self.llm.collective_rpc(runner_of)[0]
 
     def attend(self, method: str) -> None:
         """Attends by a method of `methods`, or by FLASH, from now on; forgets the prefix cache."""
