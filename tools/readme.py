@@ -17,6 +17,7 @@ import statistics
 import subprocess
 
 from common import Failure, run_main, write_whole
+from vllm_table import vllm_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -354,6 +355,7 @@ TABLES = [
         ["prefill-h100.json", "prefill-h100-prose.json", "prefill-h100-shape.json"],
     ),
     ("results/transformers.md", "h200", models_table, ["prefill-h200.json"]),
+    ("results/vllm.md", "vllm", vllm_table, ["vllm.json"]),
 ]
 
 

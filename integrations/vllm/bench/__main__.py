@@ -8,6 +8,7 @@ A run with the same --json goes on where it was stopped. Run it alone on a machi
 import argparse
 import datetime
 import pathlib
+import re
 import shlex
 import sys
 
@@ -74,6 +75,11 @@ def variables(method: str, least: int) -> dict[str, str]:
     return {**named, "PBSATTN_MIN_TOKENS": str(least)}
 
 
+def command(arguments: list[str]) -> str:
+    """The command of a record: files by name, wherever they lie on this machine."""
+    return shlex.join(["./dev", "bench", "vllm", *(re.sub(r"(^|[,=])/[^,=]*/", r"\1", each) for each in arguments)])
+
+
 def main() -> None:
     given = parse()
     import prompts
@@ -121,7 +127,7 @@ def main() -> None:
         "device": f"{name}, torch {torch.__version__}, vLLM {vllm.__version__}",
         "commit": given.commit or shared.commit(),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["./dev", "bench", "vllm", *sys.argv[1:]]),
+        "command": command(sys.argv[1:]),
         "eager": given.eager,
         "block_size": served.block_size,
         "runner": served.runner,

@@ -133,7 +133,7 @@ def in_place(layer: Layer) -> bool:
     """Whether the layer's keys and values are read from their pages, and not gathered from them first.
 
     A method that moves keys reads each once. Others read them for every row of blocks, in tiles: from pages that tiles don't
-    divide that takes half as long again on a GPU, and to gather them a tenth of that.
+    divide that takes half as long again on a GPU, and gathering them is reckoned at a fifth of that.
     """
     page_size = layer.facts.page_size
     moves = all(pbsattn.options(**each)["permutation"] != "none" for each in json.loads(layer.heads))
