@@ -24,6 +24,7 @@ except ImportError as _error:
         _sys.exit(_message)  # python -m pbsattn: a line for people, no traceback
     raise ImportError(_message, name=_error.name) from None
 
+from ._cache import SegmentCache
 from ._core import Stats, version as _version
 from ._learned import LearnedOrder, read_learned
 from ._op import attention
@@ -35,6 +36,7 @@ __all__ = [
     "METHODS",
     "LearnedOrder",
     "Plan",
+    "SegmentCache",
     "Stats",
     "Trace",
     "attention",

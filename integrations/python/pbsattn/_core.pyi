@@ -77,6 +77,14 @@ class Trace:
     @property
     def block(self) -> numpy.ndarray: ...
 
+class SegmentCache:
+    """In memory of the caller's: see pbsattn::SegmentCache."""
+
+    def __init__(self, memory: int, size: int) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+    def clear(self) -> None: ...
+
 class Plan:
     def __init__(
         self,
@@ -107,7 +115,10 @@ class Plan:
         order_weights: _Weights,
         pages: _Pages,
         stats: bool,
+        cache: SegmentCache | None = None,
+        cache_valid: int = 0,
     ) -> Stats | None: ...
+    def cache_size(self, tokens: int) -> int: ...
     def trace(
         self,
         q: _View,

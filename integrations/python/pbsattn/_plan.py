@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from . import _core
+from ._cache import SegmentCache
 from ._checks import DTYPES, PAIRS, Carried, Shape, check_inputs, check_stride, check_tensor, refuse_gradient, refuse_negated
 from ._settings import HeadChanges, Heads, Value, library_options
 
@@ -197,6 +198,10 @@ class Plan:
         """Bytes of workspace that a run needs."""
         return self._core.workspace_size
 
+    def cache_size(self, tokens: int) -> int:
+        """Bytes of a SegmentCache for this plan and those of other lengths up to so many tokens; 0 if it uses none."""
+        return self._core.cache_size(tokens)
+
     @property
     def path(self) -> str:
         """The code path chosen, for example "avx2_f32" or "sm90"."""
@@ -222,13 +227,16 @@ class Plan:
         order_weights: torch.Tensor | None = None,
         rope_pairs: str = PAIRS[0],
         page_table: torch.Tensor | None = None,
+        cache: SegmentCache | None = None,
+        cache_valid: int = 0,
     ) -> _core.Stats | None:
         """Computes attention of q [B, Hq, Sq, D] over k [B, Hkv, Skv, D] and v [B, Hkv, Skv, Dv] into out [B, Hq, Sq, Dv],
         of q's dtype, without allocating.
 
         workspace: a uint8 tensor of at least workspace_size bytes on the plan's device. lse: a contiguous float32
         tensor [B, Hq, Sq], or None. sinks, order_weights, rope_pairs, page_table: as in `attention`; kv_len is the
-        plan's. layout="bshd" reads all four tensors as [B, S, H, D]. On CUDA the work joins the current stream. With
+        plan's. cache: what earlier chunks of the sequence left, and takes what this one makes (CPU); the first cache_valid
+        tokens are as they were when it saw them. layout="bshd" reads all four tensors as [B, S, H, D]. On CUDA the work joins the current stream. With
         stats=True it waits for its work and returns Stats.
 
         Raises TypeError or ValueError for what is not the plan's, MemoryError for too small a workspace and
@@ -236,8 +244,12 @@ class Plan:
         """
         carried = self._carried(sinks, order_weights, rope_pairs, page_table)
         self._check("Plan.run", q, k, v, out, workspace, lse, layout, carried)
-        ran: _core.Stats | None = run(self._core, q, k, v, out, lse, workspace, layout, carried, stats)
-        return ran
+        if cache is None and cache_valid == 0:
+            ran: _core.Stats | None = run(self._core, q, k, v, out, lse, workspace, layout, carried, stats)
+            return ran
+        refuse_negated(q=q, k=k, v=v)
+        given = _addresses(q, k, v, out, lse, workspace, layout, carried)
+        return self._core.run(*given, stats, None if cache is None else cache.core, cache_valid)
 
     def bind(
         self,

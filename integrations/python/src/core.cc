@@ -157,7 +157,7 @@ View to_view(const ViewTuple& v) {
 void run_plan(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
               const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace, std::size_t workspace_size,
               std::uintptr_t stream, const ArrayPair& sinks, const WeightsTuple& weights, const PagesTuple& pages,
-              pbsattn::Stats* stats, pbsattn::Trace* trace) {
+              const pbsattn::CacheUse& cache, pbsattn::Stats* stats, pbsattn::Trace* trace) {
   const nb::gil_scoped_release unlocked;
   plan.run({.q = to_view<pbsattn::ConstView>(q),
             .k = to_view<pbsattn::ConstView>(k),
@@ -169,7 +169,7 @@ void run_plan(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k,
                       .batch_stride = std::get<1>(pages),
                       .size = std::get<2>(pages),
                       .count = std::get<3>(pages)}},
-           {.out = to_view<pbsattn::View>(out), .lse = reinterpret_cast<float*>(lse)},
+           {.out = to_view<pbsattn::View>(out), .lse = reinterpret_cast<float*>(lse), .cache = cache},
            {reinterpret_cast<std::byte*>(workspace), workspace_size}, pbsattn::Stream{reinterpret_cast<void*>(stream)},
            stats, trace);
 }
@@ -177,11 +177,12 @@ void run_plan(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k,
 std::optional<pbsattn::Stats> run(const pbsattn::Plan& plan, const ViewTuple& q, const ViewTuple& k, const ViewTuple& v,
                                   const ViewTuple& out, std::uintptr_t lse, std::uintptr_t workspace,
                                   std::size_t workspace_size, std::uintptr_t stream, const ArrayPair& sinks,
-                                  const WeightsTuple& weights, const PagesTuple& pages, bool want_stats) {
+                                  const WeightsTuple& weights, const PagesTuple& pages, bool want_stats,
+                                  pbsattn::SegmentCache* cache, std::int64_t cache_valid) {
   std::optional<pbsattn::Stats> stats;
   if (want_stats) stats.emplace();
   run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, weights, pages,
-           want_stats ? &*stats : nullptr, nullptr);
+           {.cache = cache, .valid = cache_valid}, want_stats ? &*stats : nullptr, nullptr);
   return stats;
 }
 
@@ -191,7 +192,7 @@ std::tuple<pbsattn::Stats, pbsattn::Trace> trace(const pbsattn::Plan& plan, cons
                                                  std::uintptr_t stream, const ArrayPair& sinks,
                                                  const WeightsTuple& weights, const PagesTuple& pages) {
   std::tuple<pbsattn::Stats, pbsattn::Trace> made;
-  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, weights, pages, &std::get<0>(made),
+  run_plan(plan, q, k, v, out, lse, workspace, workspace_size, stream, sinks, weights, pages, {}, &std::get<0>(made),
            &std::get<1>(made));
   return made;
 }
@@ -324,6 +325,16 @@ NB_MODULE(_core, module) {
       .def_prop_ro(
           "block", [](pbsattn::Trace& trace) { return array_of(trace.block); }, nb::rv_policy::reference_internal);
 
+  nb::class_<pbsattn::SegmentCache>(module, "SegmentCache", "In memory of the caller's; see pbsattn::SegmentCache.")
+      .def(
+          "__init__",
+          [](pbsattn::SegmentCache* made, std::uintptr_t memory, std::size_t size) {
+            new (made) pbsattn::SegmentCache({reinterpret_cast<std::byte*>(memory), size});
+          },
+          "memory"_a, "size"_a)
+      .def_prop_ro("tokens", &pbsattn::SegmentCache::tokens)
+      .def("clear", &pbsattn::SegmentCache::clear);
+
   nb::class_<pbsattn::Plan>(module, "Plan", "A checked configuration; see pbsattn::Plan.")
       .def(nb::new_(&make_plan), "options"_a, "device"_a, "index"_a, "threads"_a, "shape"_a,
            "workspace_cap"_a = nb::none())
@@ -331,7 +342,8 @@ NB_MODULE(_core, module) {
       .def_prop_ro("path", [](const pbsattn::Plan& plan) { return std::string(plan.path()); })
       .def_prop_ro("options", [](const pbsattn::Plan& plan) { return plan.options(); })
       .def("run", &run, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a, "sinks"_a,
-           "order_weights"_a, "pages"_a, "stats"_a)
+           "order_weights"_a, "pages"_a, "stats"_a, "cache"_a.none() = nb::none(), "cache_valid"_a = 0)
+      .def("cache_size", &pbsattn::Plan::cache_size, "tokens"_a)
       .def("trace", &trace, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "workspace"_a, "workspace_size"_a, "stream"_a,
            "sinks"_a, "order_weights"_a, "pages"_a, "A run that waits for its work and tells what it did and decided.");
 
