@@ -90,7 +90,10 @@ struct WarpWork {
       }
     };
     if (keys.paged())
-      multiply_rows([&](int key) { return keys.in_pages(key); });
+      multiply_rows([&](int key) {
+        if constexpr (head_dim == 96) __syncwarp();  // else registers don't hold what is loaded ahead
+        return keys.in_pages(key);
+      });
     else
       multiply_rows([&](int key) { return keys.contiguous(key); });
   }
