@@ -51,7 +51,7 @@ def ran(request, models):
     block_size, layout, in_place = request.param
     variables = {**ALL_BLOCKS, "PBSATTN_STATS": "1"}
     ran = run(models["llama"], block_size, variables=variables, layout=layout, in_place=in_place)
-    assert f"their pages ({block_size} tokens) {'in place' if in_place else 'gathered'}" in "\n".join(ran.log)
+    assert f"their pages {'in place' if in_place else 'gathered'} ({block_size} tokens)" in "\n".join(ran.log)
     assert ran.layouts == {layout}
     return ran
 
@@ -174,7 +174,7 @@ def test_ranks_take_weights_by_global_head(models, dense, tmp_path):
 def test_keys_that_stay_are_gathered_from_small_pages(models, dense):
     sets = {"chunks": REQUESTS["chunks"]}
     variables = {"PBSATTN_METHOD": "pbs:top_p=1:permutation=none"}
-    for block_size, told in ((64, "(64 tokens) gathered"), (128, "(128 tokens) in place")):
+    for block_size, told in ((64, "gathered (64 tokens)"), (128, "in place (128 tokens)")):
         ran = run(models["llama"], block_size, sets=sets, variables=variables, aborting=False)
         compare(ran, dense, sets)
         assert ran.rows["chunks"] and any(told in line for line in ran.log)

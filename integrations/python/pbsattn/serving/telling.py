@@ -48,7 +48,7 @@ class Teller:
             how = {0: "gathered", len(taken): "in place"}.get(direct, mixed)
             self.log.info(
                 "pbsattn %s, %s: takes %d of %d layers (%d .. %d) by %s, in prefills of %d tokens or more, "
-                "their pages (%s tokens) %s; %d MiB reserved",
+                "their pages %s (%s tokens); %d MiB reserved",
                 pbsattn.__version__,
                 server,
                 len(taken),
@@ -57,8 +57,8 @@ class Teller:
                 taken[-1].index,
                 told_method(settings),
                 least,
-                ", ".join(map(str, sorted({layer.facts.page_size for layer in taken}))),
                 how,
+                ", ".join(map(str, sorted({layer.facts.page_size for layer in taken}))),
                 reserved >> 20,
             )
             if most < least:
