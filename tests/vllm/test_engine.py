@@ -174,8 +174,8 @@ def test_ranks_take_weights_by_global_head(models, dense, tmp_path):
 def test_keys_that_stay_are_gathered_from_small_pages(models, dense):
     sets = {"chunks": REQUESTS["chunks"]}
     variables = {"PBSATTN_METHOD": "pbs:top_p=1:permutation=none"}
-    for block_size, told in ((64, "gathered (64 tokens)"), (128, "in place (128 tokens)")):
-        ran = run(models["llama"], block_size, sets=sets, variables=variables, aborting=False)
+    for block_size, layout, told in ((64, "HND", "gathered (64 tokens)"), (128, "NHD", "in place (128 tokens)")):
+        ran = run(models["llama"], block_size, sets=sets, variables=variables, aborting=False, layout=layout)
         compare(ran, dense, sets)
         assert ran.rows["chunks"] and any(told in line for line in ran.log)
 

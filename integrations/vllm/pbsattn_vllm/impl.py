@@ -93,9 +93,10 @@ class RowsImpl:
             k, v = pages.split(taken.facts.head_dim, dim=-1)
             table = block_table[row.index : row.index + 1, :count]
         else:
-            both = space.view(kv_cache.dtype).view(count, *pages.shape[1:])
-            torch.index_select(pages, 0, block_table[row.index, :count], out=both)
-            k, v = both.flatten(0, 1)[None, : row.kv_len].split(taken.facts.head_dim, dim=-1)
+            wide = pages.view(torch.int64)  # PyTorch copies an element at a time
+            both = space.view(torch.int64).view(count, *wide.shape[1:])
+            torch.index_select(wide, 0, block_table[row.index, :count], out=both)
+            k, v = both.view(kv_cache.dtype).flatten(0, 1)[None, : row.kv_len].split(taken.facts.head_dim, dim=-1)
         stats = taken.run(plan, q[None], k, v, out[None], workspace, stats=settings().stats, sinks=sinks, page_table=table)
         if stats is not None:
             recorder.add(row, taken.index, stats)
