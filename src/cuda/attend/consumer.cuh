@@ -3,9 +3,9 @@
 
 #include "cuda/attend/layer.cuh"
 #include "cuda/attend/merger.cuh"
+#include "cuda/attend/poll.cuh"
 #include "cuda/attend/tile.cuh"
 #include "cuda/attend/weights.cuh"
-#include "cuda/sm90/poll.cuh"
 
 namespace pbsattn::cuda::attention {
 
@@ -334,7 +334,7 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       Ring<Shared::v_stages> next_v = v;
       next_v.next();
       const bool v_full = shared.v_full[next_v.at].test(next_v.parity);
-      k_full = sm90::poll(shared.k_full[k.at], k.parity);
+      k_full = poll(shared.k_full[k.at], k.parity);
       const bool on_diagonal = steps > 1 && n < steps;
       const auto hide = [&] {
         if (on_diagonal) mask(n);

@@ -3,12 +3,12 @@
 
 #include "cuda/sm90/ptx.cuh"
 
-namespace pbsattn::cuda::sm90 {
+namespace pbsattn::cuda::attention {
 
 // Returns at once whether the phase of this parity is complete. Barrier::test() may sleep for microseconds where it
 // isn't.
-__device__ inline bool poll(const Barrier& barrier, std::uint32_t parity) {
-  random_delay();
+__device__ inline bool poll(const sm90::Barrier& barrier, std::uint32_t parity) {
+  sm90::random_delay();
   std::uint32_t done = 0;
   asm volatile(
       "{\n"
@@ -17,9 +17,9 @@ __device__ inline bool poll(const Barrier& barrier, std::uint32_t parity) {
       "selp.u32 %0, 1, 0, complete;\n"
       "}\n"
       : "=r"(done)
-      : "r"(shared_address(&barrier)), "r"(parity)
+      : "r"(sm90::shared_address(&barrier)), "r"(parity)
       : "memory");
   return done != 0;
 }
 
-}  // namespace pbsattn::cuda::sm90
+}  // namespace pbsattn::cuda::attention
