@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <string_view>
@@ -81,8 +82,10 @@ ggml_pbsattn_reason examine(const ggml_tensor* op, std::int64_t min_tokens) {
     return GGML_PBSATTN_TYPES;
   const std::int64_t head_dim = q->ne[0];
   if (k->ne[0] != head_dim || v->ne[0] != head_dim || head_dim % 8 != 0 || head_dim > 256) return GGML_PBSATTN_HEAD_DIM;
-  if (sinks != nullptr) return GGML_PBSATTN_SINKS;
-  if (params.soft_cap != 0.0F) return GGML_PBSATTN_SOFT_CAP;
+  if (sinks != nullptr && (sinks->type != GGML_TYPE_F32 || !ggml_is_contiguous(sinks) || sinks->ne[0] != q->ne[2] ||
+                           ggml_nelements(sinks) != q->ne[2]))
+    return GGML_PBSATTN_SINKS;
+  if (!std::isfinite(params.soft_cap) || params.soft_cap < 0.0F) return GGML_PBSATTN_SOFT_CAP;
   if (params.max_bias != 0.0F) return GGML_PBSATTN_ALIBI;
   if (params.n_kv_max != 0) return GGML_PBSATTN_TOP_K;
   if (mask == nullptr) return GGML_PBSATTN_NO_MASK;
@@ -122,6 +125,15 @@ std::optional<Rope> AttentionOp::rope() const {
 
 float AttentionOp::scale() const {
   return params_of(tensor).scale;
+}
+
+float AttentionOp::soft_cap() const {
+  return params_of(tensor).soft_cap;
+}
+
+const float* AttentionOp::sinks() const {
+  const ggml_tensor* sinks = tensor->src[4];
+  return sinks == nullptr ? nullptr : static_cast<const float*>(sinks->data);
 }
 
 pbsattn_shape AttentionOp::shape(std::int64_t kv_len) const {

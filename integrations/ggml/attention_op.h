@@ -27,6 +27,7 @@ struct Rope {
 //   q   F32 [head_dim, n_q, q_heads], any token and head strides (llama.cpp: token-major)
 //   k,v F16, BF16 or F32 [head_dim, n_kv, kv_heads], views into the cache; n_kv is padded
 //   mask F16 [n_kv, n_q], contiguous rows
+//   sinks F32 [q_heads], or none
 //   dst F32 [head_dim, q_heads, n_q], contiguous
 struct AttentionOp {
   ggml_tensor* tensor;
@@ -39,6 +40,8 @@ struct AttentionOp {
   std::int32_t layer() const;        // of the cache that k views; -1 if its name doesn't tell
   std::optional<Rope> rope() const;  // of the node that made q, where there is one
   float scale() const;
+  float soft_cap() const;      // 0: none
+  const float* sinks() const;  // null: none
   pbsattn_shape shape(std::int64_t kv_len) const;
   static pbsattn_view view(const ggml_tensor* qkv);
   pbsattn_view output(float* data) const;  // like dst, at `data`

@@ -110,7 +110,8 @@ ggml_status Computer::compute(const AttentionOp& op) {
       stats.mask_seconds = reading.seconds();
       if (offset) {
         stats.kv_len = *offset + op.queries();
-        if (observer.call != nullptr) observe(op, observer, stats);
+        const bool plain = op.sinks() == nullptr && op.soft_cap() == 0.0F;
+        if (observer.call != nullptr && plain) observe(op, observer, stats);
       } else {
         reason = GGML_PBSATTN_MASK_NOT_CAUSAL;
       }
@@ -162,9 +163,9 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
     complain(wrong.what());
     return GGML_PBSATTN_PLAN_REFUSED;
   }
-  for (pbsattn_options& options : key.heads) {  // what is the model's to say; an op with a soft-cap isn't taken
+  for (pbsattn_options& options : key.heads) {  // what is the model's to say
     options.scale = op.scale();
-    options.softcap = 0;
+    options.softcap = op.soft_cap();
     options.window = INT32_MAX;
   }
   const pbsattn_plan* plan = plans_.find(key, &error);
@@ -220,6 +221,7 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
                         .workspace_size = workspace_size_,
                         .stream = nullptr,
                         .stats = &run_stats,
+                        .sinks = op.sinks(),
                         .order_weights = weights.empty() ? nullptr : &order_weights,
                         .cache = kept.cache,
                         .cache_valid = kept.valid};

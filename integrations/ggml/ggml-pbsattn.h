@@ -9,9 +9,9 @@
  * Register before the model's context is made: a context looks for accelerators once.
  *
  * What is taken: F32 queries of at least min_tokens tokens, F16, BF16 or F32 keys and values of one
- * type, one stream, head_dim a multiple of 8 up to 256, no sinks, soft-cap, ALiBi or top-k, nothing that
- * ggml's FLASH_ATTN_EXT hasn't had when this was written, and a mask that turns out to be plain causal for one
- * sequence. Everything else is computed by ggml's own kernel.
+ * type, one stream, head_dim a multiple of 8 up to 256, attention sinks, a logit soft-cap, no ALiBi or top-k,
+ * nothing that ggml's FLASH_ATTN_EXT hasn't had when this was written, and a mask that turns out to be plain causal
+ * for one sequence. Everything else is computed by ggml's own kernel.
  *
  * Settings and statistics belong to the process; all functions may be called from any thread. Structs begin with
  * struct_size and grow as those of pbsattn.h do. */
@@ -90,8 +90,8 @@ enum ggml_pbsattn_reason {
   GGML_PBSATTN_TYPES,           /* q not F32, or k and v not both F16, BF16 or F32 (quantised cache) */
   GGML_PBSATTN_HEAD_DIM,        /* k and v differ, no multiple of 8, or above 256 */
   GGML_PBSATTN_LAYOUT,          /* several streams, or a layout that strides can't describe */
-  GGML_PBSATTN_SINKS,           /* attention sinks */
-  GGML_PBSATTN_SOFT_CAP,        /* logit soft-cap */
+  GGML_PBSATTN_SINKS,           /* attention sinks that aren't one F32 number of each query head */
+  GGML_PBSATTN_SOFT_CAP,        /* a logit soft-cap that is no finite number from 0 up */
   GGML_PBSATTN_ALIBI,           /* max_bias: position bias in the mask */
   GGML_PBSATTN_TOP_K,           /* the model itself limits the keys of a query */
   GGML_PBSATTN_NO_MASK,         /* no mask: every query sees every key */
@@ -143,7 +143,8 @@ PBSATTN_API enum ggml_pbsattn_reason ggml_backend_pbsattn_examine(const struct g
 /* ------------------------------------------------------------------------------------------ observer */
 
 /* Called before an op is computed, whatever computes it, when it is a causal prefill that pbsattn can
- * take. The views are good until it returns; what has a struct_size has the plug-in's. */
+ * take, without sinks and soft-cap, of which it isn't told. The views are good until it returns; what has a struct_size
+ * has the plug-in's. */
 typedef void (*ggml_pbsattn_observer)(void* user, int32_t layer, const pbsattn_shape* shape, const pbsattn_view* q,
                                       const pbsattn_view* k, const pbsattn_view* v);
 

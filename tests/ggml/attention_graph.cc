@@ -49,7 +49,7 @@ AttentionGraph::AttentionGraph(const Case& c) : case_(c) {
   ggml_tensor* v_cache = ggml_new_tensor_3d(context_, c.kv_type, value_dim * c.kv_heads, c.n_kv, c.streams);
   ggml_set_name(k_cache, c.cache_name.c_str());
   if (c.masked) mask_ = ggml_new_tensor_4d(context_, GGML_TYPE_F16, c.n_kv, c.n_q, 1, c.streams);
-  ggml_tensor* sinks = c.sinks ? ggml_new_tensor_1d(context_, GGML_TYPE_F32, c.q_heads) : nullptr;
+  ggml_tensor* sinks = c.sinks != 0 ? ggml_new_tensor_1d(context_, c.sink_type, c.sinks) : nullptr;
   ggml_tensor* positions = ggml_new_tensor_1d(context_, GGML_TYPE_I32, 4 * c.n_q);  // as MROPE has them, for all
   buffer_ = ggml_backend_alloc_ctx_tensors_from_buft(context_, ggml_backend_cpu_buffer_type());
 
@@ -64,7 +64,7 @@ AttentionGraph::AttentionGraph(const Case& c) : case_(c) {
   op_ = ggml_flash_attn_ext(context_, q, head_view(k_cache, c.head_dim), head_view(v_cache, value_dim), mask_,
                             1.0F / std::sqrt(static_cast<float>(c.head_dim)), c.max_bias, c.soft_cap);
   if (c.n_kv_max != 0) ggml_flash_attn_ext_set_n_kv_max(op_, c.n_kv_max);
-  ggml_flash_attn_ext_add_sinks(op_, sinks);
+  op_->src[4] = sinks;  // ggml_flash_attn_ext_add_sinks() ends the process over wrong ones
   if (c.more_source != 0) op_->src[c.more_source] = q_storage;
   if (c.parameter != 0) op_->op_params[c.parameter] = 1;
   ggml_tensor* flat = ggml_reshape_2d(context_, op_, value_dim * c.q_heads, c.n_q * c.streams);

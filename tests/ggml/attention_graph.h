@@ -30,7 +30,8 @@ struct Case {
   Visible visible = {};  // empty: causal from offset
   std::int64_t offset = 0;
   bool masked = true;
-  bool sinks = false;
+  std::int64_t sinks = 0;  // their number; 0: none
+  ggml_type sink_type = GGML_TYPE_F32;
   float max_bias = 0.0F;
   float soft_cap = 0.0F;
   std::int32_t n_kv_max = 0;

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -97,6 +98,18 @@ const std::vector<Expectation> expectations = {
     {"Float32Cache", {.kv_type = GGML_TYPE_F32}, Route::pbsattn, GGML_PBSATTN_TAKEN},
     // ggml rounds q to bf16 too when k is bf16.
     {"Bfloat16Cache", {.kv_type = GGML_TYPE_BF16}, Route::pbsattn, GGML_PBSATTN_TAKEN, 1e-2},
+    {"Sinks", {.sinks = 4}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"SinksAfterPrefix",
+     {.head_dim = 128, .q_heads = 8, .n_q = 520, .n_kv = 1024, .offset = 333, .sinks = 8},
+     Route::pbsattn,
+     GGML_PBSATTN_TAKEN},
+    {"SoftCap", {.soft_cap = 30.0F}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"SoftCapThatMostLogitsReach", {.soft_cap = 1.5F}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"SoftCapAfterPrefix",
+     {.head_dim = 256, .n_q = 520, .n_kv = 1024, .offset = 333, .soft_cap = 50.0F},
+     Route::pbsattn,
+     GGML_PBSATTN_TAKEN},
+    {"SoftCapAndSinks", {.kv_type = GGML_TYPE_F32, .sinks = 4, .soft_cap = 5.0F}, Route::pbsattn, GGML_PBSATTN_TAKEN},
 
     {"SlidingWindow", {.visible = sliding_window(100)}, Route::fallback, GGML_PBSATTN_MASK_NOT_CAUSAL},
     {"TwoSequences", {.visible = two_sequences(300)}, Route::fallback, GGML_PBSATTN_MASK_NOT_CAUSAL},
@@ -125,9 +138,9 @@ const std::vector<Expectation> expectations = {
     {"HeadDim320", {.head_dim = 320, .q_heads = 2, .kv_heads = 1}, Route::ggml, GGML_PBSATTN_HEAD_DIM},
     {"ValuesNarrowerThanKeys", {.head_dim = 64, .value_dim = 32}, Route::ggml, GGML_PBSATTN_HEAD_DIM},
     {"TwoStreams", {.streams = 2}, Route::ggml, GGML_PBSATTN_LAYOUT},
-    {"Sinks", {.sinks = true}, Route::ggml, GGML_PBSATTN_SINKS},
-    {"SoftCap", {.soft_cap = 30.0F}, Route::ggml, GGML_PBSATTN_SOFT_CAP},
+    {"NegativeSoftCap", {.soft_cap = -30.0F}, Route::ggml, GGML_PBSATTN_SOFT_CAP},
     {"Alibi", {.max_bias = 8.0F}, Route::ggml, GGML_PBSATTN_ALIBI},
+    {"AlibiWithSinks", {.sinks = 4, .max_bias = 8.0F}, Route::ggml, GGML_PBSATTN_ALIBI},
     {"TopK", {.n_kv_max = 64}, Route::ggml, GGML_PBSATTN_TOP_K},
     {"NoMask", {.masked = false}, Route::ggml, GGML_PBSATTN_NO_MASK},
     {"SixthSource", {.more_source = 5}, Route::ggml, GGML_PBSATTN_UNKNOWN_INPUTS},
@@ -147,16 +160,45 @@ TEST_F(SingleOp, PrecisionOfNoNameIsLeftToGgml) {
   EXPECT_EQ(ggml_backend_pbsattn_examine(AttentionGraph({.parameter = 3}).op()), GGML_PBSATTN_UNKNOWN_INPUTS);
 }
 
+TEST_F(SingleOp, SinksThatArentANumberOfEachHeadAreLeftToGgml) {
+  // Whose kernel would read behind them.
+  for (const Case& wrong : {Case{.sinks = 3}, Case{.sinks = 8}, Case{.sinks = 4, .sink_type = GGML_TYPE_F16}})
+    EXPECT_EQ(ggml_backend_pbsattn_examine(AttentionGraph(wrong).op()), GGML_PBSATTN_SINKS);
+}
+
+TEST_F(SingleOp, SoftCapsThatAreNoNumberAreLeftToGgml) {
+  for (const float cap : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
+    EXPECT_EQ(ggml_backend_pbsattn_examine(AttentionGraph({.soft_cap = cap}).op()), GGML_PBSATTN_SOFT_CAP) << cap;
+}
+
+TEST_F(SingleOp, LayersOfOneShapeAreToldApart) {
+  const Backends context(true);
+  for (int round = 0; round < 2; ++round)
+    for (const Case& layer : {Case{}, Case{.sinks = 4}, Case{.soft_cap = 2.0F}, Case{.sinks = 4, .soft_cap = 3.0F}}) {
+      const AttentionGraph graph(layer);
+      const auto theirs = graph.compute(Backends(false).all());
+      EXPECT_LE(relative_rms(graph.compute(context.all()).values, theirs.values), f32_tolerance(2e-5, 1e-2))
+          << layer.sinks << " sinks, soft-cap " << layer.soft_cap;
+    }
+  EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_TAKEN], 8);
+}
+
 TEST_F(SingleOp, BothDevicesAgree) {
-  const AttentionGraph graph({.q_heads = 2, .kv_heads = 1});
   Config config = exact_config();
-  config.options.top_p = 0.5F;
-  configure(config);
-  const auto fast = graph.compute(Backends(true).all());
-  config.device = PBSATTN_DEVICE_REFERENCE;
-  configure(config);
-  const auto reference = graph.compute(Backends(true).all());
-  EXPECT_LE(relative_rms(fast.values, reference.values), f32_tolerance(1e-5, 3e-2));
+  ASSERT_EQ(pbsattn_method("pbs:top_p=0.5:precision=f32", &config.options), PBSATTN_OK);
+  for (const Case& layer : {Case{.q_heads = 2, .kv_heads = 1, .n_q = 1024, .n_kv = 1024},
+                            Case{.q_heads = 2, .kv_heads = 1, .n_q = 1024, .n_kv = 1024, .sinks = 2, .soft_cap = 5}}) {
+    ggml_backend_pbsattn_stats_reset();
+    const AttentionGraph graph(layer);
+    config.device = PBSATTN_DEVICE_CPU;
+    configure(config);
+    const auto fast = graph.compute(Backends(true).all());
+    config.device = PBSATTN_DEVICE_REFERENCE;
+    configure(config);
+    const auto reference = graph.compute(Backends(true).all());
+    EXPECT_LE(relative_rms(fast.values, reference.values), f32_tolerance(1e-5, 3e-2));
+    EXPECT_LT(stats()[0].visited_blocks, stats()[0].causal_blocks);
+  }
 }
 
 TEST_F(SingleOp, Bfloat16ProductsStayCloseToGgml) {
@@ -264,6 +306,9 @@ TEST_F(SingleOp, ObserverSeesWhatIsComputed) {
   EXPECT_EQ(seen.shape.q_heads, 4);
   EXPECT_EQ(seen.shape.kv_heads, 2);
   EXPECT_NE(seen.first_query, 0.0F);
+  AttentionGraph({.sinks = 4}).compute(Backends(true).all());
+  AttentionGraph({.soft_cap = 30.0F}).compute(Backends(true).all());
+  EXPECT_EQ(seen.calls, 1) << "it isn't told of sinks and soft-caps";
 }
 
 TEST_F(SingleOp, AbortsBetweenOps) {
