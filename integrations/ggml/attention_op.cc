@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <optional>
 #include <string_view>
@@ -146,10 +147,10 @@ pbsattn_shape AttentionOp::shape(std::int64_t kv_len) const {
           .head_dim = q()->ne[0]};
 }
 
-pbsattn_view AttentionOp::view(const ggml_tensor* qkv) {
+pbsattn_view AttentionOp::view(const ggml_tensor* qkv, std::int64_t first_token) {
   const auto element = static_cast<std::int64_t>(ggml_type_size(qkv->type));
   return {.struct_size = sizeof(pbsattn_view),
-          .data = qkv->data,
+          .data = static_cast<std::byte*>(qkv->data) + first_token * static_cast<std::int64_t>(qkv->nb[1]),
           .batch_stride = 0,
           .head_stride = static_cast<std::int64_t>(qkv->nb[2]) / element,
           .token_stride = static_cast<std::int64_t>(qkv->nb[1]) / element,

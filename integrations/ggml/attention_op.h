@@ -43,7 +43,7 @@ struct AttentionOp {
   float soft_cap() const;      // 0: none
   const float* sinks() const;  // null: none
   pbsattn_shape shape(std::int64_t kv_len) const;
-  static pbsattn_view view(const ggml_tensor* qkv);
+  static pbsattn_view view(const ggml_tensor* qkv, std::int64_t first_token = 0);
   pbsattn_view output(float* data) const;  // like dst, at `data`
 };
 

@@ -103,20 +103,21 @@ ggml_status Computer::compute(const AttentionOp& op) {
 
   const Timer total;
   ggml_pbsattn_reason reason = examine(op.tensor, settings.config.min_tokens);
+  std::optional<CausalRows> rows;
   try {
     if (reason == GGML_PBSATTN_TAKEN && (ours || observer.call != nullptr)) {
       const Timer reading;
-      const auto offset = masks_.offset(mask_of(op), stats.layer, threads_);
+      rows = masks_.rows(mask_of(op), stats.layer, threads_);
       stats.mask_seconds = reading.seconds();
-      if (offset) {
-        stats.kv_len = *offset + op.queries();
-        const bool plain = op.sinks() == nullptr && op.soft_cap() == 0.0F;
+      if (rows) {
+        stats.kv_len = rows->offset + op.queries();
+        const bool plain = op.sinks() == nullptr && op.soft_cap() == 0.0F && rows->window == CausalRows::no_window;
         if (observer.call != nullptr && plain) observe(op, observer, stats);
       } else {
         reason = GGML_PBSATTN_MASK_NOT_CAUSAL;
       }
     }
-    if (reason == GGML_PBSATTN_TAKEN) reason = ours ? run(op, settings, &stats) : GGML_PBSATTN_BY_MODE;
+    if (reason == GGML_PBSATTN_TAKEN) reason = ours && rows ? run(op, *rows, settings, &stats) : GGML_PBSATTN_BY_MODE;
   } catch (const std::exception& wrong) {  // memory is out
     complain(wrong.what());
     reason = GGML_PBSATTN_RUN_FAILED;
@@ -142,7 +143,8 @@ ggml_status Computer::compute(const AttentionOp& op) {
   return status;
 }
 
-ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& settings, ggml_pbsattn_layer_stats* stats) {
+ggml_pbsattn_reason Computer::run(const AttentionOp& op, const CausalRows& rows, const Settings& settings,
+                                  ggml_pbsattn_layer_stats* stats) {
   const Config& config = settings.config;
   PlanCache::Key key{.heads = {config.options},
                      .shape = op.shape(stats->kv_len),
@@ -158,16 +160,21 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
     const std::int32_t layer = op.layer();
     if (settings.learned != nullptr) key.heads = settings.learned->heads(layer, key.shape.q_heads, key.heads);
     if (settings.layers != nullptr) key.heads = settings.layers->heads(layer, key.shape.q_heads, key.heads);
+    for (pbsattn_options& options : key.heads) {  // what is the model's to say
+      options.scale = op.scale();
+      options.softcap = op.soft_cap();
+      options.window = static_cast<std::int32_t>(std::min(rows.window, CausalRows::no_window));
+    }
     weights = order_weights(op, settings, key.shape, key.heads);
   } catch (const std::exception& wrong) {
     complain(wrong.what());
     return GGML_PBSATTN_PLAN_REFUSED;
   }
-  for (pbsattn_options& options : key.heads) {  // what is the model's to say
-    options.scale = op.scale();
-    options.softcap = op.soft_cap();
-    options.window = INT32_MAX;
-  }
+  // Blocks of keys that no query's window reaches are as if they weren't there.
+  const bool windowed = rows.window != CausalRows::no_window;
+  const std::int64_t block = std::max(key.heads.front().block, 1);  // whose rule is the plan's to tell
+  const std::int64_t left_blocks = std::max<std::int64_t>(rows.offset - rows.window + 1, 0) / block;
+  key.shape.kv_len -= left_blocks * block;
   const pbsattn_plan* plan = plans_.find(key, &error);
   if (plan == nullptr) {
     complain(error);
@@ -192,7 +199,8 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
     return GGML_PBSATTN_RUN_FAILED;
   }
 
-  const pbsattn_view q = AttentionOp::view(op.q()), k = AttentionOp::view(op.k()), v = AttentionOp::view(op.v());
+  const pbsattn_view q = AttentionOp::view(op.q()), k = AttentionOp::view(op.k(), left_blocks * block),
+                     v = AttentionOp::view(op.v(), left_blocks * block);
   const pbsattn_view output = op.output(out);
   const pbsattn_order_weights order_weights{
       .struct_size = sizeof order_weights,
@@ -209,7 +217,7 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
                                  .order_weights = weights,
                                  .pairs = order_weights.pairs,
                                  .threads = threads_};
-  const LayerCaches::Use kept = caches_.before(cached, settings.cache_cap);
+  const LayerCaches::Use kept = windowed ? LayerCaches::Use{} : caches_.before(cached, settings.cache_cap);
   pbsattn_stats run_stats{.struct_size = sizeof run_stats};
   const pbsattn_run run{.struct_size = sizeof run,
                         .q = &q,
@@ -231,7 +239,8 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
   }
   caches_.after(cached, kept);
   stats->visited_blocks = run_stats.visited_blocks;
-  stats->causal_blocks = run_stats.causal_blocks;
+  const std::int64_t block_rows = (stats->kv_len + block - 1) / block - rows.offset / block;
+  stats->causal_blocks = run_stats.causal_blocks + key.shape.q_heads * block_rows * left_blocks;
   stats->permute_seconds = run_stats.permute_seconds;
   stats->select_seconds = run_stats.select_seconds;
   stats->attend_seconds = run_stats.attend_seconds;
@@ -241,8 +250,9 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const Settings& setting
 std::vector<float> Computer::order_weights(const AttentionOp& op, const Settings& settings, const pbsattn_shape& shape,
                                            const std::vector<pbsattn_options>& heads) {
   if (const auto rope = op.rope()) rope_ = rope;
-  const bool wanted = std::ranges::any_of(
-      heads, [](const pbsattn_options& options) { return options.permutation == PBSATTN_PERMUTATION_LEARNED; });
+  const bool wanted = std::ranges::any_of(heads, [](const pbsattn_options& options) {
+    return options.permutation == PBSATTN_PERMUTATION_LEARNED && options.window == CausalRows::no_window;
+  });
   if (settings.learned == nullptr) {
     if (wanted) throw std::runtime_error("permutation learned: its weights are in a file; name it in PBSATTN_LEARNED");
     return {};

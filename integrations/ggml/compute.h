@@ -59,7 +59,8 @@ class Computer {
  private:
   ggml_status compute(const AttentionOp& op);
   // By pbsattn, into dst, or into scratch_ when checking. TAKEN if it did.
-  ggml_pbsattn_reason run(const AttentionOp& op, const Settings& settings, ggml_pbsattn_layer_stats* stats);
+  ggml_pbsattn_reason run(const AttentionOp& op, const CausalRows& rows, const Settings& settings,
+                          ggml_pbsattn_layer_stats* stats);
   void compare(const AttentionOp& op, ggml_pbsattn_layer_stats* stats) const;
   // The weights that the op's keys are ordered by, where `heads` ask for some. Throws std::runtime_error.
   std::vector<float> order_weights(const AttentionOp& op, const Settings& settings, const pbsattn_shape& shape,

@@ -10,8 +10,8 @@
  *
  * What is taken: F32 queries of at least min_tokens tokens, F16, BF16 or F32 keys and values of one
  * type, one stream, head_dim a multiple of 8 up to 256, attention sinks, a logit soft-cap, no ALiBi or top-k,
- * nothing that ggml's FLASH_ATTN_EXT hasn't had when this was written, and a mask that turns out to be plain causal
- * for one sequence. Everything else is computed by ggml's own kernel.
+ * nothing that ggml's FLASH_ATTN_EXT hasn't had when this was written, and a mask that turns out to be plain causal,
+ * or a sliding window's, for one sequence. Everything else is computed by ggml's own kernel.
  *
  * Settings and statistics belong to the process; all functions may be called from any thread. Structs begin with
  * struct_size and grow as those of pbsattn.h do. */
@@ -95,7 +95,7 @@ enum ggml_pbsattn_reason {
   GGML_PBSATTN_ALIBI,           /* max_bias: position bias in the mask */
   GGML_PBSATTN_TOP_K,           /* the model itself limits the keys of a query */
   GGML_PBSATTN_NO_MASK,         /* no mask: every query sees every key */
-  GGML_PBSATTN_MASK_NOT_CAUSAL, /* sliding window, several sequences, bidirectional, shifted cache, ... */
+  GGML_PBSATTN_MASK_NOT_CAUSAL, /* several sequences, bidirectional, shifted or reused cache, ... */
   GGML_PBSATTN_PLAN_REFUSED,    /* Plan::create refused; logged once for each message */
   GGML_PBSATTN_RUN_FAILED,      /* Plan::run or an allocation failed; logged once for each message */
   GGML_PBSATTN_UNKNOWN_INPUTS,  /* sources or parameters that this plug-in doesn't know: a newer ggml's */
@@ -143,8 +143,8 @@ PBSATTN_API enum ggml_pbsattn_reason ggml_backend_pbsattn_examine(const struct g
 /* ------------------------------------------------------------------------------------------ observer */
 
 /* Called before an op is computed, whatever computes it, when it is a causal prefill that pbsattn can
- * take, without sinks and soft-cap, of which it isn't told. The views are good until it returns; what has a struct_size
- * has the plug-in's. */
+ * take, without sinks, soft-cap and window, of which it isn't told. The views are good until it returns; what has a
+ * struct_size has the plug-in's. */
 typedef void (*ggml_pbsattn_observer)(void* user, int32_t layer, const pbsattn_shape* shape, const pbsattn_view* q,
                                       const pbsattn_view* k, const pbsattn_view* v);
 

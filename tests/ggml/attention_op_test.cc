@@ -78,8 +78,15 @@ TEST_P(AttentionOp, TakenOrNotTheResultIsGgmls) {
   }
 }
 
-Visible sliding_window(std::int64_t window) {
-  return [=](std::int64_t i, std::int64_t j) { return j <= i && i - j < window; };
+Visible sliding_window(std::int64_t window, std::int64_t offset = 0) {
+  return [=](std::int64_t i, std::int64_t j) { return j <= offset + i && offset + i - j < window; };
+}
+// What llama.cpp shows of a window's cache of so many cells once it uses them again.
+Visible reused_cells(std::int64_t window, std::int64_t offset, std::int64_t cells) {
+  return [=](std::int64_t i, std::int64_t j) {
+    const std::int64_t behind = (offset + i - j) % cells;  // of the last token in cell j that row i may see
+    return j < cells && behind < window;
+  };
 }
 Visible two_sequences(std::int64_t first_length) {
   return [=](std::int64_t i, std::int64_t j) { return j <= i && (i < first_length) == (j < first_length); };
@@ -111,7 +118,47 @@ const std::vector<Expectation> expectations = {
      GGML_PBSATTN_TAKEN},
     {"SoftCapAndSinks", {.kv_type = GGML_TYPE_F32, .sinks = 4, .soft_cap = 5.0F}, Route::pbsattn, GGML_PBSATTN_TAKEN},
 
-    {"SlidingWindow", {.visible = sliding_window(100)}, Route::fallback, GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"WindowOfOne", {.visible = sliding_window(1)}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"WindowWithinASegment", {.visible = sliding_window(100)}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"WindowOfABlock", {.head_dim = 128, .visible = sliding_window(128)}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"WindowOverSegments", {.visible = sliding_window(300)}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"WindowThatHidesOneKey", {.visible = sliding_window(599)}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"WindowOfTheSequence", {.visible = sliding_window(600)}, Route::pbsattn, GGML_PBSATTN_TAKEN},
+    {"WindowAfterPrefix",
+     {.n_q = 520, .n_kv = 1024, .visible = sliding_window(64, 333), .offset = 333},
+     Route::pbsattn,
+     GGML_PBSATTN_TAKEN},
+    {"WindowThatReachesThePrefix",
+     {.n_q = 1000, .n_kv = 2304, .kv_type = GGML_TYPE_F32, .visible = sliding_window(500, 1100), .offset = 1100},
+     Route::pbsattn,
+     GGML_PBSATTN_TAKEN},
+    {"WindowInBfloat16",
+     {.kv_type = GGML_TYPE_BF16, .visible = sliding_window(128)},
+     Route::pbsattn,
+     GGML_PBSATTN_TAKEN,
+     1e-2},
+    {"WindowWithSinks",
+     {.q_heads = 8, .n_q = 700, .n_kv = 1280, .visible = sliding_window(128, 513), .offset = 513, .sinks = 8},
+     Route::pbsattn,
+     GGML_PBSATTN_TAKEN},
+    {"WindowWithSoftCap",
+     {.head_dim = 256, .visible = sliding_window(200), .soft_cap = 50.0F},
+     Route::pbsattn,
+     GGML_PBSATTN_TAKEN},
+
+    {"WindowOfNothing", {.visible = sliding_window(0)}, Route::fallback, GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"ReusedCells",
+     {.n_q = 512, .visible = reused_cells(128, 2000, 640)},
+     Route::fallback,
+     GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"Chunks",
+     {.visible = [](std::int64_t i, std::int64_t j) { return j <= i && i / 256 == j / 256; }},
+     Route::fallback,
+     GGML_PBSATTN_MASK_NOT_CAUSAL},
+    {"SymmetricWindow",
+     {.visible = [](std::int64_t i, std::int64_t j) { return j < 600 && std::abs(i - j) <= 50; }},
+     Route::fallback,
+     GGML_PBSATTN_MASK_NOT_CAUSAL},
     {"TwoSequences", {.visible = two_sequences(300)}, Route::fallback, GGML_PBSATTN_MASK_NOT_CAUSAL},
     {"OneKeyHidden", {.visible = hole_at(77)}, Route::fallback, GGML_PBSATTN_MASK_NOT_CAUSAL},
     {"LastRowSeesOneKeyTooMany",
@@ -174,20 +221,22 @@ TEST_F(SingleOp, SoftCapsThatAreNoNumberAreLeftToGgml) {
 TEST_F(SingleOp, LayersOfOneShapeAreToldApart) {
   const Backends context(true);
   for (int round = 0; round < 2; ++round)
-    for (const Case& layer : {Case{}, Case{.sinks = 4}, Case{.soft_cap = 2.0F}, Case{.sinks = 4, .soft_cap = 3.0F}}) {
+    for (const Case& layer : {Case{}, Case{.sinks = 4}, Case{.soft_cap = 2.0F}, Case{.sinks = 4, .soft_cap = 3.0F},
+                              Case{.visible = sliding_window(90)}, Case{.visible = sliding_window(91)}}) {
       const AttentionGraph graph(layer);
       const auto theirs = graph.compute(Backends(false).all());
       EXPECT_LE(relative_rms(graph.compute(context.all()).values, theirs.values), f32_tolerance(2e-5, 1e-2))
           << layer.sinks << " sinks, soft-cap " << layer.soft_cap;
     }
-  EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_TAKEN], 8);
+  EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_TAKEN], 12);
 }
 
 TEST_F(SingleOp, BothDevicesAgree) {
   Config config = exact_config();
   ASSERT_EQ(pbsattn_method("pbs:top_p=0.5:precision=f32", &config.options), PBSATTN_OK);
   for (const Case& layer : {Case{.q_heads = 2, .kv_heads = 1, .n_q = 1024, .n_kv = 1024},
-                            Case{.q_heads = 2, .kv_heads = 1, .n_q = 1024, .n_kv = 1024, .sinks = 2, .soft_cap = 5}}) {
+                            Case{.q_heads = 2, .kv_heads = 1, .n_q = 1024, .n_kv = 1024, .sinks = 2, .soft_cap = 5},
+                            Case{.n_q = 600, .n_kv = 1024, .visible = sliding_window(200, 300), .offset = 300}}) {
     ggml_backend_pbsattn_stats_reset();
     const AttentionGraph graph(layer);
     config.device = PBSATTN_DEVICE_CPU;
@@ -237,7 +286,7 @@ TEST_F(SingleOp, ChangedMaskIsReadAgainThoughNobodyAnnouncedAGraph) {
   AttentionGraph graph({});
   const Backends ours(true), theirs(false);
   ASSERT_EQ(graph.compute(ours.all()).status, GGML_STATUS_SUCCESS);
-  graph.set_mask(sliding_window(50));
+  graph.set_mask(two_sequences(50));
   EXPECT_EQ(graph.compute(ours.all()).values, graph.compute(theirs.all()).values);
   EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_MASK_NOT_CAUSAL], 1);
 }
@@ -308,7 +357,44 @@ TEST_F(SingleOp, ObserverSeesWhatIsComputed) {
   EXPECT_NE(seen.first_query, 0.0F);
   AttentionGraph({.sinks = 4}).compute(Backends(true).all());
   AttentionGraph({.soft_cap = 30.0F}).compute(Backends(true).all());
-  EXPECT_EQ(seen.calls, 1) << "it isn't told of sinks and soft-caps";
+  AttentionGraph({.visible = sliding_window(100)}).compute(Backends(true).all());
+  EXPECT_EQ(seen.calls, 1) << "it isn't told of sinks, soft-caps and windows";
+}
+
+TEST_F(SingleOp, WindowsLeaveNothingOfTheMethod) {
+  const AttentionGraph graph({.n_q = 1024, .n_kv = 2048, .visible = sliding_window(300, 700), .offset = 700});
+  const auto theirs = graph.compute(Backends(false).all());
+  Config config = exact_config();
+  std::vector<float> first;
+  for (const char* method :
+       {"full:precision=f32", "pbs:top_p=0.1:precision=f32", "two-step:precision=f32", "minference:precision=f32",
+        "auto:permutation=learned:order_scope=kv_head:precision=f32"}) {
+    ASSERT_EQ(pbsattn_method(method, &config.options), PBSATTN_OK) << method;
+    configure(config);
+    const auto ours = graph.compute(Backends(true).all());
+    EXPECT_LE(relative_rms(ours.values, theirs.values), f32_tolerance(2e-5, 1e-2)) << method;
+    if (first.empty()) first = ours.values;
+    EXPECT_EQ(ours.values, first) << method;
+  }
+  EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_TAKEN], 5);
+}
+
+TEST_F(SingleOp, WindowsCountBlocksAsIfNoneWereLeftOut) {
+  AttentionGraph({.n_q = 600, .n_kv = 1792, .visible = sliding_window(128, 1024), .offset = 1024})
+      .compute(Backends(true).all());
+  ASSERT_EQ(stats().size(), 1U);
+  EXPECT_EQ(stats()[0].kv_len, 1624);
+  EXPECT_EQ(stats()[0].causal_blocks, 4 * (9 + 10 + 11 + 12 + 13));
+  EXPECT_EQ(stats()[0].visited_blocks, 4 * 5 * 2);
+}
+
+TEST_F(SingleOp, WindowsUnderABadBlockAreLeftToGgml) {
+  configure(exact_config());
+  ASSERT_TRUE(ggml_backend_pbsattn_set_layers(R"({"3": {"*": {"block": 0}}})"));
+  const AttentionGraph graph({.visible = sliding_window(100)});
+  EXPECT_EQ(graph.compute(Backends(true).all()).values, graph.compute(Backends(false).all()).values);
+  EXPECT_EQ(stats()[0].reasons[GGML_PBSATTN_PLAN_REFUSED], 1);
+  ASSERT_TRUE(ggml_backend_pbsattn_set_layers(nullptr));
 }
 
 TEST_F(SingleOp, AbortsBetweenOps) {

@@ -185,5 +185,23 @@ TEST(KeptOfAContext, ChangedKeysAndValuesAreSeen) {
     }
 }
 
+TEST(KeptOfAContext, WindowsLeaveItAlone) {
+  Config config = default_config();
+  ASSERT_EQ(pbsattn_method("two-step", &config.options), PBSATTN_OK);
+  ASSERT_TRUE(configure(config)) << ggml_backend_pbsattn_last_error();
+  AttentionGraph graph({.q_heads = 2, .kv_heads = 1, .n_q = 512, .n_kv = 1536, .offset = 1000});
+  const Visible causal = [](std::int64_t i, std::int64_t j) { return j <= 1000 + i; };
+  const Visible window = [](std::int64_t i, std::int64_t j) { return j <= 1000 + i && 1000 + i - j < 300; };
+  const Backends context(true);
+  for (int round = 0; round < 3; ++round) {
+    for (const Visible& visible : {causal, window}) {
+      graph.set_mask(visible);
+      EXPECT_EQ(graph.compute(context.all()).values, graph.compute(Backends(true).all()).values) << round;
+    }
+    auto* const half = static_cast<std::uint16_t*>(graph.op()->src[1]->data) + (900 - round * 300) * 64;
+    *half = 0x4500;  // 5, while the window's layer is the last to have run
+  }
+}
+
 }  // namespace
 }  // namespace pbsattn::ggml::test
