@@ -77,6 +77,7 @@ def facts_of(layer: typing.Any, name: str, runner: typing.Any, backend: typing.A
         scale=layer.scaling,
         dtype=str(runner.dtype).removeprefix("torch."),
         cache_dtype=str(backend.kv_cache_dtype).removeprefix("torch."),
+        page_size=backend.page_size,
         window=layer.sliding_window_size + 1 if layer.sliding_window_size > -1 else None,  # SGLang counts those before
         softcap=float(layer.logit_cap or 0),
         draft=runner.is_draft_worker,
@@ -103,8 +104,6 @@ def rope_pairs() -> str | None:
 
 def layers_of(runner: typing.Any, backend: typing.Any, settings: Settings) -> dict[str, tuple[typing.Any, Layer | str]]:
     """By name: the model's layers with attention, and each as pbsattn takes it, or why it is left. Raises Refused."""
-    import dataclasses
-
     from sglang.srt.layers.radix_attention import RadixAttention
 
     other = reason_for_all(runner, backend)
@@ -112,7 +111,5 @@ def layers_of(runner: typing.Any, backend: typing.Any, settings: Settings) -> di
     for name, layer in runner.model.named_modules():
         if isinstance(layer, RadixAttention):
             taken = layer_of(facts_of(layer, name, runner, backend, other), settings, *most_tokens(runner))
-            if isinstance(taken, Layer) and backend.page_size % 16:
-                taken = dataclasses.replace(taken, in_place=False)
             found[name] = layer, taken
     return found

@@ -215,7 +215,7 @@ class Engine(Texts):
 
     @property
     def room(self):
-        """Tokens of prompts that are worth answering together: fewer than have room, since caches of a batch are equally long.
+        """Tokens of prompts that are worth answering together: fewer than have room, as caches of a batch are equally long.
         0 on the CPU, where a prompt's answer is kept as soon as it can be."""
         together = self.device.type != "cpu" and decode.whole_caches(self.model)
         return self._cached_tokens * 3 // 4 if together else 0

@@ -15,10 +15,10 @@ Each text has to have three times --tokens tokens, of which it takes
                    queries (by query head, and by KV head as `arrival` has it), in the learned one, and in the learned one
                    where it pays
 What lowers the loss by more than two standard errors against no order, and raises it on no text by more than one, goes into
-the file; else the file says that keys stay where they are. Where a text then loses more than .01 nats against full attention,
-with its standard error, the file has a lower threshold, the highest of a few at which none does. Fit at the length that you
-serve, on texts of the kind that you serve; ./dev learn takes Python's language reference and its library's source where no
---text is given.
+the file; else the file says that keys stay where they are. Where a text then loses more than .01 nats against full
+attention, with its standard error, the file has a lower threshold, the highest of a few at which none does. Fit at the
+length that you serve, on texts of the kind that you serve; ./dev learn takes Python's language reference and its
+library's source where no --text is given.
 
   python -m pbsattn_eval learn --model model.gguf --text prose=book.txt --text code=code.txt --to model.pbs
 
