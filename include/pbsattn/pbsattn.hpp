@@ -274,7 +274,7 @@ struct OrderWeights {
 
 // Where keys and values lie in a server's cache, in pages: token t at place t % size of page table[batch][t / size].
 // Views of k and v are then [page][kv_head][place][head_dim or head_dim_v], batch_stride from page to page: heads or
-// places first, keys and values apart or in one row are strides. On CUDA no run checks the table (docs/api.md).
+// places first, keys and values apart or in one row are strides. On CUDA no run checks the table (docs/caches.md).
 struct Pages {
   const std::int32_t* table = nullptr;  // [batch][ceil(kv_len / size)]; null with size 0: k and v lie contiguous
   std::int64_t batch_stride = 0;        // of the table, in entries
