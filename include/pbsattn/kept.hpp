@@ -39,7 +39,7 @@ class SegmentCache {
   SegmentCache(const SegmentCache&) = delete;
   SegmentCache& operator=(const SegmentCache&) = delete;
 
-  // Returns how many of the sequence's first tokens it keeps, whole segments.
+  // Returns how many of the sequence's first tokens it keeps; a run uses their whole segments.
   std::int64_t tokens() const noexcept { return tokens_; }
   // Forgets them.
   void clear() noexcept { tokens_ = 0; }

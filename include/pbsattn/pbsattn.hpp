@@ -365,7 +365,8 @@ class Plan {
   std::string_view path() const noexcept;
 
   // Returns the bytes of a SegmentCache that serves this plan and those of other q_len and kv_len up to `tokens`; 0 of
-  // plans that use none. Throws Error for tokens outside 0 .. 2^30.
+  // plans that use none. Of `auto`, which is full attention for short ones, ask the plan of the longest. Throws Error
+  // for tokens outside 0 .. 2^30.
   std::size_t cache_size(std::int64_t tokens) const;
 
   // Computes. Throws Error when a pointer is null, the workspace is too small, or what is written - out, lse, the cache

@@ -217,6 +217,7 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const CausalRows& rows,
                                  .order_weights = weights,
                                  .pairs = order_weights.pairs,
                                  .threads = threads_};
+  if (windowed) caches_.drop(op.layer());  // made while the window held the whole sequence
   const LayerCaches::Use kept = windowed ? LayerCaches::Use{} : caches_.before(cached, settings.cache_cap);
   pbsattn_stats run_stats{.struct_size = sizeof run_stats};
   const pbsattn_run run{.struct_size = sizeof run,

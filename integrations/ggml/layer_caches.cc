@@ -59,12 +59,15 @@ std::vector<std::uint64_t> sums_of(const LayerCaches::Call& call, std::int64_t s
   }
   take(0);
   for (std::int64_t part = started; part < parts; ++part) take(part);
+  helpers.clear();  // which waits for them
   return sums;
 }
 
+// Returns the tokens of a plan's segments, 0 where none can be kept: orders of arrival are not handed on here.
 std::int64_t segment_of(const pbsattn_plan* plan) {
   pbsattn_options options{.struct_size = sizeof options};
-  return pbsattn_plan_options(plan, &options) == PBSATTN_OK ? options.segment : 0;
+  if (pbsattn_plan_options(plan, &options) != PBSATTN_OK) return 0;
+  return options.permutation == PBSATTN_PERMUTATION_ARRIVAL ? 0 : options.segment;
 }
 
 }  // namespace
@@ -103,6 +106,13 @@ void LayerCaches::after(const Call& call, const Use& use) {
   const auto known = std::ssize(entry.sums);
   const auto more = sums_of(call, entry.segment, known, pbsattn_segment_cache_tokens(use.cache) / entry.segment);
   entry.sums.insert(entry.sums.end(), more.begin(), more.end());
+}
+
+void LayerCaches::drop(std::int32_t layer) {
+  if (const auto found = layers_.find(layer); found != layers_.end()) {
+    used_ -= found->second.size;
+    layers_.erase(found);
+  }
 }
 
 void LayerCaches::make_room(Entry& entry, std::size_t size, std::size_t cap) {

@@ -37,6 +37,8 @@ class LayerCaches {
   Use before(const Call& call, std::size_t cap);
   // Notes what a call that ran has left in its cache.
   void after(const Call& call, const Use& use);
+  // Gives back what a layer keeps.
+  void drop(std::int32_t layer);
 
  private:
   struct Destroy {

@@ -61,6 +61,9 @@ std::pair<Inputs, Outputs> taken_by(const Options& options, Inputs inputs, Outpu
 void check_and_clear(const Plan& plan, const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace,
                      Stats* stats, Trace* trace) {
   const Geometry geometry{.shape = plan.shape(), .block = plan.options().block, .segment = plan.options().segment};
+  // What isn't valid is forgotten by every run, one that is refused or uses no cache too.
+  if (SegmentCache* const cache = outputs.cache.cache; cache != nullptr)
+    detail::CacheAccess::tokens(*cache) = std::clamp<std::int64_t>(outputs.cache.valid, 0, cache->tokens());
   validate(inputs, outputs, plan.shape());
   validate_order(inputs, outputs, plan.options().permutation, geometry);
   if (workspace.size() < plan.workspace_size())
@@ -68,9 +71,6 @@ void check_and_clear(const Plan& plan, const Inputs& inputs, const Outputs& outp
                                                       "plan.workspace_size() or plan under a cap",
                                                       workspace.size(), plan.workspace_size()));
   refuse_overlaps(inputs, outputs, workspace.first(plan.workspace_size()), geometry);
-  // What isn't valid is forgotten by every run, whether it uses the cache or not.
-  if (SegmentCache* const cache = outputs.cache.cache; cache != nullptr)
-    detail::CacheAccess::tokens(*cache) = std::min(cache->tokens(), outputs.cache.valid);
   if (stats != nullptr) *stats = {};
   if (trace != nullptr) *trace = {};
 }

@@ -170,7 +170,15 @@ TEST_P(SegmentCaches, ServeWindowsCappedLogitsWiderValuesAndPassesOfAHead) {
   grow(options, whole);
   options.window = 100;
   grow(options, whole);
-  options.window = Options{}.window;
+  options.softcap = 0;
+  options.permutation = Permutation::learned;
+  options.order_scope = OrderScope::kv_head;
+  for (const std::int64_t hides_nothing : {0, 5}) {
+    options.window = shape.kv_len + hides_nothing;
+    grow(options, Problem({.shape = shape, .v = DType::f16, .order_weights = true}));
+  }
+  options = small(method("two-step"));
+  options.softcap = 20;
   Shape head = shape;  // what the last chunk needs for one query head
   head.q_len = 90;
   head.batch = 1;

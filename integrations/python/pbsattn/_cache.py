@@ -26,13 +26,13 @@ class SegmentCache:
                 "torch.empty(size, dtype=torch.uint8)"
             )
         self._memory = memory
-        self.core = _core.SegmentCache(memory.data_ptr(), memory.nbytes)
+        self._core = _core.SegmentCache(memory.data_ptr(), memory.nbytes)
 
     @property
     def tokens(self) -> int:
-        """How many of the sequence's first tokens it keeps, whole segments."""
-        return self.core.tokens
+        """How many of the sequence's first tokens it keeps; a run uses their whole segments."""
+        return self._core.tokens
 
     def clear(self) -> None:
         """Forgets them."""
-        self.core.clear()
+        self._core.clear()

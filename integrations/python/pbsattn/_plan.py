@@ -249,7 +249,7 @@ class Plan:
             return ran
         refuse_negated(q=q, k=k, v=v)
         given = _addresses(q, k, v, out, lse, workspace, layout, carried)
-        return self._core.run(*given, stats, None if cache is None else cache.core, cache_valid)
+        return self._core.run(*given, stats, None if cache is None else cache._core, cache_valid)
 
     def bind(
         self,

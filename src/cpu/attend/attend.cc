@@ -124,7 +124,7 @@ void attend_row(const StageContext& c, std::int64_t head, std::int64_t row, std:
                            .head_dim = dim,
                            .head_dim_v = c.head_dim_v(),
                            .logits = c.logits(),
-                           .masked = causal || edge > -strip,
+                           .masked = causal || (g.windowed() && edge > -strip),
                            .diagonal = diagonal,
                            .edge = edge,
                            .values_finite = c.layout.values_finite[kv_head * c.layout.block_stride + block] != 0,

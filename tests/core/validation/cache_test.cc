@@ -55,6 +55,20 @@ TEST_P(CacheRefusals, ItsMemoryIsApart) {
   run(&none, 0);
 }
 
+// Or the caller's next chunk would find another sequence's.
+TEST_P(CacheRefusals, ARunThatIsRefusedForgetsWhatIsNotValid) {
+  if (GetParam() == Device::Kind::reference) return;  // which keeps nothing
+  std::vector<std::byte> room(plan.cache_size(700));
+  SegmentCache cache(room);
+  run(&cache, 0);
+  ASSERT_EQ(cache.tokens(), 512);
+  workspace.pop_back();
+  EXPECT_THROW(run(&cache, 300), Error);
+  EXPECT_EQ(cache.tokens(), 300);
+  EXPECT_THROW(run(&cache, -1), Error);
+  EXPECT_EQ(cache.tokens(), 0);
+}
+
 TEST_P(CacheRefusals, ItsSizeIsOfASequence) {
   EXPECT_EQ(refusal_of([&] { plan.cache_size(-1); }),
             "cache of -1 tokens: outside 0 .. 1073741824; give the longest kv_len");
