@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <exception>
-#include <thread>
+
+#include "parts.h"
 
 namespace pbsattn::ggml {
 namespace {
@@ -56,16 +56,7 @@ std::optional<CausalRows> causal_rows(const Mask& mask, int threads) {
   const auto check = [&](std::int64_t part) {
     if (!holds(rows, mask, mask.queries * part / parts, mask.queries * (part + 1) / parts, refuted)) refuted = true;
   };
-  std::vector<std::jthread> helpers;
-  std::int64_t started = 1;  // part 0 is the caller's
-  try {
-    for (; started < parts; ++started) helpers.emplace_back(check, started);
-  } catch (const std::exception&) {
-    // No more threads to be had: the caller does the parts that are left.
-  }
-  check(0);
-  for (std::int64_t part = started; part < parts; ++part) check(part);
-  helpers.clear();
+  in_parts(parts, check);
   return refuted ? std::nullopt : std::optional(rows);
 }
 

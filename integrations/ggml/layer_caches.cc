@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <bit>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <utility>
+
+#include "parts.h"
 
 namespace pbsattn::ggml {
 namespace {
@@ -50,16 +50,7 @@ std::vector<std::uint64_t> sums_of(const LayerCaches::Call& call, std::int64_t s
     for (std::int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i)
       sums[static_cast<std::size_t>(i)] = sum_of(call, segment, first + i);
   };
-  std::vector<std::jthread> helpers;
-  std::int64_t started = 1;  // part 0 is the caller's
-  try {
-    for (; started < parts; ++started) helpers.emplace_back(take, started);
-  } catch (const std::system_error&) {
-    // No more threads to be had: the caller takes the parts that are left.
-  }
-  take(0);
-  for (std::int64_t part = started; part < parts; ++part) take(part);
-  helpers.clear();  // which waits for them
+  in_parts(parts, take);
   return sums;
 }
 
