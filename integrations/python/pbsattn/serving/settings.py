@@ -18,7 +18,8 @@ import pbsattn
 Value = float | int | str
 Change = tuple[int | None, int | None, dict[str, Value]]  # layer, query head (None is every one), options
 
-LEAVE, REFUSE = "leave", "refuse"  # to FlashAttention what pbsattn can't be used for, or the server's start
+LEAVE = "leave"  # to FlashAttention what pbsattn can't be used for
+REFUSE = "refuse"  # the server's start, for the same
 EVERY = "*"
 PREFIX = "PBSATTN_"
 MODELS_OWN = ("scale", "softcap", "window")  # options that a model's layers bring
