@@ -160,10 +160,12 @@ ggml_pbsattn_reason Computer::run(const AttentionOp& op, const CausalRows& rows,
     const std::int32_t layer = op.layer();
     if (settings.learned != nullptr) key.heads = settings.learned->heads(layer, key.shape.q_heads, key.heads);
     if (settings.layers != nullptr) key.heads = settings.layers->heads(layer, key.shape.q_heads, key.heads);
-    for (pbsattn_options& options : key.heads) {  // what is the model's to say
+    const bool may_be_last = ends_.may_be_last(layer, key.shape.q_len, key.shape.kv_len);
+    for (pbsattn_options& options : key.heads) {  // what is the model's to say, and the prompt's
       options.scale = op.scale();
       options.softcap = op.soft_cap();
       options.window = static_cast<std::int32_t>(std::min(rows.window, CausalRows::no_window));
+      if (!may_be_last) options.dense_last_rows = std::min(options.dense_last_rows, 0);
     }
     weights = order_weights(op, settings, key.shape, key.heads);
   } catch (const std::exception& wrong) {

@@ -15,6 +15,7 @@
 #include "ggml-backend.h"
 #include "ggml_kernel.h"
 #include "layer_caches.h"
+#include "prompt_ends.h"
 #include "settings.h"
 
 namespace pbsattn::ggml {
@@ -73,6 +74,7 @@ class Computer {
   CausalMasks masks_;
   PlanCache plans_;
   LayerCaches caches_;
+  PromptEnds ends_;
   std::unique_ptr<std::byte[]> workspace_;
   std::size_t workspace_size_ = 0;
   std::vector<float> scratch_;
