@@ -268,11 +268,12 @@ def op_table(records):
         runs = max(r["runs"] for r in rows)
         parts.append(
             f"`python -m pbsattn_eval bench overhead` on {where}; medians of {runs} runs of 50 calls:\n\n"
-            "| attention | first call | a call on the host | of it the library | path through Python |\n"
-            "| --- | --- | --- | --- | --- |"
+            "| attention | first call | a call on the host | of it the library | path through Python | a new plan |\n"
+            "| --- | --- | --- | --- | --- | --- |"
         )
         for case in dict.fromkeys(r["case"] for r in rows):
-            own = [micros.get((case, f"host time {of}"), "") for of in ("of a call", "in the library", "of the Python path")]
+            parts_of = ("of a call", "in the library", "of the Python path", "of a new plan")
+            own = [micros.get((case, f"host time {of}"), "") for of in parts_of]
             parts[-1] += f"\n| `{case}` | {value[case, 'first call'] * 1e3:.1f} ms | {' | '.join(own)} |"
     return "\n\n".join(parts)
 

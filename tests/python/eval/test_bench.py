@@ -132,6 +132,7 @@ def test_overhead(device, capsys):
     assert got["pbs", "host time of the Python path"] == pytest.approx(
         got["pbs", "host time of a call"] - got["pbs", "host time in the library"]
     )
+    assert 0 < got["pbs", "host time of a new plan"]
     assert ("sdpa", "host time of a call") in got and ("sdpa", "host time in the library") not in got
     assert "Python path" in capsys.readouterr().out
 

@@ -76,13 +76,13 @@ def _parser():
     command = commands.add_parser(
         "overhead",
         parents=[shared, heads],
-        help="host time of a call beyond the library's launches, and the time of first calls",
+        help="host time of a call beyond the library's launches, of a new plan, and the time of first calls",
     )
     command.add_argument(
         "--tokens", type=int, default=512, help="of the calls: few, so that a GPU never falls behind (default 512)"
     )
     command.add_argument("--head-dim", type=int, default=128)
-    command.add_argument("--attn", default="sdpa,full,pbs", help=f"{kinds} (default sdpa,full,pbs)")
+    command.add_argument("--attn", default="sdpa,full,pbs,two-step", help=f"{kinds} (default sdpa,full,pbs,two-step)")
 
     command = commands.add_parser(
         "lists",

@@ -138,7 +138,7 @@ def rates(attentions, device, dtype, heads, kv_heads, lengths, head_dims, runs, 
 
 @torch.no_grad()
 def overhead(attentions, device, heads, kv_heads, tokens, head_dim, runs):
-    """Records of what a call costs the host beyond the library's own run, and of how long first calls take."""
+    """Records of what a call and a new plan cost the host, and of how long first calls take."""
     q, k, v = _inputs(device, torch.bfloat16, heads, kv_heads, tokens, head_dim)
     _wait(device)
     first = {each.name: _seconds(functools.partial(each.compute, q, k, v), device) for each in attentions}
@@ -146,14 +146,18 @@ def overhead(attentions, device, heads, kv_heads, tokens, head_dim, runs):
     for each in attentions:
         ways[each.name, "call"] = functools.partial(each.compute, q, k, v)
         if each.method is not None:
-            ways[each.name, "library"] = _library_run(each, q, k, v)
+            make = functools.partial(_plan, each, q, k)
+            ways[each.name, "plan"] = make
+            plan = make()
+            workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=device)
+            ways[each.name, "library"] = plan.bind(q, k, v, torch.empty_like(q), workspace)
     seconds = {way: [] for way in ways}
     for run in range(runs + 1):  # the first warms up
         for way, call in ways.items():
             taken = _seconds(call, device, _CALLS, wait=False)
             if run > 0:
                 seconds[way].append(taken)
-    made, rows = [], [("attention", "first call", "a call on the host", "of it the library", "Python path")]
+    made, rows = [], [("attention", "first call", "a call on the host", "of it the library", "Python path", "a new plan")]
     for each in attentions:
         times = {part: seconds[name, part] for name, part in ways if name == each.name}
         middle = {part: statistics.median(taken) for part, taken in times.items()}
@@ -162,6 +166,7 @@ def overhead(attentions, device, heads, kv_heads, tokens, head_dim, runs):
             measured += [
                 ("host time in the library", middle["library"], _spread(times["library"])),
                 ("host time of the Python path", middle["call"] - middle["library"], 0.0),
+                ("host time of a new plan", middle["plan"], _spread(times["plan"])),
             ]
         for metric, value, spread in measured:
             made.append(
@@ -181,15 +186,18 @@ def overhead(attentions, device, heads, kv_heads, tokens, head_dim, runs):
             (
                 each.name,
                 f"{first[each.name] * 1e3:.1f} ms",
-                *(show(seconds and seconds * 1e6, "{:.1f} us") for seconds in (middle["call"], middle.get("library"), own)),
+                *(
+                    show(seconds and seconds * 1e6, "{:.1f} us")
+                    for seconds in (middle["call"], middle.get("library"), own, middle.get("plan"))
+                ),
             )
         )
     return made, aligned(rows, left=("attention",))
 
 
-def _library_run(attention, q, k, v):
-    """The library's run of a call, with everything that Python prepares for it prepared: launches and nothing else."""
-    plan = pbsattn.plan(
+def _plan(attention, q, k):
+    """A plan of a call, made anew: what a call of a shape that wasn't there before costs more."""
+    return pbsattn.plan(
         q_heads=q.shape[1],
         kv_heads=k.shape[1],
         q_len=q.shape[2],
@@ -199,5 +207,3 @@ def _library_run(attention, q, k, v):
         method=attention.method,
         threads=torch.get_num_threads(),
     )
-    workspace = torch.empty(plan.workspace_size, dtype=torch.uint8, device=q.device)
-    return plan.bind(q, k, v, torch.empty_like(q), workspace)
