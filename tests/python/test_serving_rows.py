@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pbsattn.serving.rows import Row, Run, runs_between, take
+from pbsattn.serving.rows import Row, runs_between, take
 
 
 def starts_of(tokens):
@@ -14,11 +14,11 @@ def starts_of(tokens):
     return starts
 
 
-def split(tokens, context=None, prefilling=None, min_tokens=100, longest=None):
+def split(tokens, context=None, prefilling=None, min_tokens=100):
     """(rows taken, runs between) of a batch, by their tokens."""
     starts = starts_of(tokens)
     lens = [own + before for own, before in zip(tokens, context or [0] * len(tokens))]
-    taken = take(starts, lens, prefilling or [True] * len(tokens), min_tokens, longest)
+    taken = take(starts, lens, prefilling or [True] * len(tokens), min_tokens)
     return taken, runs_between(starts, taken)
 
 
@@ -52,12 +52,6 @@ def test_a_row_says_what_it_sees():
     assert not split([300])[0][0].has_context
 
 
-def test_a_window_takes_rows_that_fit_in_it():
-    rows, between = split([300, 300, 300], [0, 100, 101], longest=400)
-    assert [row.index for row in rows] == [0, 1]
-    assert between == [Run(2, 3, 600, 900)]
-
-
 def test_a_row_that_sees_less_than_itself_is_left():
     assert take([0, 300], [299], [True], 100) == []
 
@@ -79,7 +73,7 @@ def test_no_token_is_computed_twice_and_none_left_out():
         tokens = [draw.choice([0, 0, 1, 1, 1, 3, 99, 100, 250]) for _ in range(draw.randrange(9))]
         context = [draw.choice([0, 16, 300]) for _ in tokens]
         prefilling = [draw.random() < 0.7 for _ in tokens]
-        rows, between = split(tokens, context, prefilling, longest=draw.choice([None, 310]))
+        rows, between = split(tokens, context, prefilling)
         long_rows += len(rows)
         computed = sorted([(row.begin, row.end) for row in rows] + [(run.begin, run.end) for run in between])
         assert [token for begin, end in computed for token in range(begin, end)] == list(range(sum(tokens)))

@@ -13,6 +13,7 @@ import pbsattn_vllm
 from learned_files import save_learned
 from pbsattn.serving import layers
 from pbsattn.serving.layers import Facts, Layer, Refused, layer_of, most_memory, reads_pages, reason_to_leave
+from pbsattn.serving.rows import Row
 from pbsattn.serving.settings import _FIELDS, REFUSE, Settings, read
 
 
@@ -252,12 +253,19 @@ def test_pages_that_a_device_refuses_are_gathered(monkeypatch):
 )
 def test_rows_whose_plan_is_dense(method, tokens, kv_len, dense):
     layer = Layer(0, FACTS, json.dumps([{"method": method}] * 4))
-    assert layer.is_dense(tokens, kv_len) is dense
+    assert layer.leaves(Row(0, 0, tokens, kv_len)) is dense
 
 
 def test_rows_that_are_dense_in_some_heads_are_not():
     layer = Layer(0, FACTS, json.dumps([{"method": "pbs", "keep": "all"}] * 2 + [{"method": "pbs"}] * 2))
-    assert not layer.is_dense(8192, 8192)
+    assert not layer.leaves(Row(0, 0, 8192, 8192))
+
+
+@pytest.mark.parametrize(("kv_len", "leaves"), [(300, False), (400, False), (401, True)])
+def test_rows_that_see_more_than_their_layers_window(kv_len, leaves):
+    heads = json.dumps([{"method": "pbs"}] * 4)
+    assert Layer(0, dataclasses.replace(FACTS, window=400), heads).leaves(Row(0, 0, 300, kv_len)) is leaves
+    assert not Layer(0, FACTS, heads).leaves(Row(0, 0, 300, kv_len)), "a layer without one beside it"
 
 
 SIZES = {"layers": 8, "query_heads": 4, "kv_heads": 2, "head_dim": 64}

@@ -1,6 +1,7 @@
 """The plug-in's pieces against vLLM's own classes, without an engine."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import sys
 import types
@@ -25,7 +26,7 @@ from conftest import logged
 from pbsattn.serving import settings
 from pbsattn.serving.layers import Facts, Layer
 from pbsattn.serving.rows import Row, runs_between, take
-from pbsattn_vllm import backend, left, taking
+from pbsattn_vllm import backend, left, metadata, taking
 from pbsattn_vllm.impl import RowsImpl
 from pbsattn_vllm.memory import Buffer
 from pbsattn_vllm.metadata import RowsBuilder, Split, slice_batch
@@ -220,13 +221,13 @@ def told(monkeypatch):
     taking.settings.cache_clear()
 
 
-NEVER_DENSE = types.SimpleNamespace(is_dense=lambda tokens, kv_len: False)
+NEVER_LEAVES = types.SimpleNamespace(leaves=lambda row: False)
 
 
 def rows_of_builder(tokens, drafts, lens=None):
     """The rows that a builder takes of a batch of prefills."""
     builder = object.__new__(backend.Builder)
-    builder._kinds, builder._longest = [NEVER_DENSE], None
+    builder._kinds = [NEVER_LEAVES]
     builder._least = taking.least_tokens(types.SimpleNamespace(num_speculative_tokens=drafts))
     starts = torch.tensor([0, *tokens]).cumsum(0).int()
     common = CommonAttentionMetadata(
@@ -279,7 +280,7 @@ def by_second_runner(tokens, computed, prompts, mode, padded_tokens, padded_rows
     By request: tokens of this step, tokens computed before, tokens of its prompt.
     """
     builder = object.__new__(SplitBuilder)
-    builder._kinds, builder._all, builder._longest, builder._least = kinds or [NEVER_DENSE], True, None, 256
+    builder._kinds, builder._all, builder._least = kinds or [NEVER_LEAVES], True, 256
     names = model_runner.sort_batch_req_ids({str(i): each for i, each in enumerate(tokens)}, 1)
     order = numpy.array([int(name) for name in names])
     scheduled, before, of_prompt = (numpy.array(each, dtype=numpy.int32)[order] for each in (tokens, computed, prompts))
@@ -343,11 +344,37 @@ def test_graphs_of_the_second_model_runner(told):
 def test_rows_that_are_dense_are_not_taken():
     """FlashAttention reads their pages in place; in one run with the rows beside them."""
     given = [300, 400], [0, 512], [300, 2000], CUDAGraphMode.PIECEWISE, 1024
-    short = types.SimpleNamespace(is_dense=lambda tokens, kv_len: kv_len < 500)
-    every = types.SimpleNamespace(is_dense=lambda tokens, kv_len: True)
-    for kinds, taken in (([short], [1]), ([every], []), ([short, NEVER_DENSE], [0, 1]), ([every, short], [1])):
+    short = types.SimpleNamespace(leaves=lambda row: row.kv_len < 500)
+    every = types.SimpleNamespace(leaves=lambda row: True)
+    for kinds, taken in (([short], [1]), ([every], []), ([short, NEVER_LEAVES], [0, 1]), ([every, short], [1])):
         metadata = by_second_runner(*given, kinds=kinds)
         assert [row.index for row in getattr(metadata, "pbsattn", Split([], [], None, None)).rows] == taken
+
+
+def test_each_layer_leaves_its_own_rows(monkeypatch):
+    """Of one group, as of a model with windows in some layers where vLLM's hybrid KV cache manager is off."""
+    facts = Facts("model.layers.0.attn", "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32")
+    kinds = [facts, dataclasses.replace(facts, window=500), dataclasses.replace(facts, head_dim=128), facts]
+    layers = {
+        str(i): types.SimpleNamespace(impl=types.SimpleNamespace(pbsattn_layer=Layer(i, of, HEADS)))
+        for i, of in enumerate(kinds)
+    }
+    builder = object.__new__(SplitBuilder)
+    builder.layer_names, builder.device = list(layers), None
+    builder.vllm_config = types.SimpleNamespace(
+        compilation_config=types.SimpleNamespace(static_forward_context=layers), num_speculative_tokens=0
+    )
+    for name in ("reserve", "tell"):
+        monkeypatch.setattr(metadata, name, lambda *_: None)
+    builder.choose_rows()
+    assert sorted(kind.index for kind in builder._kinds) == [1, 2, 3]
+    made = by_second_runner([300, 400], [0, 512], [300, 2000], CUDAGraphMode.PIECEWISE, 1024, kinds=builder._kinds)
+    assert [row.kv_len for row in made.pbsattn.rows] == [300, 912]
+    made = by_second_runner([300, 400], [0, 512], [300, 2000], CUDAGraphMode.PIECEWISE, 1024, kinds=builder._kinds[1:2])
+    assert [row.kv_len for row in made.pbsattn.rows] == [300]
+    impl, forward = forward_of(1, kv_len=501, window=500)
+    forward()
+    assert impl.computed == [("row 0", 8)]
 
 
 class Dense:
@@ -365,12 +392,14 @@ class Rows(RowsImpl, Dense):
 HEADS = '[{"method": "pbs"}]'
 
 
-def forward_of(index):
+def forward_of(index, kv_len=8, window=None):
     """A layer, and a function that computes a batch of one row of 8 tokens by it."""
     name = f"model.layers.{index}.attn"
     impl = object.__new__(Rows)
-    impl.pbsattn_layer = Layer(index, Facts(name, "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32"), HEADS)
-    split = Split([Row(0, 0, 8, 8)], [], torch.zeros(1, 1), lambda row: f"row {row}")
+    impl.pbsattn_layer = Layer(
+        index, Facts(name, "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32", window), HEADS
+    )
+    split = Split([Row(0, 0, 8, kv_len)], [], torch.zeros(1, 1), lambda row: f"row {row}")
     tensors = [torch.zeros(8, 1, 64) for _ in range(4)]
     metadata = types.SimpleNamespace(pbsattn=split)
     return impl, lambda: impl.forward(types.SimpleNamespace(impl=impl), *tensors[:3], None, metadata, tensors[3])

@@ -30,12 +30,7 @@ class Step:
 
     def rows_of(self, layer: Layer) -> tuple[Row, ...]:
         """The rows that a layer's options and window leave to pbsattn."""
-        window = layer.facts.window
-        return tuple(
-            row
-            for row in self._rows
-            if (window is None or row.kv_len <= window) and not layer.is_dense(row.tokens, row.kv_len)
-        )
+        return tuple(row for row in self._rows if not layer.leaves(row))
 
     def runs(self, rows: tuple[Row, ...]) -> list[Run]:
         """The others, as runs of such as stand together."""

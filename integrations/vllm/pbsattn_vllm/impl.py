@@ -55,7 +55,7 @@ class RowsImpl:
         # In float32, from the model's weights as they are now.
         sinks = self.sinks.detach().float() if taken.facts.sinks else None  # type: ignore[attr-defined]
         for row in split.rows:
-            if taken.is_dense(row.tokens, row.kv_len):  # though it isn't in all layers
+            if taken.leaves(row):  # though not all layers do
                 dense(row.begin, row.end, split.dense(row.index))
                 continue
             try:

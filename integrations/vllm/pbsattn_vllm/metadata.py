@@ -74,11 +74,11 @@ class RowsBuilder:
         taken = [layer for layer in layers.values() if not isinstance(layer, str)]
         for layer in taken:
             reserve(layer, config, self.device)
-        self._kinds = list({layer.heads: layer for layer in taken}.values())  # whose rows have the same plans
+        self._kinds = list(
+            {(layer.shape, layer.facts.window): layer for layer in taken}.values()
+        )  # that leave the same rows
         self._all = len(taken) == len(layers)
         self._least = least_tokens(config)
-        # A query may see no more than a layer's window, which pbsattn computes only where nothing lies outside of it.
-        self._longest = min((layer.facts.window for layer in taken if layer.facts.window is not None), default=None)
         tell(layers, config)
 
     def left_alone(self) -> None:
@@ -121,9 +121,8 @@ class RowsBuilder:
                 c.seq_lens_cpu_upper_bound.tolist()[: c.num_reqs],
                 c.is_prefilling.tolist()[: c.num_reqs],
                 self._least,
-                self._longest,
             )
         except ValueError as error:
             teller.warn_once("lists", f"{error}. Such batches go to FlashAttention")
             return []
-        return [row for row in rows if not all(kind.is_dense(row.tokens, row.kv_len) for kind in self._kinds)]
+        return [row for row in rows if not all(kind.leaves(row) for kind in self._kinds)]

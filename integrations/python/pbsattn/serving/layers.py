@@ -10,6 +10,7 @@ import torch
 
 import pbsattn
 
+from .rows import Row
 from .settings import REFUSE, Settings
 
 
@@ -78,6 +79,18 @@ def reason_to_leave(facts: Facts) -> str | None:
     return next((reason for reason, holds in rules.items() if holds), None)
 
 
+class Shape(typing.NamedTuple):
+    """What plans of a layer's rows depend on, besides the rows."""
+
+    heads: str  # as Layer has them
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float
+    device: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """A layer that is taken."""
@@ -88,15 +101,21 @@ class Layer:
     in_place: bool = False  # its keys and values are read from their pages, not gathered from them first
     weights: torch.Tensor | None = dataclasses.field(default=None, compare=False)  # of a learned order, [Hkv, 3 D / 2]
 
+    @property
+    def shape(self) -> Shape:
+        """What plans of its rows depend on, besides the rows."""
+        f = self.facts
+        return Shape(self.heads, f.q_heads, f.kv_heads, f.head_dim, f.scale, f.softcap, f.device)
+
     def plan(self, tokens: int, kv_len: int, memory: int | None) -> pbsattn.Plan:
         """The plan of a row; layers, chunks and requests of one shape share it. Raises what pbsattn.plan raises."""
-        f = self.facts
-        of_layer = self.heads, f.q_heads, f.kv_heads, f.head_dim, f.scale, f.softcap
-        return _plan(*of_layer, tokens, kv_len, f.device, memory)
+        return _plan(self.shape, tokens, kv_len, memory)
 
-    def is_dense(self, tokens: int, kv_len: int) -> bool:
-        """Whether the row's plan is full attention, as `auto` is where that is faster: then it is FlashAttention's."""
-        return _is_dense(self, tokens, kv_len)
+    def leaves(self, row: Row) -> bool:
+        """Whether a row is FlashAttention's in this layer: it sees more than the layer's window, as no query may, or its plan is
+        full attention, as `auto` is where that is faster."""
+        window = self.facts.window
+        return (window is not None and row.kv_len > window) or _is_dense(self.shape, row.tokens, row.kv_len)
 
     def gathered(self, tokens: int) -> int:
         """Bytes of so many tokens' keys and values, where a run needs them gathered."""
@@ -119,10 +138,10 @@ class Layer:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_dense(layer: Layer, tokens: int, kv_len: int) -> bool:
-    heads = set(map(json.dumps, json.loads(layer.heads)))
-    each = (dataclasses.replace(layer, heads=f"[{head}]") for head in heads)
-    return all(head.plan(tokens, kv_len, None).options["keep"] == "all" for head in each)
+def _is_dense(shape: Shape, tokens: int, kv_len: int) -> bool:
+    heads = set(map(json.dumps, json.loads(shape.heads)))
+    each = (_plan(shape._replace(heads=f"[{head}]"), tokens, kv_len, None) for head in heads)
+    return all(plan.options["keep"] == "all" for plan in each)
 
 
 _PAGE_STEP = 16  # tokens, of which a page that is read in place is a multiple
@@ -172,29 +191,18 @@ def _reads_pages(
 
 
 @functools.lru_cache(maxsize=2048)  # chunks of a long prompt, times layers with options of their own
-def _plan(
-    heads: str,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    scale: float,
-    softcap: float,
-    tokens: int,
-    kv_len: int,
-    device: str,
-    memory: int | None,
-) -> pbsattn.Plan:
-    by_head = json.loads(heads)
+def _plan(shape: Shape, tokens: int, kv_len: int, memory: int | None) -> pbsattn.Plan:
+    by_head = json.loads(shape.heads)
     return pbsattn.plan(
-        q_heads=q_heads,
-        kv_heads=kv_heads,
+        q_heads=shape.q_heads,
+        kv_heads=shape.kv_heads,
         q_len=tokens,
         kv_len=kv_len,
-        head_dim=head_dim,
-        device=device,
+        head_dim=shape.head_dim,
+        device=shape.device,
         workspace_cap=memory,
-        scale=scale,
-        softcap=softcap,
+        scale=shape.scale,
+        softcap=shape.softcap,
         **(by_head[0] if all(each == by_head[0] for each in by_head) else {"heads": dict(enumerate(by_head))}),
     )
 

@@ -39,10 +39,8 @@ class Run(typing.NamedTuple):
     end: int
 
 
-def take(
-    starts: Sequence[int], lens: Sequence[int], prefilling: Sequence[bool], min_tokens: int, longest: int | None = None
-) -> list[Row]:
-    """The rows that pbsattn computes: prefills of min_tokens or more, over `longest` tokens at most where that is given.
+def take(starts: Sequence[int], lens: Sequence[int], prefilling: Sequence[bool], min_tokens: int) -> list[Row]:
+    """The rows that pbsattn computes, if their layer doesn't leave them: prefills of min_tokens or more.
 
     A row whose lens is less than its own tokens isn't taken. Raises ValueError where the lists are not of one batch.
     """
@@ -52,12 +50,7 @@ def take(
     taken = []
     for i in range(rows):
         row = Row(i, starts[i], starts[i + 1], lens[i])
-        if (
-            prefilling[i]
-            and row.tokens >= min_tokens
-            and row.kv_len >= row.tokens
-            and (longest is None or row.kv_len <= longest)
-        ):
+        if prefilling[i] and row.tokens >= min_tokens and row.kv_len >= row.tokens:
             taken.append(row)
     return taken
 
