@@ -52,6 +52,12 @@ def test_a_row_says_what_it_sees():
     assert not split([300])[0][0].has_context
 
 
+def test_a_row_says_what_of_its_prompt_comes_after_it():
+    starts, lens, prefilling = [0, 1, 301, 601], [7, 300, 900], [False, True, True]
+    assert [row.after for row in take(starts, lens, prefilling, 100, [0, 40, 0])] == [40, 0]
+    assert [row.after for row in take(starts, lens, prefilling, 100)] == [0, 0]
+
+
 def test_a_row_that_sees_less_than_itself_is_left():
     assert take([0, 300], [299], [True], 100) == []
 

@@ -261,6 +261,32 @@ def test_rows_that_are_dense_in_some_heads_are_not():
     assert not layer.leaves(Row(0, 0, 8192, 8192))
 
 
+@pytest.mark.parametrize(
+    ("after", "rows"),
+    [(0, [5, 1]), (127, [5, 1]), (128, [4, 0]), (544, [1, 0]), (639, [1, 0]), (640, [0, 0]), (10**6, [0, 0])],
+)
+def test_dense_rows_are_those_of_the_prompt(after, rows):
+    """Wherever it is cut into chunks: five of 128 tokens in some heads, one in others, of which some may come later."""
+    by_head = [{"method": "two-step:dense_last_rows=5", "threshold": 0.01}] * 2 + [{"method": "two-step"}] * 2
+    layer = Layer(0, FACTS, json.dumps(by_head))
+    made = [json.loads(layers._before_others(layer.shape, after).heads)[head] for head in (0, 2)]
+    assert [pbsattn.options(**each)["dense_last_rows"] for each in made] == rows
+    assert [pbsattn.options(**each)["threshold"] for each in made] == [
+        pytest.approx(0.01),
+        pbsattn.options("two-step")["threshold"],
+    ]
+    assert layer.plan(512, 2048, None, after=640) is layer.plan(512, 2048, None, after=10**6), "plans are kept"
+
+
+def test_auto_without_dense_rows_is_auto():
+    layer = Layer(0, FACTS, json.dumps([{"method": "auto"}] * 4))
+    (of_head,) = {json.dumps(each) for each in json.loads(layers._before_others(layer.shape, 128).heads)}
+    assert pbsattn.options(**json.loads(of_head)) == {**pbsattn.options("auto"), "dense_last_rows": 0}
+    assert layer.leaves(Row(0, 0, 300, 300, after=10**4)) and not layer.leaves(Row(0, 0, 8192, 1 << 17, after=10**4))
+    most = max(layer.plan(8192, 1 << 17, None, after).workspace_size for after in (0, 500))
+    assert most_memory(layer, 8192, 1 << 17) == layer.gathered(1 << 17) + most
+
+
 @pytest.mark.parametrize(("kv_len", "leaves"), [(300, False), (400, False), (401, True)])
 def test_rows_that_see_more_than_their_layers_window(kv_len, leaves):
     heads = json.dumps([{"method": "pbs"}] * 4)

@@ -71,6 +71,34 @@ def test_rows(ran, dense):
     assert ran.preemptions["preempted"] and dense.preemptions["preempted"]
 
 
+def test_rows_know_what_of_their_prompt_comes_after_them(ran):
+    for name, requests in REQUESTS.items():
+        for row in ran.rows[name][0]:
+            assert row.after in {max(len(ids) - row.kv_len, 0) for ids, _ in requests}, name
+    assert [row.after for row in ran.rows["chunks"][0]] == [544, 288, 32]
+    assert all(row.after == 890 - row.kv_len for row in ran.rows["prefix"][0])
+    assert [row.after for row in ran.rows["whole"][0]] == [0]
+
+
+def test_only_a_prompts_last_rows_see_everything(models):
+    """Of a chunk before others none does: of its two rows of four heads each sees its segment and the first block."""
+    least = {"PBSATTN_METHOD": "pbs:keep=density:density=0:dense_last_rows=1", "PBSATTN_STATS": "1"}
+    sets = {"chunks": REQUESTS["chunks"]}
+
+    def densities(**others):
+        ran = run(models["llama"], sets=sets, variables={**least, **others}, aborting=False)
+        return re.findall(r"row of (\d+) tokens over (\d+): density ([.\d]+)", "\n".join(ran.log))
+
+    assert densities() == [("256", "256", "1.000"), ("256", "512", "0.714"), ("256", "768", "0.727")], (
+        "3 + 2 of 7, 2 + 6 of 11"
+    )
+    assert densities(PBSATTN_DENSE_LAST_ROWS="3") == [
+        ("256", "256", "1.000"),
+        ("256", "512", "0.857"),
+        ("256", "768", "1.000"),
+    ]
+
+
 def test_aborted(ran, dense):
     assert ran.answers["aborted"][0] is None and dense.answers["aborted"][0] is None
     for got, wanted in zip(ran.answers["aborted"][1:], dense.answers["aborted"][1:]):

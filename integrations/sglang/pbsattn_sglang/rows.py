@@ -192,7 +192,7 @@ class RowsBackend:
         whole = new is not None and not row.has_context
         count = 0 if whole else -(-row.kv_len // self.page_size)
         gathered = taken.gathered(count * self.page_size)
-        plan = self._buffer.plan_beside(gathered, taken, row.tokens, row.kv_len)
+        plan = self._buffer.plan_beside(gathered, taken, row)
         space, workspace = self._buffer.take(gathered, plan.workspace_size, q.device)
         table = None
         if new is not None and whole:  # the projections are all keys and values there are

@@ -84,7 +84,7 @@ class RowsImpl:
         pages = kv_cache.transpose(1, 2)  # [pages, tokens, Hkv, 2 D]
         count = 0 if not row.has_context and key is not None else -(-row.kv_len // pages.shape[1])
         gathered = taken.gathered(count * pages.shape[1])
-        plan = buffer.plan_beside(gathered, taken, row.tokens, row.kv_len)
+        plan = buffer.plan_beside(gathered, taken, row)
         space, workspace = buffer.take(gathered, plan.workspace_size, query.device)
         table = None
         if count == 0:  # the projections are all keys and values there are

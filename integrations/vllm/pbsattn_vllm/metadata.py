@@ -9,6 +9,7 @@ import torch
 
 from pbsattn.serving.rows import Row, Run, runs_between, take
 
+from . import ends
 from .taking import least_tokens, left_or_taken, reserve, tell, teller
 
 
@@ -64,6 +65,7 @@ class RowsBuilder:
         self, kv_cache_spec: typing.Any, layer_names: list[str], vllm_config: typing.Any, device: typing.Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        ends.watch()
         self.choose_rows()
 
     def choose_rows(self) -> None:
@@ -115,14 +117,20 @@ class RowsBuilder:
             or c.rswa_prefix_lens is not None
         ):
             return []
+        lists = (
+            c.query_start_loc_cpu.tolist()[: c.num_reqs + 1],
+            c.seq_lens_cpu_upper_bound.tolist()[: c.num_reqs],
+            c.is_prefilling.tolist()[: c.num_reqs],
+        )
+        after = ends.tokens_after(*lists)
         try:
-            rows = take(
-                c.query_start_loc_cpu.tolist()[: c.num_reqs + 1],
-                c.seq_lens_cpu_upper_bound.tolist()[: c.num_reqs],
-                c.is_prefilling.tolist()[: c.num_reqs],
-                self._least,
-            )
+            rows = take(*lists, self._least, after)
         except ValueError as error:
             teller.warn_once("lists", f"{error}. Such batches go to FlashAttention")
             return []
-        return [row for row in rows if not all(kind.leaves(row) for kind in self._kinds)]
+        rows = [row for row in rows if not all(kind.leaves(row) for kind in self._kinds)]
+        if rows and after is None:
+            teller.warn_once(
+                "ends", "this model runner doesn't tell which chunk ends its prompt: the last rows of all see everything"
+            )
+        return rows

@@ -107,15 +107,20 @@ class Layer:
         f = self.facts
         return Shape(self.heads, f.q_heads, f.kv_heads, f.head_dim, f.scale, f.softcap, f.device)
 
-    def plan(self, tokens: int, kv_len: int, memory: int | None) -> pbsattn.Plan:
-        """The plan of a row; layers, chunks and requests of one shape share it. Raises what pbsattn.plan raises."""
-        return _plan(self.shape, tokens, kv_len, memory)
+    def plan(self, tokens: int, kv_len: int, memory: int | None, after: int = 0) -> pbsattn.Plan:
+        """The plan of a row after which so many tokens of its prompt come.
+
+        Layers, chunks and requests of one shape share it. Raises what pbsattn.plan raises.
+        """
+        return _plan(_before_others(self.shape, after), tokens, kv_len, memory)
 
     def leaves(self, row: Row) -> bool:
-        """Whether a row is FlashAttention's in this layer: it sees more than the layer's window, as no query may, or its plan is
-        full attention, as `auto` is where that is faster."""
+        """Whether a row is FlashAttention's in this layer: it sees more than the layer's window, as no query may, or its
+        plan is full attention, as `auto` is where that is faster."""
         window = self.facts.window
-        return (window is not None and row.kv_len > window) or _is_dense(self.shape, row.tokens, row.kv_len)
+        return (window is not None and row.kv_len > window) or _is_dense(
+            _before_others(self.shape, row.after), row.tokens, row.kv_len
+        )
 
     def gathered(self, tokens: int) -> int:
         """Bytes of so many tokens' keys and values, where a run needs them gathered."""
@@ -135,6 +140,28 @@ class Layer:
         """Runs a plan of the layer's on tensors [B, S, H, D], with Plan.run's other arguments. Returns what that returns."""
         pairs = {} if self.weights is None else {"order_weights": self.weights, "rope_pairs": self.facts.rope_pairs}
         return plan.run(q, k, v, out, workspace, layout="bshd", **pairs, **others)
+
+
+def _before_others(shape: Shape, after: int) -> Shape:
+    """The shape for a row after which so many tokens of its prompt come: of the prompt's `dense_last_rows` it has those that
+    begin in it."""
+    least = min(after, _tokens_of_dense_rows(shape.heads))
+    return shape._replace(heads=_fewer_dense_rows(shape.heads, least)) if least else shape
+
+
+@functools.lru_cache(maxsize=2048)
+def _tokens_of_dense_rows(heads: str) -> int:
+    each = (pbsattn.options(**each) for each in json.loads(heads))
+    return max(int(options["dense_last_rows"]) * int(options["block"]) for options in each)
+
+
+@functools.lru_cache(maxsize=2048)
+def _fewer_dense_rows(heads: str, after: int) -> str:
+    by_head = json.loads(heads)
+    for each in by_head:
+        options = pbsattn.options(**each)
+        each["dense_last_rows"] = max(int(options["dense_last_rows"]) - after // int(options["block"]), 0)
+    return json.dumps(by_head)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -255,4 +282,5 @@ def weights_of(facts: Facts, settings: Settings) -> torch.Tensor | None:
 def most_memory(layer: Layer, tokens: int, kv_len: int) -> int:
     """Bytes for the greatest row, if no cap bounds them: gathered pages, and the workspace of all heads at once."""
     page_size = layer.facts.page_size
-    return layer.gathered(-(-kv_len // page_size) * page_size) + layer.plan(tokens, kv_len, None).workspace_size
+    workspace = max(layer.plan(tokens, kv_len, None, after).workspace_size for after in (0, kv_len))
+    return layer.gathered(-(-kv_len // page_size) * page_size) + workspace

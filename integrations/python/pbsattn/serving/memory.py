@@ -5,6 +5,7 @@ import torch
 import pbsattn
 
 from .layers import Layer, Refused, most_memory
+from .rows import Row
 from .settings import REFUSE, Settings
 
 ALIGNMENT = 256
@@ -35,12 +36,12 @@ class Buffer:
         """Bytes that remain beside a first part of that many; less than 1 where none do."""
         return self.size - -(-first // ALIGNMENT) * ALIGNMENT
 
-    def plan_beside(self, gathered: int, layer: Layer, tokens: int, kv_len: int) -> pbsattn.Plan:
+    def plan_beside(self, gathered: int, layer: Layer, row: Row) -> pbsattn.Plan:
         """The plan of a row whose gathered pages take so many bytes of the buffer. Raises what `Layer.plan` does."""
         left = self.left(gathered)
         if left < 1:
             raise MemoryError(f"its gathered pages alone take {gathered} bytes, and {self.size} are reserved")
-        return layer.plan(tokens, kv_len, left)
+        return layer.plan(row.tokens, row.kv_len, left, row.after)
 
     def reserve_row(self, layer: Layer, tokens: int, kv_len: int, settings: Settings, device: torch.device) -> str | None:
         """Reserves what the greatest row takes, up to the cap. Returns what to warn of where that isn't enough for it.
@@ -49,7 +50,7 @@ class Buffer:
         """
         try:
             self.reserve(min(settings.memory, most_memory(layer, tokens, kv_len)), device)
-            self.plan_beside(layer.gathered(kv_len), layer, tokens, kv_len)
+            self.plan_beside(layer.gathered(kv_len), layer, Row(0, 0, tokens, kv_len))
         except MemoryError as error:
             told = f"rows of {tokens} tokens over {kv_len}: {error}; raise PBSATTN_WORKSPACE_CAP_MIB"
             if settings.unsupported == REFUSE:

@@ -18,6 +18,7 @@ class Row:
     begin: int  # its tokens in the batch
     end: int
     kv_len: int  # tokens that its last query sees
+    after: int = 0  # tokens of its prompt that come after it, in later chunks; 0 where that isn't known
 
     @property
     def tokens(self) -> int:
@@ -39,8 +40,16 @@ class Run(typing.NamedTuple):
     end: int
 
 
-def take(starts: Sequence[int], lens: Sequence[int], prefilling: Sequence[bool], min_tokens: int) -> list[Row]:
+def take(
+    starts: Sequence[int],
+    lens: Sequence[int],
+    prefilling: Sequence[bool],
+    min_tokens: int,
+    after: Sequence[int] | None = None,
+) -> list[Row]:
     """The rows that pbsattn computes, if their layer doesn't leave them: prefills of min_tokens or more.
+
+    after: tokens of each row's prompt that come after it, where they are known.
 
     A row whose lens is less than its own tokens isn't taken. Raises ValueError where the lists are not of one batch.
     """
@@ -49,7 +58,7 @@ def take(starts: Sequence[int], lens: Sequence[int], prefilling: Sequence[bool],
         raise ValueError(f"a batch of {rows} rows has {len(lens)} lengths, and says of {len(prefilling)} if they prefill")
     taken = []
     for i in range(rows):
-        row = Row(i, starts[i], starts[i + 1], lens[i])
+        row = Row(i, starts[i], starts[i + 1], lens[i], after[i] if after else 0)
         if prefilling[i] and row.tokens >= min_tokens and row.kv_len >= row.tokens:
             taken.append(row)
     return taken
