@@ -214,6 +214,7 @@ def test_rows_that_auto_leaves_to_flash_attention(models, dense):
     ran = run(models["llama"], sets=sets, variables={"PBSATTN_METHOD": "auto"}, aborting=False)
     compare(ran, dense, sets)
     assert any("takes 3 of 3 layers" in line for line in ran.log) and ran.rows == {name: {} for name in sets}
+    assert any("takes nothing: by auto every chunk there can be, of at most 256 tokens" in line for line in ran.log)
 
 
 def test_a_learned_order_of_another_model(models, tmp_path):

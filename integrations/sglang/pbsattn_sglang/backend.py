@@ -41,5 +41,5 @@ def create(own: typing.Any, runner: typing.Any) -> typing.Any:
     if runner.ps.tp_rank == 0:
         server = f"SGLang {sglang.__version__}"
         of_name = {name: each for name, (_, each) in found.items()}
-        teller.layers(of_name, server, settings, settings.min_tokens, tokens, "chunked_prefill_size", buffer.size)
+        teller.layers(of_name, server, settings, settings.min_tokens, (tokens, kv_len), "chunked_prefill_size", buffer.size)
     return Backend(runner, taken, buffer, recorder, settings) if taken else own

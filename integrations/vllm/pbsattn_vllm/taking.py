@@ -133,6 +133,6 @@ def tell(layers: Mapping[str, Layer | str], config: typing.Any) -> None:
         return
     import vllm
 
-    least, most = least_tokens(config), most_tokens(config)[0]
+    least, most = least_tokens(config), most_tokens(config)
     bounds = "max_num_batched_tokens, long_prefill_token_threshold"
     teller.layers(layers, f"vLLM {vllm.__version__}", settings(), least, most, bounds, buffer.size)

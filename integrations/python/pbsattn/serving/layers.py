@@ -142,6 +142,22 @@ class Layer:
         return plan.run(q, k, v, out, workspace, layout="bshd", **pairs, **others)
 
 
+def leaves_all(layer: Layer, least: int, tokens: int, kv_len: int) -> bool:
+    """Whether a layer leaves every row there can be, of `least` to `tokens` tokens over at most kv_len; asked of some sizes,
+    each twice the one before, with the greatest."""
+
+    def sizes(first: int, last: int) -> list[int]:
+        doubled = (first << step for step in range((last // first).bit_length()))
+        return [*doubled, last]
+
+    longest = min(kv_len, layer.facts.window or kv_len)
+    return longest < least or all(
+        layer.leaves(Row(0, 0, own, seen, after=kv_len - seen))
+        for own in sizes(least, min(tokens, longest))
+        for seen in sizes(own, longest)
+    )
+
+
 def _before_others(shape: Shape, after: int) -> Shape:
     """The shape for a row after which so many tokens of its prompt come: of the prompt's `dense_last_rows` it has those that
     begin in it."""

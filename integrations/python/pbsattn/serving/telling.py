@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 
-from .layers import Layer
+from .layers import Layer, leaves_all
 from .settings import Settings
 
 
@@ -26,14 +26,14 @@ class Teller:
         server: str,
         settings: Settings,
         least: int,
-        most: int,
+        most: tuple[int, int],
         bounds: str,
         reserved: int,
     ) -> None:
         """Logs which layers are taken and how, and which are left and why.
 
         server: its name and version. least: tokens that a row needs. most: those that the server's scheduler lets it have,
-        by what bounds names. reserved: bytes.
+        by what bounds names, and those of its sequence. reserved: bytes.
         """
         import pbsattn
 
@@ -61,13 +61,22 @@ class Teller:
                 ", ".join(map(str, sorted({layer.facts.page_size for layer in taken}))),
                 reserved >> 20,
             )
-            if most < least:
+            if most[0] < least:
                 self.log.warning(
                     "pbsattn: takes nothing: the scheduler lets a chunk have %d tokens (%s), and a row needs %d "
                     "(PBSATTN_MIN_TOKENS)",
-                    most,
+                    most[0],
                     bounds,
                     least,
+                )
+            elif all(leaves_all(layer, least, *most) for layer in taken):
+                self.log.warning(
+                    "pbsattn: takes nothing: by %s every chunk there can be, of at most %d tokens (%s) over at most %d, "
+                    "is full attention or longer than a window; allow longer chunks, or take another method, as two-step",
+                    told_method(settings),
+                    most[0],
+                    bounds,
+                    most[1],
                 )
         for reason, names in left.items():
             self.log.warning("pbsattn: leaves %d layers to FlashAttention (%s ...): %s", len(names), names[0], reason)
