@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-import engine  # SGLang's environment, and what stands for sgl_kernel
+import engine  # noqa: F401 # SGLang's environment, and what stands for sgl_kernel
 
 # isort: split
 import torch
@@ -24,6 +24,7 @@ from sglang.srt.server_args import ServerArgs
 import pbsattn_sglang
 import torch_flash
 from pbsattn_sglang import taking
+from tiny_models import save_model
 
 HEADS, KV_HEADS, DIM, LAYERS = 4, 2, 64, 2
 REQUESTS, LONGEST = 6, 1024  # of the pools
@@ -32,7 +33,7 @@ REQUESTS, LONGEST = 6, 1024  # of the pools
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The folder of a model."""
-    return engine.save_model(tmp_path_factory.mktemp("llama"))
+    return save_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session", autouse=True)

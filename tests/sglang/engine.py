@@ -10,6 +10,7 @@ import array
 import json
 import logging
 import os
+import pathlib
 import sys
 import typing
 
@@ -23,39 +24,15 @@ os.environ.update(
     SGLANG_USE_CPU_ENGINE="1",
 )
 
-import torch
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "support"))
 
 import torch_flash
+from tiny_models import prompt
 
 sys.modules.update(torch_flash.sgl_kernel())
 
 CHUNK = 256  # tokens of a step
 MIN_TOKENS = 64
-
-
-def save_model(folder: typing.Any) -> str:
-    """Saves a small random model, always the same, whose answers depend on what its attention sees."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-    )
-    transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    return str(folder)
-
-
-def prompt(seed: int, tokens: int) -> list[int]:
-    """A random prompt, always the same."""
-    return torch.randint(3, 512, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 # By name: requests that come at once, as (prompt, tokens to make).

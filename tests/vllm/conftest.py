@@ -10,31 +10,27 @@ import typing
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "python"))
+sys.path.extend(str(pathlib.Path(__file__).parents[1] / folder) for folder in ("python", "support"))
 
 import engine
 import pbsattn_vllm
 import torch_flash
 from pbsattn.serving import layers
 from pbsattn_vllm import impl, memory, taking
+from tiny_models import prompt, save_model
 
 REQUESTS = {
     # Chunks of 256, of which the last is too short to be taken.
-    "chunks": [(engine.prompt(1, 800), 4)],
+    "chunks": [(prompt(1, 800), 4)],
     # All but the end of the first prompt is in the prefix cache.
-    "prefix": [(engine.prompt(1, 800)[:640] + engine.prompt(7, 250), 4)],
-    "whole": [(engine.prompt(2, 200), 4)],
+    "prefix": [(prompt(1, 800)[:640] + prompt(7, 250), 4)],
+    "whole": [(prompt(2, 200), 4)],
     # Decodes beside prefills, and short prefills beside long ones.
-    "mixed": [
-        (engine.prompt(3, 90), 20),
-        (engine.prompt(4, 500), 6),
-        (engine.prompt(5, 20), 12),
-        (engine.prompt(6, 333), 6),
-    ],
+    "mixed": [(prompt(3, 90), 20), (prompt(4, 500), 6), (prompt(5, 20), 12), (prompt(6, 333), 6)],
     # More tokens than the cache holds: somebody is preempted, and computed again.
-    "preempted": [(engine.prompt(10 + i, 380), 28) for i in range(3)],
+    "preempted": [(prompt(10 + i, 380), 28) for i in range(3)],
 }
-ABORTED = [(engine.prompt(20, 700), 4), (engine.prompt(21, 300), 6), (engine.prompt(22, 120), 6)]
+ABORTED = [(prompt(20, 700), 4), (prompt(21, 300), 6), (prompt(22, 120), 6)]
 
 
 @dataclasses.dataclass
@@ -54,8 +50,8 @@ class Ran:
 def models(tmp_path_factory):
     """Folders of models by name."""
     return {
-        "llama": engine.save_model(tmp_path_factory.mktemp("llama")),
-        "mistral": engine.save_model(tmp_path_factory.mktemp("mistral"), sliding_window=300),
+        "llama": save_model(tmp_path_factory.mktemp("llama")),
+        "mistral": save_model(tmp_path_factory.mktemp("mistral"), sliding_window=300),
     }
 
 

@@ -18,45 +18,9 @@ os.environ.update(
     TORCHDYNAMO_DISABLE="1",  # and than what compiling costs
 )
 
-import torch
-
 CHUNK = 256  # tokens of a step
 MIN_TOKENS = 64
 BLOCKS = {16: 76, 64: 20, 128: 10}  # of the KV cache, by their tokens: fewer than some of the requests together need
-
-
-def save_model(folder: typing.Any, **sizes: typing.Any) -> str:
-    """Saves a small random model, always the same, whose answers depend on what its attention sees."""
-    import transformers
-
-    window = sizes.get("sliding_window")
-    kind, config = (
-        (transformers.MistralForCausalLM, transformers.MistralConfig)
-        if window
-        else (transformers.LlamaForCausalLM, transformers.LlamaConfig)
-    )
-    torch.manual_seed(0)
-    model = kind(
-        config(
-            vocab_size=512,
-            hidden_size=256,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=2048,
-            initializer_range=0.1,
-            **sizes,
-        )
-    )
-    model.to(torch.float32).save_pretrained(folder)
-    return str(folder)
-
-
-def prompt(seed: int, tokens: int) -> list[int]:
-    """A random prompt, always the same."""
-    return torch.randint(3, 512, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @dataclasses.dataclass

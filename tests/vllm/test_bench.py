@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 import engine
 import torch_flash
 from pbsattn_vllm import impl
+from tiny_models import prompt
 
 BENCH = pathlib.Path(__file__).parents[2] / "integrations/vllm/bench"
 GIVEN = argparse.Namespace(
@@ -73,7 +74,7 @@ def bench(models, monkeypatch):
 
 def test_parts(bench, tmp_path):
     parts, records, served, rows = bench
-    path, ids = tmp_path / "r.json", engine.prompt(1, 1024)
+    path, ids = tmp_path / "r.json", prompt(1, 1024)
     kept = records.Records(path, {"commit": "of a test"}, 1e9)
     parts.first(served, kept, GIVEN, ids)
     assert {(row.tokens, row.kv_len) for row in rows} == {(256, 256), (268, 268)}
@@ -82,6 +83,7 @@ def test_parts(bench, tmp_path):
     served.attend("flash")
     served.first_token(ids[:300])
     assert rows == []
+    assert served.reserved > 0
     parts.random(served, kept, GIVEN, ids)
     made = json.loads(path.read_text())
     assert [each["params"]["chunk"] for each in made if each["metric"] == "time to first token"] == [256, 256, 300, 300]

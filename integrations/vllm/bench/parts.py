@@ -152,8 +152,6 @@ def together(served: Served, records: Records, given: Given, ids: list[int]) -> 
     params = {"part": "together", "tokens": tokens, "requests": 4, "memory_utilization": given.memory, "chunk": given.chunk}
     if not records.left("together"):
         return
-    from pbsattn_vllm.memory import buffer
-
     served.chunks(given.chunk)
     requests = [Request((ids[i * 997 :] + ids[: i * 997])[: tokens - 256], 64) for i in range(4)]
     times: dict[str, list[float]] = {}
@@ -163,7 +161,7 @@ def together(served: Served, records: Records, given: Given, ids: list[int]) -> 
         assert all(len(answer.tokens) == 64 for answer in answers)
         times[method] = [max(answer.times[-1] for answer in answers)]
     records.in_turns(params, "time until all are answered", "s", times, FLASH)
-    records.add("all", params, "bytes the plug-in reserved", buffer.size, "B")
+    records.add("all", params, "bytes the plug-in reserved", served.reserved, "B")
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         records.add("all", params, "device memory in use", total - free, f"of {total} B")

@@ -73,6 +73,13 @@ def runner_of(worker: typing.Any) -> str:
     return type(worker.model_runner).__module__
 
 
+def reserved_of(worker: typing.Any) -> int:
+    """Bytes that the plug-in reserved in a worker's process."""
+    from pbsattn_vllm.memory import buffer
+
+    return buffer.size
+
+
 class Served:
     """One engine. `methods`: {name: variables of the plug-in}."""
 
@@ -108,6 +115,11 @@ class Served:
     def runner(self) -> str:
         """The module of vLLM's model runner."""
         return self.llm.collective_rpc(runner_of)[0]
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that the plug-in reserved on each GPU, on the one with most."""
+        return max(self.llm.collective_rpc(reserved_of))
 
     def attend(self, method: str) -> None:
         """Attends by a method of `methods`, or by FLASH, from now on; forgets the prefix cache."""
