@@ -107,10 +107,12 @@ def logged(messages):
         pbsattn_vllm.log.removeHandler(handler)
 
 
-def run(model, block_size=16, sets=REQUESTS, variables=None, layout="NHD", aborting=True, ranks=1, in_place=True):
+def run(
+    model, block_size=16, sets=REQUESTS, variables=None, layout="NHD", aborting=True, ranks=1, in_place=True, abort=None
+):
     """What an engine made of sets of requests: with `variables` by the plug-in, else by vLLM's own attention on the CPU.
 
-    in_place: the library reads pages; else as where it refuses them.
+    in_place: the library reads pages; else as where it refuses them. abort: {set: {request: after so many steps}}.
     """
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends import utils
@@ -136,13 +138,15 @@ def run(model, block_size=16, sets=REQUESTS, variables=None, layout="NHD", abort
             register_backend(own, "pbsattn_vllm.backend.Backend")
         try:
             served = engine.Engine(model, block_size, ranks)
+            free = served.free_blocks
             for name, requests in sets.items():
                 ran.rows[name] = {}
                 with watched(ran, ran.rows[name]):
-                    ran.answers[name] = served.serve(requests)
+                    ran.answers[name] = served.serve(requests, (abort or {}).get(name))
                 ran.preemptions[name] = ran.preemptions.pop("now", 0)
             if aborting:
                 ran.answers["aborted"] = served.serve(ABORTED, abort={0: 2})
+            assert served.free_blocks == free, "blocks of the cache are lost"
             served.close()
         finally:
             register_backend(own, "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend")

@@ -56,6 +56,11 @@ class Engine:
         )
         self.count = 0
 
+    @property
+    def free_blocks(self) -> int:
+        """Blocks of the KV cache that no request holds."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
     def serve(self, requests: list[tuple[list[int], int]], abort: dict[int, int] | None = None) -> list[Answer | None]:
         """The answers to requests (prompt, tokens to make) that come at once; `abort`: {request: after so many steps}."""
         from vllm import SamplingParams
