@@ -27,6 +27,7 @@ GIVEN = argparse.Namespace(
     longest=300,
     cache=450,
     least=64,
+    answer=48,
     vocabulary=512,
 )
 

@@ -189,9 +189,9 @@ def random(served: Served, records: Records, given: Given, ids: list[int]) -> No
     params = {"part": "random", "requests": given.requests, "longest": min(given.longest, given.most_len - 64)}
     if not records.left(**params):
         return
-    drawn = prompts.random_requests(given.requests, params["longest"], 0, given.vocabulary)
-    requests = [Request(each, 24, 0.0, abort) for each, abort in drawn]
-    params |= {"cache_tokens": given.cache, "chunk": given.chunk}
+    drawn = prompts.random_requests(given.requests, params["longest"], given.answer, 0, given.vocabulary)
+    requests = [Request(each, make, 0.0, abort) for each, make, abort in drawn]
+    params |= {"cache_tokens": given.cache, "chunk": given.chunk, "longest_answer": given.answer}
     answers: dict[str, list[Answer]] = {}
     served.methods["every block"] = {"PBSATTN_METHOD": "pbs:top_p=1", "PBSATTN_MIN_TOKENS": str(given.least)}
     for case, method, chunk in (
@@ -207,6 +207,8 @@ def random(served: Served, records: Records, given: Given, ids: list[int]) -> No
         served.forget()
         assert served.pool.get_num_free_blocks() == free, "blocks of the cache are lost"
         say(f"random {case}: {len(preempted)} preempted, {sum(r.abort is not None for r in requests)} to abort")
+        if not preempted:
+            say(f"random {case}: shows nothing of preemption; try another --cache, or longer answers (--answer)")
         records.add(case, params, "preemptions", len(preempted), "")
         if case != FLASH:
             counted, differ, gaps = strays(answers[case], answers[FLASH], requests)

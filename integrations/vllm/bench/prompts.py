@@ -58,9 +58,11 @@ def save(path: str, made: list[Needle]) -> None:
     pathlib.Path(path).write_bytes(gzip.compress(json.dumps(made, separators=(",", ":")).encode()))
 
 
-def random_requests(count: int, most: int, seed: int, vocabulary: int) -> list[tuple[list[int], int | None]]:
-    """Prompts of 1 to `most` tokens, evenly by the logarithm, of which two in five begin with one of four prefixes;
-    and of one in twenty the step after which it is aborted."""
+def random_requests(
+    count: int, most: int, most_answer: int, seed: int, vocabulary: int
+) -> list[tuple[list[int], int, int | None]]:
+    """Prompts of 1 to `most` tokens, evenly by the logarithm, of which two in five begin with one of four prefixes; the
+    tokens to make, 1 to `most_answer`; and of one in twenty the step after which it is aborted."""
     rng = np.random.default_rng(seed)
     prefixes = [rng.integers(3, vocabulary, size).tolist() for size in (500, 2000, 6000, 16_000)]
     made = []
@@ -69,5 +71,6 @@ def random_requests(count: int, most: int, seed: int, vocabulary: int) -> list[t
         ids = rng.integers(3, vocabulary, tokens).tolist()
         if rng.random() < 0.4:
             ids = (prefixes[int(rng.integers(4))] + ids)[:most]
-        made.append((ids, int(rng.integers(1, 60)) if rng.random() < 0.05 else None))
+        make = int(rng.integers(1, most_answer + 1))
+        made.append((ids, make, int(rng.integers(1, 60)) if rng.random() < 0.05 else None))
     return made
