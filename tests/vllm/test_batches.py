@@ -1,6 +1,7 @@
 """The plug-in's cut of batches against vLLM's own classes, without an engine."""
 
 import dataclasses
+import importlib
 import types
 
 import numpy
@@ -8,7 +9,7 @@ import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu import input_batch, model_runner
 from vllm.v1.worker.gpu.model_states import default
 
 from conftest import logged
@@ -217,6 +218,13 @@ def test_what_comes_after_chunks_is_known_while_a_batch_is_made():
     made = default.DefaultModelState.prepare_attn
     ends.watch()
     assert default.DefaultModelState.prepare_attn is made
+
+
+def test_what_is_watched_is_vllms():
+    """The batch of the second model runner, which stands for itself above, has what is read, and both have their methods."""
+    assert {"prefill_len_np", "is_prefilling_np"} <= {field.name for field in dataclasses.fields(input_batch.InputBatch)}
+    for module, (kind, method, _) in ends._METHODS.items():
+        assert method in vars(getattr(importlib.import_module(module), kind))
 
 
 def test_rows_that_are_dense_are_not_taken():
