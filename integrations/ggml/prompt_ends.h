@@ -8,12 +8,13 @@
 namespace pbsattn::ggml {
 
 // llama.cpp cuts a prompt into micro-batches of one length and a rest, and tells no op which of them it is. So one that
-// goes on from another of its length isn't taken for the last. A prompt that is a multiple of the length is mistaken.
+// goes on from another of its length isn't taken for the last. That is mistaken where there is no rest.
 class PromptEnds {
  public:
-  // Returns whether a layer's micro-batch of so many queries, whose last sees so many keys, may end a prompt. A layer
-  // is asked once for each of its micro-batches.
+  // Returns whether a layer's micro-batch of so many queries, whose last sees so many keys, may end a prompt; of layers
+  // below 0, which are not known, any may. A layer is asked once for each of its micro-batches.
   bool may_be_last(std::int32_t layer, std::int64_t queries, std::int64_t keys) {
+    if (layer < 0) return true;
     const Seen now{queries, keys};
     const Seen before = std::exchange(seen_[layer], now);
     return before != Seen{queries, keys - queries};

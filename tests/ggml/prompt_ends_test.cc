@@ -20,6 +20,7 @@ TEST(PromptEnds, AreNotWhereAnotherOfTheLengthWentBefore) {
   EXPECT_FALSE(ends.may_be_last(0, 512, 3412));
   EXPECT_TRUE(ends.may_be_last(0, 512, 512)) << "another prompt";
   EXPECT_TRUE(ends.may_be_last(1, 512, 1024)) << "another layer";
+  for (const std::int64_t keys : {512, 1024}) EXPECT_TRUE(ends.may_be_last(-1, 512, keys)) << "which layer isn't known";
 }
 
 AttentionGraph micro_batch(std::int64_t queries, std::int64_t offset) {
