@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import logging
+import types
 
 import pytest
+import torch
 
 import pbsattn
 from pbsattn.serving import layers
 from pbsattn.serving.layers import Facts, Layer, layer_of, leaves_all, most_memory, reads_pages
+from pbsattn.serving.memory import Buffer
 from pbsattn.serving.rows import Row
 from pbsattn.serving.settings import Settings
 from pbsattn.serving.telling import Teller
@@ -72,7 +75,31 @@ def test_dense_rows_are_those_of_the_prompt(after, rows):
         pytest.approx(0.01),
         pbsattn.options("two-step")["threshold"],
     ]
-    assert layer.plan(512, 2048, None, after=640) is layer.plan(512, 2048, None, after=10**6), "plans are kept"
+    for fewer, more in ((640, 10**6), (0, 127), (128, 255)):
+        assert layer.plan(512, 2048, None, after=fewer) is layer.plan(512, 2048, None, after=more), "plans are kept"
+
+
+def test_memory_is_for_the_greatest_plan_of_some_dense_rows(monkeypatch):
+    """Where a row has some of them, heads differ otherwise than where it has all or none."""
+    layer = Layer(0, FACTS, json.dumps([{"method": "pbs", "dense_last_rows": 3}] + [{"method": "pbs"}] * 3))
+    sizes = {0: 500, 128: 700, 256: 900, 384: 600}
+    asked = []
+
+    def plan(of, tokens, kv_len, memory, after=0):
+        asked.append(after)
+        if memory is not None and memory < sizes[after]:
+            raise MemoryError(f"{sizes[after]} bytes")
+        return types.SimpleNamespace(workspace_size=sizes[after])
+
+    monkeypatch.setattr(Layer, "plan", plan)
+    gathered = layer.gathered(4096)
+    assert most_memory(layer, 512, 4096) == gathered + 900 and sorted(asked) == [0, 128, 256, 384]
+    device = torch.device("cpu")
+    assert Buffer().reserve_row(layer, 512, 4096, Settings(memory=gathered + 900), device) is None
+    assert "900 bytes" in Buffer().reserve_row(layer, 512, 4096, Settings(memory=gathered + 800), device)
+    asked.clear()
+    most_memory(layer, 100, 200)
+    assert sorted(asked) == [0, 128], "no more come after a row than its sequence has"
 
 
 def test_auto_without_dense_rows_is_auto():
@@ -101,11 +128,16 @@ def test_a_layer_that_leaves_every_row_is_told(caplog, method, window, tokens, k
     layer = Layer(0, dataclasses.replace(FACTS, window=window), json.dumps([{"method": method}] * 4))
     assert leaves_all(layer, 100, tokens, kv_len) is all_of_them
     takes = Layer(1, FACTS, json.dumps([{"method": "pbs"}] * 4))
-    for others, told in (([], all_of_them), ([takes], False)):
+    cases = ([], [], all_of_them), ([takes], [], False), ([], [takes], False), ([], [layer], all_of_them)
+    for beside, others, told in cases:
         caplog.clear()
-        of_name = {str(each.index): each for each in (layer, *others)}
-        Teller(logging.getLogger("pbsattn")).layers(of_name, "S", Settings(method=method), 100, (tokens, kv_len), "chunk", 0)
-        assert any("takes nothing: by " in record.getMessage() for record in caplog.records) is told
+        of_name = {str(each.index): each for each in (layer, *beside)}
+        teller = Teller(logging.getLogger("pbsattn"))
+        for _ in range(2):  # two groups of layers
+            teller.layers(of_name, "S", Settings(method=method), 100, (tokens, kv_len), "chunk", 0, others)
+        warned = [record.getMessage() for record in caplog.records if "takes nothing" in record.getMessage()]
+        assert len(warned) == told
+        assert all(("PBSATTN_MIN_TOKENS" if window == 99 else "another method") in each for each in warned)
 
 
 @pytest.mark.parametrize(("kv_len", "leaves"), [(300, False), (400, False), (401, True)])

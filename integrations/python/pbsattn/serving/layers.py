@@ -107,6 +107,15 @@ class Layer:
         f = self.facts
         return Shape(self.heads, f.q_heads, f.kv_heads, f.head_dim, f.scale, f.softcap, f.device)
 
+    @property
+    def dense_tokens(self) -> int:
+        """The tokens at a prompt's end that see everything, in the head that has most of them."""
+        return _dense_rows(self.heads)[0] * _dense_rows(self.heads)[1]
+
+    def afters(self, kv_len: int) -> range:
+        """Values of `after` that stand for all: a row's plan changes with whole rows of blocks, until none is dense."""
+        return range(0, min(self.dense_tokens, kv_len) + 1, _dense_rows(self.heads)[1])
+
     def plan(self, tokens: int, kv_len: int, memory: int | None, after: int = 0) -> pbsattn.Plan:
         """The plan of a row after which so many tokens of its prompt come.
 
@@ -159,24 +168,25 @@ def leaves_all(layer: Layer, least: int, tokens: int, kv_len: int) -> bool:
 
 
 def _before_others(shape: Shape, after: int) -> Shape:
-    """The shape for a row after which so many tokens of its prompt come: of the prompt's `dense_last_rows` it has those that
-    begin in it."""
-    least = min(after, _tokens_of_dense_rows(shape.heads))
-    return shape._replace(heads=_fewer_dense_rows(shape.heads, least)) if least else shape
+    """The shape for a row after which so many tokens of its prompt come: of the prompt's `dense_last_rows` it has at
+    least those that begin in it."""
+    most, block = _dense_rows(shape.heads)
+    later = min(after // block, most)  # whole ones: a row of blocks that is cut is dense in both chunks
+    return shape._replace(heads=_fewer_dense_rows(shape.heads, later)) if later else shape
 
 
 @functools.lru_cache(maxsize=2048)
-def _tokens_of_dense_rows(heads: str) -> int:
-    each = (pbsattn.options(**each) for each in json.loads(heads))
-    return max(int(options["dense_last_rows"]) * int(options["block"]) for options in each)
+def _dense_rows(heads: str) -> tuple[int, int]:
+    """The most dense last rows that a head has, and the tokens of one, which are those of all."""
+    of_heads = [pbsattn.options(**each) for each in json.loads(heads)]
+    return max(int(options["dense_last_rows"]) for options in of_heads), int(of_heads[0]["block"])
 
 
 @functools.lru_cache(maxsize=2048)
-def _fewer_dense_rows(heads: str, after: int) -> str:
+def _fewer_dense_rows(heads: str, later: int) -> str:
     by_head = json.loads(heads)
     for each in by_head:
-        options = pbsattn.options(**each)
-        each["dense_last_rows"] = max(int(options["dense_last_rows"]) - after // int(options["block"]), 0)
+        each["dense_last_rows"] = max(int(pbsattn.options(**each)["dense_last_rows"]) - later, 0)
     return json.dumps(by_head)
 
 
@@ -298,5 +308,5 @@ def weights_of(facts: Facts, settings: Settings) -> torch.Tensor | None:
 def most_memory(layer: Layer, tokens: int, kv_len: int) -> int:
     """Bytes for the greatest row, if no cap bounds them: gathered pages, and the workspace of all heads at once."""
     page_size = layer.facts.page_size
-    workspace = max(layer.plan(tokens, kv_len, None, after).workspace_size for after in (0, kv_len))
+    workspace = max(layer.plan(tokens, kv_len, None, after).workspace_size for after in layer.afters(kv_len))
     return layer.gathered(-(-kv_len // page_size) * page_size) + workspace

@@ -50,7 +50,8 @@ class Buffer:
         """
         try:
             self.reserve(min(settings.memory, most_memory(layer, tokens, kv_len)), device)
-            self.plan_beside(layer.gathered(kv_len), layer, Row(0, 0, tokens, kv_len))
+            for after in layer.afters(kv_len):
+                self.plan_beside(layer.gathered(kv_len), layer, Row(0, 0, tokens, kv_len, after))
         except MemoryError as error:
             told = f"rows of {tokens} tokens over {kv_len}: {error}; raise PBSATTN_WORKSPACE_CAP_MIB"
             if settings.unsupported == REFUSE:

@@ -1,7 +1,7 @@
 """What plug-ins of servers say in the log."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .layers import Layer, leaves_all
 from .settings import Settings
@@ -29,11 +29,12 @@ class Teller:
         most: tuple[int, int],
         bounds: str,
         reserved: int,
+        others: Sequence[Layer] = (),
     ) -> None:
-        """Logs which layers are taken and how, and which are left and why.
+        """Logs which layers are taken and how, which are left and why, and once if nothing can be taken.
 
         server: its name and version. least: tokens that a row needs. most: those that the server's scheduler lets it have,
-        by what bounds names, and those of its sequence. reserved: bytes.
+        by what bounds names, and those of its sequence. reserved: bytes. others: the engine's other layers that are taken.
         """
         import pbsattn
 
@@ -61,25 +62,26 @@ class Teller:
                 ", ".join(map(str, sorted({layer.facts.page_size for layer in taken}))),
                 reserved >> 20,
             )
-            if most[0] < least:
-                self.log.warning(
-                    "pbsattn: takes nothing: the scheduler lets a chunk have %d tokens (%s), and a row needs %d "
-                    "(PBSATTN_MIN_TOKENS)",
-                    most[0],
-                    bounds,
-                    least,
-                )
-            elif all(leaves_all(layer, least, *most) for layer in taken):
-                self.log.warning(
-                    "pbsattn: takes nothing: by %s every chunk there can be, of at most %d tokens (%s) over at most %d, "
-                    "is full attention or longer than a window; allow longer chunks, or take another method, as two-step",
-                    told_method(settings),
-                    most[0],
-                    bounds,
-                    most[1],
-                )
+            self._nothing([*taken, *others], settings, least, most, bounds)
         for reason, names in left.items():
             self.log.warning("pbsattn: leaves %d layers to FlashAttention (%s ...): %s", len(names), names[0], reason)
+
+    def _nothing(self, taken: Sequence[Layer], settings: Settings, least: int, most: tuple[int, int], bounds: str) -> None:
+        told = None
+        if most[0] < least:
+            told = (
+                f"the scheduler lets a chunk have {most[0]} tokens ({bounds}), and a row needs {least} (PBSATTN_MIN_TOKENS)"
+            )
+        elif all(layer.facts.window is not None and layer.facts.window < least for layer in taken):
+            told = f"no layer's window has the {least} tokens that a row needs; lower PBSATTN_MIN_TOKENS"
+        elif all(leaves_all(layer, least, *most) for layer in taken):
+            told = (
+                f"by {told_method(settings)} every chunk there can be, of at most {most[0]} tokens ({bounds}) over at most "
+                f"{most[1]}, is full attention or longer than a window; allow longer chunks, or take another method, as "
+                "two-step"
+            )
+        if told is not None:
+            self.warn_once(told, f"takes nothing: {told}")
 
 
 def told_method(given: Settings) -> str:
