@@ -64,13 +64,17 @@ def told(monkeypatch):
     taking.settings.cache_clear()
 
 
-NEVER_LEAVES = types.SimpleNamespace(leaves=lambda row: False)
+def facts_of(name, window=None):
+    return Facts(name, "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32", window)
 
 
-def rows_of_builder(tokens, drafts, lens=None):
-    """The rows that a builder takes of a batch of prefills."""
+NEVER_LEAVES = types.SimpleNamespace(leaves=lambda row: False, dense_tokens=128)
+
+
+def rows_of_builder(tokens, drafts, lens=None, kinds=None, tells=True):
+    """The rows that a builder takes of a batch of prefills, if its runner tells that they are."""
     builder = object.__new__(backend.Builder)
-    builder._kinds = [NEVER_LEAVES]
+    builder._kinds = kinds or [NEVER_LEAVES]
     builder._least = taking.least_tokens(types.SimpleNamespace(num_speculative_tokens=drafts))
     starts = torch.tensor([0, *tokens]).cumsum(0).int()
     common = CommonAttentionMetadata(
@@ -84,7 +88,7 @@ def rows_of_builder(tokens, drafts, lens=None):
         max_seq_len=max(tokens),
         block_table_tensor=torch.zeros(len(tokens), 1).int(),
         slot_mapping=torch.arange(sum(tokens)),
-        is_prefilling=torch.tensor([True] * len(tokens)),
+        is_prefilling=torch.tensor([True] * len(tokens)) if tells else None,
     )
     return [row.index for row in builder._rows(common)]
 
@@ -197,16 +201,36 @@ def test_what_comes_after_chunks_of_the_second_model_runner(told):
     assert [(row.tokens, row.kv_len, row.after) for row in rows] == [(300, 300, 0), (400, 912, 1088)] and told == []
 
 
-@pytest.mark.parametrize("known", [[2000, 91, 300, 1000], [500, 90, 300, 1000], [2000, 90, 300]])
-def test_a_batch_that_the_runner_tells_other_things_of(told, monkeypatch, known):
+@pytest.mark.parametrize("known", [[2000, 91, 300, 1000], [500, 90, 300, 1000]])
+def test_a_batch_that_the_runner_tells_other_things_of(told, known):
     """By lists of another batch, every chunk may end its prompt."""
-    if len(known) < 4:
-        monkeypatch.setattr(ends, "_lens", known)
-        assert ends.tokens_after([0, 1, 2, 3, 4], [9] * 4, [True] * 4) is None
-        return
     for _ in range(2):
         assert [row.after for row in by_second_runner(*STEP, known=known).pbsattn.rows] == [0, 0]
+    assert len(told) == 1 and "tells of another batch's prompts" in told[0]
+
+
+def test_fewer_lens_than_rows_tell_nothing(monkeypatch):
+    monkeypatch.setattr(ends, "_lens", [2000, 90, 300])
+    assert ends.tokens_after([0, 1, 2, 3, 4], [9] * 4, [True] * 4) is None
+
+
+def test_a_runner_that_does_not_tell_what_ends_a_prompt_is_told_once(told):
+    """Where there are rows that see everything at a prompt's end, and not where no head has them."""
+    kinds = [
+        Layer(0, facts_of("model.layers.0.attn"), f'[{{"method": "pbs", "dense_last_rows": {rows}}}]') for rows in (0, 1)
+    ]
+    assert rows_of_builder([300, 400], drafts=0, kinds=kinds[:1]) == [0, 1] and told == []
+    for _ in range(2):
+        assert rows_of_builder([300, 400], drafts=0, kinds=kinds) == [0, 1]
     assert len(told) == 1 and "which chunk ends its prompt" in told[0]
+
+
+def test_a_runner_that_does_not_tell_what_prefills_is_told_once(told):
+    """As vLLM's second, of models with cross attention; not of decodes, which are too short anyway."""
+    assert rows_of_builder([1, 1], drafts=0, tells=False) == [] and told == []
+    for _ in range(2):
+        assert rows_of_builder([4, 4], drafts=0, tells=False) == []
+    assert len(told) == 1 and "which rows prefill" in told[0]
 
 
 def test_what_comes_after_chunks_is_known_while_a_batch_is_made():
@@ -239,7 +263,7 @@ def test_rows_that_are_dense_are_not_taken():
 
 def test_each_layer_leaves_its_own_rows(monkeypatch):
     """Of one group, as of a model with windows in some layers where vLLM's hybrid KV cache manager is off."""
-    facts = Facts("model.layers.0.attn", "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32")
+    facts = facts_of("model.layers.0.attn")
     kinds = [facts, dataclasses.replace(facts, window=500), dataclasses.replace(facts, head_dim=128), facts]
     layers = {
         str(i): types.SimpleNamespace(impl=types.SimpleNamespace(pbsattn_layer=Layer(i, of, HEADS)))
@@ -263,6 +287,28 @@ def test_each_layer_leaves_its_own_rows(monkeypatch):
     assert impl.computed == [("row 0", 8)]
 
 
+@pytest.mark.parametrize("other", [None, 200])
+def test_nothing_is_taken_if_no_group_takes_anything(told, monkeypatch, other):
+    """A group of sliding layers alone says nothing of the model, as of GPT-OSS, whose windows have 128 tokens."""
+    monkeypatch.setenv("PBSATTN_MIN_TOKENS", "256")
+    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
+    taken = [Layer(i, facts_of(f"model.layers.{i}.attn", window), HEADS) for i, window in enumerate((128, other))]
+    of_name = {each.facts.name: types.SimpleNamespace(impl=types.SimpleNamespace(pbsattn_layer=each)) for each in taken}
+    of_name["model.layers.2.mamba"] = types.SimpleNamespace()
+    config = types.SimpleNamespace(
+        compilation_config=types.SimpleNamespace(static_forward_context=of_name),
+        num_speculative_tokens=0,
+        model_config=types.SimpleNamespace(max_model_len=4096),
+        scheduler_config=types.SimpleNamespace(
+            max_num_batched_tokens=1024, max_num_scheduled_tokens=None, long_prefill_token_threshold=0
+        ),
+    )
+    for each in taken:
+        taking.tell({each.facts.name: each}, config)
+    assert sum("takes 1 of 1 layers" in line for line in told) == 2
+    assert sum("takes nothing" in line for line in told) == (other is not None)
+
+
 class Dense:
     """Stands where FlashAttention's layer does, and notes what it computes."""
 
@@ -282,9 +328,7 @@ def forward_of(index, kv_len=8, window=None):
     """A layer, and a function that computes a batch of one row of 8 tokens by it."""
     name = f"model.layers.{index}.attn"
     impl = object.__new__(Rows)
-    impl.pbsattn_layer = Layer(
-        index, Facts(name, "Attention", "decoder", 1, 1, 64, 64, 1.0, "float32", "float32", window), HEADS
-    )
+    impl.pbsattn_layer = Layer(index, facts_of(name, window), HEADS)
     split = Split([Row(0, 0, 8, kv_len)], [], torch.zeros(1, 1), lambda row: f"row {row}")
     tensors = [torch.zeros(8, 1, 64) for _ in range(4)]
     metadata = types.SimpleNamespace(pbsattn=split)

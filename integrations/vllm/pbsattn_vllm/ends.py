@@ -51,6 +51,11 @@ def _watched(made: Callable[..., typing.Any], lens_of: Callable[..., typing.Any]
     return watched
 
 
+def known() -> bool:
+    """Whether a model runner tells of the batch whose metadata is being made."""
+    return _lens is not None
+
+
 def tokens_after(starts: Sequence[int], lens: Sequence[int], prefilling: Sequence[bool]) -> list[int] | None:
     """The tokens that each row's request has still to prefill after it; None where that isn't known.
 

@@ -112,10 +112,12 @@ class RowsBuilder:
             or c.max_query_len < self._least
             or c.causal is not True
             or c.seq_lens_cpu_upper_bound is None
-            or c.is_prefilling is None
             or c.mm_req_doc_ranges
             or c.rswa_prefix_lens is not None
         ):
+            return []
+        if c.is_prefilling is None:
+            teller.warn_once("prefills", "this model runner doesn't tell which rows prefill: FlashAttention computes them")
             return []
         lists = (
             c.query_start_loc_cpu.tolist()[: c.num_reqs + 1],
@@ -129,8 +131,7 @@ class RowsBuilder:
             teller.warn_once("lists", f"{error}. Such batches go to FlashAttention")
             return []
         rows = [row for row in rows if not all(kind.leaves(row) for kind in self._kinds)]
-        if rows and after is None:
-            teller.warn_once(
-                "ends", "this model runner doesn't tell which chunk ends its prompt: the last rows of all see everything"
-            )
+        if rows and after is None and any(kind.dense_tokens for kind in self._kinds):
+            why = "tells of another batch's prompts" if ends.known() else "doesn't tell which chunk ends its prompt"
+            teller.warn_once(why, f"this model runner {why}: the last rows of every such chunk see everything")
         return rows

@@ -126,7 +126,10 @@ def reserve(layer: Layer, config: typing.Any, device: torch.device) -> None:
 
 
 def tell(layers: Mapping[str, Layer | str], config: typing.Any) -> None:
-    """Logs which layers of a KV cache group are taken and how, and which are left and why; the first of the ranks does."""
+    """Logs which layers of a KV cache group are taken and how, and which are left and why; the first of the ranks does.
+
+    That nothing can be taken is said of all groups: of one of sliding layers alone it may hold where the others are taken.
+    """
     from vllm.distributed import get_tensor_model_parallel_rank
 
     if get_tensor_model_parallel_rank() != 0:
@@ -135,4 +138,7 @@ def tell(layers: Mapping[str, Layer | str], config: typing.Any) -> None:
 
     least, most = least_tokens(config), most_tokens(config)
     bounds = "max_num_batched_tokens, long_prefill_token_threshold"
-    teller.layers(layers, f"vLLM {vllm.__version__}", settings(), least, most, bounds, buffer.size)
+    of_name = config.compilation_config.static_forward_context
+    rest = [left_or_taken(each) for name, each in of_name.items() if name not in layers and hasattr(each, "impl")]
+    others = [layer for layer in rest if isinstance(layer, Layer)]
+    teller.layers(layers, f"vLLM {vllm.__version__}", settings(), least, most, bounds, buffer.size, others)
