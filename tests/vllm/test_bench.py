@@ -1,10 +1,12 @@
 """The benchmark of the plug-in, on a tiny model: rows go to either in turns, and a run goes on where it was stopped."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import pathlib
 import sys
+import types
 
 import pytest
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -33,12 +35,18 @@ GIVEN = argparse.Namespace(
 
 
 @pytest.fixture
-def bench(models, monkeypatch):
-    """Its modules and an engine, whose rows of pbsattn are counted."""
+def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    served, parts, records = (importlib.import_module(name) for name in ("served", "parts", "records"))
+    found = [importlib.import_module(name) for name in ("served", "parts", "records")]
     for name in ("served", "parts", "records", "prompts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+    return found
+
+
+@pytest.fixture
+def bench(models, modules, monkeypatch):
+    """Its modules and an engine, whose rows of pbsattn are counted."""
+    served, parts, records = modules
     rows, row = [], impl.RowsImpl._row
 
     def watched(taken, which, *rest):
@@ -98,3 +106,49 @@ def test_parts(bench, tmp_path):
     parts.random(served, again, GIVEN, ids)
     assert again.made == made
     assert not records.Records(tmp_path / "other.json", {}, -1).left("first"), "no case begins when the time is over"
+
+
+class Answers:
+    """Stands where an engine does, and answers what the part `random` asks."""
+
+    def __init__(self, served):
+        self.served, self.asked, self.methods = served, [], {}
+        self.pool = types.SimpleNamespace(get_num_free_blocks=lambda: 1)
+
+    def attend(self, method):
+        pass
+
+    def chunks(self, tokens):
+        pass
+
+    def forget(self):
+        pass
+
+    @contextlib.contextmanager
+    def small_cache(self, tokens):
+        yield
+
+    @contextlib.contextmanager
+    def preemptions(self):
+        yield []
+
+    def serve(self, requests, logprobs):
+        self.asked += requests
+        return [self.served.Answer(tokens=[0] * each.make) for each in requests]
+
+
+def test_random_requests_fit_and_another_cache_is_another_case(modules, tmp_path):
+    """Prompts with their answers, in the sequence that the engine was made for; what a run says to try begins something."""
+    served, parts, records = modules
+    kept, given = records.Records(tmp_path / "r.json", {}, 1e9), argparse.Namespace(**vars(GIVEN))
+    given.most_len, given.longest, given.answer, given.requests = 400, 10_000, 256, 200
+    engine = Answers(served)
+    parts.random(engine, kept, given, [])
+    assert len(engine.asked) == 600 and max(len(each.ids) for each in engine.asked) == 144
+    for name, other in (("cache", 300), ("answer", 128), ("chunk", 128)):
+        engine.asked.clear()
+        parts.random(engine, kept, given, [])
+        assert engine.asked == []
+        setattr(given, name, other)
+        parts.random(engine, kept, given, [])
+        assert len(engine.asked) == 600, name

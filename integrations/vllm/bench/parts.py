@@ -186,12 +186,18 @@ def strays(got: list[Answer], wanted: list[Answer], requests: list[Request]) -> 
 def random(served: Served, records: Records, given: Given, ids: list[int]) -> None:
     """Random requests with shared prefixes, aborts and a small cache, with every block kept: tokens beside FlashAttention's,
     and how far FlashAttention's own are apart where its chunks are others."""
-    params = {"part": "random", "requests": given.requests, "longest": min(given.longest, given.most_len - 64)}
+    params = {
+        "part": "random",
+        "requests": given.requests,
+        "longest": min(given.longest, given.most_len - given.answer),
+        "cache_tokens": given.cache,
+        "chunk": given.chunk,
+        "longest_answer": given.answer,
+    }
     if not records.left(**params):
         return
     drawn = prompts.random_requests(given.requests, params["longest"], given.answer, 0, given.vocabulary)
     requests = [Request(each, make, 0.0, abort) for each, make, abort in drawn]
-    params |= {"cache_tokens": given.cache, "chunk": given.chunk, "longest_answer": given.answer}
     answers: dict[str, list[Answer]] = {}
     served.methods["every block"] = {"PBSATTN_METHOD": "pbs:top_p=1", "PBSATTN_MIN_TOKENS": str(given.least)}
     for case, method, chunk in (
