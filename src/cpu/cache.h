@@ -1,6 +1,7 @@
 // A SegmentCache of the CPU backend: which arrays of a pass lie in it, and what of them earlier runs have made.
 #pragma once
 
+#include "core/kept_blocks.h"
 #include "cpu/workspace.h"
 
 namespace pbsattn::cpu {
@@ -35,14 +36,13 @@ class CacheRun {
   // Puts what is kept of a pass's heads in the place of the workspace's.
   void enter(const Heads& heads, Layout& layout) const;
   // Leaves what the run has made to the next one.
-  void finish() const;
+  void finish() const { kept_.finish(made_blocks_); }
 
  private:
   const Shape& shape_;
   std::int64_t block_;
-  SegmentCache* cache_ = nullptr;  // null: none is used
-  std::int64_t kept_blocks_ = 0;   // that earlier runs made
-  std::int64_t made_blocks_ = 0;   // that there are after this one
+  std::int64_t made_blocks_;  // by this run or before
+  detail::KeptBlocks kept_;
   CachedArrays arrays_;
 };
 
