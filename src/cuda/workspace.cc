@@ -11,48 +11,64 @@
 
 namespace pbsattn::cuda {
 
+namespace {
+
+// Takes that many rows of elements.
+void take_rows(Carver& carver, void*& pointer, std::int64_t rows, std::int64_t width) {
+  std::byte* elements = nullptr;
+  carver.take(elements, rows * width * element_bytes, alignment);
+  pointer = elements;
+}
+
+}  // namespace
+
 Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, std::byte* base) : carver(base) {
   const Geometry g = geometry_of(spec.geometry, extent);
   const Options& options = spec.options;
   const bool permutes = sparse && options.permutation != Permutation::none;
   const std::int64_t query_heads = g.shape.batch * g.shape.q_heads;
-  const std::int64_t order_heads = g.shape.batch * order_heads_of(spec, g);
   const auto take = [&]<class T>(T*& pointer, std::int64_t count) { carver.take(pointer, count, alignment); };
-  std::byte* elements = nullptr;
-  const auto take_rows = [&](void*& pointer, std::int64_t rows, std::int64_t width) {
-    take(elements, rows * width * element_bytes);
-    pointer = elements;
-  };
-  const auto take_keys = [&](void*& pointer, std::int64_t rows) { take_rows(pointer, rows, g.shape.head_dim); };
-  const auto take_values = [&](void*& pointer, std::int64_t rows) { take_rows(pointer, rows, value_dim(g.shape)); };
   permuted.order_heads = order_heads_of(spec, g);
   take(head_options, static_cast<std::int64_t>(spec.heads.size()));
   take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g)));
   if (!sparse) return;
-  if (pools_own(options.score)) take_keys(pooled.own, g.shape.batch * g.shape.kv_heads * g.blocks());
-  // Keys that stay where they are have the same means there and here.
-  const bool same = !permutes && pools_own(options.score);
-  pooled.k_blocks = same ? g.blocks() : permuted_blocks(g);
-  if (same) pooled.k = pooled.own;
-  const bool pools = permutes || reads_means(options);
-  if (!same && pools) take_keys(pooled.k, order_heads * pooled.k_blocks);
-  if (options.correction != Correction::none) {
-    take_values(pooled.v, order_heads * permuted_blocks(g));
-    take(lse, query_heads * g.shape.q_len);
-  }
-  if (pools && options.score != BlockScore::two_step) take_keys(pooled.q, query_heads * g.rows());
-  take(permuted.sink_block, order_heads);
+  take_segments(carver, spec, g, g.permuted_len(), g.blocks(), permuted, pooled);
+  if (options.correction != Correction::none) take(lse, query_heads * g.shape.q_len);
+  if ((permutes || reads_means(options)) && options.score != BlockScore::two_step)
+    take_rows(carver, pooled.q, query_heads * g.rows(), g.shape.head_dim);
   take(lists.row_start, query_heads * g.rows());
   take(lists.row_count, query_heads * g.rows());
   take(lists.block, query_heads * g.causal_blocks_per_head());
   score_scratch_bytes = score_scratch_size(options, g, permuted.order_heads, common_dense_rows(spec.option_sets()));
   take(score_scratch, static_cast<std::int64_t>(score_scratch_bytes));
-  if (!permutes) return;
-  if (options.permutation != Permutation::learned)
+  if (permutes && options.permutation != Permutation::learned)
     take(permute_scratch, static_cast<std::int64_t>(permute_scratch_size(g)));
-  take(permuted.order, order_heads * g.permuted_len());
-  take_keys(permuted.k, order_heads * g.permuted_len());
-  take_values(permuted.v, order_heads * g.permuted_len());
+}
+
+void take_segments(Carver& carver, const detail::PlanSpec& spec, const Geometry& g, std::int64_t slots,
+                   std::int64_t blocks, Permuted& permuted, Pooled& pooled) {
+  const Options& options = spec.options;
+  const bool permutes = options.permutation != Permutation::none;
+  const std::int64_t dim = g.shape.head_dim;
+  const std::int64_t dim_v = value_dim(g.shape);
+  const std::int64_t order_heads = g.shape.batch * Layout::order_heads_of(spec, g);
+  const auto take_keys = [&](void*& pointer, std::int64_t rows) { take_rows(carver, pointer, rows, dim); };
+  const auto take_values = [&](void*& pointer, std::int64_t rows) { take_rows(carver, pointer, rows, dim_v); };
+  permuted.slots = slots;
+  pooled.own_blocks = blocks;
+  pooled.v_blocks = slots / block_tokens;
+  if (pools_own(options.score)) take_keys(pooled.own, g.shape.batch * g.shape.kv_heads * blocks);
+  // Keys that stay where they are have the same means there and here.
+  const bool same = !permutes && pools_own(options.score);
+  pooled.k_blocks = same ? blocks : slots / block_tokens;
+  if (same) pooled.k = pooled.own;
+  if (!same && (permutes || reads_means(options))) take_keys(pooled.k, order_heads * pooled.k_blocks);
+  if (options.correction != Correction::none) take_values(pooled.v, order_heads * pooled.v_blocks);
+  carver.take(permuted.sink_block, order_heads, alignment);
+  if (!permutes) return;
+  carver.take(permuted.order, order_heads * slots, alignment);
+  take_keys(permuted.k, order_heads * slots);
+  take_values(permuted.v, order_heads * slots);
 }
 
 Geometry Layout::geometry_of(Geometry g, const Extent& extent) {

@@ -13,7 +13,13 @@ namespace pbsattn::cuda {
 struct HeadOptions;
 
 inline constexpr std::int64_t element_bytes = 2;
-inline constexpr std::size_t alignment = 256;  // of every array in the workspace
+inline constexpr std::size_t alignment = 256;  // of every array in the workspace, and in a cache
+
+// Returns the first address from `pointer` on that an array may have.
+inline std::byte* aligned(std::byte* pointer) {
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+  return pointer + ((address + alignment - 1) / alignment * alignment - address);
+}
 
 // Heads of one pass.
 struct Extent {
@@ -36,6 +42,11 @@ struct Layout {
   std::byte *permute_scratch = nullptr, *score_scratch = nullptr, *attend_scratch = nullptr;
   std::size_t score_scratch_bytes = 0;
 };
+
+// Takes what is made of segments alone, which may outlast a run, of the heads of a geometry: of `slots` tokens that may
+// move and `blocks` blocks of each.
+void take_segments(Carver& carver, const detail::PlanSpec& spec, const Geometry& g, std::int64_t slots,
+                   std::int64_t blocks, Permuted& permuted, Pooled& pooled);
 
 // Tells whether some row has a block that may be left out, or the caller may keep an order that a run makes.
 bool is_sparse(const detail::PlanSpec& spec);

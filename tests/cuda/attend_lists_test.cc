@@ -133,7 +133,7 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   DeviceMemory scratch(cuda::attend_scratch_size(g));
   const cuda::BlockLists lists{pointer<std::int64_t>(row_start), pointer<std::int32_t>(row_count),
                                pointer<std::int32_t>(block)};
-  const cuda::Permuted moved{.order_heads = order_heads, .k = k->data(), .v = v->data()};
+  const cuda::Permuted moved{.order_heads = order_heads, .slots = g.permuted_len(), .k = k->data(), .v = v->data()};
   const bool listless = test.listless(g);
 
   DeviceProblem device(problem);

@@ -136,16 +136,18 @@ TEST_P(CudaSelectParts, GiveTheSameLists) {
   for (const std::size_t scratch_bytes : {whole, whole / 2, whole / 3}) {
     SCOPED_TRACE(scratch_bytes);
     const DeviceMemory scratch(scratch_bytes);
-    const Lists lists =
-        run_select({.geometry = g,
-                    .options = options,
-                    .inputs = {.q = {device_q.data(), DType::bf16, 0, g.shape.q_len * 64, 64},
-                               .k = {device_k.data(), DType::bf16, 0, 0, 64},
-                               .v = {}},
-                    .pooled = {.k = device_means.data(), .k_blocks = g.blocks(), .own = device_means.data()},
-                    .scratch = scratch.data(),
-                    .scratch_bytes = scratch_bytes},
-                   0);
+    const Lists lists = run_select({.geometry = g,
+                                    .options = options,
+                                    .inputs = {.q = {device_q.data(), DType::bf16, 0, g.shape.q_len * 64, 64},
+                                               .k = {device_k.data(), DType::bf16, 0, 0, 64},
+                                               .v = {}},
+                                    .pooled = {.k = device_means.data(),
+                                               .k_blocks = g.blocks(),
+                                               .own = device_means.data(),
+                                               .own_blocks = g.blocks()},
+                                    .scratch = scratch.data(),
+                                    .scratch_bytes = scratch_bytes},
+                                   0);
     EXPECT_TRUE(scratch.guards_intact());
     EXPECT_GT(std::ranges::min(lists.count), 0);
     EXPECT_LT(lists.count.back(), g.blocks()) << "it chooses";

@@ -44,7 +44,7 @@ TEST_P(CudaTwoStep, ScoresAreTheReferences) {
       scores(entries * sizeof(float)), scratch(scratch_bytes);
   const cuda::Permuted still{.order_heads = shape.kv_heads,
                              .sink_block = reinterpret_cast<std::int32_t*>(sinks.data())};
-  const cuda::Pooled pooled{.k = means.data(), .k_blocks = g.blocks(), .own = means.data()};
+  const cuda::Pooled pooled{.k = means.data(), .k_blocks = g.blocks(), .own = means.data(), .own_blocks = g.blocks()};
   expect_success(cuda::pool({.geometry = g, .inputs = device.inputs(), .permuted = still, .pooled = pooled}, nullptr));
   expect_success(cuda::score_two_step({.geometry = g,
                                        .options = options,

@@ -209,7 +209,7 @@ bool make_maps(TensorMaps& maps, const AttendArgs& args, std::int64_t order_head
                        Box{.tokens = step, .columns = static_cast<int>(width), .panel = panel});
   };
   const auto map_permuted = [&](CUtensorMap& into, const void* data, std::int64_t width, int panel) {
-    const std::int64_t head = g.permuted_len() * width;
+    const std::int64_t head = args.permuted.slots * width;
     const ConstView view{data, args.inputs.k.dtype, order_heads * head, head, width};
     return !permuted || map(into, view, order_heads, g.permuted_len(), width, step, panel);
   };

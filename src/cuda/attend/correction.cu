@@ -38,7 +38,6 @@ struct Params {
   float* lse;
   std::int64_t lse_batch_stride;
   Pooled pooled;
-  std::int64_t pooled_v_blocks;  // of a head
   BlockLists lists;
   float scale, scale_log2;
 };
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(threads, 1)
       head_of<T>(p.q, at.head / p.grid.q_heads, at.head % p.grid.q_heads) + at.first_query * p.q.token_stride;
   const int order_head = p.grid.order_head(at.head);
   const T* const keys = static_cast<const T*>(p.pooled.k) + order_head * p.pooled.k_blocks * head_dim;
-  const T* const values = static_cast<const T*>(p.pooled.v) + order_head * p.pooled_v_blocks * head_dim_v;
+  const T* const values = static_cast<const T*>(p.pooled.v) + order_head * p.pooled.v_blocks * head_dim_v;
   const int tiles = (at.own_begin + tile_tokens - 1) / tile_tokens;
   const auto next_tile = [&](int tile) {
     const auto left_out = [&](int word) { return shared.left_out[tile * tile_words + word]; };
@@ -241,7 +240,6 @@ cudaError_t correct(const AttendArgs& args, const Pooled& pooled, std::int64_t d
                  .lse = args.outputs.lse,
                  .lse_batch_stride = args.lse_batch_stride,
                  .pooled = pooled,
-                 .pooled_v_blocks = permuted_blocks(g),
                  .lists = args.lists,
                  .scale = args.scale,
                  .scale_log2 = scale_log2(args.scale)};

@@ -1,5 +1,5 @@
 // The arrays in device memory that stages hand on: permute writes the first two kinds, select the lists. All are
-// contiguous and 16-byte aligned.
+// contiguous, but that a head has as much room as a number beside the pointer says, and 16-byte aligned.
 #pragma once
 
 #include <cstdint>
@@ -9,20 +9,23 @@ namespace pbsattn::cuda {
 // Keys and values in the order that permute gave them, in the inputs' dtype.
 struct Permuted {
   std::int64_t order_heads =
-      0;              // heads that have an order: q_heads (one for each query head) or kv_heads (a shared one)
-  void* k = nullptr;  // [batch][order_heads][permuted_len][head_dim]; null: keys are where they were
-  void* v = nullptr;  // the same, [head_dim_v]
-  std::int32_t* order = nullptr;       // [batch][order_heads][permuted_len]: the token at each slot
+      0;                   // heads that have an order: q_heads (one for each query head) or kv_heads (a shared one)
+  std::int64_t slots = 0;  // of a head: at least permuted_len
+  void* k = nullptr;       // [batch][order_heads][slots][head_dim]; null: keys are where they were
+  void* v = nullptr;       // the same, [head_dim_v]
+  std::int32_t* order = nullptr;       // [batch][order_heads][slots]: the token at each slot
   std::int32_t* sink_block = nullptr;  // [batch][order_heads]: the block whose slot holds token 0
 };
 
 // Means of blocks, in the inputs' dtype; null where nobody asks for them.
 struct Pooled {
-  void* q = nullptr;          // [batch][q_heads][rows][head_dim]
-  void* k = nullptr;          // [batch][order_heads][k_blocks][head_dim], in the keys' order
-  std::int64_t k_blocks = 0;  // at least permuted_blocks()
-  void* v = nullptr;          // [batch][order_heads][permuted_blocks][head_dim_v]
-  void* own = nullptr;        // [batch][kv_heads][blocks][head_dim]: of keys where they were
+  void* q = nullptr;            // [batch][q_heads][rows][head_dim]
+  void* k = nullptr;            // [batch][order_heads][k_blocks][head_dim], in the keys' order
+  std::int64_t k_blocks = 0;    // at least permuted_blocks(); where keys are permuted, those of Permuted::slots
+  void* v = nullptr;            // [batch][order_heads][v_blocks][head_dim_v]
+  std::int64_t v_blocks = 0;    // at least permuted_blocks()
+  void* own = nullptr;          // [batch][kv_heads][own_blocks][head_dim]: of keys where they were
+  std::int64_t own_blocks = 0;  // at least blocks()
 };
 
 // The key blocks of each tile [batch][q_head][row], in CSR with counts. Rows have room for all their causal blocks, so

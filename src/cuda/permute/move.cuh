@@ -23,13 +23,14 @@ struct MoveParams {
   PageTable pages;  // of both
   RowGrid grid;
   int segment;
-  std::int64_t permuted_len;
+  int first_segment;     // those before stand in `permuted` already
   const float* weights;  // [kv_heads][head_dim / 2 + head_dim]; null: orders are known
   bool neighbours;       // which columns are pairs: RopePairs
   KeyOrder known;
   Permuted permuted;
   void* pooled_k;
   void* pooled_own;  // null: not wanted, nor where orders are known
+  std::int64_t own_blocks;
 };
 
 constexpr int move_threads = 256;
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
   const int thread = static_cast<int>(threadIdx.x);
   const int batch = static_cast<int>(blockIdx.z);
   const int kv_head = static_cast<int>(blockIdx.y);
-  const int first_token = static_cast<int>(blockIdx.x) * p.segment;
+  const int first_token = (p.first_segment + static_cast<int>(blockIdx.x)) * p.segment;
   const Rows<T> source_k(p.k, p.pages, batch, kv_head);
   const Rows<T> source_v(p.v, p.pages, batch, kv_head);
 
@@ -149,8 +150,8 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
           for (int row = of_k.first; row < tile_tokens; row += of_k.rows_at_once)
             add_to<T>(sum,
                       *reinterpret_cast<const uint4*>(keys + i * Swizzled::bytes + Swizzled::offset(row, of_k.chunk)));
-        const std::int64_t block = (std::int64_t{batch} * p.grid.kv_heads + kv_head) * p.grid.blocks +
-                                   (first_token + first) / block_tokens + i;
+        const std::int64_t block =
+            (std::int64_t{batch} * p.grid.kv_heads + kv_head) * p.own_blocks + (first_token + first) / block_tokens + i;
         write_block_mean<T>(
             sum, block_sums, thread, [] { __syncthreads(); },
             static_cast<std::uint32_t*>(p.pooled_own) + block * (head_dim / 2));
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(move_threads, head_dim > 128 ? 1 : 3)
   __syncthreads();
 
   const int out_head = p.grid.order_head(batch, kv_head, 0);
-  const std::int64_t out_token = out_head * p.permuted_len + first_token;
+  const std::int64_t out_token = out_head * p.permuted.slots + first_token;
   for (int slot = thread; slot < p.segment; slot += move_threads)
     p.permuted.order[out_token + slot] = first_token + from[slot];
   if (first_token == 0) {

@@ -63,6 +63,7 @@ struct Sinks {
 cudaError_t launch_pool(const PoolArgs& args, const Geometry& g, std::int64_t width, cudaStream_t stream,
                         Sinks sinks = {}) {
   const std::int64_t items = g.shape.batch * args.heads * (args.rows - args.skipped);
+  if (items == 0) return cudaSuccess;
   const std::int64_t of_warp = std::clamp<std::int64_t>(items / fewest_pool_warps, 1, most_pool_items_of_warp);
   const dim3 grid(static_cast<unsigned>(ceil_div(items, pool_warps * of_warp)));
   return dispatch(args.view.dtype, width, [&]<class T, int w>(T, std::integral_constant<int, w>) {
@@ -83,12 +84,14 @@ PoolArgs queries(const PermuteArgs& args) {
           .first = g.first_row() * block_tokens - g.q_offset(),
           .tokens = g.shape.q_len,
           .divide_by_count = args.divide_by_count,
-          .out = args.pooled.q};
+          .out = args.pooled.q,
+          .out_rows = g.rows()};
 }
 
-// Whole blocks of keys or values that may move, in some order.
-PoolArgs whole_blocks(const Geometry& g, const ConstView& view, const PageTable& pages, std::int64_t heads,
-                      void* means) {
+// Whole blocks of keys or values that may move, in some order, but those that are kept.
+PoolArgs whole_blocks(const PermuteArgs& args, const ConstView& view, const PageTable& pages, std::int64_t heads,
+                      void* means, std::int64_t blocks_of_head) {
+  const Geometry& g = args.geometry;
   return {.view = view,
           .pages = pages,
           .heads = heads,
@@ -96,7 +99,9 @@ PoolArgs whole_blocks(const Geometry& g, const ConstView& view, const PageTable&
           .first = 0,
           .tokens = g.permuted_len(),
           .divide_by_count = false,
-          .out = means};
+          .skipped = args.kept_blocks,
+          .out = means,
+          .out_rows = blocks_of_head};
 }
 
 // All blocks of keys where they are but the first `skipped`, the last one maybe a part of a block.
@@ -110,7 +115,8 @@ PoolArgs own_keys(const PermuteArgs& args, std::int64_t skipped) {
           .tokens = g.shape.kv_len,
           .divide_by_count = args.divide_by_count,
           .skipped = skipped,
-          .out = args.pooled.own};
+          .out = args.pooled.own,
+          .out_rows = args.pooled.own_blocks};
 }
 
 struct Scratch {
@@ -185,7 +191,7 @@ cudaError_t order_by_queries(const PermuteArgs& args, cudaStream_t stream) {
   });
 }
 
-// Orders the keys of the first `segments` segments by weights, or as they are known to stand.
+// Orders the keys of the first `segments` segments, but those that are kept, by weights, or as they are known to stand.
 cudaError_t move(const PermuteArgs& args, std::int64_t segments, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const OrderWeights& learned = args.inputs.order_weights;
@@ -194,14 +200,16 @@ cudaError_t move(const PermuteArgs& args, std::int64_t segments, cudaStream_t st
                      .pages = pages_of(args),
                      .grid = {g, args.permuted.order_heads},
                      .segment = g.segment,
-                     .permuted_len = g.permuted_len(),
+                     .first_segment = static_cast<int>(args.kept_blocks * block_tokens / g.segment),
                      .weights = args.permutation == Permutation::learned ? learned.values.data() : nullptr,
                      .neighbours = learned.pairs == RopePairs::neighbours,
                      .known = args.kept,
                      .permuted = args.permuted,
                      .pooled_k = args.pooled.k,
-                     .pooled_own = args.pooled.own};
-  const dim3 grid(static_cast<unsigned>(segments), p.grid.kv_heads, static_cast<unsigned>(g.shape.batch));
+                     .pooled_own = args.pooled.own,
+                     .own_blocks = args.pooled.own_blocks};
+  const dim3 grid(static_cast<unsigned>(segments - p.first_segment), p.grid.kv_heads,
+                  static_cast<unsigned>(g.shape.batch));
   return dispatch(args.inputs.k.dtype, g.shape, [&](auto element, auto keys, auto values) {
     using Shared = MoveShared<keys()>;
     static_assert(Shared::bytes(max_segment) <= 227 * 1024);
@@ -214,11 +222,12 @@ constexpr int keep_threads = 256;
 
 // Writes the order of keys from the first `known` on where the caller keeps it.
 __global__ void __launch_bounds__(keep_threads)
-    keep_orders(const std::int32_t* order, std::int64_t permuted_len, const __grid_constant__ KeyOrder to) {
+    keep_orders(const std::int32_t* order, std::int64_t slots, std::int64_t permuted_len,
+                const __grid_constant__ KeyOrder to) {
   const std::int64_t slot = to.known + blockIdx.x * std::int64_t{keep_threads} + threadIdx.x;
   if (slot >= permuted_len) return;
   to.data[blockIdx.z * to.batch_stride + blockIdx.y * to.head_stride + slot] =
-      order[(static_cast<std::int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * permuted_len + slot];
+      order[(static_cast<std::int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * slots + slot];
 }
 
 cudaError_t keep(const PermuteArgs& args, cudaStream_t stream) {
@@ -226,7 +235,7 @@ cudaError_t keep(const PermuteArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(g.permuted_len() - args.kept.known, keep_threads)),
                   static_cast<unsigned>(g.shape.kv_heads), static_cast<unsigned>(g.shape.batch));
   return launch(keep_orders, grid, keep_threads, 0, stream, Start::after_earlier_kernels, args.permuted.order,
-                g.permuted_len(), args.kept);
+                args.permuted.slots, g.permuted_len(), args.kept);
 }
 
 }  // namespace
@@ -239,15 +248,17 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const bool learned = args.permutation == Permutation::learned;
   const std::int64_t moved = learned ? g.complete_segments() : args.kept.known / g.segment;
+  const std::int64_t kept = args.kept_blocks * block_tokens / g.segment;
   const bool by_queries = moved < g.complete_segments();
   const auto where = [](bool wanted, auto&& call) { return wanted ? call() : cudaSuccess; };
   return in_order(
       [&] {
-        const std::int64_t pooled = learned ? permuted_blocks(g) : 0;  // by move_keys, which has them at hand
-        return where(args.pooled.own != nullptr && pooled < g.blocks(),
+        // Of learned orders move_keys pools those that it has at hand.
+        const std::int64_t pooled = learned ? permuted_blocks(g) : args.kept_blocks;
+        return where(args.pooled.own != nullptr,
                      [&] { return launch_pool(own_keys(args, pooled), g, g.shape.head_dim, stream); });
       },
-      [&] { return where(moved > 0, [&] { return move(args, moved, stream); }); },
+      [&] { return where(moved > kept, [&] { return move(args, moved, stream); }); },
       [&] {
         return by_queries ? order_by_queries(args, stream)  // it pools queries too
                           : where(args.pooled.q != nullptr,
@@ -258,9 +269,10 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
         return where(args.pooled.v != nullptr, [&] {
           const std::int64_t heads = args.permuted.order_heads;
           const std::int64_t width = value_dim(g.shape);
-          const std::int64_t head = g.permuted_len() * width;
+          const std::int64_t head = args.permuted.slots * width;
           const ConstView values{args.permuted.v, args.inputs.v.dtype, heads * head, head, width};
-          return launch_pool(whole_blocks(g, values, {}, heads, args.pooled.v), g, width, stream);
+          return launch_pool(whole_blocks(args, values, {}, heads, args.pooled.v, args.pooled.v_blocks), g, width,
+                             stream);
         });
       });
 }
@@ -277,13 +289,15 @@ cudaError_t pool(const PermuteArgs& args, cudaStream_t stream) {
       [&] {
         return args.pooled.v == nullptr
                    ? cudaSuccess
-                   : launch_pool(whole_blocks(g, args.inputs.v, pages_of(args), g.shape.kv_heads, args.pooled.v), g,
-                                 value_dim(g.shape), stream);
+                   : launch_pool(whole_blocks(args, args.inputs.v, pages_of(args), g.shape.kv_heads, args.pooled.v,
+                                              args.pooled.v_blocks),
+                                 g, value_dim(g.shape), stream);
       },
       [&] {
         return launch_pool(args.pooled.own != nullptr
-                               ? own_keys(args, 0)
-                               : whole_blocks(g, args.inputs.k, pages_of(args), g.shape.kv_heads, args.pooled.k),
+                               ? own_keys(args, args.kept_blocks)
+                               : whole_blocks(args, args.inputs.k, pages_of(args), g.shape.kv_heads, args.pooled.k,
+                                              args.pooled.k_blocks),
                            g, g.shape.head_dim, stream);
       });
 }

@@ -22,8 +22,9 @@ struct PermuteArgs {
   float scale = 0;
   float softcap = 0;  // 0: none
   Permutation permutation = Permutation::last_queries;
-  Inputs inputs = {};  // with order_weights, in device memory, where the order is learned
-  KeyOrder kept = {};  // of Permutation::arrival, in device memory: read and written where it isn't null
+  Inputs inputs = {};            // with order_weights, in device memory, where the order is learned
+  KeyOrder kept = {};            // of Permutation::arrival, in device memory: read and written where it isn't null
+  std::int64_t kept_blocks = 0;  // the first, whole segments, that `permuted` and `pooled` have already: not read
   Permuted permuted = {};
   Pooled pooled = {};       // `q`, `v` and `own` may be null
   void* scratch = nullptr;  // permute_scratch_size() bytes

@@ -20,7 +20,8 @@ struct PoolArgs {
   std::int64_t first, tokens;  // first <= 0: where a head's first block begins, relative to its first token
   bool divide_by_count;        // by the tokens present, else by 128
   std::int64_t skipped = 0;    // of each head the first rows, which are pooled elsewhere
-  void* out;                   // [batch][heads][rows][width]
+  void* out;                   // [batch][heads][out_rows][width]
+  std::int64_t out_rows;       // at least `rows`
 };
 
 template <int width>
@@ -99,7 +100,7 @@ __device__ void pool_rows_staged(const PoolArgs& args, std::int64_t batch, int w
       mean.y = pack<T>(sum[2] / divisor, sum[3] / divisor);
       mean.z = pack<T>(sum[4] / divisor, sum[5] / divisor);
       mean.w = pack<T>(sum[6] / divisor, sum[7] / divisor);
-      const std::int64_t to_row = item / rows * args.rows + row_of(item);
+      const std::int64_t to_row = item / rows * args.out_rows + row_of(item);
       reinterpret_cast<uint4*>(static_cast<T*>(args.out) + to_row * width)[lane] = mean;
     }
 #pragma unroll

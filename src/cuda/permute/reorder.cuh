@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(reorder_threads, 2)
     __syncthreads();
 
     const int out_head = p.grid.order_head(batch, kv_head, p.shared_order ? 0 : head);
-    const std::int64_t out_token = out_head * p.permuted_len + first_token;
+    const std::int64_t out_token = out_head * p.permuted.slots + first_token;
     for (int slot = thread; slot < p.segment; slot += reorder_threads) {
       p.permuted.order[out_token + slot] = first_token + from[slot];
       if (first_token == 0 && from[slot] == 0) p.permuted.sink_block[out_head] = slot / block_tokens;

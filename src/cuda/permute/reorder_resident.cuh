@@ -175,7 +175,7 @@ __device__ void write(const PermuteParams& p, unsigned char* base, int batch, in
   for (int i = 0; i < p.grid.orders; ++i, place.next()) {
     const int* from = reinterpret_cast<const int*>(base + Shared::from) + place.at * Shared::segment;
     const int out_head = p.grid.order_head(batch, kv_head, i);
-    const std::int64_t out_token = out_head * p.permuted_len + first_token;
+    const std::int64_t out_token = out_head * p.permuted.slots + first_token;
     handover.full[place.at].wait(place.parity);
     if (thread < p.segment) {
       p.permuted.order[out_token + thread] = first_token + from[thread];

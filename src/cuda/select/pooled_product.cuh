@@ -15,15 +15,11 @@ struct Means {
   std::int64_t count;
 };
 
-// Returns a head's means, or `count` of them from the `first` on; `means` are [head][of_head][head_dim].
+// Returns `count` of a head's means from the `first` on; `means` are [head][of_head][head_dim].
 template <class T, int head_dim>
 __device__ Means<T> means_of(const void* means, int head, std::int64_t of_head, std::int64_t first,
                              std::int64_t count) {
   return {static_cast<const T*>(means) + (head * of_head + first) * head_dim, count};
-}
-template <class T, int head_dim>
-__device__ Means<T> means_of(const void* means, int head, std::int64_t of_head) {
-  return means_of<T, head_dim>(means, head, of_head, 0, of_head);
 }
 
 // Calls use(row, block, products[2]) for blocks from `begin` (rounded down to a multiple of 8) to `end` (rounded up),

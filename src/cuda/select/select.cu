@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(select_threads, head_dim > 128 ? 1 : 3 - lists
   if (p.source == Source::pooled && first_row < scored_rows(p.options.of(head)))
     multiply_pooled<head_dim>(
         means_of<T, head_dim>(p.pooled.q, head, p.grid.rows, first_row, last_row + 1 - first_row),
-        means_of<T, head_dim>(p.pooled.k, order_head, p.pooled.k_blocks), 0, own_begin(last_row),
-        [](int) { return true; },
+        means_of<T, head_dim>(p.pooled.k, order_head, p.pooled.k_blocks, 0, own_begin(last_row)), 0,
+        own_begin(last_row), [](int) { return true; },
         [&](int row, int block, float2 products) {
           if (row < p.rows_at_once)
             *reinterpret_cast<float2*>(scores + row * p.score_stride + block) =

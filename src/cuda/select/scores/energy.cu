@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(threads, 2)
 
   const T* const queries = head_of<T>(p.q, head / grid.q_heads, head % grid.q_heads) +
                            (grid.first_query(diagonal) + present.begin) * p.q.token_stride;
-  const T* const moved = means_of<T, head_dim>(p.pooled.k, grid.order_head(head), p.pooled.k_blocks).data;
-  const T* const original = means_of<T, head_dim>(p.pooled.own, grid.kv_head(head), grid.blocks).data;
+  const T* const moved = means_of<T, head_dim>(p.pooled.k, grid.order_head(head), p.pooled.k_blocks, 0, own_begin).data;
+  const T* const original = means_of<T, head_dim>(p.pooled.own, grid.kv_head(head), p.pooled.own_blocks, 0, whole).data;
   const auto load_keys = [&](int tile) {
     gather_tile<T, head_dim, threads>(shared.k[tile % stages], original, [&](int i) -> const T* {
       const int block = tile * tile_tokens + i;

@@ -31,7 +31,8 @@ struct Params {
   OptionsOfHeads options;
   RowGrid grid;
   ConstView q;
-  const void *pooled_q, *pooled_k;  // the latter of keys where they were
+  const void *pooled_q, *pooled_k;  // the latter of keys where they were,
+  std::int64_t own_blocks;          // so many of a head
   Masses masses;
   Way* way;             // [head]
   float* by_block;      // [head][2][blocks]: masses of columns, and of distances, where the longest fill whole blocks
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(judge_threads)
   }
   __syncthreads();
 
-  const T* pooled = means_of<T, head_dim>(p.pooled_k, p.grid.kv_head(head), blocks).data;
+  const T* pooled = means_of<T, head_dim>(p.pooled_k, p.grid.kv_head(head), p.own_blocks, 0, blocks).data;
   float* predicted = p.predicted + head * blocks;
   float* columns = p.by_block + head * 2 * blocks;
   float* distances = columns + blocks;
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(threads)
   const auto diagonal = [&](int row) { return p.grid.diagonal(first_row + row); };
   const auto of_row = [&](int row) { return p.scores + p.grid.list_start(head, first_row + row); };
   const auto queries = means_of<T, head_dim>(p.pooled_q, head, p.grid.rows, first_row, rows);
-  const auto keys = means_of<T, head_dim>(p.pooled_k, p.grid.kv_head(head), p.grid.blocks);
+  const auto keys = means_of<T, head_dim>(p.pooled_k, p.grid.kv_head(head), p.own_blocks, 0, p.grid.blocks);
   const auto scale_log2 = static_cast<float>(p.scale * 1.4426950408889634);
   multiply_pooled<head_dim>(
       queries, keys, 0, diagonal(rows - 1) + 1, [](int) { return true; },
@@ -296,6 +297,7 @@ cudaError_t score_flexible(const SelectArgs& args, cudaStream_t stream) {
                  .q = args.inputs.q,
                  .pooled_q = args.pooled.q,
                  .pooled_k = args.pooled.own,
+                 .own_blocks = args.pooled.own_blocks,
                  .masses = scratch.masses,
                  .way = scratch.way,
                  .by_block = scratch.by_block,

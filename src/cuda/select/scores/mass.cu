@@ -218,7 +218,7 @@ cudaError_t score_mass(const SelectArgs& args, cudaStream_t stream) {
            .query_lines = query_lines_of(score),
            .sampled = score == BlockScore::sampled};
   const ConstView& k = args.inputs.k;
-  const std::int64_t permuted_head = g.permuted_len() * g.shape.head_dim;
+  const std::int64_t permuted_head = args.permuted.slots * g.shape.head_dim;
   const ConstView permuted{args.permuted.k, k.dtype, args.permuted.order_heads * permuted_head, permuted_head,
                            g.shape.head_dim};
   const Box box = tokens_of_line == 1 ? Box{tile_tokens, static_cast<int>(g.shape.head_dim)}

@@ -103,8 +103,9 @@ template <class T, int head_dim>
 __global__ void __launch_bounds__(calibrate_threads) calibrate(const __grid_constant__ Params p) {
   const int head = blockIdx.x;
   const RowGrid& grid = p.grid;
-  const Squares queries = sum_squares<head_dim>(means_of<T, head_dim>(p.pooled.q, head, grid.rows));
-  const Squares keys = sum_squares<head_dim>(means_of<T, head_dim>(p.pooled.own, grid.kv_head(head), grid.blocks));
+  const Squares queries = sum_squares<head_dim>(means_of<T, head_dim>(p.pooled.q, head, grid.rows, 0, grid.rows));
+  const Squares keys = sum_squares<head_dim>(
+      means_of<T, head_dim>(p.pooled.own, grid.kv_head(head), p.pooled.own_blocks, 0, grid.blocks));
   if (threadIdx.x != 0) return;
   const auto factor = [&](double of_queries, double of_keys, double share_of_columns) {
     const auto ratio = [&](double part, double all, std::int64_t count) {
@@ -148,8 +149,9 @@ __global__ void __launch_bounds__(product_threads)
   };
   const int own_of_first = grid.own_begin(grid.diagonal(first_row));
   const int own_of_last = grid.own_begin(grid.diagonal(last_row));
-  multiply(means_of<T, head_dim>(p.pooled.k, grid.order_head(head), p.pooled.k_blocks), 0, own_of_last, false);
-  multiply(means_of<T, head_dim>(p.pooled.own, grid.kv_head(head), grid.blocks), own_of_first,
+  multiply(means_of<T, head_dim>(p.pooled.k, grid.order_head(head), p.pooled.k_blocks, 0, own_of_last), 0, own_of_last,
+           false);
+  multiply(means_of<T, head_dim>(p.pooled.own, grid.kv_head(head), p.pooled.own_blocks, 0, grid.blocks), own_of_first,
            grid.diagonal(last_row) + 1, true);
 }
 

@@ -46,6 +46,7 @@ struct Params {
   int scored_rows;            // those from there on are dense
   int first_pair, last_pair;  // of token blocks 2 i and 2 i + 1
   const void* pooled_own;
+  std::int64_t own_blocks;  // of a head
   float scale_log2;
 
   __host__ __device__ int items() const { return (last_pair - first_pair + 1) * grid.heads; }
@@ -157,7 +158,7 @@ __device__ void consume(const Params& p, const Cap& cap, Shared<head_dim>& share
     const unsigned char* queries = shared.q[slot.at()][row_of_item];
     // Calls use(products, first of eight own blocks) for the warp's queries.
     const auto for_each_own = [&](auto&& use) {
-      const std::int64_t first_own = std::int64_t{p.grid.kv_head(item.head)} * p.grid.blocks + visible;
+      const std::int64_t first_own = p.grid.kv_head(item.head) * p.own_blocks + visible;
       const T* own_keys = static_cast<const T*>(p.pooled_own) + first_own * head_dim;
       for (int own = 0; tiles > 0 && visible + own <= block; own += 8) {
         float d[4];
@@ -260,6 +261,7 @@ cudaError_t score_per_query(const SelectArgs& args, cudaStream_t stream) {
                  .first_pair = grid.diagonal(grid.first_sparse_row()) / rows_of_item,
                  .last_pair = grid.diagonal(rows - 1) / rows_of_item,
                  .pooled_own = args.pooled.own,
+                 .own_blocks = args.pooled.own_blocks,
                  .scale_log2 = scale_log2(args.options.scale)};
   const ConstView& q = args.inputs.q;
   const std::int64_t pooled_head = args.pooled.k_blocks * g.shape.head_dim;

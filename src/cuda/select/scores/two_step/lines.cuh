@@ -54,6 +54,7 @@ struct Params {
   OptionsOfHeads options;
   float reach;
   const void* pooled_own;
+  std::int64_t own_blocks;  // of a head
   Sample means, exact;
   // Of the second step, in parts: some order heads and rows at a time.
   int part_blocks, parts;  // key blocks of a part of a row's, and parts of the longest row

@@ -186,7 +186,7 @@ __device__ void consume_means(const Params& p, const Cap& cap, MeansShared<head_
     // Calls use(products, first of eight own blocks) for the warp's lines; the first eight are multiplied once.
     float of_first[4];
     const auto for_each_own = [&](bool again, auto&& use) {
-      const std::int64_t first_own = std::int64_t{p.grid.kv_head(item.head)} * p.grid.blocks + visible;
+      const std::int64_t first_own = p.grid.kv_head(item.head) * p.own_blocks + visible;
       const T* own_keys = static_cast<const T*>(p.pooled_own) + first_own * head_dim;
       for (int own = 0; visible > 0 && visible + own <= diagonal; own += 8) {
         float d[4];

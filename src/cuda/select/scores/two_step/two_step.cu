@@ -165,14 +165,15 @@ cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
            .options = args.options_of_heads(),
            .reach = static_cast<float>(options.two_step_reach),
            .pooled_own = args.pooled.own,
+           .own_blocks = args.pooled.own_blocks,
            .means = sample_of(options.two_step_queries, std::countr_zero(unsigned{warp_lines})),
            .exact = sample_of(options.two_step_exact, min_log_lines),
            .part_blocks = work.part_blocks,
            .parts = work.parts,
            .sums = static_cast<float*>(args.scratch)};
   const ConstView& k = args.inputs.k;
-  const auto in_order_heads = [&](const void* data, std::int64_t tokens) {
-    const std::int64_t head = tokens * g.shape.head_dim;
+  const auto in_order_heads = [&](const void* data, std::int64_t of_head) {
+    const std::int64_t head = of_head * g.shape.head_dim;
     return ConstView{data, k.dtype, order_heads * head, head, g.shape.head_dim};
   };
   const auto make_map = [&](CUtensorMap& map, const ConstView& view, std::int64_t tokens) {
@@ -180,7 +181,7 @@ cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
   };
   KeyMaps maps;
   if (!make_map(maps.pooled_k, in_order_heads(args.pooled.k, args.pooled.k_blocks), permuted_blocks(g)) ||
-      (p.moved && !make_map(maps.permuted_k, in_order_heads(args.permuted.k, g.permuted_len()), g.permuted_len())) ||
+      (p.moved && !make_map(maps.permuted_k, in_order_heads(args.permuted.k, args.permuted.slots), g.permuted_len())) ||
       !make_kv_map(maps.k, k, p.pages, g.shape, g.shape.head_dim,
                    {.tokens = tile_tokens, .columns = static_cast<int>(g.shape.head_dim)}))
     return cudaErrorInvalidValue;
