@@ -29,12 +29,12 @@ struct KeyOrder {
 // and the means of their blocks - so that the run of a chunk makes it for new segments alone. A caller has one for each
 // layer and sequence, or batch of sequences that are as long as each other. No result depends on it: a run that finds
 // what another plan made, of other sizes, options or code path, begins anew, and one whose tokens don't fit leaves it
-// as it is. Plans of Permutation::last_queries use none, since their orders change with every call; the reference
-// neither, and CUDA refuses it. One run at a time may have it.
+// as it is. Plans of Permutation::last_queries use none, since their orders change with every call, nor does the
+// reference. One run at a time may have it; on CUDA runs that follow each other on a stream need no waiting between.
 class SegmentCache {
  public:
-  // Keeps in memory of the caller's, at any alignment, which must outlive it and belongs to it; Plan::cache_size()
-  // tells how much. It may hold anything.
+  // Keeps in memory of the caller's, of the device, at any alignment, which must outlive it and belongs to it;
+  // Plan::cache_size() tells how much. It may hold anything.
   explicit SegmentCache(std::span<std::byte> memory) noexcept : memory_(memory) {}
   SegmentCache(const SegmentCache&) = delete;
   SegmentCache& operator=(const SegmentCache&) = delete;

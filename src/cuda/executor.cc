@@ -15,6 +15,7 @@
 #include "core/keep_rule.h"
 #include "core/score_traits.h"
 #include "cuda/attend/attend.h"
+#include "cuda/cache.h"
 #include "cuda/permute/permute.h"
 #include "cuda/runtime.h"
 #include "cuda/select/select.h"
@@ -69,6 +70,7 @@ class CudaExecutor final : public detail::Executor {
 
   std::size_t workspace_size() const noexcept override { return workspace_size_; }
   std::string_view path() const noexcept override { return sparse_ ? "sm90" : "sm90_dense"; }
+  std::size_t cache_size(std::int64_t tokens) const override { return cache_bytes(spec, tokens); }
 
   void run(const Inputs& inputs, const Outputs& outputs, std::span<std::byte> workspace, Stats* stats,
            Trace* trace) const override {
@@ -83,7 +85,12 @@ class CudaExecutor final : public detail::Executor {
       fail(earlier, "earlier work, before this run");
     check_buffers(spec, inputs, outputs, workspace.data());
     const auto stream = static_cast<cudaStream_t>(on.handle);
-    Call call{.inputs = inputs, .outputs = outputs, .base = aligned(workspace.data()), .stream = stream};
+    const CacheRun cache(spec, sparse_, inputs, outputs);
+    Call call{.inputs = inputs,
+              .outputs = outputs,
+              .base = aligned(workspace.data()),
+              .stream = stream,
+              .kept_blocks = cache.kept_blocks()};
     std::optional<Timeline> timeline;
     if (stats != nullptr) call.timeline = &timeline.emplace(stream);
     const Geometry& g = spec.geometry;
@@ -97,11 +104,13 @@ class CudaExecutor final : public detail::Executor {
         for (std::int64_t head = 0; head < g.group(); head += extent_.group) {
           const Extent extent{extent_.batch, std::min(extent_.kv_heads, g.shape.kv_heads - kv_head),
                               std::min(extent_.group, g.group() - head)};
-          const Layout layout(spec, sparse_, extent, call.base);
+          Layout layout(spec, sparse_, extent, call.base);
+          cache.enter(batch, kv_head, layout);
           enqueue(call, layout, extent, batch, kv_head, kv_head * g.group() + head);
           if (stats != nullptr) stats->visited_blocks += count_visited(call, layout, extent);
           if (trace != nullptr) extend_trace(call, layout, extent, *trace);
         }
+    cache.finish();
     if (stats != nullptr) {
       check(cudaStreamSynchronize(stream), "waiting for the run");
       stats->causal_blocks = g.shape.batch * g.shape.q_heads * g.causal_blocks_per_head();
@@ -120,13 +129,9 @@ class CudaExecutor final : public detail::Executor {
     const Outputs& outputs;
     std::byte* base;
     cudaStream_t stream;
+    std::int64_t kept_blocks;  // of a cache
     Timeline* timeline = nullptr;
   };
-
-  static std::byte* aligned(std::byte* pointer) {
-    const auto address = reinterpret_cast<std::uintptr_t>(pointer);
-    return pointer + ((address + alignment - 1) / alignment * alignment - address);
-  }
 
   void enqueue(const Call& call, const Layout& layout, const Extent& extent, std::int64_t batch, std::int64_t kv_head,
                std::int64_t q_head) const {
@@ -157,6 +162,7 @@ class CudaExecutor final : public detail::Executor {
                                     .permutation = spec.options.permutation,
                                     .inputs = inputs,
                                     .kept = kept,
+                                    .kept_blocks = call.kept_blocks,
                                     .permuted = layout.permuted,
                                     .pooled = layout.pooled,
                                     .scratch = layout.permute_scratch};
@@ -217,11 +223,18 @@ class CudaExecutor final : public detail::Executor {
     return std::accumulate(count.begin(), count.end(), std::int64_t{0});
   }
 
+  // Reads `count` numbers, or as many of each of `heads` that lie `stride` apart.
   template <class T>
-  static std::vector<T> read(const Call& call, const T* from, std::int64_t count) {
-    std::vector<T> values(static_cast<std::size_t>(count));
-    check(cudaMemcpyAsync(values.data(), from, values.size() * sizeof(T), cudaMemcpyDeviceToHost, call.stream),
-          "reading back");
+  static std::vector<T> read(const Call& call, const T* from, std::int64_t count, std::int64_t heads = 1,
+                             std::int64_t stride = 0) {
+    std::vector<T> values(static_cast<std::size_t>(heads * count));
+    const auto bytes = static_cast<std::size_t>(count) * sizeof(T);
+    if (heads == 1)
+      check(cudaMemcpyAsync(values.data(), from, bytes, cudaMemcpyDeviceToHost, call.stream), "reading back");
+    else if (count > 0)
+      check(cudaMemcpy2DAsync(values.data(), bytes, from, static_cast<std::size_t>(stride) * sizeof(T), bytes,
+                              static_cast<std::size_t>(heads), cudaMemcpyDeviceToHost, call.stream),
+            "reading back");
     check(cudaStreamSynchronize(call.stream), "waiting for the run");
     return values;
   }
@@ -232,7 +245,7 @@ class CudaExecutor final : public detail::Executor {
     const std::int64_t heads = g.shape.batch * g.shape.q_heads;
     const std::int64_t moved = layout.permuted.order == nullptr ? 0 : g.permuted_len();
     const std::int64_t sharing = g.shape.q_heads / layout.permuted.order_heads;
-    const auto order = read(call, layout.permuted.order, heads / sharing * moved);
+    const auto order = read(call, layout.permuted.order, moved, heads / sharing, layout.permuted.slots);
     const auto count = read(call, layout.lists.row_count, sparse_ ? heads * g.rows() : 0);
     const auto start = read(call, layout.lists.row_start, sparse_ ? heads * g.rows() : 0);
     const auto block = read(call, layout.lists.block, sparse_ ? heads * g.causal_blocks_per_head() : 0);

@@ -147,8 +147,9 @@ void check_buffers(const detail::PlanSpec& spec, const Inputs& inputs, const Out
   if (!inputs.order_weights.values.empty())
     check_memory(inputs.order_weights.values.data(), "order_weights", spec.device_index);
   if (outputs.order.data != nullptr) check_memory(outputs.order.data, "order", spec.device_index);
-  if (outputs.cache.cache != nullptr)
-    refuse("cache: the CUDA backend keeps no segments from run to run; leave it out, or use Device::cpu()");
+  if (const SegmentCache* const cache = outputs.cache.cache; cache != nullptr)
+    if (const std::span<std::byte> memory = detail::CacheAccess::memory(*cache); !memory.empty())
+      check_memory(memory.data(), "cache", spec.device_index);
   check_memory(workspace, "workspace", spec.device_index);
 }
 

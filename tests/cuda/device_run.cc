@@ -138,4 +138,11 @@ RunResult run_on_device(std::span<const Options> heads, Problem& problem, const 
   return run_on_device(Plan::create(heads, problem.shape, Device::cuda(), how.cap), problem, how);
 }
 
+void forget_written(Problem& problem) {
+  const std::int64_t heads = problem.shape.batch * problem.shape.kv_heads;
+  const std::int64_t tokens = std::ssize(problem.order) / heads;
+  for (std::int64_t i = 0; i < std::ssize(problem.order); ++i)
+    if (i % tokens >= problem.known) problem.order[i] = -1;
+}
+
 }  // namespace pbsattn::test

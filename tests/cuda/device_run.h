@@ -67,6 +67,9 @@ struct DeviceRunOptions {
 RunResult run_on_device(const Options& options, Problem& problem, const DeviceRunOptions& how = {});
 RunResult run_on_device(std::span<const Options> heads, Problem& problem, const DeviceRunOptions& how = {});
 
+// Forgets the orders that a run wrote.
+void forget_written(Problem& problem);
+
 // Enqueues a kernel that lets the stream's next one start at once, and only copies bytes, a multiple of 4, long after.
 void copy_slowly(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
 

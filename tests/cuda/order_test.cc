@@ -121,23 +121,6 @@ TEST(CudaOrders, ChunksKeepTheOrderThatASegmentArrivedIn) {
   }
 }
 
-TEST(CudaOrders, NoSegmentIsKeptInACache) {
-  const Problem problem(alike(shape_of(400, 1100, 64, 2, 1)));
-  const DeviceProblem device(problem);
-  const Plan plan = Plan::create(method("two-step"), problem.shape, Device::cuda());
-  EXPECT_EQ(plan.cache_size(1100), 0);
-  const DeviceMemory workspace(plan.workspace_size());
-  SegmentCache cache({});
-  Outputs outputs = device.outputs();
-  outputs.cache.cache = &cache;
-  EXPECT_EQ(refusal_of(
-                [&] {
-                  plan.run(device.inputs(), outputs, {workspace.data(), workspace.size()});
-                },
-                ErrorCode::unsupported),
-            "cache: the CUDA backend keeps no segments from run to run; leave it out, or use Device::cpu()");
-}
-
 // The caller's orders may lie apart, as those of a cache that has room for more tokens.
 TEST(CudaOrders, AreReadAndWrittenWhereTheCallerKeepsThem) {
   constexpr std::int64_t tokens = 1024;

@@ -7,44 +7,15 @@
 #include <cmath>
 #include <limits>
 
+#include "cuda/device_cache.h"
 #include "cuda/device_run.h"
 #include "pbsattn/options.hpp"
-#include "support/cache.h"
 #include "support/case.h"
 #include "support/judge.h"
 #include "support/refusal.h"
 
 namespace pbsattn::test {
 namespace {
-
-// A cache in device memory.
-class DeviceCache {
- public:
-  explicit DeviceCache(const PagedCache& cache)
-      : cache_(cache), memory_(cache.memory().size()), table_(cache.table.size() * sizeof(std::int32_t)) {
-    memory_.upload(cache.memory().data());
-    table_.upload(cache.table.data());
-  }
-
-  // Returns a device's inputs, with keys and values from the cache.
-  Inputs inputs(Inputs device) const {
-    const auto moved = [&](ConstView view) {
-      view.data = memory_.data() + (static_cast<const std::byte*>(view.data) - cache_.memory().data());
-      return view;
-    };
-    device.k = moved(cache_.k);
-    device.v = moved(cache_.v);
-    device.pages = cache_.pages;
-    device.pages.table = table();
-    return device;
-  }
-  const std::int32_t* table() const { return reinterpret_cast<const std::int32_t*>(table_.data()); }
-  void upload_table(const std::vector<std::int32_t>& table) { table_.upload(table.data()); }
-
- private:
-  const PagedCache& cache_;
-  DeviceMemory memory_, table_;
-};
 
 // Runs a problem whose keys and values are in a cache; without statistics nothing waits in between.
 RunResult run_paged(const Options& options, Problem& problem, const CacheLayout& layout,
@@ -64,14 +35,6 @@ RunResult run_paged(const Options& options, Problem& problem, const CacheLayout&
   EXPECT_TRUE(workspace.guards_intact());
   device.download_outputs(problem);
   return result;
-}
-
-// Forgets the orders that a run wrote.
-void forget_written(Problem& problem) {
-  const std::int64_t heads = problem.shape.batch * problem.shape.kv_heads;
-  const std::int64_t tokens = std::ssize(problem.order) / heads;
-  for (std::int64_t i = 0; i < std::ssize(problem.order); ++i)
-    if (i % tokens >= problem.known) problem.order[i] = -1;
 }
 
 void expect_same(const Options& options, const ProblemSpec& spec, const CacheLayout& layout) {

@@ -235,7 +235,7 @@ class Plan:
 
         workspace: a uint8 tensor of at least workspace_size bytes on the plan's device. lse: a contiguous float32
         tensor [B, Hq, Sq], or None. sinks, order_weights, rope_pairs, page_table: as in `attention`; kv_len is the
-        plan's. cache: what earlier chunks of the sequence left, and takes what this one makes (CPU); the first cache_valid
+        plan's. cache: what earlier chunks of the sequence left, and takes what this one makes; the first cache_valid
         tokens are as they were when it saw them. layout="bshd" reads all four tensors as [B, S, H, D]. On CUDA the work
         joins the current stream. With stats=True it waits for its work and returns Stats.
 
