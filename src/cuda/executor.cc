@@ -198,6 +198,7 @@ class CudaExecutor final : public detail::Executor {
         .outputs = {.out = advanced(call.outputs.out, batch, q_head),
                     .lse = wanted ? call.outputs.lse + (batch * whole.q_heads + q_head) * whole.q_len : layout.lse},
         .lse_batch_stride = (wanted ? whole.q_heads : g.shape.q_heads) * whole.q_len,
+        .parts = layout.parts,
         .scratch = layout.attend_scratch};
     check(attend(attention, call.stream), "launching attend");
     if (sparse_ && spec.options.correction != Correction::none)

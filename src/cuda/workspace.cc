@@ -30,7 +30,8 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   const auto take = [&]<class T>(T*& pointer, std::int64_t count) { carver.take(pointer, count, alignment); };
   permuted.order_heads = order_heads_of(spec, g);
   take(head_options, static_cast<std::int64_t>(spec.heads.size()));
-  take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g)));
+  if (sparse) parts = row_parts(spec.geometry, common_dense_rows(spec.option_sets()));
+  take(attend_scratch, static_cast<std::int64_t>(attend_scratch_size(g, parts)));
   if (!sparse) return;
   take_segments(carver, spec, g, g.permuted_len(), g.blocks(), permuted, pooled);
   if (options.correction != Correction::none) take(lse, query_heads * g.shape.q_len);

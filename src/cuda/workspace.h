@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/executor.h"
+#include "cuda/attend/parts.h"
 #include "cuda/memory/arrays.h"
 #include "cuda/memory/carver.h"
 
@@ -38,6 +39,7 @@ struct Layout {
   Permuted permuted;
   Pooled pooled;
   BlockLists lists;
+  RowParts parts;        // of attend
   float* lse = nullptr;  // of the pass, where the caller may want none and a correction needs it
   std::byte *permute_scratch = nullptr, *score_scratch = nullptr, *attend_scratch = nullptr;
   std::size_t score_scratch_bytes = 0;

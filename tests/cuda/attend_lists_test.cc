@@ -28,6 +28,7 @@ struct Case {
   int window = Options{}.window;  // where it hides keys, nothing else is chosen
   bool nan_values = false;        // one in the middle of each block of V, each in a column of its own
   bool dense = false;             // without lists
+  cuda::RowParts parts = {};      // those rows list every block
 
   bool listless(const Geometry& g) const { return dense || g.windowed(); }
 };
@@ -61,7 +62,8 @@ Trace random_trace(const Case& test, const Geometry& g, std::mt19937_64& random)
       const double density = test.density >= 0 ? test.density : r == g.rows() / 2 ? 1 : 0.02;
       for (std::int64_t b = g.window_begin(r); b <= g.diagonal(r); ++b) {
         const bool kept = test.listless(g) || static_cast<double>(random() >> 11) * 0x1p-53 < density;
-        if (b >= g.own_begin(r) || kept) trace.block.push_back(static_cast<std::int32_t>(b));
+        if (b >= g.own_begin(r) || kept || r >= g.rows() - test.parts.rows)
+          trace.block.push_back(static_cast<std::int32_t>(b));
       }
     }
   }
@@ -130,7 +132,7 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
   const auto row_start = on_device(trace.row_start);
   const auto row_count = on_device(count);
   const auto block = on_device(trace.block);
-  DeviceMemory scratch(cuda::attend_scratch_size(g));
+  DeviceMemory scratch(cuda::attend_scratch_size(g, test.parts));
   const cuda::BlockLists lists{pointer<std::int64_t>(row_start), pointer<std::int32_t>(row_count),
                                pointer<std::int32_t>(block)};
   const cuda::Permuted moved{.order_heads = order_heads, .slots = g.permuted_len(), .k = k->data(), .v = v->data()};
@@ -145,6 +147,7 @@ TEST_P(CudaAttend, OutputsAreRightAndTheSameEachTime) {
                               .lists = listless ? cuda::BlockLists{} : lists,
                               .outputs = device.outputs(),
                               .lse_batch_stride = test.shape.q_heads * test.shape.q_len,
+                              .parts = test.parts,
                               .scratch = scratch.data()};
   std::vector<std::byte> first;
   for (int run = 0; run < 20; ++run) {
@@ -208,6 +211,26 @@ std::vector<Case> cases() {
       add_dense(name(label) + "_one_block", shape_of(128, 128, q_heads, 8, 12));
       for (const int window : {100, 200})
         add_dense(name(label) + "_window_" + std::to_string(window), shape_of(384, 384, q_heads, 8, 4), true, window);
+    }
+    if (cuda::takes_parts(widths.keys)) {
+      const auto add_parts = [&](const char* label, const Shape& shape, cuda::RowParts parts, Case rest = {}) {
+        rest.name = name(label);
+        rest.shape = shape;
+        rest.density = 0.3;
+        rest.parts = parts;
+        all.push_back(rest);
+      };
+      add_parts("in_two_parts", shape_of(2048, 2048, 12, 2), {1, 2});
+      add_parts("rows_in_three_parts", shape_of(700, 2000, 4, 2, 2), {3, 3});
+      add_parts("parts_of_a_block", shape_of(300, 1337, 4, 2), {1, 11}, {.shared_order = true});
+      add_parts("parts_of_one_row", shape_of(100, 1300, 2, 1, 2), {1, 5},
+                {.dtype = DType::f16, .layout = TensorLayout::bshd});
+      add_parts("parts_with_sinks", shape_of(300, 2000, 6, 2), {2, 4}, {.sinks = true});
+      add_parts("parts_of_nan_values", shape_of(300, 2000, 6, 2), {2, 4}, {.nan_values = true});
+      add_parts("parts_with_sinks_of_nan_values", shape_of(300, 2000, 6, 2), {2, 4},
+                {.sinks = true, .nan_values = true});
+      if (cuda::takes_caps(widths.keys))
+        add_parts("capped_parts", shape_of(300, 1500, 4, 2), {1, 3}, {.sinks = true, .softcap = 8});
     }
     all.push_back(
         {name("f16_tokens_first"), shape_of(777, 777, 4, 2, 2), 0.5, 256, false, DType::f16, TensorLayout::bshd});

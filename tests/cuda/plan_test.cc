@@ -4,6 +4,7 @@
 #include <array>
 #include <memory>
 
+#include "cuda/attend/parts.h"
 #include "cuda/device_run.h"
 #include "pbsattn/options.hpp"
 #include "support/judge.h"
@@ -248,6 +249,47 @@ TEST(CudaPlan, CapsGiveTheSameBitsOfEveryKind) {
       EXPECT_EQ(again.lse, problem.lse);
       EXPECT_EQ(capped.trace.block, all.trace.block);
     }
+}
+
+// A chunk's dense last row is cut by the whole call's shape, and so the same way in every pass.
+TEST(CudaPlan, CapsGiveTheSameBitsOfRowsInParts) {
+  const Shape chunk = shape_of(300, 8300, 64, 4, 2);
+  Options options = pbs(0.7F);
+  options.dense_last_rows = 1;
+  const cuda::RowParts parts = cuda::row_parts(geometry_of(resolved(options, chunk), chunk), options.dense_last_rows);
+  EXPECT_EQ(parts.rows, 1);
+  EXPECT_EQ(parts.each, 2);
+  Problem problem(alike(chunk));
+  const RunResult all = run_on_device(options, problem);
+  expect_right(problem, all, DType::bf16);
+  for (const std::size_t passes : {2, 4}) {
+    SCOPED_TRACE(passes);
+    Problem again(alike(chunk));
+    run_on_device(options, again, {.cap = all.workspace_size / passes + 65'536});
+    EXPECT_EQ(again.out.bytes(), problem.out.bytes());
+    EXPECT_EQ(again.lse, problem.lse);
+  }
+}
+
+// Calls are cut where their last rows would be at work long after all others.
+TEST(RowParts, AreForCallsThatAreShortBesideTheirKeys) {
+  const auto parts = [](Shape shape, std::int64_t dense_rows, Options options = pbs()) {
+    const cuda::RowParts cut = cuda::row_parts(geometry_of(resolved(options, shape), shape), dense_rows);
+    return std::pair(cut.rows, cut.each);
+  };
+  const std::pair whole(0, 1);
+  EXPECT_EQ(parts(shape_of(8192, 131'072, 128, 12, 2), 1), std::pair(1, 2));
+  EXPECT_EQ(parts(shape_of(2048, 131'072, 128, 12, 2), 1), std::pair(1, 6));
+  EXPECT_EQ(parts(shape_of(512, 131'072, 128, 12, 2), 2), std::pair(2, 22));
+  EXPECT_EQ(parts(shape_of(512, 16'384, 128, 12, 2), 1), std::pair(1, 4)) << "of 32 blocks at least";
+  EXPECT_EQ(parts(shape_of(512, 4096, 128, 12, 2), 1), whole) << "too short";
+  EXPECT_EQ(parts(shape_of(8192, 131'072, 128, 32, 8), 1), whole) << "others take longer";
+  EXPECT_EQ(parts(shape_of(131'072, 131'072, 128, 32, 8), 1), whole);
+  EXPECT_EQ(parts(shape_of(2048, 131'072, 128, 12, 2), 0), whole) << "no dense row";
+  EXPECT_EQ(parts(shape_of(2048, 131'072, 256, 12, 2), 1), whole) << "outputs from registers";
+  Options windowed = pbs();
+  windowed.window = 4096;
+  EXPECT_EQ(parts(shape_of(2048, 131'072, 128, 12, 2), 1, windowed), whole);
 }
 
 // A correction merges by log-sum-exps, which then are the plan's own.

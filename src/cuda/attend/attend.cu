@@ -34,6 +34,8 @@
 //     guarded        [slot][guard]  that V is safe to multiply
 // Those of a tile count threads; k_free and v_free, which cost most, and wide heads' q_free count warps.
 //
+// A row may be worked in parts (parts.h), each a tile whose outputs and log-sum-exps go to scratch.
+//
 // Beyond 128 columns (tile.cuh has the sizes) queries are in shared memory one tile at a time, free after the tile's
 // last S, and outputs go to device memory from registers. Beyond 128 columns of values O leaves registers for half a
 // block's S, so that a block is worked in two steps. The least that a block takes of a multiprocessor, both consumers
@@ -119,6 +121,14 @@ struct Scratch {
   int tile_order[];
 };
 
+// Returns the bytes of the order; parts lie behind it.
+std::size_t order_bytes(const Geometry& g, const RowParts& parts) {
+  const std::int64_t heads = g.shape.batch * g.shape.q_heads;
+  const std::int64_t places = heads * (g.rows() + std::int64_t{parts.rows} * (parts.each - 1));
+  const std::size_t bytes = sizeof(Scratch) + static_cast<std::size_t>(places) * sizeof(int);
+  return parts.rows == 0 ? bytes : (bytes + 255) / 256 * 256;
+}
+
 TileOrder natural_order(const Geometry& g, const RowGrid& grid) {
   const std::int64_t kv_bytes = g.shape.kv_len * (g.shape.head_dim + value_dim(g.shape)) * 2;
   const std::int64_t sections = std::max<std::int64_t>(1, section_bytes / kv_bytes) * grid.order_group;
@@ -133,8 +143,10 @@ __global__ void reset_places(int* next_place) {
 }
 
 // Puts tiles of more than four times the mean work first, so that none of them is left for the end, and otherwise keeps
-// the natural order. One thread block; each warp takes a stretch of places, 32 at a time.
-__global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::int32_t* row_count, Scratch* scratch) {
+// the natural order. Parts after a row's first come before all. One thread block; each warp takes a stretch of places,
+// 32 at a time.
+__global__ void __launch_bounds__(1024)
+    order_tiles(TileOrder order, RowParts parts, const std::int32_t* row_count, Scratch* scratch) {
   __shared__ unsigned long long work;
   __shared__ int warp_heavy[32];
   const int tiles = order.tiles();
@@ -173,7 +185,15 @@ __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::
     if (w < warp) next_heavy += warp_heavy[w];
     total += warp_heavy[w];
   }
-  int next_light = total + begin - next_heavy;
+  // Those of a part side by side, since they read the same keys.
+  const int cut = order.heads * parts.rows;
+  const int further = cut * (parts.each - 1);
+  for (int i = static_cast<int>(threadIdx.x); i < further; i += 1024) {
+    const int tile = i % cut / parts.rows * order.rows + order.rows - 1 - i % parts.rows;
+    scratch->tile_order[i] = tile + (1 + i / cut) * tiles;
+  }
+  int next_light = further + total + begin - next_heavy;
+  next_heavy += further;
   const unsigned lanes_below = (1U << lane) - 1;
 #pragma unroll 4
   for (int first = begin; first < end; first += 32) {
@@ -192,8 +212,8 @@ __global__ void __launch_bounds__(1024) order_tiles(TileOrder order, const std::
 }
 
 // Describes what the copy engine moves: 64 queries or outputs, and keys or values of a step.
-bool make_maps(TensorMaps& maps, const AttendArgs& args, std::int64_t order_heads, bool permuted, int step,
-               int panel_v) {
+bool make_maps(TensorMaps& maps, const AttendArgs& args, std::int64_t order_heads, bool permuted, int step, int panel_v,
+               const PartOutputs& parts) {
   const Geometry& g = args.geometry;
   const Shape& shape = g.shape;
   const std::int64_t dim = shape.head_dim;
@@ -213,9 +233,16 @@ bool make_maps(TensorMaps& maps, const AttendArgs& args, std::int64_t order_head
     const ConstView view{data, args.inputs.k.dtype, order_heads * head, head, width};
     return !permuted || map(into, view, order_heads, g.permuted_len(), width, step, panel);
   };
+  const auto map_parts = [&] {
+    const std::int64_t queries = args.parts.count(shape.batch * shape.q_heads) * block;
+    const View view{parts.out, args.outputs.out.dtype, queries * dim_v, queries * dim_v, dim_v};
+    return queries == 0 ||
+           make_tensor_map(maps.part_out, view, 1, 1, queries, dim_v,
+                           Box{.tokens = 64, .columns = static_cast<int>(dim_v), .panel = panel_of(dim_v)});
+  };
   const int panel = panel_of(dim);
   return map(maps.q, args.inputs.q, shape.q_heads, shape.q_len, dim, 64, panel) &&
-         map(maps.out, args.outputs.out, shape.q_heads, shape.q_len, dim_v, 64, panel_of(dim_v)) &&
+         map(maps.out, args.outputs.out, shape.q_heads, shape.q_len, dim_v, 64, panel_of(dim_v)) && map_parts() &&
          map_kv(maps.k, args.inputs.k, dim, panel) && map_kv(maps.v, args.inputs.v, dim_v, panel_v) &&
          map_permuted(maps.permuted_k, args.permuted.k, dim, panel) &&
          map_permuted(maps.permuted_v, args.permuted.v, dim_v, panel_v);
@@ -223,8 +250,9 @@ bool make_maps(TensorMaps& maps, const AttendArgs& args, std::int64_t order_head
 
 }  // namespace
 
-std::size_t attend_scratch_size(const Geometry& g) {
-  return sizeof(Scratch) + static_cast<std::size_t>(g.shape.batch * g.shape.q_heads * g.rows()) * sizeof(int);
+std::size_t attend_scratch_size(const Geometry& g, const RowParts& parts) {
+  const std::size_t tiles = order_bytes(g, parts);
+  return parts.rows == 0 ? tiles : tiles + part_bytes(parts, g);
 }
 
 cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
@@ -251,13 +279,18 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
       .lse = args.outputs.lse,
       .lse_batch_stride = args.lse_batch_stride,
   };
+  const int tiles = params.order.tiles();
+  params.parts = args.parts;
+  params.places = tiles + params.order.heads * args.parts.rows * (args.parts.each - 1);
+  const PartOutputs parts =
+      part_outputs(args.parts, g, static_cast<std::byte*>(args.scratch) + order_bytes(g, args.parts));
+  params.part_lse = parts.lse;
 
   int multiprocessors = 0;
   if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
-  const int tiles = params.order.tiles();
   if (!dense) {
-    if (const cudaError_t error =
-            launch(order_tiles, dim3(1), 1024, 0, stream, Start::early, params.order, params.lists.row_count, scratch);
+    if (const cudaError_t error = launch(order_tiles, dim3(1), 1024, 0, stream, Start::early, params.order,
+                                         params.parts, params.lists.row_count, scratch);
         error != cudaSuccess)
       return error;
   } else if (tiles <= few_tiles * multiprocessors) {
@@ -269,15 +302,16 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   }
   // It gets ready beside the kernel before it. Dense tiles are known beforehand, so work on the first ones may start
   // beside reset_places; without a counter `load` waits for earlier kernels.
-  return dispatch(args.inputs.q.dtype, shape, [&](auto element, auto keys, auto values) {
+  const cudaError_t error = dispatch(args.inputs.q.dtype, shape, [&](auto element, auto keys, auto values) {
     using T = decltype(element);
     const auto launch_for = [&]<class L>(const L& layer) {
       using OfTile = Shared<T, keys(), values(), L::guards>;
       constexpr int shared_bytes = aligned_bytes<OfTile>;
       static_assert(shared_bytes <= 227 * 1024);
       TensorMaps maps;
-      if (!make_maps(maps, args, order_heads, permuted, OfTile::step, OfTile::panel_v)) return cudaErrorInvalidValue;
-      return launch(attend_kernel<T, keys(), values(), L>, dim3(std::min(tiles, multiprocessors)), threads,
+      if (!make_maps(maps, args, order_heads, permuted, OfTile::step, OfTile::panel_v, parts))
+        return cudaErrorInvalidValue;
+      return launch(attend_kernel<T, keys(), values(), L>, dim3(std::min(params.places, multiprocessors)), threads,
                     shared_bytes, stream, Start::early, params, maps, layer);
     };
     const Layer layer = layer_of(args.inputs, g);
@@ -286,6 +320,7 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
     if (args.inputs.sinks.empty() && !g.windowed()) return launch_for(PlainLayer{});
     return launch_for(layer);
   });
+  return error != cudaSuccess || args.parts.rows == 0 ? error : merge_row_parts(args, parts, stream);
 }
 
 }  // namespace pbsattn::cuda

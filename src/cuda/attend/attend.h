@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "core/geometry.h"
+#include "cuda/attend/parts.h"
 #include "cuda/memory/arrays.h"
 
 namespace pbsattn::cuda {
@@ -29,11 +30,12 @@ struct AttendArgs {
                                       // weights as rounded, each by 2^-8 of itself at most in bf16 and 2^-11 in
                                       // f16, where those below 2^-14 are off by 2^-25
   std::int64_t lse_batch_stride = 0;  // elements from one batch entry to the next
-  void* scratch = nullptr;            // attend_scratch_size() bytes, 16-byte aligned
+  RowParts parts = {};                // of lists; those rows list a block for each part at least
+  void* scratch = nullptr;            // attend_scratch_size() bytes, 256-byte aligned
 };
 
-// Returns the bytes of scratch that attend() needs for tile scheduling.
-std::size_t attend_scratch_size(const Geometry& geometry);
+// Returns the bytes of scratch that attend() needs for tile scheduling and parts.
+std::size_t attend_scratch_size(const Geometry& geometry, const RowParts& parts = {});
 
 // Enqueues the work on `stream` of the current device (compute capability 9.0) and returns. Allocates nothing, reads
 // nothing back, can be captured in a graph. The same inputs give the same bits.

@@ -169,6 +169,10 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
           inverse[r] *= merger.a;
         }
       }
+      if (Shared::parts && tile.slot >= 0) {
+        if (lane % 4 == 0) p.part_lse[tile.slot * block + row + 8 * r] = Layer::plain ? log_sum() : merger.lse;
+        continue;
+      }
       const int query = tile.token + row + 8 * r - p.grid.q_offset;
       if (p.lse != nullptr && lane % 4 == 0 && query >= 0 && query < p.grid.q_len) {
         const float lse = Layer::plain ? log_sum() : merger.lse;
@@ -265,9 +269,11 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     }
   };
   // Weighs a tile's first step by the maxima of a few columns, which will do unless others are far above them.
-  const auto weigh_first = [&] {
+  const auto weigh_first = [&](const Tile& tile) {
+    // Of parts without the diagonal block every query sees all, so they take the way without guesses.
+    const bool whole = Shared::parts && tile.part > 0;
     const auto hide = [&] {
-      mask(0);
+      if (!whole) mask(0);
       if (layer.has_edge(0)) hide_left(0);
     };
     if constexpr (Layer::caps) {
@@ -276,27 +282,29 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     }
     // The first consumer's queries see nothing of a block's second half, the other's all of its first.
     constexpr bool halves = steps == 1;
-    if (!halves)
-      mask(0);
-    else if (wg == 0)
-      mask(0, 0, scores / 2);
-    else
-      mask(0, scores / 2);
-    if (layer.has_edge(0)) hide_left(0);
-    softmax.start(s);
-    settled = softmax.settle(p.scale_log2);
-    weigh(weights, 0, halves ? scores / 4 : scores / 2);
-    if (halves) {
-      if (wg == 0) {
+    if (!whole) {
+      if (!halves)
+        mask(0);
+      else if (wg == 0)
+        mask(0, 0, scores / 2);
+      else
+        mask(0, scores / 2);
+      if (layer.has_edge(0)) hide_left(0);
+      softmax.start(s);
+      settled = softmax.settle(p.scale_log2);
+      weigh(weights, 0, halves ? scores / 4 : scores / 2);
+      if (halves) {
+        if (wg == 0) {
 #pragma unroll
-        for (int i = scores / 4; i < scores / 2; ++i) weights[i] = 0;
-      } else {
-        weigh(weights, scores / 4);
+          for (int i = scores / 4; i < scores / 2; ++i) weights[i] = 0;
+        } else {
+          weigh(weights, scores / 4);
+        }
       }
     }
-    if (any_exceeds<Element>(weights) || !settled) {
+    if (whole || any_exceeds<Element>(weights) || !settled) {
       raise(std::true_type{}, [&] {
-        if (halves && wg == 0) mask(0, scores / 2);
+        if (halves && wg == 0 && !whole) mask(0, scores / 2);
       });
     }
   };
@@ -315,7 +323,7 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     sm90::wgmma_wait<0>();
     sm90::pin(s);
     free_q_and_k(tile, 0);
-    weigh_first();
+    weigh_first(tile);
     shared.guarded[slot.at][0].wait(slot.parity);
     shared.v_full[v.at].wait(v.parity);
 

@@ -11,10 +11,12 @@ namespace pbsattn::cuda::attention {
 template <class Layer>
 __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
   Tile tile{};
-  if (place >= p.order.tiles()) return tile;
-  const int index = p.tile_order != nullptr ? p.tile_order[place] : p.order.tile(place);
+  if (place >= p.places) return tile;
+  const int entry = p.tile_order != nullptr ? p.tile_order[place] : p.order.tile(place);
+  const int index = entry % p.order.tiles();
   const int head = index / p.order.rows;
-  const int diagonal = p.grid.diagonal(index % p.order.rows);
+  const int row = index % p.order.rows;
+  const int diagonal = p.grid.diagonal(row);
   tile.head = head % p.grid.q_heads;
   tile.batch = head / p.grid.q_heads;
   tile.kv_head = p.grid.kv_head(tile.head);
@@ -24,6 +26,17 @@ __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
   tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : layer.blocks(p.grid, diagonal);
   tile.list = p.lists.row_start != nullptr ? p.lists.row_start[index] : 0;
   if constexpr (!Layer::plain) tile.sink = layer.sink(tile.head);
+  tile.slot = -1;
+  if (const int cut_row = row - (p.order.rows - p.parts.rows); cut_row >= 0) {
+    const int each = p.parts.each;
+    tile.part = entry / p.order.tiles();
+    tile.slot = (head * p.parts.rows + cut_row) * each + tile.part;
+    const int begin = tile.count * tile.part / each;  // from the list's end
+    const int end = tile.count * (tile.part + 1) / each;
+    tile.list += tile.count - end;
+    tile.count = end - begin;
+    if (tile.part > 0) tile.sink = -infinity;
+  }
   return tile;
 }
 
@@ -210,7 +223,7 @@ __device__ void guard(const Layer& layer, Shared& shared, int lane) {
         last.next(steps - 1);
         shared.v_full[v.at].wait(v.parity);
         if constexpr (steps > 1) shared.v_full[last.at].wait(last.parity);
-        any_bad = clean() || any_bad;
+        any_bad = (tile.part == 0 && clean()) || any_bad;  // of other parts every query sees all
       }
       if (lane == 0) shared.any_bad[slot.at] = any_bad;
       shared.guarded[slot.at][guard].arrive();
@@ -250,7 +263,9 @@ __device__ void store(const AttendParams& p, const TensorMaps& maps, Shared& sha
     for (int wg = 0; wg < consumers; ++wg) {
       shared.out_full[slot.at][wg].wait(slot.parity);
       const int query = tile.token + wg * 64 - p.grid.q_offset;
-      if (query < 0) {
+      if (tile.slot >= 0) {
+        if (lane == 0) sm90::tma_store(maps.part_out, shared.q[slot.at][wg], 0, tile.slot * block + wg * 64, 0, 0, 0);
+      } else if (query < 0) {
         store_short_row<Shared>(p, shared.q[slot.at][wg], tile, query, lane);
       } else if (lane == 0) {
         sm90::tma_store(maps.out, shared.q[slot.at][wg], 0, query, 0, tile.head, tile.batch);

@@ -4,6 +4,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cuda/attend/parts.h"
 #include "cuda/attend/softmax.cuh"
 #include "cuda/attend/tile_order.h"
 #include "cuda/geometry.cuh"
@@ -37,6 +38,11 @@ struct AttendParams {
   PageTable pages;  // of the caller's keys and values
   bool moved;       // keys before the own segment are permuted ones
 
+  // Rows in parts.
+  int places;      // of the order: tiles and further parts
+  RowParts parts;  // of the last rows
+  float* part_lse;
+
   float scale;
   float scale_log2;  // scale x log2(e)
   View out;
@@ -49,6 +55,7 @@ struct TensorMaps {
   CUtensorMap q, out;
   KvMap k, v;
   CUtensorMap permuted_k, permuted_v;
+  CUtensorMap part_out;  // [part][128][head_dim_v] as tokens; read where there are parts
 };
 
 // Of a size that is a power of two: at 48 bytes plain kernels at 256 columns spilled registers.
@@ -62,6 +69,9 @@ struct alignas(64) Tile {
   // Worked out by `schedule`, ahead, for divisions would hold up `load`.
   int kv_head, order_head;  // of its batch entry
   int own_begin;            // block from which on keys are the caller's
+  // Of a row in parts:
+  int part;  // from the diagonal block down, which is part 0's, as where a row is whole
+  int slot;  // where the part's outputs go; -1: the row is whole
 };
 
 template <class Element>
@@ -88,6 +98,7 @@ struct Shared {
   static constexpr int head_dim = head_dim_;      // of queries and keys
   static constexpr int head_dim_v = head_dim_v_;  // of values and outputs
   static constexpr int guards = guards_;
+  static constexpr bool parts = takes_parts(head_dim);
   static constexpr bool pages = guards == 1 ? takes_pages(head_dim) : takes_pages_of_layers(head_dim);
   // Products take a block's keys all at once, or in two steps where outputs leave room in registers for half the
   // scores.
