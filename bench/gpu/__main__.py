@@ -32,6 +32,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools"))  # for timing.
 import peers
 from attend_cases import density, layers
 from check import check
+from chunked import chunks
 from inputs import HEADS, KV_HEADS, PAPER_DENSITY, K, from_file, random_set, with_density
 from library import ARRIVAL, BLOCK, KV_HEAD, LEARNED, Library
 from paged import pages
@@ -281,6 +282,7 @@ CASES = {
     "whole": Bench.whole,
     "choosing": Bench.choosing,
     "pages": pages,
+    "chunks": chunks,
     "auto": Bench.auto,
     "workspace": Bench.workspace,
     "million": Bench.million,

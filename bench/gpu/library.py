@@ -134,6 +134,8 @@ class Run(Struct):
         ("order_weights", ctypes.POINTER(OrderWeights)),
         ("order", void_p),
         ("pages", ctypes.POINTER(Pages)),
+        ("cache", void_p),
+        ("cache_valid", i64),
     ]
 
 
@@ -160,6 +162,7 @@ class Library:
         self.c.pbsattn_plan_path.restype = ctypes.c_char_p
         self.c.attend_bench_scratch.restype = size_t
         self.c.pbsattn_plan_destroy.restype = None
+        self.c.pbsattn_segment_cache_destroy.restype = None
 
     def check(self, status):
         if status != 0:
@@ -267,7 +270,13 @@ class Plan:
         if getattr(self, "handle", None):
             self.library.c.pbsattn_plan_destroy(self.handle)
 
-    def _run(self, q, k, v, out, lse, stats, table):
+    def cache(self, tokens):
+        """Returns a SegmentCache for this plan and those of other lengths up to `tokens`; None where none is used."""
+        size = size_t()
+        self.library.check(self.library.c.pbsattn_plan_cache_size(self.handle, i64(tokens), ctypes.byref(size)))
+        return SegmentCache(self.library, size.value) if size.value else None
+
+    def _run(self, q, k, v, out, lse, stats, table, cache=None, valid=0):
         call = Run(
             *(ctypes.pointer(view(t)) for t in (q, k, v, out)),
             pointer(lse),
@@ -282,14 +291,32 @@ class Plan:
         )
         if table is not None:
             call.pages = ctypes.pointer(Pages(pointer(table), table.stride(0), k.shape[2], k.shape[0]))
+        if cache is not None:
+            call.cache, call.cache_valid = cache.handle, valid
         self.library.check(self.library.c.pbsattn_plan_run(self.handle, ctypes.byref(call)))
 
-    def __call__(self, q, k, v, out, lse=None, table=None):
-        """table: int32 [batch, pages], where k and v are [page, head, place, width]."""
-        self._run(q, k, v, out, lse, None, table)
+    def __call__(self, q, k, v, out, lse=None, table=None, cache=None, valid=0):
+        """table: int32 [batch, pages], where k and v are [page, head, place, width]. cache: what earlier runs left of the
+        first `valid` tokens."""
+        self._run(q, k, v, out, lse, None, table, cache, valid)
 
     def stats(self, q, k, v, out, table=None):
         """Runs and waits; returns counts and seconds of each stage."""
         stats = Stats()
         self._run(q, k, v, out, None, stats, table)
         return stats
+
+
+class SegmentCache:
+    """Memory in which runs of plans keep what they make of complete segments."""
+
+    def __init__(self, library, size):
+        self.library, self.size = library, size
+        self.memory = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self.handle = void_p()
+        create = library.c.pbsattn_segment_cache_create
+        library.check(create(void_p(pointer(self.memory)), size_t(size), ctypes.byref(self.handle)))
+
+    def __del__(self):
+        if getattr(self, "handle", None):
+            self.library.c.pbsattn_segment_cache_destroy(self.handle)
