@@ -79,12 +79,14 @@ __global__ void __launch_bounds__(threads, 1)
         sm90::prefetch_map(*map);
       shared.init_barriers();
       break;
-    case scheduler:
+    case scheduler: {
       // order_tiles writes the order, and kernels before may have written the sinks. With a counter those are done:
       // reset_places or order_tiles has waited for them.
       if (p.tile_order != nullptr || (!Layer::plain && p.next_place == nullptr)) wait_for_earlier_kernels();
-      shared.init_tiles(tile_at(p, layer, static_cast<int>(blockIdx.x)));
+      const Tile first = tile_at(p, layer, static_cast<int>(blockIdx.x));
+      shared.init_tiles(first, source_of(p, first));
       break;
+    }
     default: break;
   }
   shared.init_ones();

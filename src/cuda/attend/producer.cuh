@@ -19,9 +19,6 @@ __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
   const int diagonal = p.grid.diagonal(row);
   tile.head = head % p.grid.q_heads;
   tile.batch = head / p.grid.q_heads;
-  tile.kv_head = p.grid.kv_head(tile.head);
-  tile.order_head = p.grid.order_head(tile.head);
-  tile.own_begin = p.moved ? p.grid.own_begin(diagonal) : 0;
   tile.token = diagonal * block;
   tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : layer.blocks(p.grid, diagonal);
   tile.list = p.lists.row_start != nullptr ? p.lists.row_start[index] : 0;
@@ -40,6 +37,12 @@ __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
   return tile;
 }
 
+__device__ inline Source source_of(const AttendParams& p, const Tile& tile) {
+  return {.kv_head = p.grid.kv_head(tile.head),
+          .order_head = p.grid.order_head(tile.head),
+          .own_begin = p.moved ? p.grid.own_begin(tile.token / block) : 0};
+}
+
 // Brings the tiles after the thread block's first one; there are as many tiles as thread blocks, or more.
 template <class Layer, class Shared>
 __device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shared) {
@@ -55,8 +58,10 @@ __device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shar
       wait_for_earlier_kernels();  // they set the counter to zero
       tile = tile_at(p, layer, grid + atomicAdd(p.next_place, 1));
     }
+    const Source source = source_of(p, tile);
     shared.tile_free[slot.at].wait(slot.parity ^ 1);
     shared.tile[slot.at] = tile;
+    shared.source[slot.at] = source;
     shared.tile_full[slot.at].arrive();
     if (tile.count == 0) return;
   }
@@ -86,16 +91,17 @@ __device__ void load(const AttendParams& p, const TensorMaps& maps, const Layer&
   };
 
   for_each_tile(shared, [&](const Tile& tile, Ring<tile_slots> slot) {
-    const Tile& at = Shared::wide ? shared.tile[slot.at] : tile;  // in memory where registers are few
+    const Source copy = shared.source[slot.at];
+    const Source& at = Shared::wide ? shared.source[slot.at] : copy;
     const auto load_k = [&](int b, int part) {
       const bool own = b >= at.own_begin;
       load_part(k, shared.k[k.at], shared.k_full, shared.k_free, maps.k, own ? nullptr : &maps.permuted_k, b, part,
-                own ? at.kv_head : at.order_head, at.batch);
+                own ? at.kv_head : at.order_head, tile.batch);
     };
     const auto load_v = [&](int b, int part) {
       const bool own = b >= at.own_begin;
       load_part(v, shared.v[v.at].tile, shared.v_full, shared.v_free, maps.v, own ? nullptr : &maps.permuted_v, b, part,
-                own ? at.kv_head : at.order_head, at.batch);
+                own ? at.kv_head : at.order_head, tile.batch);
     };
     // Entry i of the list from its end; each lane holds one of 32.
     const auto entries = [&](int i) {

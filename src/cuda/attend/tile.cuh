@@ -58,20 +58,22 @@ struct TensorMaps {
   CUtensorMap part_out;  // [part][128][head_dim_v] as tokens; read where there are parts
 };
 
-// Of a size that is a power of two: at 48 bytes plain kernels at 256 columns spilled registers.
-struct alignas(64) Tile {
+struct Tile {
   int head;  // query head of its batch entry
   int batch;
   int token;          // of its first query; a multiple of 128, before the first query if a chunk starts inside a block
   int count;          // key blocks; 0 ends the work
   float sink;         // the logit of one more key of its head, which has no value; -inf: there is none
   std::int64_t list;  // where its list begins in memory
-  // Worked out by `schedule`, ahead, for divisions would hold up `load`.
-  int kv_head, order_head;  // of its batch entry
-  int own_begin;            // block from which on keys are the caller's
   // Of a row in parts:
   int part;  // from the diagonal block down, which is part 0's, as where a row is whole
   int slot;  // where the part's outputs go; -1: the row is whole
+};
+
+// What `load` needs of a tile besides. Worked out by `schedule`, ahead, for divisions would hold up `load`.
+struct Source {
+  int kv_head, order_head;  // of its batch entry
+  int own_begin;            // block from which on keys are the caller's
 };
 
 template <class Element>
@@ -135,11 +137,13 @@ struct Shared {
   sm90::Barrier v_asked[tile_slots][guards], guarded[tile_slots][guards];
   sm90::Barrier q_full[q_slots][consumers], q_free[q_slots][consumers], out_full[q_slots][consumers];
   sm90::Barrier k_full[k_stages], k_free[k_stages], v_full[v_stages], v_free[v_stages];
+  Source source[tile_slots];
 
   // To be called by one thread, with the thread block's first tile.
-  __device__ void init_tiles(const Tile& first) {
+  __device__ void init_tiles(const Tile& first, const Source& of) {
     for (sm90::Barrier& barrier : tile_full) barrier.init(1);
     tile[0] = first;
+    source[0] = of;
     tile_full[0].arrive();
   }
   // To be called by one thread; the rest.
