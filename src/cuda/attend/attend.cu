@@ -67,11 +67,12 @@ using namespace attention;
 
 constexpr int scheduler = 96;  // thread
 
-template <class Element, int head_dim, int head_dim_v, class Layer>
+template <class Element, int head_dim, int head_dim_v, class Layer, bool parts>
 __global__ void __launch_bounds__(threads, 1)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps,
                   const __grid_constant__ Layer layer) {
-  auto& shared = aligned_shared<Shared<Element, head_dim, head_dim_v, Layer::guards>>();
+  using OfTile = Shared<Element, head_dim, head_dim_v, Layer::guards, parts>;
+  auto& shared = aligned_shared<OfTile>();
   switch (threadIdx.x) {  // two warps at once
     case 0:
       let_next_kernel_start();  // which then gets ready where thread blocks of this one have ended
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(threads, 1)
       // order_tiles writes the order, and kernels before may have written the sinks. With a counter those are done:
       // reset_places or order_tiles has waited for them.
       if (p.tile_order != nullptr || (!Layer::plain && p.next_place == nullptr)) wait_for_earlier_kernels();
-      const Tile first = tile_at(p, layer, static_cast<int>(blockIdx.x));
+      const Tile first = tile_at<OfTile>(p, layer, static_cast<int>(blockIdx.x));
       shared.init_tiles(first, source_of(p, first));
       break;
     }
@@ -306,15 +307,21 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   // beside reset_places; without a counter `load` waits for earlier kernels.
   const cudaError_t error = dispatch(args.inputs.q.dtype, shape, [&](auto element, auto keys, auto values) {
     using T = decltype(element);
-    const auto launch_for = [&]<class L>(const L& layer) {
-      using OfTile = Shared<T, keys(), values(), L::guards>;
+    const auto launch_with = [&]<class L>(const L& layer, auto in_parts) {
+      using OfTile = Shared<T, keys(), values(), L::guards, in_parts()>;
       constexpr int shared_bytes = aligned_bytes<OfTile>;
       static_assert(shared_bytes <= 227 * 1024);
       TensorMaps maps;
       if (!make_maps(maps, args, order_heads, permuted, OfTile::step, OfTile::panel_v, parts))
         return cudaErrorInvalidValue;
-      return launch(attend_kernel<T, keys(), values(), L>, dim3(std::min(params.places, multiprocessors)), threads,
+      return launch(attend_kernel<T, keys(), values(), L, in_parts()>, dim3(std::min(params.places, multiprocessors)), threads,
                     shared_bytes, stream, Start::early, params, maps, layer);
+    };
+    // At 64 columns what parts need costs those who have none: the compiler orders the loop otherwise.
+    const auto launch_for = [&](const auto& layer) {
+      if constexpr (keys() == 64)
+        if (args.parts.rows == 0) return launch_with(layer, std::false_type{});
+      return launch_with(layer, std::true_type{});
     };
     const Layer layer = layer_of(args.inputs, g);
     if constexpr (takes_caps(keys()))

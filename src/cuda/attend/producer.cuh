@@ -8,12 +8,12 @@
 namespace pbsattn::cuda::attention {
 
 // Returns the tile at a place of the order; without blocks where there is none.
-template <class Layer>
+template <class Shared, class Layer>
 __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
   Tile tile{};
   if (place >= p.places) return tile;
   const int entry = p.tile_order != nullptr ? p.tile_order[place] : p.order.tile(place);
-  const int index = entry % p.order.tiles();
+  const int index = Shared::parts ? entry % p.order.tiles() : entry;
   const int head = index / p.order.rows;
   const int row = index % p.order.rows;
   const int diagonal = p.grid.diagonal(row);
@@ -23,6 +23,7 @@ __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
   tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : layer.blocks(p.grid, diagonal);
   tile.list = p.lists.row_start != nullptr ? p.lists.row_start[index] : 0;
   if constexpr (!Layer::plain) tile.sink = layer.sink(tile.head);
+  if constexpr (!Shared::parts) return tile;
   tile.slot = -1;
   if (const int cut_row = row - (p.order.rows - p.parts.rows); cut_row >= 0) {
     const int each = p.parts.each;
@@ -53,10 +54,10 @@ __device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shar
     Tile tile;
     slot.next();
     if (p.next_place == nullptr) {  // there and back: whose row was the longest has the shortest then
-      tile = tile_at(p, layer, grid * turn + (turn % 2 == 0 ? own : grid - 1 - own));
+      tile = tile_at<Shared>(p, layer, grid * turn + (turn % 2 == 0 ? own : grid - 1 - own));
     } else {
       wait_for_earlier_kernels();  // they set the counter to zero
-      tile = tile_at(p, layer, grid + atomicAdd(p.next_place, 1));
+      tile = tile_at<Shared>(p, layer, grid + atomicAdd(p.next_place, 1));
     }
     const Source source = source_of(p, tile);
     shared.tile_free[slot.at].wait(slot.parity ^ 1);
@@ -229,7 +230,7 @@ __device__ void guard(const Layer& layer, Shared& shared, int lane) {
         last.next(steps - 1);
         shared.v_full[v.at].wait(v.parity);
         if constexpr (steps > 1) shared.v_full[last.at].wait(last.parity);
-        any_bad = (tile.part == 0 && clean()) || any_bad;  // of other parts every query sees all
+        any_bad = ((!Shared::parts || tile.part == 0) && clean()) || any_bad;  // of other parts every query sees all
       }
       if (lane == 0) shared.any_bad[slot.at] = any_bad;
       shared.guarded[slot.at][guard].arrive();
@@ -269,7 +270,7 @@ __device__ void store(const AttendParams& p, const TensorMaps& maps, Shared& sha
     for (int wg = 0; wg < consumers; ++wg) {
       shared.out_full[slot.at][wg].wait(slot.parity);
       const int query = tile.token + wg * 64 - p.grid.q_offset;
-      if (tile.slot >= 0) {
+      if (Shared::parts && tile.slot >= 0) {
         if (lane == 0) sm90::tma_store(maps.part_out, shared.q[slot.at][wg], 0, tile.slot * block + wg * 64, 0, 0, 0);
       } else if (query < 0) {
         store_short_row<Shared>(p, shared.q[slot.at][wg], tile, query, lane);
