@@ -129,7 +129,7 @@ void launch_multiply(const __half* a, const __half* b, int rows, const int* rows
 // ------------------------------------------------------------------------------------------------- attend's tiles
 
 template <int keys, int values>
-using Step = attention::Shared<__half, keys, values, 1>;
+using Step = attention::Shared<__half, keys, values, 1, true>;
 
 template <class Tile, int width, int rows, int panel>
 __global__ void __launch_bounds__(128)

@@ -67,11 +67,11 @@ using namespace attention;
 
 constexpr int scheduler = 96;  // thread
 
-template <class Element, int head_dim, int head_dim_v, class Layer, bool parts>
+template <class Element, int head_dim, int head_dim_v, class Layer, bool pieces>
 __global__ void __launch_bounds__(threads, 1)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TensorMaps maps,
                   const __grid_constant__ Layer layer) {
-  using OfTile = Shared<Element, head_dim, head_dim_v, Layer::guards, parts>;
+  using OfTile = Shared<Element, head_dim, head_dim_v, Layer::guards, pieces>;
   auto& shared = aligned_shared<OfTile>();
   switch (threadIdx.x) {  // two warps at once
     case 0:
@@ -307,20 +307,20 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   // beside reset_places; without a counter `load` waits for earlier kernels.
   const cudaError_t error = dispatch(args.inputs.q.dtype, shape, [&](auto element, auto keys, auto values) {
     using T = decltype(element);
-    const auto launch_with = [&]<class L>(const L& layer, auto in_parts) {
-      using OfTile = Shared<T, keys(), values(), L::guards, in_parts()>;
+    const auto launch_with = [&]<class L>(const L& layer, auto pieces) {
+      using OfTile = Shared<T, keys(), values(), L::guards, pieces()>;
       constexpr int shared_bytes = aligned_bytes<OfTile>;
       static_assert(shared_bytes <= 227 * 1024);
       TensorMaps maps;
       if (!make_maps(maps, args, order_heads, permuted, OfTile::step, OfTile::panel_v, parts))
         return cudaErrorInvalidValue;
-      return launch(attend_kernel<T, keys(), values(), L, in_parts()>, dim3(std::min(params.places, multiprocessors)), threads,
-                    shared_bytes, stream, Start::early, params, maps, layer);
+      return launch(attend_kernel<T, keys(), values(), L, pieces()>, dim3(std::min(params.places, multiprocessors)),
+                    threads, shared_bytes, stream, Start::early, params, maps, layer);
     };
-    // At 64 columns what parts need costs those who have none: the compiler orders the loop otherwise.
+    // At 64 columns what pages and parts need costs those who have none: the compiler orders the loop otherwise.
     const auto launch_for = [&](const auto& layer) {
       if constexpr (keys() == 64)
-        if (args.parts.rows == 0) return launch_with(layer, std::false_type{});
+        if (args.parts.rows == 0 && args.inputs.pages.table == nullptr) return launch_with(layer, std::false_type{});
       return launch_with(layer, std::true_type{});
     };
     const Layer layer = layer_of(args.inputs, g);

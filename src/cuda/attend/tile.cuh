@@ -94,15 +94,15 @@ struct Bits<__half> {
   static constexpr std::uint32_t ones = 0x3C003C00;
 };
 
-// `parts_`: rows may be in parts.
-template <class Element_, int head_dim_, int head_dim_v_, int guards_, bool parts_>
+// `pieces`: keys and values may be in pages, rows in parts.
+template <class Element_, int head_dim_, int head_dim_v_, int guards_, bool pieces>
 struct Shared {
   using Element = Element_;
   static constexpr int head_dim = head_dim_;      // of queries and keys
   static constexpr int head_dim_v = head_dim_v_;  // of values and outputs
   static constexpr int guards = guards_;
-  static constexpr bool parts = parts_ && takes_parts(head_dim);
-  static constexpr bool pages = guards == 1 ? takes_pages(head_dim) : takes_pages_of_layers(head_dim);
+  static constexpr bool parts = pieces && takes_parts(head_dim);
+  static constexpr bool pages = pieces && (guards == 1 ? takes_pages(head_dim) : takes_pages_of_layers(head_dim));
   // Products take a block's keys all at once, or in two steps where outputs leave room in registers for half the
   // scores.
   static constexpr int step = head_dim_v > 128 ? 64 : block;
