@@ -34,15 +34,16 @@ extern "C" __attribute__((visibility("default"))) int attend_bench(
                     .kv_len = sizes[4],
                     .head_dim = sizes[5],
                     .head_dim_v = sizes[6]};
+  const Geometry geometry{.shape = shape, .block = 128, .segment = static_cast<int>(sizes[7]), .window = sizes[10]};
   const cuda::AttendArgs args{
-      .geometry = {.shape = shape, .block = 128, .segment = static_cast<int>(sizes[7]), .window = sizes[10]},
+      .geometry = geometry,
       .scale = scale,
       .softcap = softcap,
       .inputs = {.q = input(q, 0),
                  .k = input(k, 1),
                  .v = input(v, 2),
                  .sinks = {sinks, sinks == nullptr ? 0 : static_cast<std::size_t>(shape.q_heads)}},
-      .permuted = {.order_heads = sizes[8], .k = permuted_k, .v = permuted_v},
+      .permuted = {.order_heads = sizes[8], .slots = geometry.permuted_len(), .k = permuted_k, .v = permuted_v},
       .lists = {.row_start = row_start, .row_count = row_count, .block = list},
       .outputs = {.out = view(out, 3), .lse = lse},
       .lse_batch_stride = shape.q_heads * shape.q_len,
