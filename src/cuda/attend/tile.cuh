@@ -58,7 +58,7 @@ struct TensorMaps {
   CUtensorMap part_out;  // [part][128][head_dim_v] as tokens; read where there are parts
 };
 
-struct Tile {
+struct alignas(64) Tile {
   int head;  // query head of its batch entry
   int batch;
   int token;          // of its first query; a multiple of 128, before the first query if a chunk starts inside a block
