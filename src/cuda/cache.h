@@ -2,6 +2,8 @@
 // cache follow each other on a stream, so that what one has enqueued is there for the next.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "core/keep_rule.h"
 #include "core/kept_blocks.h"
 #include "core/score_traits.h"
@@ -79,8 +81,14 @@ class CacheRun {
     pooled.v = rows(arrays_.pooled.v, pooled.v_blocks, value_dim(shape));
     pooled.own = rows(arrays_.pooled.own, pooled.own_blocks, shape.head_dim);
   }
-  // Leaves what the run has enqueued to the next one.
-  void finish() const { kept_.finish(permuted_blocks(spec_.geometry)); }
+  // Leaves what the run has enqueued to the next one. What is captured has yet to be made, at each launch of its graph.
+  cudaError_t finish(cudaStream_t stream) const {
+    if (!kept_.any()) return cudaSuccess;
+    cudaStreamCaptureStatus status{};
+    const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+    if (error == cudaSuccess && status == cudaStreamCaptureStatusNone) kept_.finish(permuted_blocks(spec_.geometry));
+    return error;
+  }
 
  private:
   const detail::PlanSpec& spec_;

@@ -110,7 +110,7 @@ class CudaExecutor final : public detail::Executor {
           if (stats != nullptr) stats->visited_blocks += count_visited(call, layout, extent);
           if (trace != nullptr) extend_trace(call, layout, extent, *trace);
         }
-    cache.finish();
+    check(cache.finish(stream), "asking whether the stream is being captured");
     if (stats != nullptr) {
       check(cudaStreamSynchronize(stream), "waiting for the run");
       stats->causal_blocks = g.shape.batch * g.shape.q_heads * g.causal_blocks_per_head();

@@ -360,6 +360,8 @@ TEST(CudaSegmentCaches, AreReadByGraphs) {
   plan.run(device.inputs(), outputs, {workspace.data(), workspace.size()}, Stream{stream});
   expect_success(cudaStreamEndCapture(stream, &graph));
   expect_success(cudaGraphInstantiate(&executable, graph, 0));
+  // Nothing has run, so the cache has no more than before.
+  EXPECT_EQ(cached.cache.tokens(), 512);
   for (int launch = 0; launch < 2; ++launch) {
     device.poison_outputs();
     expect_success(cudaGraphLaunch(executable, stream));
@@ -367,6 +369,9 @@ TEST(CudaSegmentCaches, AreReadByGraphs) {
     device.download_outputs(second);
     EXPECT_EQ(second.out.bytes(), wanted);
   }
+  EXPECT_EQ(cached.cache.tokens(), 512);
+  run_cached(options, second, cached, 1101);
+  EXPECT_EQ(second.out.bytes(), wanted);
   cudaGraphExecDestroy(executable);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
