@@ -97,3 +97,35 @@ def test_settings_against_the_published_one():
     header, lines = page._against(records, [page.PUBLISHED, "sparser", "denser"])
     assert header == ["method", "a", "b"]
     assert lines == [["`sparser`", "+0.5000 ±0.0000, 0.50x", "+0.5000 ±0.5000, 0.25x"]]
+
+
+def test_densities_are_of_the_layers_that_full_attention_computes_whole():
+    """Of a window every method computes all: what it leaves out shows in the other layers."""
+    from pbsattn_eval import page
+
+    def record(item, method, *layers):
+        density = sum(layers) / len(layers)
+        shared = {"item": item, "group": "g", "method": method, "params": {}, "metrics": {"nll": 1.0}}
+        return {**shared, "density": density, "layers": list(layers)}
+
+    windowed = [record("a", "full", 0.25, 1.0, 1.0), record("a", "pbs", 0.25, 0.5, 0.75)]
+    plain = [record("b", "full", 1.0, 1.0, 1.0), record("b", "pbs", 0.5, 0.5, 0.8)]
+    failed = {"item": "a", "group": "g", "method": "pbs-sampled", "params": {}, "error": "no"}
+    assert summary.over_whole_layers([*plain, failed]) == [*plain, failed]
+    without_full = windowed[1:]
+    assert summary.over_whole_layers(without_full) == without_full
+
+    full, pbs = records = summary.over_whole_layers(windowed)
+    assert (full["density"], full["density_all"]) == (1.0, 0.75) and (pbs["density"], pbs["density_all"]) == (0.625, 0.5)
+    assert windowed[1]["density"] == 0.5, "what was measured stays"
+    metrics = [kind.Metric("nll")]
+    made = summary.rows(records, metrics, ["full", "pbs"])
+    of_table, *lines = (line.split() for line in summary.table(made, metrics).splitlines())
+    assert of_table[:5] == ["group", "method", "density", "all", "layers"] and lines[1][:4] == ["g", "pbs", "0.625", "0.500"]
+    header, lines = page._settings(made, metrics)
+    assert header[:4] == ["texts", "method", "density", "all layers"] and lines[1][:4] == ["g", "`pbs`", "0.625", "0.500"]
+    run = {"kind": "ppl", "model": {"name": "m"}, "device": "d", "date": "2026-01-01"}
+    assert [row["params"].get("density_all") for row in summary.as_json(made, run)] == [0.75, 0.5]
+    others = summary.rows(plain, metrics, ["full", "pbs"])
+    assert "all layers" not in summary.table(others, metrics)
+    assert "density_all" not in summary.as_json(others, run)[0]["params"]

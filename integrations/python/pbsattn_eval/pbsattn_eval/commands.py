@@ -185,6 +185,7 @@ def _run(given, argv):
 
 def _finish(out, header, the_kind, records, to_json, to_page=None):
     """Writes the files, then prints: who reads only a part of that loses nothing."""
+    records = summary.over_whole_layers(records)
     rows = summary.rows(records, the_kind.metrics, list(header["methods"]))
     made = summary.as_json(rows, header)
     program.write_whole(out / "summary.json", json.dumps(made, indent=1) + "\n")

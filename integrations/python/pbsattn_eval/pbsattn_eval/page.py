@@ -9,6 +9,7 @@ import numpy as np
 from pbsattn.program import write_whole
 
 from . import curves, folder, kind, summary
+from .tables import show
 
 PUBLISHED = "pbs:top_p=0.9"  # what other settings have to beat
 MOST_COLUMNS = 16  # groups that a table of one metric has side by side
@@ -26,6 +27,7 @@ def write(runs, base, against=(), densities=curves.DENSITIES):
     rows = []
     for run in runs:
         name, header, records = _read(run)
+        records = summary.over_whole_layers(records)
         the_kind = kind.load(header["kind"])
         made = summary.rows(records, the_kind.metrics, list(header["methods"]))
         rows += [dict(run=name, **row) for row in summary.as_json(made, header)]
@@ -182,10 +184,12 @@ def _settings(made, metrics):
     keyed = {}
     for row in made:
         keyed.setdefault((row.group, row.method), {})[row.metric] = row
+    all_layers = any(row.density_all is not None for row in made)
     lines = []
     for (group, method), by_metric in keyed.items():
         first = next(iter(by_metric.values()))
-        line = [group, f"`{method}`", "" if first.density is None else f"{first.density:.3f}"]
+        densities = [first.density, first.density_all] if all_layers else [first.density]
+        line = [group, f"`{method}`", *(show(density, "{:.3f}") for density in densities)]
         for metric in metrics:
             row = by_metric.get(metric.name)
             line.append("" if row is None else metric.form.format(row.mean))
@@ -197,7 +201,7 @@ def _settings(made, metrics):
                     else f"{signed.format(row.change)} ±{metric.form.format(row.standard_error or 0)}"
                 )
         lines.append(line)
-    header = ["texts", "method", "density"]
+    header = ["texts", "method", "density", *["all layers"] * all_layers]
     for metric in metrics:
         header += [metric.name, "change"] if metric.change else [metric.name]
     return header, lines

@@ -29,6 +29,7 @@ class Row:
     seconds: float | None  # of a prefill, mean over items
     items: int
     errors: int  # items not counted
+    density_all: float | None = None  # over all layers, where `density` is over some: see over_whole_layers
 
 
 def interval(differences, seed=0):
@@ -45,6 +46,25 @@ def interval(differences, seed=0):
 def _mean(records, name):
     values = [r[name] for r in records if "error" not in r and r.get(name) is not None]
     return float(np.mean(values)) if values else None
+
+
+def over_whole_layers(records):
+    """Returns records whose density is the mean over the layers that full attention computes whole, and that over all layers
+    as `density_all`, where a model has layers of other kinds too: of a sliding window every method computes all, which would
+    hide what it leaves out elsewhere."""
+    whole = {
+        record["item"]: [layer for layer, density in enumerate(record["layers"]) if density == 1]
+        for record in records
+        if record["method"] == BASELINE and record.get("layers")
+    }
+    made = []
+    for record in records:
+        layers, those = record.get("layers"), whole.get(record["item"])
+        if layers and those and len(those) < len(layers):
+            over = {"density": float(np.mean([layers[layer] for layer in those])), "density_all": float(np.mean(layers))}
+            record = {**record, **over}
+        made.append(record)
+    return made
 
 
 def rows(records, metrics, methods):
@@ -97,12 +117,14 @@ def _row(group, method, own, base, metric):
         _mean(own, "seconds"),
         len(own) - errors,
         errors,
+        _mean(own, "density_all"),
     )
 
 
 def table(made, metrics):
     """The rows as text: a line for each group and method."""
-    lines = [["group", "method", "density", "seconds", "items"]]
+    all_layers = any(row.density_all is not None for row in made)
+    lines = [["group", "method", "density", *["all layers"] * all_layers, "seconds", "items"]]
     for metric in metrics:
         lines[0].append(metric.name + (f" ({metric.unit})" if metric.unit else ""))
         if metric.change:
@@ -113,7 +135,10 @@ def table(made, metrics):
     for (group, method), by_metric in keyed.items():
         any_row = next(iter(by_metric.values()))
         count = f"{any_row.items}" + (f" (-{any_row.errors})" if any_row.errors else "")
-        line = [group, method, show(any_row.density, "{:.3f}"), show(any_row.seconds, "{:.2f}"), count]
+        line = [group, method, show(any_row.density, "{:.3f}")]
+        if all_layers:
+            line.append(show(any_row.density_all, "{:.3f}"))
+        line += [show(any_row.seconds, "{:.2f}"), count]
         for metric in metrics:
             row = by_metric.get(metric.name)
             line.append("" if row is None else metric.form.format(row.mean))
@@ -158,6 +183,7 @@ def as_json(made, header):
                 items=row.items,
                 errors=row.errors,
                 density=row.density,
+                **({} if row.density_all is None else {"density_all": row.density_all}),
                 seconds=row.seconds,
             ),
             metric=row.metric,

@@ -7,7 +7,7 @@ import markupsafe
 
 from pbsattn.program import write_whole
 
-from .. import folder, kind
+from .. import folder, kind, summary
 from . import figures
 
 
@@ -23,7 +23,7 @@ def read(path):
         raise folder.FolderError(f'{items}: method "{unknown}" is not among those of run.json; delete its lines')
     if all("error" in record for record in records):
         raise folder.FolderError(f"{items}: nothing is measured yet; let the run finish an item first")
-    return figures.Run(pathlib.Path(path).resolve().name, header, records)
+    return figures.Run(pathlib.Path(path).resolve().name, header, summary.over_whole_layers(records))
 
 
 def render(runs):
