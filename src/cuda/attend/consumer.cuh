@@ -247,7 +247,7 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
     }
   };
 
-  // Waits for a tile's queries and the keys of its first block, the diagonal one.
+  // Waits for a tile's queries and the keys of its first block, the diagonal one but in further parts.
   const auto await = [&](const Ring<tile_slots>& slot) {
     const Ring<Shared::q_slots> q = Shared::queries_of(slot);
     shared.q_full[q.at][wg].wait(q.parity);
@@ -271,18 +271,18 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
   // Weighs a tile's first step by the maxima of a few columns, which will do unless others are far above them.
   const auto weigh_first = [&](const Tile& tile) {
     // Of parts without the diagonal block every query sees all, so they take the way without guesses.
-    const bool whole = Shared::parts && tile.part > 0;
+    const bool sees_all = Shared::parts && tile.part > 0;
     const auto hide = [&] {
-      if (!whole) mask(0);
+      if (!sees_all) mask(0);
       if (layer.has_edge(0)) hide_left(0);
     };
     if constexpr (Layer::caps) {
       raise(std::true_type{}, hide);
       return;
     }
-    // The first consumer's queries see nothing of a block's second half, the other's all of its first.
+    // Of the diagonal block the first consumer's queries see nothing of the second half, the other's all of the first.
     constexpr bool halves = steps == 1;
-    if (!whole) {
+    if (!sees_all) {
       if (!halves)
         mask(0);
       else if (wg == 0)
@@ -302,9 +302,9 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
         }
       }
     }
-    if (whole || any_exceeds<Element>(weights) || !settled) {
+    if (sees_all || any_exceeds<Element>(weights) || !settled) {
       raise(std::true_type{}, [&] {
-        if (halves && wg == 0 && !whole) mask(0, scores / 2);
+        if (halves && wg == 0 && !sees_all) mask(0, scores / 2);
       });
     }
   };

@@ -31,9 +31,9 @@ constexpr bool takes_parts(std::int64_t head_dim) {
 }
 
 // Returns how a call's rows are cut, of which the last `dense_rows` are dense. That hangs on the whole call's shape
-// alone, so that neither the heads of a pass nor the device change a bit. The longest part is then no longer than what
-// each of 132 multiprocessors has to do where an eighth of the blocks is visited; with more tiles than eight times as
-// many no row is longer than that.
+// alone, so that neither the heads of a pass nor the device change a bit. A part is no longer than what each of 132
+// multiprocessors has to do where an eighth of the blocks is visited, unless it had fewer than 32 blocks then. In calls
+// of more than 8 x 132 tiles no row is longer than that, and none is cut.
 RowParts row_parts(const Geometry& call, std::int64_t dense_rows);
 
 // Where parts are left: [head][row][part] of the pass, normalised as if they were all of a row's attention.

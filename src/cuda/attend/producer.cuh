@@ -29,7 +29,8 @@ __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
     const int each = p.parts.each;
     tile.part = entry / p.order.tiles();
     tile.slot = (head * p.parts.rows + cut_row) * each + tile.part;
-    const int begin = tile.count * tile.part / each;  // from the list's end
+    // From the list's end. Never empty, which would end the work: such a row lists a block for each part at least.
+    const int begin = tile.count * tile.part / each;
     const int end = tile.count * (tile.part + 1) / each;
     tile.list += tile.count - end;
     tile.count = end - begin;
@@ -44,7 +45,7 @@ __device__ inline Source source_of(const AttendParams& p, const Tile& tile) {
           .own_begin = p.moved ? p.grid.own_begin(tile.token / block) : 0};
 }
 
-// Brings the tiles after the thread block's first one; there are as many tiles as thread blocks, or more.
+// Brings the tiles after the thread block's first one; there are as many places as thread blocks, or more.
 template <class Layer, class Shared>
 __device__ void schedule(const AttendParams& p, const Layer& layer, Shared& shared) {
   const int grid = static_cast<int>(gridDim.x);

@@ -62,7 +62,7 @@ struct alignas(64) Tile {
   int head;  // query head of its batch entry
   int batch;
   int token;          // of its first query; a multiple of 128, before the first query if a chunk starts inside a block
-  int count;          // key blocks; 0 ends the work
+  int count;          // key blocks, of a row in parts its part's; 0 ends the work
   float sink;         // the logit of one more key of its head, which has no value; -inf: there is none
   std::int64_t list;  // where its list begins in memory
   // Of a row in parts:
