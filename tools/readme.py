@@ -342,6 +342,7 @@ TABLES = [
     ("results/gpu.md", "results", table, ["gpu.json"]),
     ("results/gpu.md", "h200", table, ["gpu-h200.json"]),
     ("results/gpu.md", "h200-peers", table, ["gpu-h200-peers.json"]),
+    ("results/gpu.md", "h200-chunks", table, ["gpu-h200-chunks.json"]),
     ("results/learned.md", "smollm2", learned_table, ["learned.json"]),
     ("results/learned.md", "qwen-32k", learned_table, ["learned-qwen-32k.json"]),
     ("results/learned.md", "qwen-8k", learned_table, ["learned-qwen-8k.json"]),
