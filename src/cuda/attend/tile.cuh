@@ -58,6 +58,7 @@ struct TensorMaps {
   CUtensorMap part_out;  // [part][128][head_dim_v] as tokens; read where there are parts
 };
 
+// Of a size that is a power of two: at 40 or 48 bytes plain kernels at 256 columns spilled registers.
 struct alignas(64) Tile {
   int head;  // query head of its batch entry
   int batch;
