@@ -145,13 +145,19 @@ __global__ void reset_places(int* next_place) {
   *next_place = 0;
 }
 
-// Puts tiles of more than four times the mean work first, so that none of them is left for the end, and otherwise keeps
-// the natural order. Parts after a row's first come before all. One thread block; each warp takes a stretch of places,
-// 32 at a time.
+// Up to so many tiles a multiprocessor are taken in the order of their work, or some long row is left for the end. More
+// than that are taken in the natural order, by which thread blocks read the same keys at the same time.
+constexpr int sorted_tiles = 32;
+constexpr int classes = 16;  // of work; those of one class stay in the natural order
+
+// Writes the order of tiles: where `sorted`, by classes of their work, each a quarter of an octave, from four times the
+// mean down to a quarter; otherwise those of more than four times the mean come first, and then all others. Parts after
+// a row's first come before all. One thread block; each warp takes a stretch of places, 32 at a time.
 __global__ void __launch_bounds__(1024)
-    order_tiles(TileOrder order, RowParts parts, const std::int32_t* row_count, Scratch* scratch) {
+    order_tiles(TileOrder order, RowParts parts, bool sorted, const std::int32_t* row_count, Scratch* scratch) {
   __shared__ unsigned long long work;
-  __shared__ int warp_heavy[32];
+  __shared__ int next[classes][32];  // of each warp: first how many tiles it has, then where its next one goes
+  __shared__ int class_end[classes];
   const int tiles = order.tiles();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -165,6 +171,7 @@ __global__ void __launch_bounds__(1024)
     work = 0;
     scratch->next_place = 0;
   }
+  if (threadIdx.x < classes * 32) next[threadIdx.x / 32][lane] = 0;
   __syncthreads();
   unsigned long long mine = 0;
 #pragma unroll 8
@@ -172,21 +179,37 @@ __global__ void __launch_bounds__(1024)
   mine = warp_sum(mine);
   if (lane == 0) atomicAdd(&work, mine);
   __syncthreads();
-  const auto heavy = [&](int tile) {
-    return row_count[tile] * static_cast<std::int64_t>(tiles) > 4 * static_cast<std::int64_t>(work);
-  };
 
-  int count = 0;
+  const float of_mean = static_cast<float>(tiles) / static_cast<float>(work);
+  // Calls take(present, tile, its class, lanes that have one of that class) for 32 places at a time; with all lanes.
+  const auto for_each_tile_of_warp = [&](auto&& take) {
 #pragma unroll 4
-  for (int place = begin + lane; place < end; place += 32) count += heavy(order.tile(place));
-  count = __reduce_add_sync(0xFFFFFFFF, count);
-  if (lane == 0) warp_heavy[warp] = count;
+    for (int first = begin; first < end; first += 32) {
+      const bool present = first + lane < end;
+      const int tile = present ? order.tile(first + lane) : 0;
+      const float share = static_cast<float>(row_count[tile]) * of_mean;
+      int of_tile = share > 4.0F ? 0 : classes - 1;
+      if (sorted) of_tile = min(max(static_cast<int>(4.0F * (2.0F - __log2f(share))), 0), classes - 1);
+      if (tile % order.rows >= order.rows - parts.rows) of_tile = 0;
+      const unsigned same = __match_any_sync(0xFFFFFFFF, present ? of_tile : -1);
+      take(present, tile, of_tile, same);
+      __syncwarp();
+    }
+  };
+  const unsigned lanes_below = (1U << lane) - 1;
+  for_each_tile_of_warp([&](bool present, int, int of_tile, unsigned same) {
+    if (present && (same & lanes_below) == 0) next[of_tile][warp] += __popc(same);
+  });
   __syncthreads();
-  int next_heavy = 0;
-  int total = 0;
-  for (int w = 0; w < 32; ++w) {
-    if (w < warp) next_heavy += warp_heavy[w];
-    total += warp_heavy[w];
+  if (warp < classes) {  // sums of the warps before, then of the classes before
+    const int count = next[warp][lane];
+    int sum = count;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int before = __shfl_up_sync(0xFFFFFFFF, sum, distance);
+      if (lane >= distance) sum += before;
+    }
+    next[warp][lane] = sum - count;
+    if (lane == 31) class_end[warp] = sum;
   }
   // Those of a part side by side, since they read the same keys.
   const int cut = order.heads * parts.rows;
@@ -195,23 +218,19 @@ __global__ void __launch_bounds__(1024)
     const int tile = i % cut / parts.rows * order.rows + order.rows - 1 - i % parts.rows;
     scratch->tile_order[i] = tile + (1 + i / cut) * tiles;
   }
-  int next_light = further + total + begin - next_heavy;
-  next_heavy += further;
-  const unsigned lanes_below = (1U << lane) - 1;
-#pragma unroll 4
-  for (int first = begin; first < end; first += 32) {
-    const bool present = first + lane < end;
-    const int tile = present ? order.tile(first + lane) : 0;
-    const bool is_heavy = present && heavy(tile);
-    const unsigned heavies = __ballot_sync(0xFFFFFFFF, is_heavy);
-    const unsigned lights = __ballot_sync(0xFFFFFFFF, present && !is_heavy);
-    if (is_heavy)
-      scratch->tile_order[next_heavy + __popc(heavies & lanes_below)] = tile;
-    else if (present)
-      scratch->tile_order[next_light + __popc(lights & lanes_below)] = tile;
-    next_heavy += __popc(heavies);
-    next_light += __popc(lights);
+  __syncthreads();
+  if (warp < classes) {
+    int before = further;
+    for (int earlier = 0; earlier < warp; ++earlier) before += class_end[earlier];
+    next[warp][lane] += before;
   }
+  __syncthreads();
+  for_each_tile_of_warp([&](bool present, int tile, int of_tile, unsigned same) {
+    const int place = next[of_tile][warp];
+    __syncwarp();
+    if (present) scratch->tile_order[place + __popc(same & lanes_below)] = tile;
+    if (present && (same & lanes_below) == 0) next[of_tile][warp] = place + __popc(same);
+  });
 }
 
 // Describes what the copy engine moves: 64 queries or outputs, and keys or values of a step.
@@ -293,7 +312,8 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
   if (!dense) {
     if (const cudaError_t error = launch(order_tiles, dim3(1), 1024, 0, stream, Start::early, params.order,
-                                         params.parts, params.lists.row_count, scratch);
+                                         params.parts, tiles <= sorted_tiles * multiprocessors, params.lists.row_count,
+                                         scratch);
         error != cudaSuccess)
       return error;
   } else if (tiles <= few_tiles * multiprocessors) {
