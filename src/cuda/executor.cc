@@ -182,6 +182,7 @@ class CudaExecutor final : public detail::Executor {
                     .pooled = layout.pooled,
                     .scratch = layout.score_scratch,
                     .scratch_bytes = layout.score_scratch_bytes,
+                    .part_blocks = layout.part_blocks,
                     .lists = layout.lists},
                    call.stream),
             "launching select");

@@ -40,7 +40,9 @@ Layout::Layout(const detail::PlanSpec& spec, bool sparse, const Extent& extent, 
   take(lists.row_start, query_heads * g.rows());
   take(lists.row_count, query_heads * g.rows());
   take(lists.block, query_heads * g.causal_blocks_per_head());
-  score_scratch_bytes = score_scratch_size(options, g, permuted.order_heads, common_dense_rows(spec.option_sets()));
+  part_blocks = part_blocks_of(options, spec.geometry, order_heads_of(spec, spec.geometry));
+  score_scratch_bytes =
+      score_scratch_size(options, g, permuted.order_heads, common_dense_rows(spec.option_sets()), part_blocks);
   take(score_scratch, static_cast<std::int64_t>(score_scratch_bytes));
   if (permutes && options.permutation != Permutation::learned)
     take(permute_scratch, static_cast<std::int64_t>(permute_scratch_size(g)));

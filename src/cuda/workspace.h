@@ -40,6 +40,7 @@ struct Layout {
   Pooled pooled;
   BlockLists lists;
   RowParts parts;        // of attend
+  int part_blocks = 0;   // of select
   float* lse = nullptr;  // of the pass, where the caller may want none and a correction needs it
   std::byte *permute_scratch = nullptr, *score_scratch = nullptr, *attend_scratch = nullptr;
   std::size_t score_scratch_bytes = 0;

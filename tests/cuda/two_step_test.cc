@@ -20,9 +20,9 @@ struct Numbers {
   int queries, exact, reach;
 };
 
-class CudaTwoStep : public testing::TestWithParam<Numbers> {};
+class CudaTwoStepScores : public testing::TestWithParam<Numbers> {};
 
-TEST_P(CudaTwoStep, ScoresAreTheReferences) {
+TEST_P(CudaTwoStepScores, ScoresAreTheReferences) {
   const auto& [name, shape, threshold, queries, exact, reach] = GetParam();
   Options options = method("two-step");
   options.threshold = threshold;
@@ -39,7 +39,8 @@ TEST_P(CudaTwoStep, ScoresAreTheReferences) {
   const DeviceProblem device(problem);
 
   const std::int64_t entries = shape.q_heads * g.causal_blocks_per_head();
-  const std::size_t scratch_bytes = cuda::score_scratch_size(options, g, shape.kv_heads, 0);
+  const int part_blocks = cuda::part_blocks_of(options, g, shape.kv_heads);
+  const std::size_t scratch_bytes = cuda::score_scratch_size(options, g, shape.kv_heads, 0, part_blocks);
   const DeviceMemory means(shape.kv_heads * g.blocks() * shape.head_dim * 2), sinks(shape.kv_heads * 4),
       scores(entries * sizeof(float)), scratch(scratch_bytes);
   const cuda::Permuted still{.order_heads = shape.kv_heads,
@@ -53,6 +54,7 @@ TEST_P(CudaTwoStep, ScoresAreTheReferences) {
                                        .pooled = pooled,
                                        .scratch = scratch.data(),
                                        .scratch_bytes = scratch_bytes,
+                                       .part_blocks = part_blocks,
                                        .lists = {.block = reinterpret_cast<std::int32_t*>(scores.data())}},
                                       nullptr));
   expect_success(cudaDeviceSynchronize());
@@ -85,7 +87,7 @@ TEST_P(CudaTwoStep, ScoresAreTheReferences) {
   EXPECT_LT(farthest, 2e-5);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, CudaTwoStep,
+INSTANTIATE_TEST_SUITE_P(Cases, CudaTwoStepScores,
                          testing::Values(Numbers{"few_read", shape_of(300, 9000, 64), 0.05F, 32, 8, 2},
                                          Numbers{"many_read", shape_of(500, 3000, 64, 4, 1), 0.1F, 32, 8, 8},
                                          Numbers{"none_read", shape_of(300, 5000, 128), 1.0F, 16, 4, 1},
@@ -93,6 +95,33 @@ INSTANTIATE_TEST_SUITE_P(Cases, CudaTwoStep,
                                          Numbers{"two_tiles", shape_of(150, 36'000, 64), 0.02F, 128, 16, 2},
                                          Numbers{"short_rows", shape_of(40, 3000, 64), 0.03F, 32, 8, 2}),
                          [](const auto& test) { return test.param.name; });
+
+// A chunk's few rows are worked in so many parts that they fill the device.
+TEST(CudaTwoStep, PartsFillTheDevice) {
+  const auto blocks = [](Shape shape) {
+    const Options options = resolved(method("two-step"), shape);
+    return cuda::part_blocks_of(options, geometry_of(options, shape), shape.kv_heads);
+  };
+  EXPECT_EQ(blocks(shape_of(131'072, 131'072, 128, 12, 2)), 256);
+  EXPECT_EQ(blocks(shape_of(8192, 131'072, 128, 32, 8)), 256);
+  EXPECT_EQ(blocks(shape_of(8192, 131'072, 128, 12, 2)), 112);
+  EXPECT_EQ(blocks(shape_of(8192, 32'768, 128, 12, 2)), 32);
+  EXPECT_EQ(blocks(shape_of(512, 32'768, 128, 12, 2)), 16) << "the least";
+}
+
+// By the whole call's heads, not by those of a pass, which alone would be cut finer.
+TEST(CudaTwoStep, CapsGiveTheSameBitsOfChunks) {
+  const Shape chunk = shape_of(8192, 32'768, 64, 12, 2);
+  const Options options = method("two-step");
+  Problem problem(alike(chunk));
+  const RunResult all = run_on_device(options, problem);
+  Problem again(alike(chunk));
+  const RunResult capped = run_on_device(options, again, {.cap = all.workspace_size * 3 / 4});
+  EXPECT_LT(capped.workspace_size, all.workspace_size);
+  EXPECT_EQ(capped.trace.block, all.trace.block);
+  EXPECT_EQ(again.out.bytes(), problem.out.bytes());
+  EXPECT_EQ(again.lse, problem.lse);
+}
 
 }  // namespace
 }  // namespace pbsattn::test

@@ -311,9 +311,9 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
   int multiprocessors = 0;
   if (const cudaError_t error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
   if (!dense) {
-    if (const cudaError_t error = launch(order_tiles, dim3(1), 1024, 0, stream, Start::early, params.order,
-                                         params.parts, tiles <= sorted_tiles * multiprocessors, params.lists.row_count,
-                                         scratch);
+    if (const cudaError_t error =
+            launch(order_tiles, dim3(1), 1024, 0, stream, Start::early, params.order, params.parts,
+                   tiles <= sorted_tiles * multiprocessors, params.lists.row_count, scratch);
         error != cudaSuccess)
       return error;
   } else if (tiles <= few_tiles * multiprocessors) {

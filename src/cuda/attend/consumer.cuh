@@ -162,10 +162,11 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       const auto log_sum = [&] { return sum == 0 ? -infinity : fmaf(softmax.maximum[r], p.scale, logf(sum)); };
       Merger merger;
       if constexpr (Layer::sinks) {
-        if (!Shared::wide && tile.sink == -infinity) {
+        const float sink = shared.tile[slot.at].sink;  // read again, so that the loop keeps no register for it
+        if (!Shared::wide && sink == -infinity) {
           merger.lse = log_sum();
         } else {
-          merger = {log_sum(), tile.sink};
+          merger = {log_sum(), sink};
           inverse[r] *= merger.a;
         }
       }

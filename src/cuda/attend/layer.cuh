@@ -75,8 +75,8 @@ struct Layer {
   }
 
   const float* logits;  // of sinks; null: there are none
-  int window;          // tokens that a query sees, itself the last
-  int edge;            // the first place that the window's edge may pass through
+  int window;           // tokens that a query sees, itself the last
+  int edge;             // the first place that the window's edge may pass through
   ConstView v;
   PageTable pages;
 };

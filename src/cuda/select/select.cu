@@ -160,9 +160,10 @@ cudaError_t score_blocks(const SelectArgs& args, cudaStream_t stream) {
 }  // namespace
 
 std::size_t score_scratch_size(const Options& options, const Geometry& geometry, std::int64_t order_heads,
-                               std::int64_t dense_last_rows) {
+                               std::int64_t dense_last_rows, int part_blocks) {
   switch (const BlockScore score = options.score) {
-    case BlockScore::two_step: return two_step_scratch_size(options, geometry, order_heads, dense_last_rows);
+    case BlockScore::two_step:
+      return two_step_scratch_size(options, geometry, order_heads, dense_last_rows, part_blocks);
     case BlockScore::dual_band: return dual_band_scratch_size(geometry);
     case BlockScore::vertical_slash: return vertical_slash_scratch_size(geometry);
     case BlockScore::flexible: return flexible_scratch_size(geometry);

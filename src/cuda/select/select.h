@@ -27,6 +27,7 @@ struct SelectArgs {
   Pooled pooled = {};                         // q, k and own, as far as the score reads means
   void* scratch = nullptr;
   std::size_t scratch_bytes = 0;  // score_scratch_size(); with less, score_mass() cuts work finer, to 16 rows of a head
+  int part_blocks = 0;            // part_blocks_of() the whole call; of two_step
   BlockLists lists = {};          // written
 
   // Returns the options of all heads, or of each.
@@ -36,10 +37,13 @@ struct SelectArgs {
   }
 };
 
-// Returns the bytes of scratch of a score, whose rows from the last `dense_last_rows` on need none. `order_heads`:
-// heads of a batch entry that have an order.
+// Returns how many key blocks of a row a thread block of two-step scores goes through. That hangs on the whole call's
+// shape alone, so that the heads of a pass change no bit. `order_heads`: heads of a batch entry that have an order.
+int part_blocks_of(const Options& options, const Geometry& call, std::int64_t order_heads);
+
+// Returns the bytes of scratch of a score, whose rows from the last `dense_last_rows` on need none.
 std::size_t score_scratch_size(const Options& options, const Geometry& geometry, std::int64_t order_heads,
-                               std::int64_t dense_last_rows);
+                               std::int64_t dense_last_rows, int part_blocks);
 
 // Enqueues the lists of all rows.
 cudaError_t select(const SelectArgs& args, cudaStream_t stream);

@@ -17,7 +17,7 @@ std::size_t dual_band_scratch_size(const Geometry& geometry);
 std::size_t vertical_slash_scratch_size(const Geometry& geometry);
 std::size_t flexible_scratch_size(const Geometry& geometry);
 std::size_t two_step_scratch_size(const Options& options, const Geometry& geometry, std::int64_t order_heads,
-                                  std::int64_t dense_last_rows);
+                                  std::int64_t dense_last_rows, int part_blocks);
 
 // Returns where scores go: to the lists' places, [batch * q_heads * causal_blocks_per_head()].
 inline float* scores_of(const SelectArgs& args) {

@@ -29,11 +29,8 @@ Sample sample_of(int most, int min_log_lines) {
   return {.most = most, .log_lines = std::max<int>(std::bit_width(static_cast<unsigned>(most - 1)), min_log_lines)};
 }
 
-// Says how key blocks are cut for the second step: by the sequence's length alone, so that the same input gives the
-// same bits however heads are grouped. Of short rows a few parts each fill the device.
-int part_blocks_of(const Geometry& g) {
-  constexpr std::int64_t least = 16;
-  return static_cast<int>(std::clamp<std::int64_t>(ceil_div(g.blocks() / 4, least) * least, least, most_part_blocks));
+Sample exact_sample(const Options& options) {
+  return sample_of(options.two_step_exact, min_log_lines);
 }
 
 // Adds to each score the share of the second step. A warp takes a row.
@@ -100,11 +97,12 @@ __global__ void __launch_bounds__(adding_warps * 32) add_shares(const __grid_con
 
 // Rows [begin, end) have something to score. Those of some order heads, or some of one's, are worked on at a time.
 struct Work {
-  Work(const Options& options, const Geometry& g, std::int64_t order_heads, std::int64_t scored_rows)
+  Work(const Options& options, const Geometry& g, std::int64_t order_heads, std::int64_t scored_rows,
+       int blocks_of_part)
       : grid(g, order_heads),
-        lines(sample_of(options.two_step_exact, min_log_lines).lines()),
+        lines(exact_sample(options).lines()),
         rows_at_once(std::max<std::int64_t>(group_lines / lines, 1)),
-        part_blocks(part_blocks_of(g)),
+        part_blocks(blocks_of_part),
         parts(static_cast<int>(ceil_div(g.blocks(), part_blocks))),
         begin(grid.first_sparse_row() / rows_at_once * rows_at_once),
         end(std::max<std::int64_t>(scored_rows, begin)) {}
@@ -143,9 +141,22 @@ struct Work {
 
 }  // namespace
 
+// Four parts, or what one thread block takes; of a chunk's few rows as many as fill a device of 132 multiprocessors
+// nearly.
+int part_blocks_of(const Options& options, const Geometry& call, std::int64_t order_heads) {
+  constexpr std::int64_t filling = 120;
+  constexpr std::int64_t step = 16;
+  const std::int64_t strips =
+      ceil_div(call.rows() * exact_sample(options).lines(), group_lines) * (call.shape.q_heads / order_heads);
+  const std::int64_t of_a_part = ceil_div(strips, groups) * call.shape.batch * order_heads;
+  const std::int64_t parts = std::max<std::int64_t>(4, ceil_div(filling, of_a_part));
+  return static_cast<int>(
+      std::clamp<std::int64_t>(ceil_div(call.blocks() / parts, step) * step, step, most_part_blocks));
+}
+
 std::size_t two_step_scratch_size(const Options& options, const Geometry& geometry, std::int64_t order_heads,
-                                  std::int64_t dense_last_rows) {
-  const Work work(options, geometry, order_heads, geometry.rows() - dense_last_rows);
+                                  std::int64_t dense_last_rows, int part_blocks) {
+  const Work work(options, geometry, order_heads, geometry.rows() - dense_last_rows, part_blocks);
   return work.begin >= work.end ? 0 : static_cast<std::size_t>(work.most()) * sizeof(float);
 }
 
@@ -153,7 +164,7 @@ cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
   const Geometry& g = args.geometry;
   const Options& options = args.options;
   const std::int64_t order_heads = args.permuted.order_heads;
-  const Work work(options, g, order_heads, scored_rows(args));
+  const Work work(options, g, order_heads, scored_rows(args), args.part_blocks);
   if (work.end <= work.grid.first_sparse_row()) return cudaSuccess;
   Params p{.grid = work.grid,
            .q = args.inputs.q,
@@ -167,7 +178,7 @@ cudaError_t score_two_step(const SelectArgs& args, cudaStream_t stream) {
            .pooled_own = args.pooled.own,
            .own_blocks = args.pooled.own_blocks,
            .means = sample_of(options.two_step_queries, std::countr_zero(unsigned{warp_lines})),
-           .exact = sample_of(options.two_step_exact, min_log_lines),
+           .exact = exact_sample(options),
            .part_blocks = work.part_blocks,
            .parts = work.parts,
            .sums = static_cast<float*>(args.scratch)};
