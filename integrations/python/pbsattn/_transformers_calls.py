@@ -1,6 +1,7 @@
 """Attention calls of transformers models: which of them pbsattn computes, and what it tells of them."""
 
 import dataclasses
+import json
 import math
 import typing
 import warnings
@@ -10,7 +11,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from . import _core
+from . import _core, _transformers_prompts
+from ._chunks import ByHead, DenseRows, dense_rows, fewer_dense_rows
 from ._op import attention
 from ._transformers_fallback import HARMLESS, describe, fall_back, own, unknown
 from ._transformers_masks import CausalMask, causal_mask
@@ -19,7 +21,7 @@ NAME = "pbsattn"  # of our attention in transformers' tables
 
 
 class FallbackWarning(UserWarning):
-    """A long attention call was left to SDPA, or to the model's own eager attention."""
+    """A long attention call was left to SDPA or to the model's own eager attention, or a prompt isn't what was said."""
 
 
 @dataclasses.dataclass
@@ -59,16 +61,19 @@ class State:
         states.add(self)
 
     def warn(self, reason: str, layer: int | str) -> None:
-        if reason not in self.warned:
-            self.warned.add(reason)
-            warnings.warn(
-                f"{self.model_name}: attention of layer {layer} goes to SDPA or eager attention, not to pbsattn: {reason}",
-                FallbackWarning,
-                stacklevel=2,
-            )
+        self.tell(reason, f"attention of layer {layer} goes to SDPA or eager attention, not to pbsattn: {reason}")
+
+    def tell(self, kind: str, message: str) -> None:
+        """Warns, once of a kind."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(f"{self.model_name}: {message}", FallbackWarning, stacklevel=3)
 
 
 states: weakref.WeakSet[State] = weakref.WeakSet()  # of the models that are enabled; their modules hold them
+
+
+_OF_LAYER = ("order_weights", "rope_pairs")  # which attention() takes beside options
 
 
 @dataclasses.dataclass
@@ -80,6 +85,28 @@ class Layer:
     index: int | None
     options: dict[str, typing.Any] | None = None  # attention()'s; None where it is left to SDPA without a word
     record: LayerStats | None = None
+    dense_rows: DenseRows | None = None  # of its options, once they were asked for
+    before_others: dict[int, dict[str, typing.Any]] = dataclasses.field(
+        default_factory=dict
+    )  # options, by rows in later chunks
+
+    def options_before(self, after: int) -> dict[str, typing.Any]:
+        """Its options for a chunk after which so many tokens of its prompt come."""
+        assert self.options is not None
+        if not after:
+            return self.options
+        of_layer = {name: self.options[name] for name in _OF_LAYER if name in self.options}
+        if "heads" in self.options:
+            by_head: ByHead = list(json.loads(self.options["heads"]).values())
+        else:
+            by_head = [{name: value for name, value in self.options.items() if name not in _OF_LAYER}]
+        self.dense_rows = self.dense_rows or dense_rows(by_head)
+        later = self.dense_rows.later(after)
+        if later and later not in self.before_others:
+            fewer = fewer_dense_rows(by_head, later)
+            heads = {"heads": json.dumps(dict(enumerate(fewer)))} if "heads" in self.options else {}
+            self.before_others[later] = {**fewer[0], **heads, **of_layer}
+        return self.before_others[later] if later else self.options
 
     def of_call(self, first_chunk: bool) -> LayerStats:
         if first_chunk or self.record is None:
@@ -153,6 +180,9 @@ def _forward(
 ) -> typing.Any:
     """The function behind AttentionInterface: q [B, Hq, Sq, D], k, v [B, Hkv, Skv, D] -> [B, Sq, Hq, D]."""
     layer = getattr(module, "_pbsattn", None)
+    chunk = None
+    if layer is not None and not torch.compiler.is_compiling():  # a graph would keep what was known when it was made
+        chunk = _transformers_prompts.chunk_of(layer, query.shape[2])
     # Short prompts wait for the host, so the plainest calls go to SDPA before anything else is asked.
     if (
         (layer is None or query.shape[2] < layer.state.min_tokens)
@@ -161,7 +191,7 @@ def _forward(
         and not own(module).only
     ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _pick(layer, module, query, key, value, attention_mask, **kwargs)
+    return _pick(layer, chunk, module, query, key, value, attention_mask, **kwargs)
 
 
 _PLAIN = HARMLESS | {"dropout", "scaling", "is_causal"}
@@ -169,6 +199,7 @@ _PLAIN = HARMLESS | {"dropout", "scaling", "is_causal"}
 
 def _pick(
     layer: Layer | None,
+    chunk: _transformers_prompts.Chunk | None,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -188,12 +219,13 @@ def _pick(
     names = unknown(kwargs)
     if layer is not None and layer.options is not None and query.shape[2] >= layer.state.min_tokens:
         reason = _reason_to_leave(query, key, value, mask, names, dropout, scaling, causal, kwargs)
-        first_chunk = mask.q_offset + mask.dropped == 0 if type(mask) is CausalMask else query.shape[2] == key.shape[2]
-        record = layer.of_call(first_chunk)
+        offset = mask.q_offset + mask.dropped if type(mask) is CausalMask else key.shape[2] - query.shape[2]
+        record = layer.of_call(first_chunk=offset == 0)
         if reason is None:
             try:
                 carried = {name: kwargs[name] for name in _TAKEN if kwargs.get(name) is not None}
-                out = _attend(layer.options, record, layer.state.measure, query, key, value, mask, scaling, **carried)
+                options = layer.options if chunk is None else chunk.options(offset)
+                out = _attend(options, record, layer.state.measure, query, key, value, mask, scaling, **carried)
                 record.taken += 1
                 return out, None
             except NotImplementedError as refusal:  # this device takes no such tensors

@@ -11,6 +11,11 @@ or, for a while:
     with pbsattn.transformers.enable(model):
         model.generate(**inputs)
 
+Who sends a prompt through a model in chunks says so, as generate(..., prefill_chunk_size=8192) does by itself:
+
+    with pbsattn.transformers.prompt(model, tokens):
+        ...                                       # model(chunk, past_key_values=cache) for each
+
 Any model whose attention goes through transformers' AttentionInterface will do, unless it is sparse by an indexer of its
 own. What pbsattn takes is causal attention of one prompt or of a batch of equally long ones, in one or several chunks over
 a cache, with or without soft-capped logits, sinks, and a sliding window, of which all is computed; on the CPU also with
@@ -19,7 +24,9 @@ SDPA, or to the model's own attention where SDPA can't compute it; the first tim
 names the reason.
 """
 
+import contextlib
 import json
+import operator
 import os
 import typing
 from collections.abc import Iterable
@@ -32,7 +39,9 @@ from ._learned import LearnedOrder, read_learned
 from ._settings import HeadChanges, Layers, Value, read_settings
 from ._transformers_calls import NAME, FallbackWarning, Layer, LayerStats, State, states
 from ._transformers_fallback import indexer, own
+from ._transformers_generate import unwatch, watch
 from ._transformers_learned import rope_pairs, weights_by_module
+from ._transformers_prompts import known
 
 __all__ = [
     "MIN_TOKENS",
@@ -43,6 +52,7 @@ __all__ = [
     "Settings",
     "disable",
     "enable",
+    "prompt",
     "read_settings",
     "rope_pairs",
     "stats",
@@ -240,6 +250,7 @@ def enable(
             left = layers is not None and index not in layers
             module._pbsattn = Layer(state, module_name, index, None if left else by_module.get(module, others))
             own(module)  # looked up now, not while a graph is compiled
+    watch(model, state)
     return Enabled(model)
 
 
@@ -250,9 +261,37 @@ def _require_layers(model: torch.nn.Module) -> list[Layer]:
     return layers
 
 
+def _states(model: torch.nn.Module) -> set[State]:
+    return {layer.state for layer in _require_layers(model)}
+
+
+def prompt(model: torch.nn.Module, tokens: int) -> contextlib.AbstractContextManager[None]:
+    """A `with` block in which one prompt of so many tokens goes through an enabled model, in chunks over a cache.
+
+    Its `dense_last_rows`, which attend to everything, are then the prompt's, not those of every chunk. Tokens that the cache
+    has before the first chunk don't count. It holds for this thread or task. generate(prefill_chunk_size=N) does it itself.
+
+    From a chunk on that goes beyond the prompt, or that has other keys before it than came, the last rows of each are dense,
+    as without the block. That, and a prompt whose end doesn't come, is told once, by a FallbackWarning. In a compiled model
+    they always are.
+
+    Raises RuntimeError if pbsattn is not enabled, and ValueError where tokens is no whole number from 1 on.
+    """
+    states_of_it = _states(model)
+    try:
+        count = 0 if isinstance(tokens, bool) else operator.index(tokens)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"tokens {tokens!r}: not a whole number from 1 on; pass the prompt's length, ids.shape[1]")
+    return known(states_of_it, count)
+
+
 def disable(model: PreTrainedModel) -> None:
     """Gives a model the attention back that it had before enable(). RuntimeError if it is not enabled."""
-    for state in {layer.state for layer in _require_layers(model)}:
+    states_of_it = _states(model)
+    unwatch(model, states_of_it)
+    for state in states_of_it:
         _restore(state)
     for module in model.modules():
         module.__dict__.pop("_pbsattn", None)

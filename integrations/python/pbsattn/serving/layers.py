@@ -10,6 +10,7 @@ import torch
 
 import pbsattn
 
+from .._chunks import DenseRows, dense_rows, fewer_dense_rows
 from .rows import Row
 from .settings import REFUSE, Settings
 
@@ -110,11 +111,11 @@ class Layer:
     @property
     def dense_tokens(self) -> int:
         """The tokens at a prompt's end that see everything, in the head that has most of them."""
-        return _dense_rows(self.heads)[0] * _dense_rows(self.heads)[1]
+        return _dense_rows(self.heads).tokens
 
     def afters(self, kv_len: int) -> range:
         """Values of `after` that stand for all: a row's plan changes with whole rows of blocks, until none is dense."""
-        return range(0, min(self.dense_tokens, kv_len) + 1, _dense_rows(self.heads)[1])
+        return range(0, min(self.dense_tokens, kv_len) + 1, _dense_rows(self.heads).block)
 
     def plan(self, tokens: int, kv_len: int, memory: int | None, after: int = 0) -> pbsattn.Plan:
         """The plan of a row after which so many tokens of its prompt come.
@@ -170,24 +171,18 @@ def leaves_all(layer: Layer, least: int, tokens: int, kv_len: int) -> bool:
 def _before_others(shape: Shape, after: int) -> Shape:
     """The shape for a row after which so many tokens of its prompt come: of the prompt's `dense_last_rows` it has at
     least those that begin in it."""
-    most, block = _dense_rows(shape.heads)
-    later = min(after // block, most)  # whole ones: a row of blocks that is cut is dense in both chunks
+    later = _dense_rows(shape.heads).later(after)
     return shape._replace(heads=_fewer_dense_rows(shape.heads, later)) if later else shape
 
 
 @functools.lru_cache(maxsize=2048)
-def _dense_rows(heads: str) -> tuple[int, int]:
-    """The most dense last rows that a head has, and the tokens of one, which are those of all."""
-    of_heads = [pbsattn.options(**each) for each in json.loads(heads)]
-    return max(int(options["dense_last_rows"]) for options in of_heads), int(of_heads[0]["block"])
+def _dense_rows(heads: str) -> DenseRows:
+    return dense_rows(json.loads(heads))
 
 
 @functools.lru_cache(maxsize=2048)
 def _fewer_dense_rows(heads: str, later: int) -> str:
-    by_head = json.loads(heads)
-    for each in by_head:
-        each["dense_last_rows"] = max(int(pbsattn.options(**each)["dense_last_rows"]) - later, 0)
-    return json.dumps(by_head)
+    return json.dumps(fewer_dense_rows(json.loads(heads), later))
 
 
 @functools.lru_cache(maxsize=4096)

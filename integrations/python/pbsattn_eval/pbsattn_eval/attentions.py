@@ -8,7 +8,7 @@ import time
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import flash_attention_mask
 
 import pbsattn.transformers
@@ -92,6 +92,12 @@ class Attention:
             raise ValueError(f'attention "{text}": cache "{cache}": none of {", ".join(caches.ROUNDED)}')
         return cls(text, ":".join(method), settings, chunk, cache)
 
+    @property
+    def whole(self):
+        """The name of the same over a whole prompt, where this takes it in chunks; else None."""
+        parts = self.name.split(":")
+        return None if self.chunk is None else ":".join(part for part in parts if not part.startswith("chunk="))
+
     @contextlib.contextmanager
     def on(self, model, stats=False):
         """Gives the attention to a model for the length of a `with` block."""
@@ -103,6 +109,17 @@ class Attention:
         backend = SDPA.get(self.name)
         with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
             yield
+
+    def run(self, model, ids, **options):
+        """Runs a prompt, [1, tokens], through a model under on(), or a part of it, in the attention's chunks. Returns what
+        came of each."""
+        parts = ids.split(self.chunk or ids.shape[1], dim=1)
+        if len(parts) == 1:
+            return [model(ids, **options)]
+        options |= {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+        known = contextlib.nullcontext() if self.method is None else pbsattn.transformers.prompt(model, ids.shape[1])
+        with known:
+            return [model(part, **options) for part in parts]
 
     @contextlib.contextmanager
     def _rounding(self):

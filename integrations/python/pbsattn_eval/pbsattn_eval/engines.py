@@ -117,19 +117,12 @@ class Engine(Texts):
         self.stretch(len(ids))
         with self.attend(attention), _quiet():
             start = time.perf_counter()
-            outs = self._chunks(self.model.model, ids, attention, use_cache=False)
+            outs = attention.run(self.model.model, self.tensor([ids]), use_cache=False)
             hidden = torch.cat([out.last_hidden_state[0] for out in outs])
             self.wait()
             seconds = time.perf_counter() - start
             layers = self.densities(attention)
         return Prefill(hidden, sum(layers) / len(layers), layers, seconds)
-
-    def _chunks(self, model, ids, attention, **options):
-        """Runs a prompt through a model in the attention's chunks, under attend(). Returns what came of each."""
-        parts = self.tensor([ids]).split(attention.chunk or len(ids), dim=1)
-        if len(parts) > 1:
-            options |= {"past_key_values": transformers.DynamicCache(config=self.model.config), "use_cache": True}
-        return [model(part, **options) for part in parts]
 
     @property
     def layers(self):
@@ -265,7 +258,7 @@ class Engine(Texts):
             start = time.perf_counter()
             try:
                 with self.attend(attention), _quiet():
-                    out = self._chunks(self.model, ids, attention, use_cache=True, logits_to_keep=1)[-1]
+                    out = attention.run(self.model, self.tensor([ids]), use_cache=True, logits_to_keep=1)[-1]
                     token = out.logits[0, -1].argmax()
                     self.wait()
                     seconds = time.perf_counter() - start

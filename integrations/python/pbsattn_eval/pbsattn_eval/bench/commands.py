@@ -53,6 +53,12 @@ def _parser():
     command.add_argument(
         "--attn", default="sdpa,pbs", help=f"compared in turn, the first is the baseline: {kinds} (default sdpa,pbs)"
     )
+    command.add_argument(
+        "--chunk",
+        type=int,
+        metavar="TOKENS",
+        help="measure each method in chunks of so many tokens, too, beside the whole prompt",
+    )
     command.add_argument("--text", help="a text file (default: the source of Python's standard library)")
     command.add_argument("--runs", type=int, default=3, help="timed runs of each (default 3; the median counts)")
     command.add_argument(
@@ -117,7 +123,7 @@ def main(arguments=None):
     given.device = torch.device(given.device)
     if given.device.type == "cuda" and given.device.index is None:
         given.device = torch.device("cuda", torch.cuda.current_device())
-    given.attn = _attentions(given.attn)
+    given.attn = _attentions(given.attn, getattr(given, "chunk", None))
     if given.runs < 1:
         raise ValueError(f"--runs {given.runs}: need at least 1")
     if given.command == "prefill":
@@ -143,8 +149,15 @@ def main(arguments=None):
     return made
 
 
-def _attentions(text):
-    attentions = [Attention.parse(each) for each in text.split(",")]
+def _attentions(text, chunk=None):
+    """The attentions named; with `chunk` each method is followed by itself in chunks."""
+    attentions = []
+    for each in text.split(","):
+        attentions.append(Attention.parse(each))
+        if chunk is not None and attentions[-1].method is not None and attentions[-1].chunk is None:
+            attentions.append(Attention.parse(f"{each}:chunk={chunk}"))
+    if chunk is not None and all(each.chunk is None for each in attentions):
+        raise ValueError(f"--chunk {chunk}: --attn {text} names no method, of which chunks are measured; add one, as auto")
     if len({each.name for each in attentions}) != len(attentions):
         raise ValueError(f"--attn {text}: names one twice")
     return attentions
@@ -221,6 +234,8 @@ def _prefill(given):
     lengths, device, dtype = _numbers("--lengths", given.lengths), given.device, getattr(torch, given.dtype)
     if min(lengths) < 2:
         raise ValueError(f"--lengths {given.lengths}: need at least 2 tokens")
+    if given.chunk is not None and given.chunk >= max(lengths):
+        raise ValueError(f"--chunk {given.chunk}: no prompt of --lengths {given.lengths} has more tokens; name fewer")
     tokenizer, text = None, None
     if given.shape:
         model, name, source = models.make(given.shape, device, dtype), f"{given.shape}, random weights", "random tokens"
@@ -235,7 +250,10 @@ def _prefill(given):
         if tokenizer is not None:
             models.set_yarn(model, given.yarn if length > models.native_length(model) else 1)
         ids = _prompt(model, tokenizer, text, length, device)
-        results += prefill.measure(model, ids, given.attn, given.runs, tokenizer is not None, _say)
+        names = {each.name for each in given.attn}
+        # What is no more than a chunk is the whole prompt.
+        attentions = [each for each in given.attn if each.whole not in names or each.chunk < length]
+        results += prefill.measure(model, ids, attentions, given.runs, tokenizer is not None, _say)
     made = records.records(results, name, source)
     _write(given, made)
     if given.plot:

@@ -27,6 +27,8 @@ class Result:
     perplexity: float | None  # of the text, None on random weights
     differing: float | None  # share of positions whose most likely token is not the first attention's
     layers: int = 0  # that pbsattn took
+    chunk: int | None = None  # tokens that go through the model at a time; None: all
+    whole: str | None = None  # the same attention over the whole prompt, where this is in chunks
 
     @property
     def ttft(self):
@@ -37,15 +39,17 @@ class Result:
         return statistics.median(theirs / own for own, theirs in zip(self.seconds, base.seconds))
 
 
-def _first_token(model, ids):
-    out = model(ids, use_cache=True, logits_to_keep=1)
+def _first_token(model, ids, attention):
+    out = attention.run(model, ids, use_cache=True, logits_to_keep=1)[-1]
     return out.logits[0, -1].argmax()
 
 
-def _fidelity(model, ids, baseline):
+def _fidelity(model, ids, attention, baseline):
     """Perplexity of a text and the most likely token at each position; how many differ from `baseline`."""
     # With a cache, as in the timed runs: keys and values then have the same strides, for which some backends prepare.
-    hidden = model.model(ids, use_cache=True).last_hidden_state[0]
+    outs = attention.run(model.model, ids, use_cache=True)
+    hidden = torch.cat([out.last_hidden_state[0] for out in outs])
+    del outs
     nll, best = 0.0, []
     for start in range(0, hidden.shape[0], _HEAD_ROWS):
         logits = model.lm_head(hidden[start : start + _HEAD_ROWS]).float()
@@ -57,13 +61,13 @@ def _fidelity(model, ids, baseline):
     return float(torch.tensor(nll / (ids.shape[1] - 1)).exp()), best, differing
 
 
-def _run_once(model, ids, device):
+def _run_once(model, ids, attention, device):
     """Seconds to the first token, and the peak of device memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    _first_token(model, ids).item()
+    _first_token(model, ids, attention).item()
     seconds = time.perf_counter() - start
     return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
@@ -78,10 +82,10 @@ def measure(model, ids, attentions, runs, real_text, say):
         perplexity = differing = None
         with attention.on(model, stats=True):
             if real_text:
-                perplexity, best, differing = _fidelity(model, ids, baseline)
+                perplexity, best, differing = _fidelity(model, ids, attention, baseline)
                 baseline = best if baseline is None else baseline
             else:
-                _first_token(model, ids)
+                _first_token(model, ids, attention)
             layers = pbsattn.transformers.stats(model) if attention.method is not None else []
         visited, causal = sum(s.visited_blocks for s in layers), sum(s.causal_blocks for s in layers)
         results[attention.name] = Result(
@@ -94,15 +98,17 @@ def measure(model, ids, attentions, runs, real_text, say):
             perplexity,
             differing,
             sum(s.taken > 0 for s in layers),
+            attention.chunk,
+            attention.whole,
         )
     for attention in attentions:
         with attention.on(model), timed(attention, device) as seconds:
-            _run_once(model, ids, device)
+            _run_once(model, ids, attention, device)
         results[attention.name].attention_seconds = seconds()
     for run in range(runs):
         for attention in attentions:
             with attention.on(model):
-                seconds, peak = _run_once(model, ids, device)
+                seconds, peak = _run_once(model, ids, attention, device)
             say(f"{count} tokens, {attention.name}: run {run + 1} of {runs}, {seconds:.3f} s to the first token")
             results[attention.name].seconds.append(seconds)
             results[attention.name].peak_bytes = peak

@@ -15,7 +15,10 @@ from ..tables import aligned, show
 
 
 def table(results):
-    """One line for each attention and length; ratios are against the first attention of the length."""
+    """One line for each attention and length; ratios are against the first attention of the length, those of chunks against
+    the same attention over the whole prompt."""
+    against_whole = [_against_whole(result, results) for result in results]
+    in_chunks = any(each is not None for each in against_whole)
     rows = [
         (
             "tokens",
@@ -27,9 +30,10 @@ def table(results):
             "peak memory",
             "perplexity",
             "other tokens",
+            *["chunks/whole"] * in_chunks,
         )
     ]
-    for base, result in _with_baseline(results):
+    for (base, result), ratio in zip(_with_baseline(results), against_whole):
         change = "" if result is base or result.perplexity is None else f" ({result.perplexity / base.perplexity - 1:+.2%})"
         memory = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.2f} GiB"
         rows.append(
@@ -43,6 +47,7 @@ def table(results):
                 memory,
                 show(result.perplexity, "{:.4f}") + change,
                 show(result.differing, "{:.2%}"),
+                *[show(ratio, "{:.3f}")] * in_chunks,
             )
         )
     return aligned(rows, left=("attention",))
@@ -52,6 +57,12 @@ def _with_baseline(results):
     bases = {}
     for result in results:
         yield bases.setdefault(result.tokens, result), result
+
+
+def _against_whole(result, results):
+    """The time of a prompt in chunks, as a share of the same attention's over the whole; None where that isn't there."""
+    whole = next((each for each in results if (each.tokens, each.attention) == (result.tokens, result.whole)), None)
+    return None if whole is None else 1 / result.speed_up(whole)
 
 
 def dtype_name(dtype):
@@ -90,9 +101,12 @@ def records(results, model, text):
         ttft = result.ttft
         spread = (max(result.seconds) - min(result.seconds)) / ttft
         params = dict(model=model, text=text, n=result.tokens, layers_taken=result.layers)
+        if result.chunk is not None:
+            params["chunk"] = result.chunk
         # metric, value, unit, its own and the baseline's value for the ratio (above 1 is better for the attention)
         rows = [
             ("time to first token", ttft, "s", ttft, base.ttft),
+            ("chunks/whole", _against_whole(result, results), "of the time to first token", None, None),
             ("time in attention", result.attention_seconds, "s", result.attention_seconds, base.attention_seconds),
             ("density", result.density, "of causal blocks", None, None),
             ("peak memory", result.peak_bytes, "B", result.peak_bytes, base.peak_bytes),
