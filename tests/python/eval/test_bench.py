@@ -55,6 +55,46 @@ def test_prefill(folder, tmp_path, capsys):
     assert "pbs:top_p=1.0" not in (tmp_path / "again.svg").read_text()
 
 
+def test_a_prompt_in_chunks_beside_the_whole(folder, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    # Rows choose by themselves, the same in chunks; the prompt's last two are dense.
+    method = "two-step:threshold=0.3:threshold_tokens=0:dense_last_rows=2:min_tokens=64"
+    asked = ["--attn", f"math,{method}", "--chunk", "256", "--json", str(out)]
+    results = run(folder, "--lengths", "250,896", *asked)
+    named = [(each.tokens, each.attention, each.chunk) for each in results]
+    assert named == [
+        (250, "math", None),
+        (250, method, None),
+        (896, "math", None),
+        (896, method, None),
+        (896, f"{method}:chunk=256", 256),
+    ]
+    whole, chunks = results[3:]
+    assert whole.density < 0.9 and chunks.layers == 2
+    assert chunks.density == pytest.approx(whole.density), "no chunk but the last has a dense row"
+    assert chunks.perplexity == pytest.approx(whole.perplexity, rel=1e-6) and chunks.differing == whole.differing
+    assert chunks.attention_seconds > 0
+
+    ratio = chunks.ttft / whole.ttft
+    head, *lines = capsys.readouterr().out.splitlines()[-6:]
+    assert head.split()[-1] == "chunks/whole" and lines[-1].split()[-1] == f"{ratio:.3f}"
+    assert all("chunk=256" not in line and line.rstrip().endswith("%") for line in (lines[1], lines[3]))
+
+    made = json.loads(out.read_text())
+    assert all(set(each) == RECORD_KEYS for each in made)
+    [record] = [each for each in made if each["metric"] == "chunks/whole"]
+    assert record["case"] == f"{method}:chunk=256" and record["value"] == pytest.approx(ratio)
+    assert record["params"]["chunk"] == 256 and record["params"]["n"] == 896
+    assert all("chunk" not in each["params"] for each in made if each["case"] == method)
+
+
+def test_a_method_that_names_its_chunk(folder):
+    """Alone, or as what --chunk would add."""
+    assert [each.chunk for each in run(folder, "--lengths", "600", "--attn", "math,full:chunk=300")] == [None, 300]
+    with pytest.raises(ValueError, match="names one twice"):
+        run(folder, "--attn", "full,full:chunk=300", "--chunk", "300")
+
+
 def test_flash_attention_3_computes_the_models_attention(folder, monkeypatch):
     """By a stand-in that takes what the package's function takes: tokens before heads, and K and V not repeated."""
 
@@ -183,6 +223,9 @@ def test_shape_has_random_weights(monkeypatch, capsys):
         ("at least 2 tokens", ["--lengths", "1"]),
         ("write whole numbers above 0", ["--lengths", "8k"]),
         ("need at least 1", ["--runs", "0"]),
+        ("chunk 1: 2 tokens is the least", ["--chunk", "1"]),
+        ("--chunk 300: --attn math,sdpa names no method", ["--chunk", "300", "--attn", "math,sdpa"]),
+        ("--chunk 600: no prompt of --lengths 300,600 has more tokens", ["--chunk", "600", "--lengths", "300,600"]),
         ("tokens, 100000 needed", ["--lengths", "100000"]),
     ],
 )

@@ -94,8 +94,9 @@ def test_methods_with_settings_by_layer_and_head(folder, tmp_path):
 
 
 def test_a_prompt_in_chunks_is_scored_as_the_whole(folder, tmp_path):
-    methods = "two-step:threshold=0.3:threshold_tokens=0:dense_last_rows=0"  # each row chooses by itself: the same in chunks
-    assert commands.main(ppl_arguments(folder, tmp_path, "--methods", f"full:chunk=300,{methods},{methods}:chunk=256")) == 0
+    # Each row chooses by itself, the same in chunks; dense ones are the prompt's.
+    methods = "two-step:threshold=0.3:threshold_tokens=0:dense_last_rows=1"
+    assert commands.main(ppl_arguments(folder, tmp_path, "--methods", f"full:chunk=300,{methods},{methods}:chunk=640")) == 0
     full, in_chunks, whole, parts = items_of(tmp_path)
     assert (full["density"], in_chunks["density"]) == (1.0, pytest.approx(1.0)) and whole["density"] < 0.9
     assert in_chunks["metrics"]["nll"] == pytest.approx(full["metrics"]["nll"], abs=1e-5)
