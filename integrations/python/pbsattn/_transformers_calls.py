@@ -86,27 +86,29 @@ class Layer:
     options: dict[str, typing.Any] | None = None  # attention()'s; None where it is left to SDPA without a word
     record: LayerStats | None = None
     dense_rows: DenseRows | None = None  # of its options, once they were asked for
-    before_others: dict[int, dict[str, typing.Any]] = dataclasses.field(
-        default_factory=dict
-    )  # options, by rows in later chunks
+    # Options for chunks before others, by the dense rows that those hold.
+    before_others: dict[int, dict[str, typing.Any]] = dataclasses.field(default_factory=dict)
 
     def options_before(self, after: int) -> dict[str, typing.Any]:
         """Its options for a chunk after which so many tokens of its prompt come."""
         assert self.options is not None
         if not after:
             return self.options
-        of_layer = {name: self.options[name] for name in _OF_LAYER if name in self.options}
-        if "heads" in self.options:
-            by_head: ByHead = list(json.loads(self.options["heads"]).values())
-        else:
-            by_head = [{name: value for name, value in self.options.items() if name not in _OF_LAYER}]
-        self.dense_rows = self.dense_rows or dense_rows(by_head)
+        if self.dense_rows is None:
+            self.dense_rows = dense_rows(self._by_head(self.options))
         later = self.dense_rows.later(after)
         if later and later not in self.before_others:
-            fewer = fewer_dense_rows(by_head, later)
+            of_layer = {name: value for name, value in self.options.items() if name in _OF_LAYER}
+            fewer = fewer_dense_rows(self._by_head(self.options), later)
             heads = {"heads": json.dumps(dict(enumerate(fewer)))} if "heads" in self.options else {}
             self.before_others[later] = {**fewer[0], **heads, **of_layer}
         return self.before_others[later] if later else self.options
+
+    @staticmethod
+    def _by_head(options: dict[str, typing.Any]) -> ByHead:
+        if "heads" in options:
+            return list(json.loads(options["heads"]).values())
+        return [{name: value for name, value in options.items() if name not in _OF_LAYER}]
 
     def of_call(self, first_chunk: bool) -> LayerStats:
         if first_chunk or self.record is None:

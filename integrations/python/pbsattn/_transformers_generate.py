@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from . import _transformers_prompts
-from ._transformers_calls import State, states
+from ._transformers_calls import State
 
 _HOOK = "_prefill"
 
@@ -36,9 +36,9 @@ class _Prefill:
     def __call__(self, *given: typing.Any, **named: typing.Any) -> typing.Any:
         model = self._model()
         inner = self.before or functools.partial(getattr(type(model), _HOOK), model)
-        # A graph would keep the length of the prompt that it was made with. Who has put a method of theirs before this one
-        # calls it after disable(), too.
-        tokens = None if torch.compiler.is_compiling() or self.state not in states else _tokens(inner, given, named)
+        # A graph would keep the length of the prompt that it was made with. After disable(), where somebody's own method may
+        # still call this one, no layer asks for what is known.
+        tokens = None if torch.compiler.is_compiling() else _tokens(inner, given, named)
         if tokens is None:
             return inner(*given, **named)
         with _transformers_prompts.known([self.state], tokens):
