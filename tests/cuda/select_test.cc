@@ -131,7 +131,8 @@ TEST_P(CudaSelectParts, GiveTheSameLists) {
     options.keep = KeepRule::threshold;
     options.threshold = 0.04F;
   }
-  const std::size_t whole = cuda::score_scratch_size(options, g, g.shape.kv_heads, 0);
+  const int part_blocks = cuda::part_blocks_of(options, g, g.shape.kv_heads);
+  const std::size_t whole = cuda::score_scratch_size(options, g, g.shape.kv_heads, 0, part_blocks);
   std::optional<Lists> of_whole;
   for (const std::size_t scratch_bytes : {whole, whole / 2, whole / 3}) {
     SCOPED_TRACE(scratch_bytes);
@@ -146,7 +147,8 @@ TEST_P(CudaSelectParts, GiveTheSameLists) {
                                                .own = device_means.data(),
                                                .own_blocks = g.blocks()},
                                     .scratch = scratch.data(),
-                                    .scratch_bytes = scratch_bytes},
+                                    .scratch_bytes = scratch_bytes,
+                                    .part_blocks = part_blocks},
                                    0);
     EXPECT_TRUE(scratch.guards_intact());
     EXPECT_GT(std::ranges::min(lists.count), 0);

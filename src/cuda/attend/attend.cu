@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(threads, 1)
     case scheduler: {
       // order_tiles writes the order, and kernels before may have written the sinks. With a counter those are done:
       // reset_places or order_tiles has waited for them.
-      if (p.tile_order != nullptr || (Layer::sinks && p.next_place == nullptr)) wait_for_earlier_kernels();
+      if (p.tile_order != nullptr || (!Layer::plain && p.next_place == nullptr)) wait_for_earlier_kernels();
       const Tile first = tile_at<OfTile>(p, layer, static_cast<int>(blockIdx.x));
       shared.init_tiles(first, source_of(p, first));
       break;
@@ -346,8 +346,8 @@ cudaError_t attend(const AttendArgs& args, cudaStream_t stream) {
     const Layer layer = layer_of(args.inputs, g);
     if constexpr (takes_caps(keys()))
       if (args.softcap != 0.0F) return launch_for(capped_layer_of(layer, args.softcap, args.scale));
-    if (g.windowed()) return launch_for(layer);
-    return layer.logits == nullptr ? launch_for(PlainLayer{}) : launch_for(SinkLayer{{}, layer.logits});
+    if (args.inputs.sinks.empty() && !g.windowed()) return launch_for(PlainLayer{});
+    return launch_for(layer);
   });
   return error != cudaSuccess || args.parts.rows == 0 ? error : merge_row_parts(args, parts, stream);
 }

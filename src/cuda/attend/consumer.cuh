@@ -161,22 +161,21 @@ __device__ void consume(const AttendParams& p, const Layer& layer, Shared& share
       inverse[r] = sum == 0 ? 0 : 1 / sum;
       const auto log_sum = [&] { return sum == 0 ? -infinity : fmaf(softmax.maximum[r], p.scale, logf(sum)); };
       Merger merger;
-      if constexpr (Layer::sinks) {
-        const float sink = shared.tile[slot.at].sink;  // read again, so that the loop keeps no register for it
-        if (!Shared::wide && sink == -infinity) {
+      if constexpr (!Layer::plain) {
+        if (!Shared::wide && tile.sink == -infinity) {
           merger.lse = log_sum();
         } else {
-          merger = {log_sum(), sink};
+          merger = {log_sum(), tile.sink};
           inverse[r] *= merger.a;
         }
       }
       if (Shared::parts && tile.slot >= 0) {
-        if (lane % 4 == 0) p.part_lse[tile.slot * block + row + 8 * r] = Layer::sinks ? merger.lse : log_sum();
+        if (lane % 4 == 0) p.part_lse[tile.slot * block + row + 8 * r] = Layer::plain ? log_sum() : merger.lse;
         continue;
       }
       const int query = tile.token + row + 8 * r - p.grid.q_offset;
       if (p.lse != nullptr && lane % 4 == 0 && query >= 0 && query < p.grid.q_len) {
-        const float lse = Layer::sinks ? merger.lse : log_sum();
+        const float lse = Layer::plain ? log_sum() : merger.lse;
         p.lse[tile.batch * p.lse_batch_stride + std::int64_t{tile.head} * p.grid.q_len + query] = lse;
       }
     }

@@ -19,7 +19,6 @@ namespace pbsattn::cuda::attention {
 // Nothing: of each block but the diagonal one every query sees every key.
 struct PlainLayer {
   static constexpr bool plain = true;
-  static constexpr bool sinks = false;
   static constexpr bool caps = false;
   static constexpr int guards = 1;
 
@@ -28,23 +27,13 @@ struct PlainLayer {
   __device__ static constexpr int guarded_place(int) { return 0; }
 };
 
-// Sinks alone, of which only a tile's end knows.
-struct SinkLayer : PlainLayer {
-  static constexpr bool sinks = true;
-
-  // Returns the logit of one more key of a query head, which has no value.
-  __device__ float sink(int head) const { return logits[head]; }
-
-  const float* logits;  // [q_heads]
-};
-
 struct Layer {
   static constexpr bool plain = false;
-  static constexpr bool sinks = true;
   static constexpr bool caps = false;
   static constexpr int guards = 3;  // the diagonal block, and two that the window's edge may pass through
 
-  __device__ float sink(int head) const { return logits == nullptr ? -infinity : logits[head]; }
+  // Returns the logit of one more key of a query head, which has no value.
+  __device__ float sink(int head) const { return sinks == nullptr ? -infinity : sinks[head]; }
 
   // Returns how many blocks a row sees where it has no list.
   __device__ int blocks(const RowGrid& grid, int diagonal) const {
@@ -74,9 +63,9 @@ struct Layer {
            any_bad(max(first_seen, tile.token), min(token + 1, grid.kv_len));
   }
 
-  const float* logits;  // of sinks; null: there are none
-  int window;           // tokens that a query sees, itself the last
-  int edge;             // the first place that the window's edge may pass through
+  const float* sinks;  // [q_heads]; null: none
+  int window;          // tokens that a query sees, itself the last
+  int edge;            // the first place that the window's edge may pass through
   ConstView v;
   PageTable pages;
 };
@@ -93,7 +82,7 @@ struct CappedLayer : Layer {
 };
 
 inline Layer layer_of(const Inputs& inputs, const Geometry& g) {
-  return {.logits = inputs.sinks.empty() ? nullptr : inputs.sinks.data(),
+  return {.sinks = inputs.sinks.empty() ? nullptr : inputs.sinks.data(),
           .window = static_cast<int>(g.window),
           .edge = static_cast<int>(g.window / block),
           .v = inputs.v,

@@ -22,7 +22,7 @@ __device__ Tile tile_at(const AttendParams& p, const Layer& layer, int place) {
   tile.token = diagonal * block;
   tile.count = p.lists.row_start != nullptr ? p.lists.row_count[index] : layer.blocks(p.grid, diagonal);
   tile.list = p.lists.row_start != nullptr ? p.lists.row_start[index] : 0;
-  if constexpr (Layer::sinks) tile.sink = layer.sink(tile.head);
+  if constexpr (!Layer::plain) tile.sink = layer.sink(tile.head);
   if constexpr (!Shared::parts) return tile;
   tile.slot = -1;
   if (const int cut_row = row - (p.order.rows - p.parts.rows); cut_row >= 0) {
