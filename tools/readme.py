@@ -72,7 +72,7 @@ DENSE = {
     "n": 131072,
     "head_dim": 128,
     "peer": "FlashAttention-3",
-    "commit": "83eb34b",
+    "commit": "d008252",
 }
 CORE = {
     "suite": "cpu-torch",
@@ -160,6 +160,7 @@ def models_table(records):
         baselines = [b for b in ("flash", "cudnn", "fa3") if any(case == b for _, case in cases)]
         first = rows[0]
         timed = [r for r in rows if r["metric"] == "time to first token"]
+        chunks = any(metric == "chunks/whole" for _, _, metric in value)
         runs, spread = ({r["runs"] for r in timed}, [r["spread"] for r in timed])
         parts.append(
             f"{first['params']['model']}; {first['params']['text']}. {first['device']}, commit {first['commit']}, "
@@ -167,8 +168,9 @@ def models_table(records):
             f"the median, {max(spread):.0%} at most:\n\n"
             "| tokens | attention | first token | in attention | "
             + "".join(f"against {b} | " for b in baselines)
+            + ("chunks/whole | " if chunks else "")
             + "density | peak memory | perplexity | other tokens |\n"
-            + "| --- " * (8 + len(baselines))
+            + "| --- " * (8 + len(baselines) + chunks)
             + "|"
         )
         for n, case in cases:
@@ -182,6 +184,7 @@ def models_table(records):
                 f"\n| {n} | `{case}` | {ttft * 1e3:.{0 if ttft >= 0.1 else 1}f} ms | "
                 + ("| " if inside is None else f"{inside * 1e3:.0f} ms, {inside / ttft:.0%} | ")
                 + "".join("| " if peer is None else f"{peer / ttft:.2f}x | " for peer in peers)
+                + (f"{shown(own.get('chunks/whole'), '{:.2f}')} | " if chunks else "")
                 + f"{shown(own.get('density'), '{:.3f}')} | {own['peak memory'] / 2**30:.2f} GiB | "
                 + f"{shown(own.get('perplexity'), '{:.3f}')}{change} | "
                 + f"{shown(own.get('differing tokens'), '{:.2%}')} |"
@@ -357,6 +360,7 @@ TABLES = [
         ["prefill-h100.json", "prefill-h100-prose.json", "prefill-h100-shape.json"],
     ),
     ("results/transformers.md", "h200", models_table, ["prefill-h200.json"]),
+    ("results/transformers.md", "h200-chunks", models_table, ["prefill-h200-chunks.json"]),
     ("results/vllm.md", "vllm", vllm_table, ["vllm.json"]),
 ]
 
