@@ -162,9 +162,10 @@ def models_table(records):
         timed = [r for r in rows if r["metric"] == "time to first token"]
         chunks = any(metric == "chunks/whole" for _, _, metric in value)
         runs, spread = ({r["runs"] for r in timed}, [r["spread"] for r in timed])
+        counted = f"{min(runs)} to {max(runs)}" if len(runs) > 1 else f"{min(runs)}"
         parts.append(
             f"{first['params']['model']}; {first['params']['text']}. {first['device']}, commit {first['commit']}, "
-            f"{first['date']}; medians of {min(runs)} to {max(runs)} runs, spread {statistics.median(spread):.1%} in "
+            f"{first['date']}; medians of {counted} runs, spread {statistics.median(spread):.1%} in "
             f"the median, {max(spread):.0%} at most:\n\n"
             "| tokens | attention | first token | in attention | "
             + "".join(f"against {b} | " for b in baselines)

@@ -175,7 +175,8 @@ std::vector<Case> cases() {
     all.push_back({name("half"), shape_of(1500, 1500, 4, 2, 2), 0.5});
     all.push_back({name("one_heavy_row"), shape_of(3000, 3000, 2, 2), -1});
     all.push_back({name("more_tiles_than_processors"), shape_of(2048, 2048, 12, 2), 0.2});
-    if (widths.keys == 64) all.push_back({name("too_many_tiles_to_sort"), shape_of(2, 1025, 64, 8, 36), -1, 256, true});
+    if (widths.keys == 64)
+      all.push_back({name("too_many_tiles_to_sort"), shape_of(1536, 1536, 64, 8, 6), -1, 128, true});
     all.push_back({name("segment_of_block"), shape_of(700, 700), 0.5, 128});
     all.push_back({name("long_segment"), shape_of(1300, 1300), 0.5, 512});
     all.push_back({name("chunk_inside_a_block"), shape_of(300, 1337), 0.5});

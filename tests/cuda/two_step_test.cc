@@ -7,6 +7,7 @@
 #include "cuda/device_run.h"
 #include "cuda/permute/permute.h"
 #include "cuda/select/scores/scores.h"
+#include "cuda/workspace.h"
 #include "reference/definition.h"
 #include "support/case.h"
 
@@ -113,6 +114,12 @@ TEST(CudaTwoStep, PartsFillTheDevice) {
 TEST(CudaTwoStep, CapsGiveTheSameBitsOfChunks) {
   const Shape chunk = shape_of(8192, 32'768, 64, 12, 2);
   const Options options = method("two-step");
+  const detail::PlanSpec spec{.options = resolved(options, chunk),
+                              .geometry = geometry_of(resolved(options, chunk), chunk)};
+  const auto part_blocks = [&](const cuda::Extent& pass) {
+    return cuda::Layout(spec, true, pass, nullptr).part_blocks;
+  };
+  EXPECT_EQ(part_blocks({1, 1, 6}), part_blocks({1, 2, 6}));
   Problem problem(alike(chunk));
   const RunResult all = run_on_device(options, problem);
   Problem again(alike(chunk));

@@ -13,6 +13,7 @@ from test_transformers_learned import Calls
 transformers = pytest.importorskip("transformers", reason="an optional dependency; ./dev test installs it")
 
 import pbsattn.transformers as pt  # noqa: E402
+from pbsattn import _transformers_prompts  # noqa: E402
 
 quiet = pytest.mark.filterwarnings("error::pbsattn.transformers.FallbackWarning")  # where anything is told
 
@@ -60,8 +61,9 @@ CHUNKS = [
     ([TOKENS], 2, [2]),
     ([384, 384, 232], 0, [0, 0, 0]),
     ([384, 384, 232], 1, [0, 0, 1]),
-    ([512, 384, 104], 1, [0, 1, 1]),  # a row that is cut in two is dense in both
+    ([512, 384, 104], 1, [0, 1, 1]),  # a row more than needed, where the prompt ends inside one
     ([512, 360, 128], 1, [0, 0, 1]),
+    ([512, 400, 88], 1, [0, 1, 1]),  # a row that is cut is dense in both of its chunks
     ([256, 256, 384, 104], 3, [0, 0, 3, 3]),
     ([256, 256, 232, 256], 3, [0, 0, 1, 3]),
     ([256, 256, 232, 256], 4, [0, 1, 2, 4]),
@@ -271,6 +273,21 @@ def test_a_part_of_an_enabled_model_will_do(device):
     with enable(model), pt.prompt(model.model, TOKENS):
         through(model, ids, [400, 600])
         assert visited(model) == reckoned([400, 600], [0, 1])
+
+
+@quiet
+def test_a_module_that_runs_twice_in_a_forward(device):
+    """Each time over keys of its own, as in models that go through their layers again."""
+    model = build("llama", device)
+    with enable(model), pt.prompt(model, TOKENS):
+        layer = model.model.layers[0].self_attn._pbsattn
+        begin = 0
+        for size in (384, 384, 232):
+            for _ in range(2):
+                chunk = _transformers_prompts.chunk_of(layer, size)
+                assert chunk is not None
+                assert chunk.prompt.after(layer, begin, size) == TOKENS - begin - size
+            begin += size
 
 
 @quiet

@@ -1,7 +1,8 @@
 """A prompt that comes in chunks: which of them hold the prompt's `dense_last_rows`, which see everything.
 
 A row is the queries of one block of tokens. A chunk has at least those dense rows that begin in it: of the rows that come
-after it only whole ones are counted, so that a row which is cut is dense in both of its chunks.
+after it only whole ones are counted, as if the chunk ended with a row. So a row which is cut is dense in both of its
+chunks, and where a prompt ends inside a row, a chunk may have one dense row more than it needs.
 """
 
 import typing

@@ -95,20 +95,19 @@ class Layer:
         if not after:
             return self.options
         if self.dense_rows is None:
-            self.dense_rows = dense_rows(self._by_head(self.options))
+            self.dense_rows = dense_rows(self._by_head())
         later = self.dense_rows.later(after)
         if later and later not in self.before_others:
-            of_layer = {name: value for name, value in self.options.items() if name in _OF_LAYER}
-            fewer = fewer_dense_rows(self._by_head(self.options), later)
+            fewer = fewer_dense_rows(self._by_head(), later)
             heads = {"heads": json.dumps(dict(enumerate(fewer)))} if "heads" in self.options else {}
-            self.before_others[later] = {**fewer[0], **heads, **of_layer}
+            self.before_others[later] = {**self.options, **fewer[0], **heads}
         return self.before_others[later] if later else self.options
 
-    @staticmethod
-    def _by_head(options: dict[str, typing.Any]) -> ByHead:
-        if "heads" in options:
-            return list(json.loads(options["heads"]).values())
-        return [{name: value for name, value in options.items() if name not in _OF_LAYER}]
+    def _by_head(self) -> ByHead:
+        assert self.options is not None
+        if "heads" in self.options:
+            return list(json.loads(self.options["heads"]).values())
+        return [{name: value for name, value in self.options.items() if name not in _OF_LAYER}]
 
     def of_call(self, first_chunk: bool) -> LayerStats:
         if first_chunk or self.record is None:

@@ -67,9 +67,9 @@ def watch(model: PreTrainedModel, state: State) -> None:
             vars(module)[_HOOK] = _Prefill(module, state)
 
 
-def unwatch(model: torch.nn.Module, of: Iterable[State]) -> None:
+def unwatch(model: torch.nn.Module, states: Iterable[State]) -> None:
     """Gives a model what watch() has put away."""
-    ended = set(of)
+    ended = set(states)
     for module in model.modules():
         hook = vars(module).get(_HOOK)
         if isinstance(hook, _Prefill) and hook.state in ended:

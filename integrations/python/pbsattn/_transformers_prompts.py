@@ -30,6 +30,9 @@ class Prompt:
         before = end - tokens
         if self.begin is None:
             self.begin = offset - before
+        if offset + tokens == self.begin + before:  # the chunk before again: a module that a forward runs more than once
+            self.seen[id(layer)] = end = before
+            before = end - tokens
         if self.holds and (self.begin < 0 or offset != self.begin + before):
             expected = before + max(self.begin, 0)
             self._give_up(layer, "cache", f"a chunk has {offset} keys before it, where {expected} tokens came before")
@@ -70,7 +73,7 @@ class Chunk(typing.NamedTuple):
         return options
 
 
-# Of this thread or task: another one's prompts through the same model are not these.
+# Of this thread or task, and of tasks that it starts: another one's prompts through the same model are not these.
 _innermost: contextvars.ContextVar[Prompt | None] = contextvars.ContextVar("pbsattn_prompt", default=None)
 
 

@@ -269,11 +269,12 @@ def prompt(model: torch.nn.Module, tokens: int) -> contextlib.AbstractContextMan
     """A `with` block in which one prompt of so many tokens goes through an enabled model, in chunks over a cache.
 
     Its `dense_last_rows`, which attend to everything, are then the prompt's, not those of every chunk. Tokens that the cache
-    has before the first chunk don't count. It holds for this thread or task. generate(prefill_chunk_size=N) does it itself.
+    has before the first chunk don't count. It holds for this thread or task, and for tasks that are
+    started in the block, whose tokens count together. generate(prefill_chunk_size=N) does it itself.
 
     From a chunk on that goes beyond the prompt, or that has other keys before it than came, the last rows of each are dense,
-    as without the block. That, and a prompt whose end doesn't come, is told once, by a FallbackWarning. In a compiled model
-    they always are.
+    as without the block. That is told once, by a FallbackWarning, and so is a prompt whose end doesn't come, of which no row is
+    dense. In a compiled model the last rows of every chunk are.
 
     Raises RuntimeError if pbsattn is not enabled, and ValueError where tokens is no whole number from 1 on.
     """

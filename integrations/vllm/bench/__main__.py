@@ -44,7 +44,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--make", type=int, default=128, help="tokens of each answer in `load` (128)")
     parser.add_argument("--load", type=float, default=1.3, help="of what FlashAttention serves of long prompts alone (1.3)")
     parser.add_argument(
-        "--needles", type=cells, default={32_768: 34, 65_536: 16, 131_072: 10}, help="TOKENS:PROMPTS,... of `needles`"
+        "--needles",
+        type=cells,
+        default={32_768: 34, 65_536: 16, 130_816: 10},
+        help="TOKENS:PROMPTS,... of `needles`, those that leave room for an answer (32768:34,65536:16,130816:10)",
     )
     parser.add_argument("--prompts", help="a file of needles; with --prepare it is written")
     parser.add_argument("--prepare", action="store_true", help="only write --prompts, without vLLM")

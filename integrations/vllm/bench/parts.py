@@ -12,6 +12,9 @@ from served import FLASH, Answer, Request, Served
 Given = typing.Any
 
 
+CODE_TOKENS = 10  # of an answer of `needles`
+
+
 def quantile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share))
 
@@ -112,7 +115,7 @@ def load(served: Served, records: Records, given: Given, ids: list[int]) -> None
 
 def needles(served: Served, records: Records, given: Given, ids: list[int]) -> None:
     """Codes hidden in long texts: how many of those that FlashAttention finds each method finds."""
-    cells = {tokens: count for tokens, count in given.needles.items() if tokens <= given.most_len}
+    cells = {tokens: count for tokens, count in given.needles.items() if tokens + CODE_TOKENS <= given.most_len}
     if not all(records.left("needles", tokens=tokens) for tokens in cells):
         cells = {tokens: count for tokens, count in cells.items() if records.left("needles", tokens=tokens)}
     if not cells:
@@ -133,7 +136,7 @@ def needles(served: Served, records: Records, given: Given, ids: list[int]) -> N
         seconds: dict[str, list[float]] = {}
         for method in every(given, "needles"):
             served.attend(method)
-            answers = served.serve([Request(each["ids"], 10) for each in these])
+            answers = served.serve([Request(each["ids"], CODE_TOKENS) for each in these])
             seconds[method] = [max(answer.times[-1] for answer in answers)]
             found[method] = [each["code"] in texts.decode(answer.tokens) for each, answer in zip(these, answers)]
             say(f"needles {tokens} {method}: {sum(found[method])} of {len(these)}")

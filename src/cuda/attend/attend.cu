@@ -151,13 +151,14 @@ constexpr int sorted_tiles = 32;
 constexpr int classes = 16;  // of work; those of one class stay in the natural order
 
 // Writes the order of tiles: where `sorted`, by classes of their work, each a quarter of an octave, from four times the
-// mean down to a quarter; otherwise those of more than four times the mean come first, and then all others. Parts after
-// a row's first come before all. One thread block; each warp takes a stretch of places, 32 at a time.
+// mean down to a quarter; otherwise those of more than four times the mean come first, and then all others. A row in
+// parts has its first part in the first class, and the further ones come before all. One thread block; each warp takes
+// a stretch of places, 32 at a time.
 __global__ void __launch_bounds__(1024)
     order_tiles(TileOrder order, RowParts parts, bool sorted, const std::int32_t* row_count, Scratch* scratch) {
   __shared__ unsigned long long work;
   __shared__ int next[classes][32];  // of each warp: first how many tiles it has, then where its next one goes
-  __shared__ int class_end[classes];
+  __shared__ int class_tiles[classes];
   const int tiles = order.tiles();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -188,17 +189,17 @@ __global__ void __launch_bounds__(1024)
       const bool present = first + lane < end;
       const int tile = present ? order.tile(first + lane) : 0;
       const float share = static_cast<float>(row_count[tile]) * of_mean;
-      int of_tile = share > 4.0F ? 0 : classes - 1;
-      if (sorted) of_tile = min(max(static_cast<int>(4.0F * (2.0F - __log2f(share))), 0), classes - 1);
-      if (tile % order.rows >= order.rows - parts.rows) of_tile = 0;
-      const unsigned same = __match_any_sync(0xFFFFFFFF, present ? of_tile : -1);
-      take(present, tile, of_tile, same);
+      int tile_class = share > 4.0F ? 0 : classes - 1;
+      if (sorted) tile_class = min(max(static_cast<int>(4.0F * (2.0F - __log2f(share))), 0), classes - 1);
+      if (tile % order.rows >= order.rows - parts.rows) tile_class = 0;
+      const unsigned same = __match_any_sync(0xFFFFFFFF, present ? tile_class : -1);
+      take(present, tile, tile_class, same);
       __syncwarp();
     }
   };
   const unsigned lanes_below = (1U << lane) - 1;
-  for_each_tile_of_warp([&](bool present, int, int of_tile, unsigned same) {
-    if (present && (same & lanes_below) == 0) next[of_tile][warp] += __popc(same);
+  for_each_tile_of_warp([&](bool present, int, int tile_class, unsigned same) {
+    if (present && (same & lanes_below) == 0) next[tile_class][warp] += __popc(same);
   });
   __syncthreads();
   if (warp < classes) {  // sums of the warps before, then of the classes before
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(1024)
       if (lane >= distance) sum += before;
     }
     next[warp][lane] = sum - count;
-    if (lane == 31) class_end[warp] = sum;
+    if (lane == 31) class_tiles[warp] = sum;
   }
   // Those of a part side by side, since they read the same keys.
   const int cut = order.heads * parts.rows;
@@ -221,15 +222,15 @@ __global__ void __launch_bounds__(1024)
   __syncthreads();
   if (warp < classes) {
     int before = further;
-    for (int earlier = 0; earlier < warp; ++earlier) before += class_end[earlier];
+    for (int earlier = 0; earlier < warp; ++earlier) before += class_tiles[earlier];
     next[warp][lane] += before;
   }
   __syncthreads();
-  for_each_tile_of_warp([&](bool present, int tile, int of_tile, unsigned same) {
-    const int place = next[of_tile][warp];
+  for_each_tile_of_warp([&](bool present, int tile, int tile_class, unsigned same) {
+    const int place = next[tile_class][warp];
     __syncwarp();
     if (present) scratch->tile_order[place + __popc(same & lanes_below)] = tile;
-    if (present && (same & lanes_below) == 0) next[of_tile][warp] = place + __popc(same);
+    if (present && (same & lanes_below) == 0) next[tile_class][warp] = place + __popc(same);
   });
 }
 

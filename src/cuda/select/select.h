@@ -1,8 +1,8 @@
 // The select stage on Hopper: what it takes and its launch. Scores that have launches of their own are in scores/.
 //
 // A launch enqueues its work on `stream` of the current device and returns; it allocates nothing and reads nothing
-// back. To work pass by pass, give the pass's head counts and pointers advanced to its first head:
-// the bits of a head's result don't depend on which other heads go with it.
+// back. To work pass by pass, give the pass's head counts, pointers advanced to its first head and the call's
+// part_blocks: the bits of a head's result don't depend on which other heads go with it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -37,8 +37,9 @@ struct SelectArgs {
   }
 };
 
-// Returns how many key blocks of a row a thread block of two-step scores goes through. That hangs on the whole call's
-// shape alone, so that the heads of a pass change no bit. `order_heads`: heads of a batch entry that have an order.
+// Returns how many key blocks of a row a thread block of two-step scores goes through. That hangs on the options and
+// the whole call's shape, so that the heads of a pass change no bit. `order_heads`: heads of a batch entry that have an
+// order.
 int part_blocks_of(const Options& options, const Geometry& call, std::int64_t order_heads);
 
 // Returns the bytes of scratch of a score, whose rows from the last `dense_last_rows` on need none.

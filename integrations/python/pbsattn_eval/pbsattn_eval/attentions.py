@@ -102,7 +102,9 @@ class Attention:
     def on(self, model, stats=False):
         """Gives the attention to a model for the length of a `with` block."""
         if self.method is not None:
-            with pbsattn.transformers.enable(model, method=self.method, stats=stats, **self.settings), self._rounding():
+            settings = self.settings if self.chunk is None else {"min_tokens": 2, **self.settings}  # short chunks count
+            enabled = pbsattn.transformers.enable(model, method=self.method, stats=stats, **settings)
+            with enabled, self._rounding():
                 yield
             return
         model.set_attn_implementation(self.implementation)

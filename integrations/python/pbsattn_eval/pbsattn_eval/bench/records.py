@@ -106,7 +106,7 @@ def records(results, model, text):
         # metric, value, unit, its own and the baseline's value for the ratio (above 1 is better for the attention)
         rows = [
             ("time to first token", ttft, "s", ttft, base.ttft),
-            ("chunks/whole", _against_whole(result, results), "of the time to first token", None, None),
+            ("chunks/whole", _against_whole(result, results), "of the whole prompt's", None, None),
             ("time in attention", result.attention_seconds, "s", result.attention_seconds, base.attention_seconds),
             ("density", result.density, "of causal blocks", None, None),
             ("peak memory", result.peak_bytes, "B", result.peak_bytes, base.peak_bytes),

@@ -141,8 +141,8 @@ struct Work {
 
 }  // namespace
 
-// Four parts, or what one thread block takes; of a chunk's few rows as many as fill a device of 132 multiprocessors
-// nearly.
+// About four parts, of what a thread block takes at most; of a chunk's few rows so many that they nearly fill a device
+// of 132 multiprocessors.
 int part_blocks_of(const Options& options, const Geometry& call, std::int64_t order_heads) {
   constexpr std::int64_t filling = 120;
   constexpr std::int64_t step = 16;
