@@ -45,9 +45,9 @@ sanitize_python() {
   setup
   python=$(tools/venv.py tests)
   install_python "$python" build/python-sanitized/site --no-build-isolation \
-    -C 'build-dir=build/python-sanitized/{wheel_tag}' -C cmake.build-type=RelWithDebInfo \
-    -C 'cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1' \
-    -C cmake.define.PBSATTN_CUDA=OFF -C cmake.define.PBSATTN_SANITIZE=address,undefined
+    --config-settings='build-dir=build/python-sanitized/{wheel_tag}' --config-settings=cmake.build-type=RelWithDebInfo \
+    --config-settings='cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1' \
+    --config-settings=cmake.define.PBSATTN_CUDA=OFF --config-settings=cmake.define.PBSATTN_SANITIZE=address,undefined
   # Python itself isn't sanitized: the runtime has to be there before it, and beside it what exceptions are thrown with.
   for library in libasan.so libstdc++.so; do
     preload+=("$(readlink -f "$(g++ -print-file-name=$library)")")
@@ -194,7 +194,7 @@ check_server() {
     step "$2 can't be had here: the plug-in in its engine is not tested"
     exit "$left_out"
   fi
-  install_python "$(tools/venv.py tests)" build/python/site --no-build-isolation -C cmake.define.PBSATTN_CUDA=OFF
+  install_python "$(tools/venv.py tests)" build/python/site --no-build-isolation --config-settings=cmake.define.PBSATTN_CUDA=OFF
   PYTHONPATH=$PWD/build/python/site "$python" -m pytest -q --show-capture=no "tests/$1" --junitxml "build/python/$1.xml"
   tools/skips.py "build/python/$1.xml"
 }

